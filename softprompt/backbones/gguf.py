@@ -1,0 +1,129 @@
+"""Config, tensors and tokenizer out of a GGUF file, without torch.
+
+The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The `gguf`
+package parses the file and dequantises its tensors.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
+from softprompt.errors import UserError
+
+_CONTROL, _USER_DEFINED = 3, 4  # token types that are matched whole, before any splitting
+
+# Pre-tokenizers of byte-level BPE, by the name the file gives.
+_PRE_TOKENIZERS = {
+    "smollm": lambda: [
+        pre_tokenizers.Digits(individual_digits=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+    ],
+}
+
+
+class GGUFFile:
+    """A GGUF file: `config` as a `config.json` would say it, tensors, and the tokenizer.
+
+    Raises `UserError` if the file is no GGUF file or holds something unsupported.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            reader = gguf.GGUFReader(path)
+        except (ValueError, OSError, IndexError, KeyError) as error:
+            raise UserError(f"{path}: not a readable GGUF file ({error})") from error
+        self._fields = reader.fields
+        self._tensors = {tensor.name: tensor for tensor in reader.tensors}
+        self.config = self._config()
+
+    def _get(self, key: str, default: Any = None) -> Any:
+        return self._fields[key].contents() if key in self._fields else default
+
+    def _config(self) -> dict[str, Any]:
+        model_type = self._get("general.architecture")
+
+        def get(key: str, default: Any = None) -> Any:
+            return self._get(f"{model_type}.{key}", default)
+
+        if scaling := get("rope.scaling.type"):
+            raise UserError(f"{self.path}: rope scaling {scaling!r} is not supported")
+        embedding = self._tensors.get("token_embd.weight")
+        return {
+            "model_type": model_type,
+            "vocab_size": int(embedding.shape[1]) if embedding else None,
+            "hidden_size": get("embedding_length"),
+            "intermediate_size": get("feed_forward_length"),
+            "num_hidden_layers": get("block_count"),
+            "num_attention_heads": get("attention.head_count"),
+            "num_key_value_heads": get("attention.head_count_kv"),
+            "head_dim": get("attention.key_length"),
+            "max_position_embeddings": get("context_length"),
+            "rope_theta": get("rope.freq_base", 10_000.0),
+            "rms_norm_eps": get("attention.layer_norm_rms_epsilon"),
+            "tie_word_embeddings": "output.weight" not in self._tensors,
+        }
+
+    @property
+    def names(self) -> set[str]:
+        """Names of all tensors."""
+        return set(self._tensors)
+
+    def read(self, name: str) -> np.ndarray:
+        """A tensor in float32, its axes in PyTorch's order (`[out, in]` for a matrix)."""
+        tensor = self._tensors[name]
+        try:
+            array = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        except NotImplementedError as error:
+            raise UserError(
+                f"{self.path}: tensor {name} is stored as {tensor.tensor_type.name}, "
+                "which is not supported"
+            ) from error
+        if self.config["model_type"] == "llama" and name.endswith(("attn_q.weight", "attn_k.weight")):
+            heads = "num_attention_heads" if "attn_q" in name else "num_key_value_heads"
+            array = _halves_from_pairs(array, self.config[heads])
+        return array
+
+    def tokenizer(self) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
+        """The tokenizer, and the special tokens and chat template to wrap it with."""
+        kind, pre = self._get("tokenizer.ggml.model"), self._get("tokenizer.ggml.pre")
+        if kind != "gpt2" or pre not in _PRE_TOKENIZERS:
+            raise UserError(
+                f"{self.path}: tokenizer {kind!r} with pre-tokenizer {pre!r} is not supported "
+                f"(supported: 'gpt2' with {', '.join(map(repr, _PRE_TOKENIZERS))})"
+            )
+        tokens = self._get("tokenizer.ggml.tokens")
+        merges = [tuple(merge.split(" ")) for merge in self._get("tokenizer.ggml.merges")]
+        bpe = models.BPE({token: i for i, token in enumerate(tokens)}, merges)
+        tokenizer = tokenizers.Tokenizer(bpe)
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(_PRE_TOKENIZERS[pre]())
+        tokenizer.decoder = decoders.ByteLevel()
+        types = self._get("tokenizer.ggml.token_type")
+        tokenizer.add_tokens(
+            [
+                tokenizers.AddedToken(token, special=kind == _CONTROL, normalized=False)
+                for token, kind in zip(tokens, types, strict=True)
+                if kind in (_CONTROL, _USER_DEFINED)
+            ]
+        )
+        special = {
+            name: tokens[self._get(f"tokenizer.ggml.{key}_token_id")]
+            for name, key in [
+                ("bos_token", "bos"),
+                ("eos_token", "eos"),
+                ("unk_token", "unknown"),
+                ("pad_token", "padding"),
+            ]
+            if f"tokenizer.ggml.{key}_token_id" in self._fields
+        }
+        return tokenizer, special | {"chat_template": self._get("tokenizer.chat_template")}
+
+
+def _halves_from_pairs(array: np.ndarray, heads: int) -> np.ndarray:
+    """Undo the row order of llama files: rotary pairs next to each other, per head."""
+    pairs = array.reshape(heads, -1, 2, *array.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(array.shape)

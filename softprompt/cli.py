@@ -1,0 +1,252 @@
+"""The command line: `softprompt train | eval | predict | inspect`."""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from softprompt.errors import UserError
+
+if TYPE_CHECKING:
+    from softprompt.data.records import Record
+    from softprompt.inference.prompt import TrainedPrompt
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status: 0, or 1 for a mistake of the user's."""
+    options = _parser().parse_args(arguments)
+    _configure_jax()
+    from softprompt.training.stop import Stopped
+
+    try:
+        options.command(options)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return 128 + stopped.number
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stdout = None  # the reader has gone; there is nobody to tell
+        return 1
+    return 0
+
+
+def _configure_jax() -> None:
+    """Keep compiled programs between runs, unless the user has said otherwise."""
+    import jax
+
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+        jax.config.update("jax_compilation_cache_dir", str(cache / "softprompt" / "jax"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def _train(options: argparse.Namespace) -> None:
+    from softprompt.config import load_experiment
+    from softprompt.training.loop import train
+
+    experiment = load_experiment(options.experiment, options.overrides)
+    folder = options.run_dir or Path("runs") / experiment.name
+    summary = train(experiment, folder)
+    print(json.dumps(summary, indent=2))
+    print(f"prompt: {folder / 'prompt'}", file=sys.stderr)
+
+
+def _eval(options: argparse.Namespace) -> None:
+    from softprompt.config import load_experiment
+    from softprompt.data.examples import make_examples
+    from softprompt.data.records import read_records
+    from softprompt.evaluation.evaluate import evaluate
+
+    config = options.run / "config.yaml"
+    if not config.is_file():
+        raise UserError(f"{options.run}: is no run's folder (it has no config.yaml)")
+    data = load_experiment(config).data.model_dump(exclude_none=True)
+    if options.split not in data:
+        raise UserError(f"{config}: has no data.{options.split}")
+    records = read_records(data[options.split])
+    prompt = _load_prompt(options)
+    examples = make_examples(prompt.task, records, options.split)
+    metrics = evaluate(
+        prompt.base.backbone, prompt.prefix, examples, options.batch_size, options.split
+    )
+    print(json.dumps({"split": options.split, "examples": len(examples), **metrics}))
+
+
+def _predict(options: argparse.Namespace) -> None:
+    if bool(options.text) == bool(options.input):
+        raise UserError("give either texts or --input FILE")
+    prompt = _load_prompt(options)
+    if options.input:
+        records = list(_read_inputs(prompt, options.input, options.jsonl))
+    else:
+        records = [prompt.record(text, f"text {i}") for i, text in enumerate(options.text, 1)]
+    for record, prediction in zip(
+        records, prompt.classify_records(records, options.batch_size), strict=True
+    ):
+        line = {**record.fields, **dataclasses.asdict(prediction)}
+        print(json.dumps(line, ensure_ascii=False))
+
+
+def _read_inputs(prompt: "TrainedPrompt", name: str, jsonl: bool) -> "Iterator[Record]":
+    from softprompt.data.records import parse_record
+
+    where = "standard input" if name == "-" else name
+    try:
+        text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{where}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{where}: not UTF-8 text") from None
+    jsonl = jsonl or name.endswith(".jsonl")
+    for number, line in enumerate(text.splitlines(), 1):
+        if jsonl and line.strip():
+            yield parse_record(line, f"{where}:{number}")
+        elif not jsonl:
+            yield prompt.record(line, f"{where}:{number}")
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    from softprompt.inference.inspect import nearest_tokens
+
+    prompt = _load_prompt(options)
+    about = {key: prompt.description[key] for key in ("experiment", "step", "validation")}
+    print(f"{prompt.description['length']} virtual tokens on {prompt.base.name}, {json.dumps(about)}")
+    print(f"{'':>4}  {'norm':>7}  nearest tokens (cosine similarity)")
+    for number, token in enumerate(nearest_tokens(prompt, options.nearest)):
+        near = "  ".join(f"{text!r} {similarity:.2f}" for text, similarity in token.nearest)
+        print(f"{number:>4}  {token.norm:>7.3f}  {near}")
+
+
+def _load_prompt(options: argparse.Namespace) -> "TrainedPrompt":
+    from softprompt.inference.prompt import load_prompt
+
+    return load_prompt(options.run, options.base)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="softprompt",
+        description="Learn soft prompts for frozen language models.",
+        epilog="""\
+examples:
+  softprompt train experiments/sentiment.yaml
+  softprompt eval runs/sentiment --split test
+  softprompt predict runs/sentiment "A dull, lifeless film."
+  softprompt inspect runs/sentiment
+
+'softprompt COMMAND --help' says more about a command.""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    train = _command(
+        commands,
+        "train",
+        _train,
+        "learn a prompt, or go on with a run that was stopped",
+        """\
+Trains what an experiment file says and leaves in the run's folder: prompt/ (for use),
+checkpoints/, config.yaml, metrics.jsonl, summary.json, curves.png. Prints the summary.
+A run that was stopped goes on when the same command is given again.
+
+examples:
+  softprompt train experiments/sentiment.yaml
+  softprompt train experiments/sentiment.yaml prompt.length=50 seed=1 --run-dir runs/long
+  softprompt train experiments/sentiment.yaml base=path/to/model optimizer.learning_rate=3e-3""",
+    )
+    train.add_argument("experiment", type=Path, metavar="EXPERIMENT", help="a YAML file")
+    train.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="instead of what the file says"
+    )
+    train.add_argument("--run-dir", type=Path, metavar="DIR", help="default: runs/NAME")
+
+    evaluate = _command(
+        commands,
+        "eval",
+        _eval,
+        "measure a trained prompt on a split of its data",
+        """\
+Prints one line of JSON: the split, its number of examples, loss (nats per target token)
+and, where there are labels, accuracy.
+
+examples:
+  softprompt eval runs/sentiment
+  softprompt eval runs/sentiment --split validation""",
+    )
+    _add_run(evaluate)
+    evaluate.add_argument(
+        "--split", choices=("train", "validation", "test"), default="test", help="default: test"
+    )
+
+    predict = _command(
+        commands,
+        "predict",
+        _predict,
+        "label texts with a trained prompt",
+        """\
+Prints one line of JSON for each text: its fields, the label, and all probabilities.
+
+examples:
+  softprompt predict runs/sentiment "A dull, lifeless film." "A joy."
+  softprompt predict runs/sentiment --input reviews.txt         (a text a line)
+  softprompt predict runs/sentiment --input reviews.jsonl       (an object a line)
+  cat reviews.txt | softprompt predict runs/sentiment --input -""",
+    )
+    _add_run(predict)
+    predict.add_argument("text", nargs="*", metavar="TEXT")
+    predict.add_argument("--input", metavar="FILE", help="a file of inputs, or - for standard input")
+    predict.add_argument(
+        "--jsonl", action="store_true", help="the inputs are JSON objects, whatever the file's name"
+    )
+
+    inspect = _command(
+        commands,
+        "inspect",
+        _inspect,
+        "show each virtual token's norm and nearest vocabulary tokens",
+        """\
+examples:
+  softprompt inspect runs/sentiment
+  softprompt inspect runs/sentiment --nearest 10""",
+    )
+    _add_run(inspect, batched=False)
+    inspect.add_argument(
+        "--nearest", type=_count, default=5, metavar="N", help="tokens to show (default: 5)"
+    )
+    return parser
+
+
+def _command(commands: Any, name: str, run: Any, summary: str, text: str) -> argparse.ArgumentParser:
+    command = commands.add_parser(
+        name,
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}.\n\n{text}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.set_defaults(command=run)
+    return command
+
+
+def _add_run(command: argparse.ArgumentParser, batched: bool = True) -> None:
+    command.add_argument("run", type=Path, metavar="RUN", help="a run's folder, or its prompt/")
+    command.add_argument("--base", metavar="NAME", help="default: the base the prompt names")
+    if batched:
+        command.add_argument(
+            "--batch-size", type=_count, default=32, metavar="N", help="texts a pass (default: 32)"
+        )
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("must be 1 or more")
+    return number

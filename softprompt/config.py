@@ -1,0 +1,365 @@
+"""Experiments: the schema, and the reading of YAML files, `extends` and overrides.
+
+A mistake is reported with file, line and key, all mistakes of a file at once. Paths in
+a file are relative to that file; paths on the command line, to the current folder.
+"""
+
+import dataclasses
+import difflib
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from string import Formatter
+from typing import Annotated, Any, Literal, Self
+
+import pydantic
+import yaml
+from pydantic import Field
+
+from softprompt.errors import UserError
+
+
+class Section(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Data(Section):
+    """Where the records are: `.jsonl` or `.csv` files, or `hub:NAME#SPLIT`."""
+
+    train: str
+    validation: str
+    test: str | None = None
+
+
+class Template(Section):
+    """How a record becomes text; `{field}` stands for a field of the record.
+
+    Attributes:
+      input: what the model reads.
+      target: what it shall write behind it.
+      max_tokens: longest input plus target; the longest field of a longer one is cut at
+        its end. By default what the model's context leaves beside the prompt.
+    """
+
+    input: str
+    target: str = "{label}"
+    max_tokens: Annotated[int, Field(ge=2)] | None = None
+
+    @pydantic.field_validator("input", "target")
+    @classmethod
+    def _has_fields(cls, template: str) -> str:
+        if not template_fields(template):
+            raise ValueError("has no {field} to fill in")
+        return template
+
+
+class Prompt(Section):
+    """The soft prompt.
+
+    Attributes:
+      length: number of virtual tokens, k.
+      init: where the initial vectors come from: `vocabulary` (embeddings of tokens drawn
+        from the 5,000 of lowest id), `random` (normal, with the embedding table's mean
+        and spread), `text` (embeddings of `init_text`, repeated or cut), or `labels`
+        (one vector for each verbalizer, then as `vocabulary`).
+      init_text: for `init: text`.
+    """
+
+    length: Annotated[int, Field(ge=1)] = 20
+    init: Literal["vocabulary", "random", "text", "labels"] = "vocabulary"
+    init_text: str | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _init_text_fits(self) -> Self:
+        if (self.init == "text") != bool(self.init_text):
+            raise ValueError("init: text and init_text need each other")
+        return self
+
+
+class Optimizer(Section):
+    """The update rule; `learning_rate` is the peak, reached after `warmup_steps`."""
+
+    name: Literal["adamw", "adafactor", "sgd", "lion"] = "adamw"
+    learning_rate: Annotated[float, Field(gt=0)] = 0.01
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
+
+
+class Training(Section):
+    """`batch_size` examples a pass, `accumulate` passes an update, `steps` updates."""
+
+    steps: Annotated[int, Field(ge=1)]
+    batch_size: Annotated[int, Field(ge=1)] = 16
+    accumulate: Annotated[int, Field(ge=1)] = 1
+    log_every: Annotated[int, Field(ge=1)] = 10
+
+
+class Evaluation(Section):
+    """When to look at the validation data, and what decides which prompt is the best.
+
+    Attributes:
+      every: steps between evaluations; one more follows the last step.
+      examples: how many validation examples to use, from the first on; all by default.
+      metric: `accuracy` (higher is better) or `loss` (lower is better).
+      patience: stop after so many evaluations without a better one.
+      batch_size: examples a pass.
+    """
+
+    every: Annotated[int, Field(ge=1)] = 100
+    examples: Annotated[int, Field(ge=1)] | None = None
+    metric: Literal["accuracy", "loss"] = "loss"
+    patience: Annotated[int, Field(ge=1)] | None = None
+    batch_size: Annotated[int, Field(ge=1)] = 32
+
+
+class Checkpoints(Section):
+    """Full states are saved at every evaluation, and every `every` steps if set."""
+
+    every: Annotated[int, Field(ge=1)] | None = None
+    keep: Annotated[int, Field(ge=1)] = 2
+
+
+class Experiment(Section):
+    """One experiment file, resolved: all that a run depends on."""
+
+    name: str
+    base: str
+    method: Literal["prompt"] = "prompt"
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    data: Data
+    template: Template
+    verbalizer: Annotated[dict[str, str], Field(min_length=2)] | None = None
+    prompt: Prompt = Prompt()
+    optimizer: Optimizer = Optimizer()
+    training: Training
+    evaluation: Evaluation = Evaluation()
+    checkpoints: Checkpoints = Checkpoints()
+
+    @pydantic.model_validator(mode="after")
+    def _parts_fit(self) -> Self:
+        if self.verbalizer is None:
+            if self.evaluation.metric == "accuracy":
+                raise ValueError("evaluation.metric: accuracy needs a verbalizer")
+            if self.prompt.init == "labels":
+                raise ValueError("prompt.init: labels needs a verbalizer")
+        elif len(template_fields(self.template.target)) != 1:
+            raise ValueError("template.target: with a verbalizer it must have one {field}")
+        elif len(set(self.verbalizer.values())) < len(self.verbalizer):
+            raise ValueError("verbalizer: two labels have the same text")
+        return self
+
+
+def template_fields(template: str) -> list[str]:
+    """The fields of a template, in order; `ValueError` if it is malformed."""
+    try:
+        parts = list(Formatter().parse(template))
+    except ValueError as error:
+        raise ValueError(f"not a valid template ({error}); write {{{{ for a brace") from error
+    fields = []
+    for _, field, spec, conversion in parts:
+        if field is None:
+            continue
+        if not field.isidentifier() or spec or conversion:
+            raise ValueError(f"{{{field}}} is not a field name; write {{{{ for a brace")
+        if field not in fields:
+            fields.append(field)
+    return fields
+
+
+# --- reading -------------------------------------------------------------------------
+
+Key = tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Origin:
+    """Where a value was written, and the folder that its paths are relative to."""
+
+    where: str
+    folder: Path
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's numbers and booleans: `1e-3` is a number, `on` and `no` are text."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":float", ":bool"))]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(true|false)$"), list("tf"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?$|^[-+]?\.inf$|^\.nan$"),
+    list("-+.0123456789"),
+)
+
+
+def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
+    """Read an experiment file, with `key=value` overrides such as `prompt.length=50`.
+
+    Raises:
+      UserError: one line for each mistake, with file, line and key.
+    """
+    tree, origins = _read(path, ())
+    command_line = {}
+    for override in overrides:
+        name, equals, text = override.partition("=")
+        if not equals or not name:
+            raise UserError(f"{override!r}: an override is written key=value")
+        value, key = _parse_value(override, text), tuple(name.split("."))
+        for part in reversed(key):
+            value = {part: value}
+        _merge(command_line, value)
+        origins[key] = _Origin(f"command line: {override}", Path())
+    _merge(tree, command_line)
+    tree.setdefault("name", path.stem)
+    _resolve_paths(tree, origins)
+    try:
+        return Experiment.model_validate(tree)
+    except pydantic.ValidationError as errors:
+        lines = [_explain(error, origins, path) for error in errors.errors()]
+        raise UserError("\n".join(lines)) from None
+
+
+def dump_experiment(experiment: Experiment, folder: Path) -> str:
+    """YAML that `load_experiment` reads back as the same experiment from a file in `folder`."""
+    tree = experiment.model_dump(exclude_none=True)
+    for section, key in _PATH_KEYS:
+        value = tree[section].get(key) if section else tree.get(key)
+        if value is not None and os.path.isabs(value):
+            relative = os.path.join(".", os.path.relpath(value, folder.resolve()))
+            (tree[section] if section else tree)[key] = relative
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+
+
+def differences(old: Experiment, new: Experiment) -> list[str]:
+    """The keys in which two experiments differ, as `key: old there, new here`."""
+
+    def flatten(value: Any, key: str) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            return {key: value}
+        parts = (flatten(v, f"{key}.{k}" if key else k) for k, v in value.items())
+        return {k: v for part in parts for k, v in part.items()}
+
+    was, now = flatten(old.model_dump(), ""), flatten(new.model_dump(), "")
+    return [
+        f"{key}: {was.get(key)!r} there, {now.get(key)!r} now"
+        for key in dict.fromkeys([*was, *now])
+        if was.get(key) != now.get(key)
+    ]
+
+
+def _read(path: Path, chain: tuple[Path, ...]) -> tuple[dict[str, Any], dict[Key, _Origin]]:
+    resolved = path.resolve()
+    if resolved in chain:
+        raise UserError(f"{path}: extends itself, through {' -> '.join(map(str, chain))}")
+    try:
+        node = yaml.compose(path.read_text(encoding="utf-8"), _Loader)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise UserError(f"{path}: cannot be read ({reason})") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}:{_yaml_problem(error)}") from None
+    origins: dict[Key, _Origin] = {}
+    tree = _build(node, (), path, origins) if node else {}
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}:1: an experiment is a mapping of keys to values")
+    parent = tree.pop("extends", None)
+    if parent is None:
+        return tree, origins
+    if not isinstance(parent, str):
+        raise UserError(f"{origins['extends',].where}: extends: the path of another file")
+    below, below_origins = _read(path.parent / parent, (*chain, resolved))
+    return _merge(below, tree), below_origins | origins
+
+
+def _build(node: yaml.Node, key: Key, path: Path, origins: dict[Key, _Origin]) -> Any:
+    """A node's value; notes the line of every key on the way."""
+    origins[key] = _Origin(f"{path}:{node.start_mark.line + 1}", path.parent)
+    if isinstance(node, yaml.MappingNode):
+        mapping: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            name = str(key_node.value)
+            if name in mapping:
+                raise UserError(
+                    f"{path}:{key_node.start_mark.line + 1}: {'.'.join((*key, name))}: given twice"
+                )
+            mapping[name] = _build(value_node, (*key, name), path, origins)
+            origins[*key, name] = _Origin(f"{path}:{key_node.start_mark.line + 1}", path.parent)
+        return mapping
+    if isinstance(node, yaml.SequenceNode):
+        return [_build(n, (*key, str(i)), path, origins) for i, n in enumerate(node.value)]
+    try:
+        return _Loader("").construct_object(node)
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"{path}:{node.start_mark.line + 1}: {error}") from None
+
+
+def _parse_value(override: str, text: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError:
+        raise UserError(f"command line: {override}: {text!r} is not a YAML value") from None
+
+
+def _yaml_problem(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None) or str(error)
+    return f"{mark.line + 1 if mark else 1}: {problem}"
+
+
+def _merge(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Put `above` over `below`, mapping by mapping."""
+    for key, value in above.items():
+        if isinstance(value, Mapping) and isinstance(below.get(key), dict):
+            _merge(below[key], value)
+        else:
+            below[key] = value
+    return below
+
+
+_PATH_KEYS = (("data", "train"), ("data", "validation"), ("data", "test"), (None, "base"))
+
+
+def _resolve_paths(tree: dict[str, Any], origins: Mapping[Key, _Origin]) -> None:
+    for section, key in _PATH_KEYS:
+        part = tree.get(section) if section else tree
+        value = part.get(key) if isinstance(part, dict) else None
+        if not isinstance(value, str):
+            continue
+        if key == "base":
+            is_path = value.startswith((".", "/", "~"))
+        else:
+            is_path = not value.startswith("hub:")
+        if is_path:
+            origin = origins.get((section, key) if section else (key,))
+            folder = origin.folder if origin else Path()
+            part[key] = os.path.abspath(folder / Path(value).expanduser())
+
+
+def _explain(error: Any, origins: Mapping[Key, _Origin], path: Path) -> str:
+    """One line for one of pydantic's errors: where, which key, what is wrong."""
+    key = tuple(map(str, error["loc"]))
+    written = key
+    while written and written not in origins:
+        written = written[:-1]
+    where = origins[written].where if written in origins else str(path)
+    message = str(error["msg"]).removeprefix("Value error, ")
+    if error["type"] == "extra_forbidden":
+        section: Any = Experiment
+        for part in key[:-1]:
+            section = section.model_fields[part].annotation
+        known = list(section.model_fields) + (["extends"] if section is Experiment else [])
+        close = difflib.get_close_matches(key[-1], known, 1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
+        message = f"unknown key; {hint}"
+    elif error["type"] == "missing":
+        message = "missing"
+    elif "input" in error and not isinstance(error["input"], dict):
+        message = f"{message}, not {error['input']!r}"
+    return f"{where}: {'.'.join(key)}: {message}" if key else f"{where}: {message}"

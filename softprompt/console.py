@@ -1,0 +1,62 @@
+"""What a person sees while work goes on: a bar on a terminal, plain lines elsewhere.
+
+All of it goes to standard error; standard output is for results.
+"""
+
+import sys
+import time
+from types import TracebackType
+from typing import Self
+
+from tqdm import tqdm
+
+_SECONDS = 10  # between plain lines
+
+
+def say(line: str) -> None:
+    """Print a line, above the bar if there is one."""
+    tqdm.write(line, file=sys.stderr)
+    sys.stderr.flush()
+
+
+class Bar:
+    """Progress of `total` units, of which `done` were done before, as a context manager.
+
+    On a terminal a bar with the rate and the time left; elsewhere a line every ten
+    seconds, so that short work is silent.
+    """
+
+    def __init__(self, label: str, total: int, unit: str, *, done: int = 0):
+        self._label, self._total, self._unit = label, total, unit
+        self._done = self._first = done
+        self._start = self._said = time.monotonic()
+        self._bar = tqdm(
+            desc=label,
+            total=total,
+            initial=done,
+            unit=" " + unit,
+            dynamic_ncols=True,
+            leave=False,
+            disable=not sys.stderr.isatty(),
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.close()
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        """Count units as done; `note` stands behind the bar, or at the end of the line."""
+        self._done += count
+        self._bar.set_postfix_str(note, refresh=False)
+        self._bar.update(count)
+        now = time.monotonic()
+        if self._bar.disable and now - self._said >= _SECONDS:
+            self._said = now
+            rate = (self._done - self._first) / (now - self._start)
+            left = tqdm.format_interval((self._total - self._done) / rate)
+            line = f"{self._label} {self._done}/{self._total} {self._unit}, {left} left"
+            say(f"{line}, {note}" if note else line)

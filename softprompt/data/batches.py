@@ -1,0 +1,197 @@
+"""Examples to batches of few shapes, in an order that only the seed decides.
+
+Axis letters: B batch, T tokens, M target positions.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+
+import grain
+import jax
+import numpy as np
+
+from softprompt.data.examples import Example
+
+_WINDOW = 32  # batches whose examples are sorted by length together
+_MULTIPLE = 8  # lengths are rounded up to this
+_MOST_LENGTHS = 6  # batch lengths a dataset gets
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Right-padded rows: an input, then the candidates that continue it, side by side.
+
+    A candidate's tokens see the input and one another but no other candidate's (see
+    `attention.visibility`), so one pass over a row scores all of them. The last token
+    of a candidate is predicted, never read, and so is in `targets` but not in `tokens`.
+
+    Attributes:
+      tokens: `[B, T]` ids.
+      positions: `[B, T]`; each candidate goes on from the end of the input.
+      segments: `[B, T]`: 0 for the input, 1, 2, … for the candidates, -1 for padding.
+      target_indices: `[B, M]`, where in the row each target is predicted from.
+      targets: `[B, M]` ids.
+      target_candidates: `[B, M]`, the candidate a target belongs to, -1 for padding.
+    """
+
+    tokens: np.ndarray
+    positions: np.ndarray
+    segments: np.ndarray
+    target_indices: np.ndarray
+    targets: np.ndarray
+    target_candidates: np.ndarray
+
+    @property
+    def padding(self) -> float:
+        """Share of `tokens` that are padding."""
+        return float((self.segments < 0).mean())
+
+
+def make_batch(examples: Sequence[Example], rows: int, length: int, targets: int) -> Batch:
+    """Lay out examples as a `Batch` of `rows` rows (the last ones empty if need be).
+
+    Args:
+      examples: at most `rows`.
+      rows, length, targets: B, T and M.
+    """
+    batch = Batch(
+        tokens=np.zeros((rows, length), np.int32),
+        positions=np.zeros((rows, length), np.int32),
+        segments=np.full((rows, length), -1, np.int32),
+        target_indices=np.zeros((rows, targets), np.int32),
+        targets=np.zeros((rows, targets), np.int32),
+        target_candidates=np.full((rows, targets), -1, np.int32),
+    )
+    for row, example in enumerate(examples):
+        start = len(example.input)
+        batch.tokens[row, :start] = example.input
+        batch.positions[row, :start] = np.arange(start)
+        batch.segments[row, :start] = 0
+        end, target = start, 0
+        for number, candidate in enumerate(example.candidates):
+            read, stop = candidate[:-1], end + len(candidate) - 1
+            batch.tokens[row, end:stop] = read
+            batch.positions[row, end:stop] = start + np.arange(len(read))
+            batch.segments[row, end:stop] = number + 1
+            scored = slice(target, target + len(candidate))
+            batch.target_indices[row, scored] = [start - 1, *range(end, stop)]
+            batch.targets[row, scored] = candidate
+            batch.target_candidates[row, scored] = number
+            end, target = stop, target + len(candidate)
+    return batch
+
+
+def only_answer(example: Example) -> Example:
+    """The example to train on: the right candidate alone."""
+    assert example.answer is not None
+    return dataclasses.replace(example, candidates=[example.candidates[example.answer]], answer=0)
+
+
+def _row_length(example: Example) -> int:
+    return len(example.input) + sum(len(c) - 1 for c in example.candidates)
+
+
+def _target_count(example: Example) -> int:
+    return sum(map(len, example.candidates))
+
+
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+    """The few `(T, M)` that a dataset's batches have, T rising."""
+
+    shapes: Sequence[tuple[int, int]]
+
+    @classmethod
+    def of(cls, examples: Sequence[Example]) -> "Shapes":
+        """At most six lengths, chosen so that padding single examples wastes least."""
+        lengths = -(-np.array([_row_length(e) for e in examples]) // _MULTIPLE) * _MULTIPLE
+        bounds = _least_padding(lengths, _MOST_LENGTHS)
+        counts = np.array([_target_count(e) for e in examples])
+        return cls([(bound, int(counts[lengths <= bound].max())) for bound in bounds])
+
+    def batch(self, examples: Sequence[Example], rows: int) -> Batch:
+        """The examples in the smallest shape that takes them all."""
+        length = max(map(_row_length, examples))
+        targets = max(map(_target_count, examples))
+        shape = next(s for s in self.shapes if s[0] >= length and s[1] >= targets)
+        return make_batch(examples, rows, *shape)
+
+
+def _least_padding(lengths: np.ndarray, most: int) -> list[int]:
+    """At most `most` of the given lengths as upper bounds, the sum of all gaps least."""
+    values, counts = np.unique(lengths, return_counts=True)
+    sizes = np.concatenate([[0], np.cumsum(counts)])
+
+    @functools.cache
+    def best(end: int, bounds: int) -> tuple[float, tuple[int, ...]]:
+        """Padded size of values[:end] with that many bounds, the last one values[end - 1]."""
+        if end == 0:
+            return 0, ()
+        if bounds == 0:
+            return float("inf"), ()
+        last = int(values[end - 1])
+        return min(
+            (cost + last * int(sizes[end] - sizes[start]), (*rest, last))
+            for start in range(end)
+            for cost, rest in [best(start, bounds - 1)]
+        )
+
+    return list(best(len(values), most)[1])
+
+
+class TrainingBatches:
+    """Endless shuffled batches; batch number n depends on seed and n alone.
+
+    Each epoch is shuffled anew. Within a window of 32 batches, examples of like length
+    share a batch, and the batches come in random order. What is left of an epoch when no
+    whole batch can be made of it is dropped.
+
+    Args:
+      examples: at least `batch_size`, each with its answer.
+      batch_size: examples in a batch, B.
+      seed: of the order.
+    """
+
+    def __init__(self, examples: Sequence[Example], batch_size: int, seed: int):
+        self._examples = [only_answer(example) for example in examples]
+        self._shapes = Shapes.of(self._examples)
+        self._batch_size = batch_size
+        self._per_epoch = len(examples) // batch_size
+        self._seed = seed
+        self._order = grain.MapDataset.source(range(len(examples))).seed(seed).shuffle().repeat()
+        self._window = functools.lru_cache(maxsize=2)(self._sorted_window)
+
+    def __len__(self) -> int:
+        return 2**62 // self._batch_size
+
+    def __getitem__(self, number: int) -> Batch:
+        epoch, number = divmod(number, self._per_epoch)
+        window, place = divmod(number, _WINDOW)
+        return self._shapes.batch(self._window(epoch, window)[place], self._batch_size)
+
+    def iterate(self) -> "grain.DatasetIterator[Batch]":
+        """A Grain iterator, whose `get_state` and `set_state` give and take the position."""
+        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
+        return iter(grain.MapDataset.source(self).to_iter_dataset(options))
+
+    def _sorted_window(self, epoch: int, window: int) -> list[list[Example]]:
+        size, first = self._batch_size, window * _WINDOW
+        batches = min(_WINDOW, self._per_epoch - first)
+        begin = epoch * len(self._examples) + first * size
+        indices = [self._order[begin + i] for i in range(batches * size)]
+        indices.sort(key=lambda i: _row_length(self._examples[i]))
+        order = np.random.default_rng([self._seed, epoch, window]).permutation(batches)
+        return [[self._examples[i] for i in indices[b * size : (b + 1) * size]] for b in order]
+
+
+def evaluation_batches(
+    examples: Sequence[Example], batch_size: int
+) -> Iterator[tuple[Batch, list[int]]]:
+    """All examples once, those of like length together, each batch with their numbers."""
+    shapes = Shapes.of(examples)
+    order = sorted(range(len(examples)), key=lambda i: _row_length(examples[i]))
+    for begin in range(0, len(order), batch_size):
+        numbers = order[begin : begin + batch_size]
+        yield shapes.batch([examples[i] for i in numbers], batch_size), numbers

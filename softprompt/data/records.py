@@ -1,0 +1,113 @@
+"""Records: what one line of a dataset says, and where it stands."""
+
+import csv
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from softprompt.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """Fields by name, and the place to name in an error (`file:line`)."""
+
+    fields: Mapping[str, Any]
+    where: str
+
+    def text(self, field: str) -> str:
+        """A field as text; numbers and booleans as JSON writes them.
+
+        Raises `UserError` if there is no such field, or it is empty or no plain value.
+        """
+        if field not in self.fields:
+            raise UserError(
+                f"{self.where}: no field {field!r} (its fields: {', '.join(self.fields)})"
+            )
+        value = self.fields[field]
+        if isinstance(value, bool | int | float):
+            value = json.dumps(value)
+        if not isinstance(value, str):
+            raise UserError(f"{self.where}: field {field!r} is {type(value).__name__}, not text")
+        if not value.strip():
+            raise UserError(f"{self.where}: field {field!r} is empty")
+        return value
+
+
+def read_records(source: str) -> list[Record]:
+    """Read a dataset.
+
+    Args:
+      source: a `.jsonl` file (one JSON object a line, blank lines skipped), a `.csv`
+        file with a header, or `hub:NAME#SPLIT` for one read by the `datasets` package.
+
+    Raises:
+      UserError: with file and line, if a line cannot be read or there is no record.
+    """
+    if source.startswith("hub:"):
+        records = list(_read_hub(source))
+    else:
+        path = Path(source)
+        readers = {".jsonl": _read_jsonl, ".csv": _read_csv}
+        if path.suffix not in readers:
+            raise UserError(f"{source}: unknown kind of dataset (known: .jsonl, .csv, hub:NAME#SPLIT)")
+        try:
+            records = list(readers[path.suffix](path))
+        except OSError as error:
+            raise UserError(f"{source}: cannot be read ({error.strerror})") from None
+        except UnicodeDecodeError as error:
+            raise UserError(f"{source}: not UTF-8 text ({error})") from None
+    if not records:
+        raise UserError(f"{source}: has no records")
+    return records
+
+
+def parse_record(line: str, where: str) -> Record:
+    """A record from one line of JSON; `UserError` if it is no JSON object."""
+    try:
+        fields = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{where}: not valid JSON ({error})") from None
+    if not isinstance(fields, dict):
+        raise UserError(f"{where}: not a JSON object")
+    return Record(fields, where)
+
+
+def _read_jsonl(path: Path) -> Iterator[Record]:
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield parse_record(line, f"{path}:{number}")
+
+
+def _read_csv(path: Path) -> Iterator[Record]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        rows = csv.DictReader(file, restkey="", strict=True)
+        try:
+            for row in rows:
+                where = f"{path}:{rows.line_num}"
+                if "" in row or None in row.values():
+                    raise UserError(f"{where}: not as many columns as the header")
+                yield Record(row, where)
+        except csv.Error as error:
+            raise UserError(f"{path}:{rows.line_num}: not valid CSV ({error})") from None
+
+
+def _read_hub(source: str) -> Iterator[Record]:
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(
+            f"{source}: needs the datasets package; run: pip install 'softprompt[datasets]'"
+        ) from None
+    name, _, split = source.removeprefix("hub:").partition("#")
+    if not split:
+        raise UserError(f"{source}: name a split, as in hub:stanfordnlp/sst2#train")
+    try:
+        rows = datasets.load_dataset(name, split=split)
+    except Exception as error:  # the package raises errors of a dozen unrelated kinds
+        raise UserError(f"{source}: cannot be loaded ({str(error).splitlines()[0]})") from error
+    for number, row in enumerate(rows):
+        yield Record(row, f"{source} row {number}")

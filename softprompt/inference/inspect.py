@@ -1,0 +1,38 @@
+"""What a trained prompt's vectors look like beside the vocabulary.
+
+Axis letters: P virtual tokens, D hidden, V vocabulary.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from softprompt.inference.prompt import TrainedPrompt
+
+
+@dataclasses.dataclass(frozen=True)
+class VirtualToken:
+    """One learned vector: its Euclidean norm, and the tokens nearest to it.
+
+    `nearest` pairs a token's text with the cosine similarity of its embedding.
+    """
+
+    norm: float
+    nearest: Sequence[tuple[str, float]]
+
+
+def nearest_tokens(prompt: TrainedPrompt, count: int = 5) -> list[VirtualToken]:
+    """The `count` nearest vocabulary tokens of each virtual token, by cosine similarity."""
+    vectors = prompt.method.vectors[...].astype(jnp.float32)  # [P, D]
+    table = prompt.base.backbone.embedding[...].astype(jnp.float32)  # [V, D]
+    norms = jnp.linalg.norm(vectors, axis=-1)
+    table_norms = jnp.linalg.norm(table, axis=-1)
+    scale = jnp.maximum(norms[:, None] * table_norms[None], jnp.finfo(jnp.float32).tiny)
+    similarity, tokens = jax.lax.top_k(vectors @ table.T / scale, min(count, table.shape[0]))
+    decode = prompt.base.tokenizer.decode
+    return [
+        VirtualToken(norm, [(decode([i]), s) for i, s in zip(ids, near, strict=True)])
+        for norm, ids, near in zip(norms.tolist(), tokens.tolist(), similarity.tolist(), strict=True)
+    ]

@@ -1,0 +1,177 @@
+"""A trained prompt: the folder it is saved in, and its use.
+
+`prompt/` holds the learned array alone (Orbax), apart from the base model, and
+`prompt.json`, which says what it belongs to.
+"""
+
+import dataclasses
+import importlib.metadata
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from softprompt.backbones.attention import Prefix
+from softprompt.backbones.loading import Base, load_base
+from softprompt.config import Experiment, Template, template_fields
+from softprompt.data.examples import Task
+from softprompt.data.records import Record
+from softprompt.errors import UserError
+from softprompt.evaluation.evaluate import run_method, score
+from softprompt.methods.soft_prompt import SoftPrompt
+from softprompt.training.checkpoint import load_arrays, load_description, save_arrays
+
+_FILE = "prompt.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """The likeliest label, and the probability of each, the labels given."""
+
+    label: str
+    probabilities: Mapping[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedPrompt:
+    """A soft prompt on its base model, ready for use.
+
+    Attributes:
+      base: the frozen model.
+      method: the module with the learned vectors.
+      prefix: what the vectors become: keys and values, computed once.
+      task: template, verbalizer and limits it was trained with.
+      description: what `prompt.json` says.
+    """
+
+    base: Base
+    method: SoftPrompt
+    prefix: Prefix
+    task: Task
+    description: Mapping[str, Any]
+
+    def classify(
+        self, inputs: Sequence[str | Mapping[str, Any]], batch_size: int = 32
+    ) -> list[Prediction]:
+        """Label texts.
+
+        Args:
+          inputs: texts, or fields by name where the template has more than one.
+          batch_size: texts at a time.
+
+        Raises:
+          UserError: if the prompt has no labels, or an input is empty or lacks a field.
+        """
+        records = [self.record(text, f"input {i}") for i, text in enumerate(inputs, 1)]
+        return self.classify_records(records, batch_size)
+
+    def record(self, text: str | Mapping[str, Any], where: str) -> Record:
+        """An input as a record; a bare text is the one field of the template."""
+        if not isinstance(text, str):
+            return Record(text, where)
+        fields = template_fields(self.task.template.input)
+        if len(fields) > 1:
+            raise UserError(f"{where}: give its fields by name ({', '.join(fields)})")
+        return Record({fields[0]: text}, where)
+
+    def classify_records(self, records: Sequence[Record], batch_size: int) -> list[Prediction]:
+        """As `classify`, of records."""
+        labels = self.task.labels
+        if not labels:
+            raise UserError("this prompt was trained on free text and has no labels")
+        if not records:
+            return []
+        examples = [self.task.example(record, with_answer=False) for record in records]
+        probabilities = np.empty((len(examples), len(labels)))
+        for numbers, scores in score(self.base.backbone, self.prefix, examples, batch_size):
+            probabilities[numbers] = jax.nn.softmax(jnp.asarray(scores), axis=-1)
+        return [
+            Prediction(labels[row.argmax()], dict(zip(labels, row.tolist(), strict=True)))
+            for row in probabilities
+        ]
+
+
+def make_task(base: Base, template: Template, verbalizer: Any, length: int) -> Task:
+    """The task of an experiment, for a prompt of `length` virtual tokens on a base model."""
+    room = base.backbone.arch.context_length - length
+    if room < 2 or (template.max_tokens or 0) > room:
+        raise UserError(
+            f"base {base.name!r} has a context of {base.backbone.arch.context_length} tokens, "
+            f"too short for prompt.length {length} and template.max_tokens {template.max_tokens}"
+        )
+    return Task(template, verbalizer, base.tokenizer, template.max_tokens or room)
+
+
+def save_prompt(
+    folder: Path,
+    method: SoftPrompt,
+    experiment: Experiment,
+    base: Base,
+    step: int,
+    metrics: Mapping[str, float],
+) -> None:
+    """Save the artifact, replacing an older one.
+
+    Args:
+      folder: the folder to make.
+      method: the module whose vectors are saved.
+      experiment, base: what it was trained by and on.
+      step, metrics: when, and how good it was on the validation data.
+    """
+    vectors = method.vectors[...]
+    description = {
+        "format": 1,
+        "method": experiment.method,
+        "length": vectors.shape[0],
+        "hidden_size": vectors.shape[1],
+        "base": {"name": base.name, "fingerprint": base.fingerprint},
+        "template": experiment.template.model_dump(),
+        "verbalizer": experiment.verbalizer,
+        "experiment": experiment.name,
+        "step": step,
+        "validation": dict(metrics),
+        "versions": {p: importlib.metadata.version(p) for p in ("softprompt", "jax", "flax")},
+    }
+    save_arrays(folder, {"vectors": vectors}, description, _FILE)
+
+
+def prompt_folder(path: Path) -> Path:
+    """The artifact's folder, from its own path or that of its run."""
+    if (path / _FILE).exists() or not (path / "config.yaml").exists():
+        folder = path
+    else:
+        folder = path / "prompt"
+    if not folder.is_dir():
+        raise UserError(f"{path}: no trained prompt there")
+    return folder
+
+
+def load_prompt(path: str | Path, base: Base | str | None = None) -> TrainedPrompt:
+    """Load a trained prompt for use.
+
+    Args:
+      path: a run's folder, or its `prompt/`.
+      base: the base model or its name; by default the one the prompt names.
+
+    Raises:
+      UserError: if a file of it is damaged, or it was trained on another base model.
+    """
+    folder = prompt_folder(Path(path))
+    description = load_description(folder, _FILE)
+    trained_on = description["base"]
+    if not isinstance(base, Base):
+        base = load_base(base or trained_on["name"])
+    if base.fingerprint != trained_on["fingerprint"]:
+        raise UserError(
+            f"{folder}: trained on the base model {trained_on['name']!r} "
+            f"({trained_on['fingerprint'][:12]}), not on {base.name!r} ({base.fingerprint[:12]})"
+        )
+    shape = (description["length"], description["hidden_size"])
+    like = {"vectors": jax.ShapeDtypeStruct(shape, jnp.float32)}
+    method = SoftPrompt(load_arrays(folder, like)["vectors"])
+    template = Template(**description["template"])
+    task = make_task(base, template, description["verbalizer"], description["length"])
+    return TrainedPrompt(base, method, run_method(method, base.backbone)[1], task, description)

@@ -1,0 +1,193 @@
+"""Saved arrays: the only file that knows Orbax.
+
+A saved folder holds `arrays/` (Orbax), one JSON file that describes them, and
+`SHA256SUMS` of every file. It appears under its name whole or not at all. Orbax itself
+does not notice a flipped bit, so the sums are checked before anything is read.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from orbax.checkpoint import v1 as orbax
+
+from softprompt.errors import UserError
+
+_SUMS = "SHA256SUMS"
+
+
+class DamagedError(UserError):
+    """A saved file is missing, truncated or altered; the message names it."""
+
+
+def save_arrays(folder: Path, arrays: Any, description: Mapping[str, Any], file: str) -> None:
+    """Write arrays and their description to `folder`, replacing what was there.
+
+    Args:
+      folder: the folder to make.
+      arrays: a pytree of arrays; NNX states lose their variable types.
+      description: what goes into the JSON file.
+      file: name of the JSON file.
+    """
+    new, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(new, ignore_errors=True)
+    orbax.save(new / "arrays", nnx.as_pure(arrays))
+    (new / file).write_text(json.dumps(description, indent=2, ensure_ascii=False) + "\n")
+    sums = [f"{_sha256(path)}  {path.relative_to(new)}\n" for path in _files(new)]
+    (new / _SUMS).write_text("".join(sums))
+    for path in [*_files(new), *(p for p in new.rglob("*") if p.is_dir()), new]:
+        _sync(path)
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    new.rename(folder)
+    _sync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def load_description(folder: Path, file: str) -> dict[str, Any]:
+    """Check every file of a saved folder against its SHA-256 and read the description.
+
+    Raises:
+      DamagedError: naming the file that is missing, was altered or is not listed.
+    """
+    if not folder.is_dir():
+        raise DamagedError(f"{folder}: no such folder")
+    try:
+        lines = (folder / _SUMS).read_text().splitlines()
+        sums = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
+    except FileNotFoundError:
+        raise DamagedError(f"{folder / _SUMS}: missing") from None
+    except ValueError:
+        raise DamagedError(f"{folder / _SUMS}: damaged") from None
+    here = {str(path.relative_to(folder)): path for path in _files(folder)}
+    for name, digest in sums.items():
+        if name not in here:
+            raise DamagedError(f"{folder / name}: missing")
+        if _sha256(here[name]) != digest:
+            raise DamagedError(f"{folder / name}: damaged (its SHA-256 is not the recorded one)")
+    for name in here:
+        if name not in sums:
+            raise DamagedError(f"{folder / name}: not one of the files that were saved here")
+    if file not in sums:
+        raise DamagedError(f"{folder / file}: missing")
+    return json.loads((folder / file).read_text())
+
+
+def load_arrays(folder: Path, like: Any) -> Any:
+    """Read the arrays of a folder that `load_description` has checked.
+
+    Args:
+      folder: the folder.
+      like: a pytree of arrays or `jax.ShapeDtypeStruct`s; what is saved must fit it.
+
+    Raises:
+      DamagedError: if what is saved has other shapes or another structure.
+    """
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), nnx.as_pure(like)
+    )
+    try:
+        loaded = orbax.load(folder / "arrays", abstract)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise DamagedError(f"{folder}: its arrays do not fit ({reason})") from error
+    for want, got in zip(jax.tree.leaves(abstract), jax.tree.leaves(loaded), strict=True):
+        if want.shape != got.shape:
+            raise DamagedError(f"{folder}: its arrays do not fit ({got.shape}, not {want.shape})")
+    return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(loaded))
+
+
+class Checkpoints:
+    """The checkpoints of a run, one folder a step, written in the background.
+
+    Args:
+      folder: where they are.
+      keep: how many of the newest to keep; the best one is kept besides.
+    """
+
+    _FILE = "checkpoint.json"
+
+    def __init__(self, folder: Path, keep: int):
+        self._folder, self._keep = folder, keep
+        self._worker = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future[None] | None = None
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob(".*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps that have a checkpoint, rising."""
+        return sorted(int(p.name) for p in self._folder.iterdir() if p.name.isdecimal())
+
+    def path(self, step: int) -> Path:
+        """The folder of a step's checkpoint."""
+        return self._folder / str(step)
+
+    def save(self, step: int, arrays: Any, description: Mapping[str, Any], best: int) -> None:
+        """Copy the arrays to the host and write them in the background.
+
+        Args:
+          step: names the checkpoint.
+          arrays, description: what to save.
+          best: the step whose checkpoint must not be deleted.
+        """
+        self.wait()
+        host = jax.tree.map(np.array, nnx.as_pure(arrays))
+        self._pending = self._worker.submit(self._write, step, host, dict(description), best)
+
+    def wait(self) -> None:
+        """Until what `save` began is on disk; raises what went wrong there."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result()
+
+    def read_descriptions(self) -> Iterator[tuple[int, dict[str, Any] | DamagedError]]:
+        """Steps from the newest on, each with its description or with what is damaged."""
+        for step in reversed(self.steps):
+            try:
+                yield step, load_description(self.path(step), self._FILE)
+            except DamagedError as error:
+                yield step, error
+
+    def load(self, step: int, like: Any) -> Any:
+        """The arrays of a step whose description has been read."""
+        return load_arrays(self.path(step), like)
+
+    def _write(self, step: int, arrays: Any, description: dict[str, Any], best: int) -> None:
+        try:
+            save_arrays(self.path(step), arrays, description, self._FILE)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise UserError(f"{self.path(step)}: cannot be written ({reason})") from error
+        kept = {*self.steps[-self._keep :], best}
+        for other in self.steps:
+            if other not in kept:
+                shutil.rmtree(self.path(other))
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / _SUMS)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,23 @@
+"""`curves.png`: loss and accuracy of a run against its steps."""
+
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from softprompt.training.run_folder import read_metrics
+
+
+def draw_curves(folder: Path) -> None:
+    """Draw the metrics of a run's folder into `curves.png` there."""
+    records = read_metrics(folder)
+    keys = [key for key in ("loss", "accuracy") if any(key in r for r in records)]
+    figure = Figure(figsize=(5 * len(keys), 3.5), layout="constrained")
+    for axes, key in zip(figure.subplots(1, len(keys), squeeze=False)[0], keys, strict=True):
+        for split in ("train", "validation"):
+            points = [(r["step"], r[key]) for r in records if r["split"] == split and key in r]
+            if points:
+                axes.plot(*zip(*points, strict=True), label=split, marker="." if split != "train" else "")
+        axes.set(xlabel="step", ylabel=key)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(folder / "curves.png", dpi=120)

@@ -1,0 +1,324 @@
+"""The training loop: data in; metrics, checkpoints and at the end a prompt out.
+
+A run that was stopped at any moment goes on from its newest intact checkpoint and ends
+as it would have ended without the stop, bit for bit: every batch is a function of the
+seed and its number, and a checkpoint holds all else.
+"""
+
+import dataclasses
+import json
+import math
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from softprompt.backbones.attention import Prefix
+from softprompt.backbones.loading import load_base
+from softprompt.config import Experiment
+from softprompt.console import Bar, say
+from softprompt.data.batches import TrainingBatches
+from softprompt.data.examples import make_examples
+from softprompt.data.records import read_records
+from softprompt.errors import UserError
+from softprompt.evaluation.evaluate import evaluate, run_method
+from softprompt.inference.prompt import TrainedPrompt, load_prompt, make_task, save_prompt
+from softprompt.methods.initializers import initial_vectors
+from softprompt.methods.soft_prompt import SoftPrompt
+from softprompt.training.checkpoint import Checkpoints, DamagedError
+from softprompt.training.curves import draw_curves
+from softprompt.training.optimizers import make_optimizer, make_schedule
+from softprompt.training.run_folder import MetricsLog, open_run, write_config, write_file
+from softprompt.training.step import train_step
+from softprompt.training.stop import Stopped, StopSignals
+
+
+@dataclasses.dataclass
+class Progress:
+    """Where a run stands, apart from its arrays; part of every checkpoint.
+
+    Attributes:
+      step: updates made.
+      data: state of the iterator over training batches.
+      evaluated: the last step whose prompt was evaluated.
+      best_step, best_metrics: of the best prompt so far.
+      stale: evaluations since then.
+      losses, padding: of each step since the last record of the metrics.
+      seconds: spent on this run; `step_seconds`, on its steps alone; `logged_seconds`,
+        `step_seconds` at the last record of the metrics.
+    """
+
+    step: int = 0
+    data: dict[str, Any] = dataclasses.field(default_factory=dict)
+    evaluated: int = 0
+    best_step: int = 0
+    best_metrics: dict[str, float] = dataclasses.field(default_factory=dict)
+    stale: int = 0
+    losses: list[float] = dataclasses.field(default_factory=list)
+    padding: list[float] = dataclasses.field(default_factory=list)
+    seconds: float = 0.0
+    step_seconds: float = 0.0
+    logged_seconds: float = 0.0
+
+
+def train(experiment: Experiment, folder: Path) -> dict[str, Any]:
+    """Run an experiment in a folder, or go on with it, and return its summary.
+
+    Raises:
+      UserError: if the experiment, its data or its base model will not do, or the loss
+        is not finite.
+      Stopped: on SIGTERM or Ctrl-C, once the state is saved.
+    """
+    with StopSignals() as stop, open_run(folder, experiment):
+        summary = folder / "summary.json"
+        if summary.exists():
+            say(f"{folder}: this run is finished; for another one, choose another --run-dir")
+            return json.loads(summary.read_text())
+        run = _Run(experiment, folder, stop)
+        run.train()
+        return run.finish()
+
+
+class _Run:
+    """One process's share of a run."""
+
+    def __init__(self, experiment: Experiment, folder: Path, stop: StopSignals):
+        began = time.monotonic()
+        self.experiment, self.folder, self.stop = experiment, folder, stop
+        sources = experiment.data.model_dump(exclude_none=True)
+        records = {split: read_records(source) for split, source in sources.items()}
+        self.base = load_base(experiment.base)
+        say(f"base {self.base.name}: loaded in {time.monotonic() - began:.1f} s")
+        task = make_task(
+            self.base, experiment.template, experiment.verbalizer, experiment.prompt.length
+        )
+        self.examples = {split: make_examples(task, r, split) for split, r in records.items()}
+        self.rows = experiment.training.batch_size * experiment.training.accumulate
+        if len(self.examples["train"]) < self.rows:
+            raise UserError(
+                f"{experiment.data.train}: {len(self.examples['train'])} examples do not fill a "
+                f"batch of {self.rows}; set a smaller training.batch_size"
+            )
+        self.batches = TrainingBatches(self.examples["train"], self.rows, experiment.seed).iterate()
+
+        method = SoftPrompt(initial_vectors(experiment, self.base))
+        self.graphdef, self.trainable, self.frozen = nnx.split(
+            (method, self.base.backbone), method.trainable, ...
+        )
+        self.schedule = make_schedule(experiment.optimizer, experiment.training.steps)
+        self.optimizer = make_optimizer(experiment.optimizer, experiment.training.steps)
+        self.opt_state = self.optimizer.init(self.trainable)
+
+        write_config(folder, experiment)
+        self.checkpoints = Checkpoints(folder / "checkpoints", experiment.checkpoints.keep)
+        self.progress = Progress()
+        self._resume()
+        self.metrics = MetricsLog(folder, self.progress.step)
+        self.saved_step = self.progress.step
+        self.pending: tuple[dict[str, jax.Array], float] | None = None  # of the last step
+        self.began = began - self.progress.seconds
+        self.mark = time.monotonic()
+        self.note = ""
+
+    def train(self) -> None:
+        """Steps, evaluations and checkpoints, up to the last step or an early stop."""
+        progress, training = self.progress, self.experiment.training
+        patience, every = self.experiment.evaluation.patience, self.experiment.checkpoints.every
+        try:
+            with (
+                self.stop.deferred(),
+                Bar("train", training.steps, "steps", done=progress.step) as bar,
+            ):
+                while True:
+                    last = progress.step == training.steps
+                    if progress.evaluated < progress.step and (
+                        last or progress.step % self.experiment.evaluation.every == 0
+                    ):
+                        self._evaluate()
+                    elif every and progress.step % every == 0 and self.saved_step < progress.step:
+                        self._save()
+                    stale = patience is not None and progress.stale >= patience
+                    if last or stale or self.stop.requested:
+                        break
+                    self._step()
+                    bar.advance(note=self.note)
+                if self.stop.requested and self.saved_step != progress.step:
+                    self._save()
+                self.checkpoints.wait()
+            if stale and not last:
+                say(f"no better prompt in {progress.stale} evaluations: stopping early")
+        finally:
+            self.metrics.close()
+        if self.stop.requested:
+            raise Stopped(
+                self.stop.requested,
+                f"stopped at step {progress.step}, all saved; the same command goes on from there",
+            )
+
+    def finish(self) -> dict[str, Any]:
+        """Evaluate the best prompt on the test data and write the summary."""
+        progress = self.progress
+        trained = self._best_prompt()
+        test = self._measure(trained.prefix, "test") if "test" in self.examples else {}
+        seconds = time.monotonic() - self.began
+        summary = {
+            "experiment": self.experiment.name,
+            "method": self.experiment.method,
+            "trainable_parameters": sum(x.size for x in jax.tree.leaves(self.trainable)),
+            "steps": progress.step,
+            "best_step": progress.best_step,
+            "wall_seconds": round(seconds, 1),
+            "examples_per_second": round(progress.step * self.rows / progress.step_seconds, 2),
+            "peak_memory_bytes": _peak_memory(),
+            "validation": progress.best_metrics,
+            "test": test,
+        }
+        draw_curves(self.folder)
+        write_file(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+        return summary
+
+    def _resume(self) -> None:
+        """Go on from the newest checkpoint that is intact and whose best one is intact too."""
+        found = dict(self.checkpoints.read_descriptions())
+        damage = [problem for problem in found.values() if isinstance(problem, DamagedError)]
+        intact = {step: d for step, d in found.items() if not isinstance(d, DamagedError)}
+        for problem in damage:
+            say(f"{problem}; not using this checkpoint")
+        for step, description in intact.items():
+            if description["best_step"] in {0, *intact}:
+                arrays = self.checkpoints.load(step, (self.trainable, self.opt_state))
+                self.trainable, self.opt_state = arrays
+                self.progress = Progress(**description)
+                self.batches.set_state(self.progress.data)
+                say(f"going on from step {step}")
+                return
+        if damage:
+            say("no intact checkpoint: starting from the beginning")
+
+    def _step(self) -> None:
+        """Dispatch a step, and while it runs take in the measurements of the one before."""
+        batch = next(self.batches)
+        self.trainable, self.opt_state, measured = train_step(
+            self.trainable,
+            self.opt_state,
+            self.frozen,
+            batch,
+            graphdef=self.graphdef,
+            optimizer=self.optimizer,
+            accumulate=self.experiment.training.accumulate,
+        )
+        self._take_in()
+        self.pending = (measured, batch.padding)
+        self.progress.step += 1
+
+    def _take_in(self) -> None:
+        """Wait for the pending step's measurements, check them, and log when it is time."""
+        if self.pending is None:
+            return
+        measured, padding = self.pending
+        self.pending = None
+        loss, norm = float(measured["loss"]), float(measured["gradient_norm"])
+        progress = self.progress
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            newest = self.checkpoints.steps[-1:]
+            kept = f"checkpoint {self.checkpoints.path(newest[0])} is kept" if newest else ""
+            raise UserError(
+                f"step {progress.step}: the loss is {loss} and its gradient's norm {norm}; "
+                f"lower optimizer.learning_rate; {kept or 'there is no checkpoint yet'}"
+            )
+        now = time.monotonic()
+        progress.step_seconds += now - self.mark
+        self.mark = now
+        progress.losses.append(loss)
+        progress.padding.append(padding)
+        training = self.experiment.training
+        if progress.step % training.log_every == 0 or progress.step == training.steps:
+            seconds = progress.step_seconds - progress.logged_seconds
+            values = {
+                "loss": float(np.mean(progress.losses)),
+                "gradient_norm": norm,
+                "learning_rate": float(self.schedule(progress.step - 1)),
+                "padding": float(np.mean(progress.padding)),
+                "examples_per_second": round(len(progress.losses) * self.rows / seconds, 2),
+            }
+            self.metrics.write(progress.step, "train", values)
+            self.note = f"loss {values['loss']:.4f}, {values['examples_per_second']:.1f} examples/s"
+            progress.losses, progress.padding = [], []
+            progress.logged_seconds = progress.step_seconds
+
+    def _evaluate(self) -> None:
+        """Evaluate the prompt as it is, keep it if it is the best so far, save the state.
+
+        Cut short by a signal, it leaves no trace and is done again when the run goes on.
+        """
+        self._take_in()
+        method, backbone = nnx.merge(self.graphdef, self.trainable, self.frozen)
+        try:
+            with self.stop.deferred(False):
+                metrics = self._measure(run_method(method, backbone)[1], "validation")
+        except Stopped:
+            return
+        progress, key = self.progress, self.experiment.evaluation.metric
+        sign = -1 if key == "loss" else 1
+        best = not progress.best_step or sign * metrics[key] > sign * progress.best_metrics[key]
+        if best:
+            progress.best_step, progress.best_metrics = progress.step, metrics
+        progress.stale = 0 if best else progress.stale + 1
+        progress.evaluated = progress.step
+        self.metrics.write(progress.step, "validation", metrics)
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        say(f"step {progress.step}: validation {shown}{' (the best so far)' if best else ''}")
+        self._save()
+        if best:
+            self.checkpoints.wait()
+            self._save_prompt(method)
+        self.mark = time.monotonic()
+
+    def _measure(self, prefix: Prefix, split: str) -> dict[str, float]:
+        settings = self.experiment.evaluation
+        examples = self.examples[split]
+        if split == "validation":
+            examples = examples[: settings.examples]
+        return evaluate(self.base.backbone, prefix, examples, settings.batch_size, split)
+
+    def _save(self) -> None:
+        """Save a checkpoint of the state after the last step."""
+        self._take_in()
+        progress = self.progress
+        progress.data = self.batches.get_state()
+        progress.seconds = time.monotonic() - self.began
+        arrays = (self.trainable, self.opt_state)
+        best = progress.best_step
+        self.checkpoints.save(progress.step, arrays, dataclasses.asdict(progress), best)
+        self.saved_step = progress.step
+
+    def _save_prompt(self, method: SoftPrompt) -> None:
+        best = self.progress.best_step, self.progress.best_metrics
+        save_prompt(self.folder / "prompt", method, self.experiment, self.base, *best)
+
+    def _best_prompt(self) -> TrainedPrompt:
+        """The prompt of the best step, from `prompt/` or else from its checkpoint."""
+        try:
+            trained = load_prompt(self.folder / "prompt", self.base)
+            if trained.description["step"] == self.progress.best_step:
+                return trained
+        except UserError:
+            pass
+        arrays = self.checkpoints.load(self.progress.best_step, (self.trainable, self.opt_state))
+        method, _ = nnx.merge(self.graphdef, arrays[0], self.frozen)
+        self._save_prompt(method)
+        return load_prompt(self.folder / "prompt", self.base)
+
+
+def _peak_memory() -> int:
+    """Most bytes in use so far: of the accelerator, or on a CPU of this process."""
+    statistics = jax.devices()[0].memory_stats()
+    if statistics and "peak_bytes_in_use" in statistics:
+        return statistics["peak_bytes_in_use"]
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,41 @@
+"""Optax optimizers and schedules by name."""
+
+import optax
+
+from softprompt.config import Optimizer
+
+
+def make_schedule(settings: Optimizer, steps: int) -> optax.Schedule:
+    """Learning rate by step: linear warm-up to the peak, then constant or down to 0 at `steps`."""
+    peak, rest = settings.learning_rate, max(1, steps - settings.warmup_steps)
+    after = {
+        "constant": lambda: optax.constant_schedule(peak),
+        "linear": lambda: optax.linear_schedule(peak, 0.0, rest),
+        "cosine": lambda: optax.cosine_decay_schedule(peak, rest),
+    }[settings.schedule]()
+    # A warm-up of n steps uses 1/n, 2/n, … of the peak, so that no step is wasted on 0.
+    warmup = optax.linear_schedule(
+        peak / max(1, settings.warmup_steps), peak, max(1, settings.warmup_steps - 1)
+    )
+    return optax.join_schedules([warmup, after], [settings.warmup_steps])
+
+
+def make_optimizer(settings: Optimizer, steps: int) -> optax.GradientTransformation:
+    """The update rule of an experiment.
+
+    Adafactor is set as in Lester et al. 2021, section 3: no scaling by the parameter.
+    """
+    rate, decay = make_schedule(settings, steps), settings.weight_decay
+    rule = {
+        "adamw": lambda: optax.adamw(rate, weight_decay=decay),
+        "adafactor": lambda: optax.adafactor(
+            rate, multiply_by_parameter_scale=False, weight_decay_rate=decay or None
+        ),
+        "sgd": lambda: optax.chain(
+            optax.add_decayed_weights(decay), optax.sgd(rate, momentum=0.9)
+        ),
+        "lion": lambda: optax.lion(rate, weight_decay=decay),
+    }[settings.name]()
+    if settings.clip_norm is None:
+        return rule
+    return optax.chain(optax.clip_by_global_norm(settings.clip_norm), rule)

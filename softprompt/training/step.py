@@ -1,0 +1,73 @@
+"""The whole idea on one page: a step that updates the prompt, and nothing else.
+
+A method says what backbone and what prefix to run; the loss is that of predicting the
+target's tokens; only what the method declares trainable is differentiated, updated and
+kept in the optimizer's state. The frozen rest is an argument, so that it is no constant
+of the compiled program, and it is not donated, so that it stays as it is.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from softprompt.data.batches import Batch
+
+
+def target_log_probabilities(backbone, prefix, batch: Batch) -> jax.Array:
+    """Log-probability of every target token given what stands before it, `[B, M]` float32."""
+    embeddings = backbone.embed(batch.tokens)  # [B, T, D]
+    hidden = backbone(embeddings, batch.positions, batch.segments, prefix)
+    hidden = jnp.take_along_axis(hidden, batch.target_indices[..., None], axis=1)  # [B, M, D]
+    log_probabilities = jax.nn.log_softmax(backbone.logits(hidden))  # [B, M, V]
+    return jnp.take_along_axis(log_probabilities, batch.targets[..., None], axis=-1)[..., 0]
+
+
+def loss_sum(trainable: nnx.State, frozen: nnx.State, graphdef: Any, batch: Batch) -> jax.Array:
+    """Negative log-likelihood of the batch's targets, in nats, summed."""
+    method, backbone = nnx.merge(graphdef, trainable, frozen)
+    log_probabilities = target_log_probabilities(*method.apply(backbone), batch)
+    return -jnp.sum(log_probabilities, where=batch.target_candidates >= 0)
+
+
+@partial(
+    jax.jit,
+    static_argnames=("graphdef", "optimizer", "accumulate"),
+    donate_argnames=("trainable", "opt_state"),
+)
+def train_step(
+    trainable: nnx.State,
+    opt_state: optax.OptState,
+    frozen: nnx.State,
+    batch: Batch,
+    *,
+    graphdef: Any,
+    optimizer: optax.GradientTransformation,
+    accumulate: int = 1,
+) -> tuple[nnx.State, optax.OptState, dict[str, jax.Array]]:
+    """One update from the mean loss per target token of a batch.
+
+    Args:
+      trainable, frozen, graphdef: the two parts and the structure of `(method, backbone)`.
+      opt_state: the optimizer's state; it and `trainable` are donated.
+      batch: its rows are run in `accumulate` passes of equal size.
+      optimizer: any Optax transformation.
+
+    Returns:
+      The new trainable part and optimizer state, and `loss` and `gradient_norm`.
+    """
+
+    def add_pass(total, rows):
+        return jax.tree.map(jnp.add, total, value_and_gradient(trainable, frozen, graphdef, rows)), None
+
+    value_and_gradient = jax.value_and_grad(loss_sum)
+    passes = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
+    zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, trainable))
+    total, _ = jax.lax.scan(add_pass, zero, passes)
+    loss, gradients = jax.tree.map(lambda x: x / jnp.sum(batch.target_candidates >= 0), total)
+    updates, opt_state = optimizer.update(gradients, opt_state, trainable)
+    measured = {"loss": loss, "gradient_norm": optax.tree.norm(gradients)}
+    return optax.apply_updates(trainable, updates), opt_state, measured
