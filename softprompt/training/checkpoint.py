@@ -39,7 +39,7 @@ def save_arrays(folder: Path, arrays: Any, description: Mapping[str, Any], file:
     """
     new, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
     shutil.rmtree(new, ignore_errors=True)
-    orbax.save(new / "arrays", nnx.as_pure(arrays))
+    orbax.save(new.absolute() / "arrays", nnx.as_pure(arrays))
     (new / file).write_text(json.dumps(description, indent=2, ensure_ascii=False) + "\n")
     sums = [f"{_sha256(path)}  {path.relative_to(new)}\n" for path in _files(new)]
     (new / _SUMS).write_text("".join(sums))
@@ -97,7 +97,7 @@ def load_arrays(folder: Path, like: Any) -> Any:
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), nnx.as_pure(like)
     )
     try:
-        loaded = orbax.load(folder / "arrays", abstract)
+        loaded = orbax.load(folder.absolute() / "arrays", abstract)
     except (ValueError, KeyError, TypeError, OSError) as error:
         reason = str(error).strip().split("\n")[0]
         raise DamagedError(f"{folder}: its arrays do not fit ({reason})") from error

@@ -67,7 +67,8 @@ def train_step(
     passes = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
     zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, trainable))
     total, _ = jax.lax.scan(add_pass, zero, passes)
-    loss, gradients = jax.tree.map(lambda x: x / jnp.sum(batch.target_candidates >= 0), total)
+    count = jnp.sum(batch.target_candidates >= 0, dtype=jnp.float32)
+    loss, gradients = jax.tree.map(lambda x: x / count, total)
     updates, opt_state = optimizer.update(gradients, opt_state, trainable)
     measured = {"loss": loss, "gradient_norm": optax.tree.norm(gradients)}
     return optax.apply_updates(trainable, updates), opt_state, measured

