@@ -39,6 +39,7 @@ def save_arrays(folder: Path, arrays: Any, description: Mapping[str, Any], file:
     """
     new, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
     shutil.rmtree(new, ignore_errors=True)
+    new.mkdir()  # Orbax would wait a minute before it says that it cannot
     orbax.save(new.absolute() / "arrays", nnx.as_pure(arrays))
     (new / file).write_text(json.dumps(description, indent=2, ensure_ascii=False) + "\n")
     sums = [f"{_sha256(path)}  {path.relative_to(new)}\n" for path in _files(new)]
@@ -62,8 +63,10 @@ def load_description(folder: Path, file: str) -> dict[str, Any]:
     if not folder.is_dir():
         raise DamagedError(f"{folder}: no such folder")
     try:
-        lines = (folder / _SUMS).read_text().splitlines()
+        *lines, end = (folder / _SUMS).read_text().split("\n")
         sums = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
+        if end:
+            raise ValueError("cut short")
     except FileNotFoundError:
         raise DamagedError(f"{folder / _SUMS}: missing") from None
     except ValueError:

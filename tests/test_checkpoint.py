@@ -1,0 +1,122 @@
+"""Saved arrays: exact, whole or not at all, and any damage is noticed and named."""
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from softprompt import SoftPrompt, UserError
+from softprompt.training.checkpoint import (
+    Checkpoints,
+    DamagedError,
+    load_arrays,
+    load_description,
+    save_arrays,
+)
+
+ARRAYS = {"vectors": jnp.arange(12.0).reshape(3, 4), "count": jnp.array(7)}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    folder = tmp_path / "saved"
+    save_arrays(folder, ARRAYS, {"what": "π"}, "about.json")
+    return folder
+
+
+def test_what_is_saved_is_loaded(saved):
+    assert load_description(saved, "about.json") == {"what": "π"}
+    loaded = load_arrays(saved, ARRAYS)
+    np.testing.assert_array_equal(loaded["vectors"], ARRAYS["vectors"])
+    assert loaded["count"] == 7
+
+
+def test_sums_are_those_of_sha256sum(saved):
+    import subprocess
+
+    check = subprocess.run(["sha256sum", "--check", "SHA256SUMS"], cwd=saved, capture_output=True)
+    assert check.returncode == 0
+    assert check.stdout.count(b": OK") == sum(p.is_file() for p in saved.rglob("*")) - 1
+
+
+def test_any_change_to_any_file_is_noticed_and_named(saved):
+    files = [p for p in saved.rglob("*") if p.is_file()]
+    assert len(files) > 5
+    for path in files:
+        content = path.read_bytes()
+        spoiled = [content + b"x"]
+        if content:
+            flipped = bytearray(content)
+            flipped[len(content) // 2] ^= 1
+            spoiled += [content[:-1], bytes(flipped)]
+        for new in spoiled:
+            path.write_bytes(new)
+            with pytest.raises(DamagedError) as error:
+                load_description(saved, "about.json")
+            assert str(saved) in str(error.value)
+            if path.name != "SHA256SUMS":
+                assert str(path) in str(error.value)
+        path.unlink()
+        with pytest.raises(DamagedError, match="missing"):
+            load_description(saved, "about.json")
+        path.write_bytes(content)
+    load_description(saved, "about.json")
+
+
+def test_a_file_that_was_not_saved_is_noticed(saved):
+    (saved / "arrays" / "other").write_text("")
+    with pytest.raises(DamagedError, match="not one of the files that were saved"):
+        load_description(saved, "about.json")
+
+
+def test_arrays_of_another_shape_or_structure_are_refused(saved):
+    with pytest.raises(UserError, match="do not fit"):
+        load_arrays(saved, ARRAYS | {"vectors": jnp.zeros((3, 5))})
+    with pytest.raises(UserError, match="do not fit"):
+        load_arrays(saved, {"other": ARRAYS["vectors"]})
+
+
+def test_saving_replaces_a_folder_and_leaves_nothing_beside_it(saved):
+    save_arrays(saved, ARRAYS | {"count": jnp.array(8)}, {}, "about.json")
+    assert load_arrays(saved, ARRAYS)["count"] == 8
+    assert [p.name for p in saved.parent.iterdir()] == ["saved"]
+
+
+def test_a_failed_save_leaves_the_old_one(saved, monkeypatch):
+    monkeypatch.setattr("softprompt.training.checkpoint._sha256", lambda path: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        save_arrays(saved, ARRAYS | {"count": jnp.array(8)}, {}, "about.json")
+    monkeypatch.undo()
+    load_description(saved, "about.json")
+    assert load_arrays(saved, ARRAYS)["count"] == 7
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
+    for step in (1, 2, 3, 4):
+        checkpoints.save(step, {"x": jnp.array(step)}, {"step": step}, best=1)
+    checkpoints.wait()
+    assert checkpoints.steps == [1, 3, 4]
+    assert dict(checkpoints.read_descriptions())[3] == {"step": 3}
+    assert checkpoints.load(1, {"x": jnp.array(0)})["x"] == 1
+
+
+def test_states_of_modules_and_optimizers_come_back_in_kind(tmp_path):
+    trainable = nnx.state(SoftPrompt(jnp.ones((3, 4))))
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.1))
+    state = (trainable, optimizer.init(trainable))
+    save_arrays(tmp_path / "s", state, {}, "about.json")
+    loaded, opt_state = load_arrays(tmp_path / "s", state)
+    gradients = nnx.state(SoftPrompt(jnp.ones((3, 4))))
+    updates, _ = optimizer.update(gradients, opt_state, loaded)
+    assert optax.apply_updates(loaded, updates)["vectors"][...].shape == (3, 4)
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
+    (tmp_path / "checkpoints").rmdir()
+    (tmp_path / "checkpoints").write_text("in the way")
+    checkpoints.save(1, {"x": jnp.array(1)}, {}, best=1)
+    with pytest.raises(UserError, match="cannot be written"):
+        checkpoints.wait()

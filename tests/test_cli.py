@@ -1,0 +1,124 @@
+"""The command line as a person meets it."""
+
+import io
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import GOLDEN
+
+from softprompt import train
+from softprompt.cli import main
+
+
+@pytest.fixture
+def run(experiment, tmp_path):
+    """A finished run of the letters."""
+    train(experiment, tmp_path / "run")
+    return str(tmp_path / "run")
+
+
+@pytest.fixture
+def call(capsys):
+    """Run a command; gives status, standard output and standard error."""
+
+    def call(*arguments):
+        capsys.readouterr()
+        status = main([str(a) for a in arguments])
+        return status, *capsys.readouterr()
+
+    return call
+
+
+def test_train_prints_the_summary_and_eval_agrees_with_it(call, experiment_file, tmp_path):
+    status, out, err = call("train", experiment_file, "seed=1", "--run-dir", tmp_path / "run")
+    assert status == 0
+    summary = json.loads(out)
+    assert f"prompt: {tmp_path / 'run' / 'prompt'}" in err
+    status, out, _ = call("eval", tmp_path / "run", "--split", "test")
+    assert (status, json.loads(out)) == (0, {"split": "test", "examples": 7, **summary["test"]})
+    status, out, _ = call("eval", tmp_path / "run", "--split", "validation", "--batch-size", "3")
+    measured = json.loads(out)
+    assert measured["accuracy"] == summary["validation"]["accuracy"]
+    assert measured["loss"] == pytest.approx(summary["validation"]["loss"], rel=1e-5)
+
+
+def test_the_run_folder_is_named_after_the_experiment(call, experiment_file, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert call("train", experiment_file)[0] == 0
+    assert (tmp_path / "runs" / "letters" / "prompt" / "prompt.json").exists()
+
+
+def test_predict_takes_texts_files_and_standard_input(call, run, tmp_path, monkeypatch):
+    status, out, _ = call("predict", run, "aaa", "zz")
+    assert status == 0
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert [line["text"] for line in lines] == ["aaa", "zz"]
+    for line in lines:
+        assert sum(line["probabilities"].values()) == pytest.approx(1)
+        assert line["label"] == max(line["probabilities"], key=line["probabilities"].get)
+
+    (tmp_path / "texts.txt").write_text("aaa\nzz\n")
+    assert call("predict", run, "--input", tmp_path / "texts.txt")[1] == out
+    monkeypatch.setattr("sys.stdin", io.StringIO("aaa\nzz\n"))
+    assert call("predict", run, "--input", "-")[1] == out
+    (tmp_path / "texts.jsonl").write_text('{"text": "aaa", "id": 1}\n{"text": "zz", "id": 2}\n')
+    status, out, _ = call("predict", run, "--input", tmp_path / "texts.jsonl")
+    assert [json.loads(line)["id"] for line in out.splitlines()] == [1, 2]
+    assert [json.loads(line)["label"] for line in out.splitlines()] == [x["label"] for x in lines]
+
+
+def test_inspect_shows_every_virtual_token(call, run):
+    status, out, _ = call("inspect", run, "--nearest", "2")
+    assert status == 0
+    first, _, *rows = out.splitlines()
+    assert first.startswith("3 virtual tokens on ")
+    assert [row.split()[0] for row in rows] == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["predict", "{run}"], "give either texts or --input FILE"),
+        (["predict", "{run}", "a", "--input", "f"], "give either texts or --input FILE"),
+        (["predict", "{run}", ""], "text 1: field 'text' is empty"),
+        (["predict", "{run}", "--input", "/no/file"], "/no/file: cannot be read"),
+        (["predict", "/no/run", "a"], "/no/run: no trained prompt there"),
+        (["predict", "{run}", "a", "--base", "nothing"], "base 'nothing': no such file or directory"),
+        (["predict", "{run}", "a", "--base", str(GOLDEN / "llama-untied")], "trained on the base model"),
+        (["eval", "/no/run"], "/no/run: is no run's folder"),
+        (["train", "/no/file.yaml"], "/no/file.yaml: cannot be read (No such file or directory)"),
+    ],
+)
+def test_mistakes_are_one_line_and_status_1(call, run, arguments, message):
+    status, out, err = call(*[a.format(run=run) for a in arguments])
+    assert status == 1
+    assert out == ""
+    last = err.splitlines()[-1]
+    assert message in last
+    assert "Traceback" not in err
+
+
+def test_a_damaged_prompt_is_refused_by_file(call, run, tmp_path):
+    path = next(p for p in (tmp_path / "run" / "prompt").rglob("*") if p.is_file())
+    path.write_bytes(path.read_bytes() + b" ")
+    status, _, err = call("predict", run, "a")
+    assert status == 1
+    assert str(path) in err
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "predict", "inspect"])
+def test_help_teaches_by_example(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    assert f"  softprompt {command} " in capsys.readouterr().out.split("examples:")[1]
+
+
+def test_help_does_not_wait_for_jax():
+    code = (
+        "import sys\nfrom softprompt.cli import main\n"
+        "try: main(['--help'])\nfinally: assert 'jax' not in sys.modules"
+    )
+    assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL).returncode == 0

@@ -1,0 +1,164 @@
+"""Experiment files: what they mean, and what is said of mistakes."""
+
+import pytest
+import yaml
+from conftest import REPOSITORY
+
+from softprompt import UserError, load_experiment
+from softprompt.config import differences, dump_experiment, template_fields
+
+MINIMAL = """\
+base: tiny
+data:
+  train: a.jsonl
+  validation: /abs/b.jsonl
+template:
+  input: "{text}"
+verbalizer: {yes: " yes", no: " no"}
+training: {steps: 10}
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "case.yaml"
+    path.write_text(MINIMAL)
+    return path
+
+
+def mistakes(path, *overrides):
+    with pytest.raises(UserError) as error:
+        load_experiment(path, overrides)
+    return str(error.value).splitlines()
+
+
+def test_a_file_is_read_with_its_defaults(file):
+    experiment = load_experiment(file)
+    assert experiment.name == "case"
+    assert experiment.verbalizer == {"yes": " yes", "no": " no"}
+    assert (experiment.prompt.length, experiment.prompt.init) == (20, "vocabulary")
+    assert experiment.data.train == str(file.parent / "a.jsonl")
+    assert experiment.data.validation == "/abs/b.jsonl"
+
+
+def test_overrides_are_typed_and_relative_to_the_current_folder(file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path.parent)
+    experiment = load_experiment(
+        file,
+        ["prompt.length=50", "optimizer.learning_rate=1e-3", "data.test=t.jsonl", "base=./m", "seed=3"],
+    )
+    assert experiment.prompt.length == 50
+    assert experiment.optimizer.learning_rate == 1e-3
+    assert experiment.data.test == str(tmp_path.parent / "t.jsonl")
+    assert experiment.base == str(tmp_path.parent / "m")
+    assert experiment.seed == 3
+
+
+def test_extends_puts_one_file_over_another(file):
+    (file.parent / "sub").mkdir()
+    child = file.parent / "sub" / "child.yaml"
+    child.write_text("extends: ../case.yaml\ntraining: {batch_size: 4}\ndata: {train: c.jsonl}\n")
+    experiment = load_experiment(child)
+    assert experiment.name == "child"
+    assert (experiment.training.steps, experiment.training.batch_size) == (10, 4)
+    assert experiment.data.train == str(file.parent / "sub" / "c.jsonl")
+    child.write_text("extends: child.yaml\n")
+    assert "extends itself" in mistakes(child)[0]
+    child.write_text("extends: other.yaml\n")
+    assert "other.yaml: cannot be read" in mistakes(child)[0]
+
+
+def test_all_mistakes_are_said_at_once_with_file_line_and_key(file):
+    file.write_text(
+        MINIMAL + "prompt:\n  lenght: 5\n  init: vocab\noptimizer: {learning_rate: fast}\nsede: 1\n"
+    )
+    lines = mistakes(file, "training.steps=0", "evaluation.evry=2")
+    assert sorted(lines) == sorted(
+        [
+            f"{file}:10: prompt.lenght: unknown key; did you mean 'length'?",
+            f"{file}:11: prompt.init: Input should be 'vocabulary', 'random', 'text' or 'labels', "
+            "not 'vocab'",
+            f"{file}:12: optimizer.learning_rate: Input should be a valid number, not 'fast'",
+            f"{file}:13: sede: unknown key; did you mean 'seed'?",
+            "command line: training.steps=0: training.steps: "
+            "Input should be greater than or equal to 1, not 0",
+            "command line: evaluation.evry=2: evaluation.evry: unknown key; did you mean 'every'?",
+        ]
+    )
+
+
+def test_a_missing_key_is_named(file):
+    file.write_text(MINIMAL.replace("  train: a.jsonl\n", "").replace("base: tiny\n", ""))
+    assert mistakes(file) == [f"{file}:1: base: missing", f"{file}:1: data.train: missing"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [1\n", "case.yaml:2: "),
+        ("a: 1\na: 2\n", "case.yaml:2: a: given twice"),
+        ("- a\n", "case.yaml:1: an experiment is a mapping"),
+        ("a: !!python/object:os.system x\n", "case.yaml:1: could not determine a constructor"),
+        ("extends: [a]\n", "case.yaml:1: extends: the path of another file"),
+    ],
+)
+def test_what_is_no_experiment_is_refused_with_its_line(file, text, message):
+    file.write_text(text)
+    assert message in mistakes(file)[0]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("template.input=text", "template.input: has no {field} to fill in"),
+        ("template.input='{text.x}'", "template.input: {text.x} is not a field name"),
+        ("template.input='{text'", "template.input: not a valid template"),
+        ("template.target='{a} {b}'", "template.target: with a verbalizer it must have one {field}"),
+        ("prompt.init=text", "init: text and init_text need each other"),
+        ("verbalizer.no=' yes'", "verbalizer: two labels have the same text"),
+        ("verbalizer=null", "training.steps"),
+        ("seed", "an override is written key=value"),
+        ("prompt.length=[", "'[' is not a YAML value"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(file, override, message):
+    if override == "verbalizer=null":
+        override, message = "evaluation.metric=accuracy", "evaluation.metric: accuracy needs a verbalizer"
+        file.write_text(MINIMAL.replace('verbalizer: {yes: " yes", no: " no"}\n', ""))
+    assert any(message in line for line in mistakes(file, override))
+
+
+def test_numbers_and_words_are_those_of_yaml_1_2(file):
+    file.write_text(MINIMAL + "optimizer: {learning_rate: 1e-3}\nname: off\n")
+    experiment = load_experiment(file)
+    assert experiment.optimizer.learning_rate == 0.001
+    assert experiment.name == "off"
+
+
+def test_a_saved_experiment_reads_back_the_same(file, tmp_path):
+    experiment = load_experiment(file, ["data.test=hub:a/b#test", "base=./model"])
+    folder = tmp_path / "runs" / "case"
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(dump_experiment(experiment, folder))
+    assert load_experiment(folder / "config.yaml") == experiment
+    assert yaml.safe_load((folder / "config.yaml").read_text())["data"]["train"] == "./../../a.jsonl"
+
+
+def test_differences_name_the_keys(file):
+    old, new = load_experiment(file), load_experiment(file, ["seed=1", "prompt.init=random"])
+    assert differences(old, old) == []
+    assert differences(old, new) == [
+        "seed: 0 there, 1 now",
+        "prompt.init: 'vocabulary' there, 'random' now",
+    ]
+
+
+def test_template_fields_come_in_order_and_once():
+    assert template_fields("{b} {{x}} {a} {b}") == ["b", "a"]
+
+
+def test_every_experiment_of_the_repository_is_valid():
+    files = sorted((REPOSITORY / "experiments").glob("*.yaml"))
+    assert files
+    for path in files:
+        load_experiment(path)

@@ -1,0 +1,20 @@
+"""A short real run: SmolLM2 on real reviews, through the shipped experiment."""
+
+from conftest import REPOSITORY
+
+from softprompt import load_experiment, load_prompt, train
+from softprompt.training.run_folder import read_metrics
+
+
+def test_the_loss_falls_on_real_reviews_and_the_prompt_loads(smollm2, tmp_path):
+    overrides = ["training.steps=12", "training.log_every=2", "training.batch_size=8"]
+    overrides += ["optimizer.warmup_steps=2", "evaluation.examples=32"]
+    experiment = load_experiment(REPOSITORY / "experiments" / "sentiment.yaml", overrides)
+    data = experiment.data.model_copy(update={"test": None})
+    train(experiment.model_copy(update={"data": data}), tmp_path / "run")
+    losses = [r["loss"] for r in read_metrics(tmp_path / "run") if r["split"] == "train"]
+    assert len(losses) == 6
+    assert sum(losses[-2:]) < 0.6 * sum(losses[:2])
+    prompt = load_prompt(tmp_path / "run", smollm2)
+    probabilities = [p.probabilities for p in prompt.classify(["Wonderful!", "Dreadful."])]
+    assert probabilities[0]["positive"] > probabilities[1]["positive"]

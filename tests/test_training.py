@@ -1,0 +1,229 @@
+"""Whole runs on a tiny model: stopped, resumed, damaged and refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import GOLDEN
+
+from softprompt import UserError, load_experiment, load_prompt, train
+from softprompt.training.run_folder import read_metrics
+
+TIMES = {"examples_per_second", "wall_seconds", "peak_memory_bytes"}
+
+
+def outcome(folder):
+    """What a run ends with, but for what the clock says."""
+    metrics = [{k: v for k, v in r.items() if k not in TIMES} for r in read_metrics(folder)]
+    summary = json.loads((folder / "summary.json").read_text())
+    vectors = load_prompt(folder).method.vectors[...]
+    return (
+        metrics,
+        {k: v for k, v in summary.items() if k not in TIMES},
+        np.asarray(vectors).tobytes(),
+    )
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("compiled"))
+
+
+@pytest.fixture
+def start(experiment_file, cache):
+    """Start `softprompt train` on the letters, in a process of its own."""
+
+    def start(folder, *overrides):
+        command = [sys.executable, "-c", "import sys; from softprompt.cli import main; sys.exit(main())"]
+        command += ["train", str(experiment_file), *overrides, "--run-dir", str(folder)]
+        environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": cache}
+        return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+    return start
+
+
+def wait_for(condition, process):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.001)
+
+
+def test_a_run_leaves_what_the_readme_says(experiment, tmp_path):
+    folder = tmp_path / "run"
+    summary = train(experiment, folder)
+    assert {p.name for p in folder.iterdir() if not p.name.startswith(".")} == {
+        "checkpoints", "config.yaml", "curves.png", "metrics.jsonl", "prompt", "summary.json",
+        "tensorboard",
+    }  # fmt: skip
+    assert summary == json.loads((folder / "summary.json").read_text())
+    assert (summary["steps"], summary["trainable_parameters"]) == (12, 3 * 32)
+    assert load_experiment(folder / "config.yaml") == experiment.model_copy()
+    train_records = [r for r in read_metrics(folder) if r["split"] == "train"]
+    assert [r["step"] for r in train_records] == [5, 10, 12]
+    assert train_records[-1]["loss"] < train_records[0]["loss"]
+    validations = [r for r in read_metrics(folder) if r["split"] == "validation"]
+    assert [r["step"] for r in validations] == [4, 8, 12]
+    best = max(validations, key=lambda r: (r["accuracy"], -r["step"]))
+    assert summary["best_step"] == best["step"]
+    assert summary["validation"] == {"loss": best["loss"], "accuracy": best["accuracy"]}
+    about = json.loads((folder / "prompt" / "prompt.json").read_text())
+    assert (about["step"], about["validation"]) == (best["step"], summary["validation"])
+    kept = {int(p.name) for p in (folder / "checkpoints").iterdir()}
+    assert kept == {8, 12, best["step"]}
+
+
+def test_a_killed_run_ends_as_one_never_stopped(start, experiment, tmp_path):
+    """SIGKILL as each checkpoint appears, and the same command again, until the end."""
+    train(experiment, tmp_path / "whole")
+    folder = tmp_path / "killed"
+    for step in (4, 8, 12):
+        process = start(folder)
+        wait_for((folder / "checkpoints" / str(step)).is_dir, process)
+        process.kill()
+        process.communicate()
+    process = start(folder)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert "going on from step" in errors
+    assert outcome(folder) == outcome(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_the_state_and_the_run_goes_on(start, experiment_file, tmp_path, number):
+    folder, overrides = tmp_path / "run", ["training.steps=3000", "evaluation.every=2000"]
+    process = start(folder, *overrides)
+    wait_for(lambda: len(read_metrics(folder)) > 3, process)
+    process.send_signal(number)
+    _, errors = process.communicate()
+    assert process.returncode == 128 + number, errors
+    assert "Traceback" not in errors
+    assert "all saved; the same command goes on from there" in errors
+    (checkpoint,) = (folder / "checkpoints").iterdir()
+    assert f"stopped at step {checkpoint.name}," in errors
+    before = read_metrics(folder)
+    process = start(folder, *overrides)
+    wait_for(lambda: len(read_metrics(folder)) > len(before), process)
+    process.kill()
+    assert f"going on from step {checkpoint.name}" in process.communicate()[1]
+    assert read_metrics(folder)[: len(before)] == before
+
+
+def test_a_run_goes_back_to_its_newest_intact_checkpoint(experiment, tmp_path, capsys):
+    train(experiment, tmp_path / "whole")
+    folder = tmp_path / "damaged"
+    train(experiment, folder)
+    (folder / "summary.json").unlink()
+    newest = folder / "checkpoints" / "12"
+    data = max(newest.rglob("*"), key=lambda p: p.stat().st_size if p.is_file() else 0)
+    data.write_bytes(data.read_bytes()[:-1])
+    capsys.readouterr()
+    train(experiment, folder)
+    said = capsys.readouterr().err
+    assert f"{data}: damaged" in said
+    assert "going on from step 8" in said
+    assert outcome(folder) == outcome(tmp_path / "whole")
+
+
+def test_a_damaged_prompt_is_made_again_from_its_checkpoint(experiment, tmp_path):
+    folder = tmp_path / "run"
+    train(experiment, folder)
+    before = outcome(folder)
+    (folder / "summary.json").unlink()
+    (folder / "prompt" / "prompt.json").write_text("{}")
+    train(experiment, folder)
+    assert outcome(folder) == before
+
+
+def test_a_finished_run_is_not_run_again(experiment, tmp_path, capsys):
+    summary = train(experiment, tmp_path / "run")
+    stamp = (tmp_path / "run" / "metrics.jsonl").stat().st_mtime_ns
+    assert train(experiment, tmp_path / "run") == summary
+    assert "this run is finished" in capsys.readouterr().err
+    assert (tmp_path / "run" / "metrics.jsonl").stat().st_mtime_ns == stamp
+
+
+def test_another_experiment_does_not_write_into_a_run(experiment, experiment_file, tmp_path):
+    train(experiment, tmp_path / "run")
+    other = load_experiment(experiment_file, ["prompt.length=4"])
+    with pytest.raises(UserError, match="other settings .prompt.length: 3 there, 4 now.; choose"):
+        train(other, tmp_path / "run")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    with pytest.raises(UserError, match="is no run's folder"):
+        train(experiment, tmp_path / "mine")
+
+
+def test_two_processes_do_not_train_in_one_folder(start, experiment_file, tmp_path):
+    overrides = ["training.steps=3000", "evaluation.every=2000"]
+    process = start(tmp_path / "run", *overrides)
+    wait_for((tmp_path / "run" / "metrics.jsonl").exists, process)
+    with pytest.raises(UserError, match="another process is training there"):
+        train(load_experiment(experiment_file, overrides), tmp_path / "run")
+    process.kill()
+    process.communicate()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(
+    experiment_file, tmp_path
+):
+    overrides = ["optimizer.learning_rate=3e38", "checkpoints.every=1"]
+    experiment = load_experiment(experiment_file, overrides)
+    with pytest.raises(UserError, match=r"step \d+: the loss is (nan|inf).*lower optimizer.learning_rate"):
+        train(experiment, tmp_path / "run")
+    (step,) = [int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir()][-1:]
+    assert step >= 1
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
+def test_training_stops_early_when_nothing_gets_better(experiment_file, tmp_path, capsys):
+    overrides = ["optimizer.learning_rate=1e-12", "evaluation.patience=2", "training.steps=100"]
+    summary = train(load_experiment(experiment_file, overrides), tmp_path / "run")
+    assert (summary["steps"], summary["best_step"]) == (12, 4)
+    assert "stopping early" in capsys.readouterr().err
+
+
+def test_free_text_trains_and_is_measured_by_its_loss(experiment_file, tmp_path):
+    text = experiment_file.read_text()
+    text = text.replace('verbalizer: {low: " a", high: " bc"}\n', "").replace(", metric: accuracy", "")
+    experiment_file.write_text(text.replace('input: "{text} is"', 'input: "{text}", target: " {label}"'))
+    summary = train(load_experiment(experiment_file), tmp_path / "run")
+    losses = [r["loss"] for r in read_metrics(tmp_path / "run") if r["split"] == "validation"]
+    assert losses[-1] < losses[0]
+    assert summary["validation"] == {"loss": min(losses)}
+    with pytest.raises(UserError, match="has no labels"):
+        load_prompt(tmp_path / "run").classify(["x"])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.batch_size=31", "30 examples do not fill a batch of 31"),
+        ("prompt.length=127", "too short for prompt.length 127"),
+        ("template.max_tokens=126", "too short for prompt.length 3 and template.max_tokens 126"),
+        ("template.input='{title}'", "train.jsonl:1: no field 'title'"),
+        ("base=./nowhere", "no such file or directory"),
+        ("data.train=./nowhere.jsonl", "nowhere.jsonl: cannot be read"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_before_anything_is_written(
+    experiment_file, tmp_path, override, message
+):
+    with pytest.raises(UserError) as error:
+        train(load_experiment(experiment_file, [override]), tmp_path / "run")
+    assert message in str(error.value)
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_a_prompt_is_refused_on_another_base_model(experiment, tmp_path):
+    train(experiment, tmp_path / "run")
+    other = str(GOLDEN / "llama-untied")
+    with pytest.raises(UserError) as error:
+        load_prompt(tmp_path / "run", other)
+    assert f"trained on the base model '{experiment.base}'" in str(error.value)
+    assert f"not on '{other}'" in str(error.value)
