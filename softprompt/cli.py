@@ -119,7 +119,9 @@ def _inspect(options: argparse.Namespace) -> None:
 
     prompt = _load_prompt(options)
     about = {key: prompt.description[key] for key in ("experiment", "step", "validation")}
-    print(f"{prompt.description['length']} virtual tokens on {prompt.base.name}, {json.dumps(about)}")
+    print(
+        f"{prompt.description['length']} virtual tokens on {prompt.base.name}, {json.dumps(about)}"
+    )
     print(f"{'':>4}  {'norm':>7}  nearest tokens (cosine similarity)")
     for number, token in enumerate(nearest_tokens(prompt, options.nearest)):
         near = "  ".join(f"{text!r} {similarity:.2f}" for text, similarity in token.nearest)
@@ -203,7 +205,9 @@ examples:
     )
     _add_run(predict)
     predict.add_argument("text", nargs="*", metavar="TEXT")
-    predict.add_argument("--input", metavar="FILE", help="a file of inputs, or - for standard input")
+    predict.add_argument(
+        "--input", metavar="FILE", help="a file of inputs, or - for standard input"
+    )
     predict.add_argument(
         "--jsonl", action="store_true", help="the inputs are JSON objects, whatever the file's name"
     )
@@ -225,7 +229,9 @@ examples:
     return parser
 
 
-def _command(commands: Any, name: str, run: Any, summary: str, text: str) -> argparse.ArgumentParser:
+def _command(
+    commands: Any, name: str, run: Any, summary: str, text: str
+) -> argparse.ArgumentParser:
     command = commands.add_parser(
         name,
         help=summary,

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from string import Formatter
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import pydantic
 import yaml
@@ -185,8 +185,10 @@ class _Origin:
 class _Loader(yaml.SafeLoader):
     """YAML 1.2's numbers and booleans: `1e-3` is a number, `on` and `no` are text."""
 
-    yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":float", ":bool"))]
+    yaml_implicit_resolvers: ClassVar = {
+        first: [
+            (tag, pattern) for tag, pattern in resolvers if not tag.endswith((":float", ":bool"))
+        ]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
@@ -206,7 +208,7 @@ def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
       UserError: one line for each mistake, with file, line and key.
     """
     tree, origins = _read(path, ())
-    command_line = {}
+    command_line: dict[str, Any] = {}
     for override in overrides:
         name, equals, text = override.partition("=")
         if not equals or not name:
@@ -329,8 +331,7 @@ _PATH_KEYS = (("data", "train"), ("data", "validation"), ("data", "test"), (None
 def _resolve_paths(tree: dict[str, Any], origins: Mapping[Key, _Origin]) -> None:
     for section, key in _PATH_KEYS:
         part = tree.get(section) if section else tree
-        value = part.get(key) if isinstance(part, dict) else None
-        if not isinstance(value, str):
+        if not isinstance(part, dict) or not isinstance(value := part.get(key), str):
             continue
         if key == "base":
             is_path = value.startswith((".", "/", "~"))

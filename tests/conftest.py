@@ -1,5 +1,6 @@
 """Models and experiments that the tests share."""
 
+import json
 import os
 from pathlib import Path
 
@@ -60,11 +61,14 @@ def experiment_file(tmp_path: Path) -> Path:
     random = np.random.default_rng(0)
     for split, count in (("train", 30), ("validation", 9), ("test", 7)):
         letters = random.integers(0, 26, count)
-        lines = (
-            '{"text": "%s", "label": "%s"}\n'
-            % (chr(97 + n) * random.integers(1, 12), "low" if n < 13 else "high")
+        records = [
+            {
+                "text": chr(97 + n) * int(random.integers(1, 12)),
+                "label": "low" if n < 13 else "high",
+            }
             for n in letters
-        )
+        ]
+        lines = [json.dumps(record) + "\n" for record in records]
         (tmp_path / f"{split}.jsonl").write_text("".join(lines))
     path = tmp_path / "letters.yaml"
     path.write_text(_EXPERIMENT.format(base=GOLDEN / "llama-grouped"))

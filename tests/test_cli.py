@@ -85,8 +85,14 @@ def test_inspect_shows_every_virtual_token(call, run):
         (["predict", "{run}", ""], "text 1: field 'text' is empty"),
         (["predict", "{run}", "--input", "/no/file"], "/no/file: cannot be read"),
         (["predict", "/no/run", "a"], "/no/run: no trained prompt there"),
-        (["predict", "{run}", "a", "--base", "nothing"], "base 'nothing': no such file or directory"),
-        (["predict", "{run}", "a", "--base", str(GOLDEN / "llama-untied")], "trained on the base model"),
+        (
+            ["predict", "{run}", "a", "--base", "nothing"],
+            "base 'nothing': no such file or directory",
+        ),
+        (
+            ["predict", "{run}", "a", "--base", str(GOLDEN / "llama-untied")],
+            "trained on the base model",
+        ),
         (["eval", "/no/run"], "/no/run: is no run's folder"),
         (["train", "/no/file.yaml"], "/no/file.yaml: cannot be read (No such file or directory)"),
     ],

@@ -45,7 +45,13 @@ def test_overrides_are_typed_and_relative_to_the_current_folder(file, tmp_path, 
     monkeypatch.chdir(tmp_path.parent)
     experiment = load_experiment(
         file,
-        ["prompt.length=50", "optimizer.learning_rate=1e-3", "data.test=t.jsonl", "base=./m", "seed=3"],
+        [
+            "prompt.length=50",
+            "optimizer.learning_rate=1e-3",
+            "data.test=t.jsonl",
+            "base=./m",
+            "seed=3",
+        ],
     )
     assert experiment.prompt.length == 50
     assert experiment.optimizer.learning_rate == 1e-3
@@ -113,7 +119,10 @@ def test_what_is_no_experiment_is_refused_with_its_line(file, text, message):
         ("template.input=text", "template.input: has no {field} to fill in"),
         ("template.input='{text.x}'", "template.input: {text.x} is not a field name"),
         ("template.input='{text'", "template.input: not a valid template"),
-        ("template.target='{a} {b}'", "template.target: with a verbalizer it must have one {field}"),
+        (
+            "template.target='{a} {b}'",
+            "template.target: with a verbalizer it must have one {field}",
+        ),
         ("prompt.init=text", "init: text and init_text need each other"),
         ("verbalizer.no=' yes'", "verbalizer: two labels have the same text"),
         ("verbalizer=null", "training.steps"),
@@ -123,7 +132,10 @@ def test_what_is_no_experiment_is_refused_with_its_line(file, text, message):
 )
 def test_parts_that_do_not_fit_are_refused(file, override, message):
     if override == "verbalizer=null":
-        override, message = "evaluation.metric=accuracy", "evaluation.metric: accuracy needs a verbalizer"
+        override, message = (
+            "evaluation.metric=accuracy",
+            "evaluation.metric: accuracy needs a verbalizer",
+        )
         file.write_text(MINIMAL.replace('verbalizer: {yes: " yes", no: " no"}\n', ""))
     assert any(message in line for line in mistakes(file, override))
 
@@ -141,7 +153,9 @@ def test_a_saved_experiment_reads_back_the_same(file, tmp_path):
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(dump_experiment(experiment, folder))
     assert load_experiment(folder / "config.yaml") == experiment
-    assert yaml.safe_load((folder / "config.yaml").read_text())["data"]["train"] == "./../../a.jsonl"
+    assert (
+        yaml.safe_load((folder / "config.yaml").read_text())["data"]["train"] == "./../../a.jsonl"
+    )
 
 
 def test_differences_name_the_keys(file):

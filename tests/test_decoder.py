@@ -51,7 +51,9 @@ def test_prompted_loss_and_gradient_are_those_of_peft(variant):
         )[..., 0]
         return -log_probabilities.mean(where=real[:, 1:]), logits
 
-    (value, logits), gradient = jax.value_and_grad(loss, has_aux=True)(jnp.asarray(golden["prompt"]))
+    (value, logits), gradient = jax.value_and_grad(loss, has_aux=True)(
+        jnp.asarray(golden["prompt"])
+    )
     error = np.abs(logits - golden["prompted_logits"])[np.asarray(real)]
     assert error.max() < EXACT * golden["prompted_logits"].std()
     np.testing.assert_allclose(value, golden["loss"], rtol=1e-6)

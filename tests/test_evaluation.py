@@ -62,7 +62,9 @@ def test_the_base_model_alone_is_evaluated_without_a_prefix(tiny):
     parts = [evaluate(tiny.backbone, None, [e], 1, "one") for e in examples]
     assert whole["accuracy"] == np.mean([p["accuracy"] for p in parts])
     tokens = [2, 1, 2, 1, 2]
-    np.testing.assert_allclose(whole["loss"], np.average([p["loss"] for p in parts], weights=tokens), rtol=1e-5)
+    np.testing.assert_allclose(
+        whole["loss"], np.average([p["loss"] for p in parts], weights=tokens), rtol=1e-5
+    )
     seen = [n for numbers, _ in score(tiny.backbone, None, examples, 2) for n in numbers]
     assert sorted(seen) == [0, 1, 2, 3, 4]
 

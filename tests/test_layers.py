@@ -19,7 +19,9 @@ def imports(path):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("softprompt."):
             yield node.module.split(".")[1]
         if isinstance(node, ast.Import):
-            yield from (a.name.split(".")[1] for a in node.names if a.name.startswith("softprompt."))
+            yield from (
+                a.name.split(".")[1] for a in node.names if a.name.startswith("softprompt.")
+            )
 
 
 def test_imports_point_down_only():

@@ -128,9 +128,7 @@ class Decoder(nnx.Module):
         prompt vectors stands exactly for the vectors themselves in front of every row.
         """
         positions = jnp.arange(embeddings.shape[0])[None]
-        _, (keys, values) = self._run(
-            embeddings[None], positions, jnp.zeros_like(positions), None
-        )
+        _, (keys, values) = self._run(embeddings[None], positions, jnp.zeros_like(positions), None)
         return Prefix(keys[:, 0], values[:, 0])
 
     def logits(self, hidden: jax.Array) -> jax.Array:

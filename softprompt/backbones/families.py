@@ -43,7 +43,7 @@ def _rope_theta(config: Config) -> float:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
         raise UserError(f"config.json: rope type {kind!r} is not supported (supported: 'default')")
-    return float(rope.get("rope_theta", config.get("rope_theta", 10_000.0)))
+    return float(rope.get("rope_theta") or config.get("rope_theta") or 10_000.0)
 
 
 def _llama(config: Config) -> Architecture:
@@ -66,20 +66,22 @@ def _llama(config: Config) -> Architecture:
     )
 
 
+_LAYER = "model.layers.{layer}."
+
 FAMILIES: Mapping[str, Family] = {
     "llama": Family(
         _llama,
         {
             "embedding": "model.embed_tokens.weight",
-            "layers.attention_norm.scale": "model.layers.{layer}.input_layernorm.weight",
-            "layers.query.kernel": "model.layers.{layer}.self_attn.q_proj.weight",
-            "layers.key.kernel": "model.layers.{layer}.self_attn.k_proj.weight",
-            "layers.value.kernel": "model.layers.{layer}.self_attn.v_proj.weight",
-            "layers.output.kernel": "model.layers.{layer}.self_attn.o_proj.weight",
-            "layers.feed_forward_norm.scale": "model.layers.{layer}.post_attention_layernorm.weight",
-            "layers.gate.kernel": "model.layers.{layer}.mlp.gate_proj.weight",
-            "layers.up.kernel": "model.layers.{layer}.mlp.up_proj.weight",
-            "layers.down.kernel": "model.layers.{layer}.mlp.down_proj.weight",
+            "layers.attention_norm.scale": _LAYER + "input_layernorm.weight",
+            "layers.query.kernel": _LAYER + "self_attn.q_proj.weight",
+            "layers.key.kernel": _LAYER + "self_attn.k_proj.weight",
+            "layers.value.kernel": _LAYER + "self_attn.v_proj.weight",
+            "layers.output.kernel": _LAYER + "self_attn.o_proj.weight",
+            "layers.feed_forward_norm.scale": _LAYER + "post_attention_layernorm.weight",
+            "layers.gate.kernel": _LAYER + "mlp.gate_proj.weight",
+            "layers.up.kernel": _LAYER + "mlp.up_proj.weight",
+            "layers.down.kernel": _LAYER + "mlp.down_proj.weight",
             "norm.scale": "model.norm.weight",
             "head.kernel": "lm_head.weight",
         },
@@ -104,7 +106,7 @@ GGUF_NAMES: Mapping[str, str] = {
 
 def family_of(config: Config) -> Family:
     """The family of a `config.json`; `UserError` with the list if there is none."""
-    model_type = config.get("model_type")
+    model_type = str(config.get("model_type"))
     if model_type not in FAMILIES:
         raise UserError(
             f"model type {model_type!r} is not supported (supported: {', '.join(sorted(FAMILIES))})"

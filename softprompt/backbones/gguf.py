@@ -83,7 +83,9 @@ class GGUFFile:
                 f"{self.path}: tensor {name} is stored as {tensor.tensor_type.name}, "
                 "which is not supported"
             ) from error
-        if self.config["model_type"] == "llama" and name.endswith(("attn_q.weight", "attn_k.weight")):
+        if self.config["model_type"] == "llama" and name.endswith(
+            ("attn_q.weight", "attn_k.weight")
+        ):
             heads = "num_attention_heads" if "attn_q" in name else "num_key_value_heads"
             array = _halves_from_pairs(array, self.config[heads])
         return array

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from safetensors import SafetensorError, safe_open
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from softprompt.backbones.decoder import Decoder
 from softprompt.backbones.families import GGUF_NAMES, family_of
@@ -68,7 +68,7 @@ def load_base(name: str) -> Base:
         config = _read_config(path)
         tensors, names = _Safetensors(path), family_of(config).names
         try:
-            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: its tokenizer cannot be loaded ({_line(error)})") from error
     else:
@@ -150,7 +150,9 @@ class _Safetensors:
     def __init__(self, directory: Path):
         index = directory / "model.safetensors.index.json"
         if index.is_file():
-            files = sorted({directory / f for f in json.loads(index.read_text())["weight_map"].values()})
+            files = sorted(
+                {directory / f for f in json.loads(index.read_text())["weight_map"].values()}
+            )
         else:
             files = [directory / "model.safetensors"]
         for file in files:
@@ -165,7 +167,7 @@ class _Safetensors:
                         else ""
                     )
                 )
-        self._file_of = {}
+        self._file_of: dict[str, Any] = {}
         for file in files:
             try:
                 opened = safe_open(file, framework="flax")

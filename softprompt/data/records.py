@@ -52,7 +52,9 @@ def read_records(source: str) -> list[Record]:
         path = Path(source)
         readers = {".jsonl": _read_jsonl, ".csv": _read_csv}
         if path.suffix not in readers:
-            raise UserError(f"{source}: unknown kind of dataset (known: .jsonl, .csv, hub:NAME#SPLIT)")
+            raise UserError(
+                f"{source}: unknown kind of dataset (known: .jsonl, .csv, hub:NAME#SPLIT)"
+            )
         try:
             records = list(readers[path.suffix](path))
         except OSError as error:

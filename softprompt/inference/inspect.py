@@ -31,8 +31,13 @@ def nearest_tokens(prompt: TrainedPrompt, count: int = 5) -> list[VirtualToken]:
     table_norms = jnp.linalg.norm(table, axis=-1)
     scale = jnp.maximum(norms[:, None] * table_norms[None], jnp.finfo(jnp.float32).tiny)
     similarity, tokens = jax.lax.top_k(vectors @ table.T / scale, min(count, table.shape[0]))
-    decode = prompt.base.tokenizer.decode
+
+    def text(token: int) -> str:
+        return str(prompt.base.tokenizer.decode([token]))
+
     return [
-        VirtualToken(norm, [(decode([i]), s) for i, s in zip(ids, near, strict=True)])
-        for norm, ids, near in zip(norms.tolist(), tokens.tolist(), similarity.tolist(), strict=True)
+        VirtualToken(norm, [(text(i), s) for i, s in zip(ids, near, strict=True)])
+        for norm, ids, near in zip(
+            norms.tolist(), tokens.tolist(), similarity.tolist(), strict=True
+        )
     ]

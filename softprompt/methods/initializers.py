@@ -50,7 +50,7 @@ def random_vectors(base: Base, length: int, random: np.random.Generator) -> jax.
 def text_vectors(base: Base, length: int, text: str) -> jax.Array:
     """Embeddings of a text's tokens, special ones left out, repeated or cut to `length`."""
     tokens = base.tokenizer(text, add_special_tokens=False).input_ids
-    return base.backbone.embed(jnp.resize(jnp.asarray(tokens), length))
+    return base.backbone.embed(jnp.resize(jnp.asarray(tokens), (length,)))
 
 
 def label_vectors(

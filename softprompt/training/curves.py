@@ -16,7 +16,9 @@ def draw_curves(folder: Path) -> None:
         for split in ("train", "validation"):
             points = [(r["step"], r[key]) for r in records if r["split"] == split and key in r]
             if points:
-                axes.plot(*zip(*points, strict=True), label=split, marker="." if split != "train" else "")
+                axes.plot(
+                    *zip(*points, strict=True), label=split, marker="." if split != "train" else ""
+                )
         axes.set(xlabel="step", ylabel=key)
         axes.grid(alpha=0.3)
         axes.legend()

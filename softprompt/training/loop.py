@@ -107,9 +107,8 @@ class _Run:
         self.batches = TrainingBatches(self.examples["train"], self.rows, experiment.seed).iterate()
 
         method = SoftPrompt(initial_vectors(experiment, self.base))
-        self.graphdef, self.trainable, self.frozen = nnx.split(
-            (method, self.base.backbone), method.trainable, ...
-        )
+        self.graphdef, *states = nnx.split((method, self.base.backbone), method.trainable, ...)
+        self.trainable, self.frozen = states
         self.schedule = make_schedule(experiment.optimizer, experiment.training.steps)
         self.optimizer = make_optimizer(experiment.optimizer, experiment.training.steps)
         self.opt_state = self.optimizer.init(self.trainable)
@@ -225,6 +224,7 @@ class _Run:
         loss, norm = float(measured["loss"]), float(measured["gradient_norm"])
         progress = self.progress
         if not (math.isfinite(loss) and math.isfinite(norm)):
+            self.checkpoints.wait()
             newest = self.checkpoints.steps[-1:]
             kept = f"checkpoint {self.checkpoints.path(newest[0])} is kept" if newest else ""
             raise UserError(

