@@ -77,7 +77,9 @@ def train(experiment: Experiment, folder: Path) -> dict[str, Any]:
     with StopSignals() as stop, open_run(folder, experiment):
         summary = folder / "summary.json"
         if summary.exists():
-            say(f"{folder}: this run is finished; for another one, choose another --run-dir")
+            say(
+                f"{folder}: this run is finished; for another one, choose another --run-dir (make: RUN=DIR)"
+            )
             return json.loads(summary.read_text())
         run = _Run(experiment, folder, stop)
         run.train()
@@ -196,8 +198,8 @@ class _Run:
                 self.batches.set_state(self.progress.data)
                 say(f"going on from step {step}")
                 return
-        if damage:
-            say("no intact checkpoint: starting from the beginning")
+        if found:
+            say("no checkpoint can be used: starting from the beginning")
 
     def _step(self) -> None:
         """Dispatch a step, and while it runs take in the measurements of the one before."""

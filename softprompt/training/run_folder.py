@@ -38,12 +38,12 @@ def open_run(folder: Path, experiment: Experiment) -> Iterator[None]:
             if changed:
                 raise UserError(
                     f"{folder}: holds a run with other settings ({'; '.join(changed)}); "
-                    "choose another folder with --run-dir"
+                    "choose another folder with --run-dir (make: RUN=DIR)"
                 )
         elif others := [p.name for p in folder.iterdir() if p.name != ".lock"]:
             raise UserError(
                 f"{folder}: is no run's folder (it has {others[0]}, but no config.yaml); "
-                "choose another with --run-dir"
+                "choose another folder with --run-dir (make: RUN=DIR)"
             )
         yield
 

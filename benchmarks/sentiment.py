@@ -1,0 +1,95 @@
+"""The default sentiment experiment over three seeds, and the base model without a prompt.
+
+    python benchmarks/sentiment.py runs/benchmark
+
+Runs `softprompt train` in processes of its own and prints a table; the first run has an
+empty compilation cache, the others find its programs. A last run measures how long a
+command takes until its first training step is done.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+EXPERIMENT = "experiments/sentiment.yaml"
+SOFTPROMPT = str(Path(sys.executable).parent / "softprompt")
+
+
+def zero_shot():
+    """Accuracy and loss of the base model alone on the test split."""
+    from softprompt import load_base, load_experiment
+    from softprompt.data.examples import make_examples
+    from softprompt.data.records import read_records
+    from softprompt.evaluation.evaluate import evaluate
+    from softprompt.inference.prompt import make_task
+
+    experiment = load_experiment(Path(EXPERIMENT))
+    base = load_base(experiment.base)
+    task = make_task(base, experiment.template, experiment.verbalizer, 0)
+    examples = make_examples(task, read_records(experiment.data.test), "test")
+    return evaluate(base.backbone, None, examples, 32, "zero-shot")
+
+
+def seconds_to_first_step(folder, environment):
+    """From the command to the checkpoint that follows its first step."""
+    command = [SOFTPROMPT, "train", EXPERIMENT, "checkpoints.every=1", "--run-dir", str(folder)]
+    began = time.perf_counter()
+    process = subprocess.Popen(command, env=environment)
+    while not (folder / "checkpoints" / "1").exists():
+        if process.poll() is not None:
+            raise SystemExit("the run ended before its first step")
+        time.sleep(0.02)
+    seconds = time.perf_counter() - began
+    process.kill()
+    process.wait()
+    return seconds
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="a new folder for the runs")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True)
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(options.folder / "compiled")}
+
+    rows = []
+    for seed in range(3):
+        folder = options.folder / f"seed-{seed}"
+        command = [SOFTPROMPT, "train", EXPERIMENT, f"seed={seed}", *options.overrides]
+        began = time.perf_counter()
+        subprocess.run(
+            [*command, "--run-dir", str(folder)],
+            check=True,
+            env=environment,
+            stdout=subprocess.DEVNULL,
+        )
+        summary = json.loads((folder / "summary.json").read_text())
+        rows.append((seed, time.perf_counter() - began, summary))
+    first_step = seconds_to_first_step(options.folder / "start", environment)
+    alone = zero_shot()
+
+    print(
+        "| seed | wall seconds | examples/s | peak memory, GB | validation accuracy | test accuracy |"
+    )
+    print("| ---: | ---: | ---: | ---: | ---: | ---: |")
+    for seed, seconds, s in rows:
+        memory, rate = s["peak_memory_bytes"] / 1e9, s["examples_per_second"]
+        accuracies = f"{s['validation']['accuracy']:.3f} | {s['test']['accuracy']:.3f}"
+        print(f"| {seed} | {seconds:.0f} | {rate:.1f} | {memory:.2f} | {accuracies} |")
+    mean = statistics.mean(s["test"]["accuracy"] for *_, s in rows)
+    print(
+        f"\nmean test accuracy {mean:.4f}; the base model without a prompt {alone['accuracy']:.3f}"
+    )
+    print(
+        f"from the command to the end of the first step, programs compiled before: {first_step:.1f} s"
+    )
+
+
+if __name__ == "__main__":
+    main()

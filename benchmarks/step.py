@@ -1,0 +1,105 @@
+"""Seconds per training step against prompt length: the shared prefix, and prepending.
+
+Both compute the same gradient. Random tokens, one target a row, the forms in turn so that
+a change of the machine's speed meets both.
+
+    python benchmarks/step.py [--base smollm2-135m-instruct] [--rows 16] [--tokens 40]
+"""
+
+import argparse
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from softprompt import SoftPrompt, load_base
+from softprompt.config import Optimizer
+from softprompt.data.batches import make_batch
+from softprompt.data.examples import Example
+from softprompt.training.optimizers import make_optimizer
+from softprompt.training.step import train_step
+
+LENGTHS = (1, 10, 20, 50, 100)
+
+
+class Prepended(SoftPrompt):
+    """The prompt in front of every row's embeddings, as `peft` runs it."""
+
+    def apply(self, backbone):
+        return _PrependingBackbone(backbone, self), None
+
+
+class _PrependingBackbone(nnx.Module):
+    def __init__(self, backbone, prompt):
+        self.backbone, self.prompt = backbone, prompt
+        self.embed, self.logits = backbone.embed, backbone.logits
+
+    def __call__(self, embeddings, positions, segments, prefix):
+        length = self.prompt.vectors.shape[0]
+        ours = jnp.broadcast_to(jnp.arange(length), (embeddings.shape[0], length))
+        positions = jnp.concatenate([ours, positions + length], axis=1)
+        segments = jnp.concatenate([jnp.zeros_like(ours), segments], axis=1)
+        return self.backbone(self.prompt(embeddings), positions, segments)[:, length:]
+
+
+def stepper(base, method, batch):
+    """A function that runs one training step and waits for it."""
+    optimizer = make_optimizer(Optimizer(), 1000)
+    graphdef, *state = nnx.split((method, base.backbone), method.trainable, ...)
+    trainable, frozen = state
+    opt_state = optimizer.init(trainable)
+
+    def step():
+        nonlocal trainable, opt_state
+        trainable, opt_state, measured = train_step(
+            trainable, opt_state, frozen, batch, graphdef=graphdef, optimizer=optimizer
+        )
+        return float(measured["loss"])
+
+    return step
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--base", default="smollm2-135m-instruct")
+    parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=40)
+    parser.add_argument("--repeats", type=int, default=7)
+    options = parser.parse_args()
+
+    began = time.perf_counter()
+    base = load_base(options.base)
+    print(f"base model loaded in {time.perf_counter() - began:.1f} s, on {jax.devices()[0]}")
+    random = np.random.default_rng(0)
+    tokens = random.integers(20, base.backbone.arch.vocab_size, (options.rows, options.tokens + 1))
+    rows = [Example(row[:-1].tolist(), [[int(row[-1])]], 0, "", False) for row in tokens]
+    batch = make_batch(rows, options.rows, options.tokens, 1)
+
+    print(f"{options.rows} rows of {options.tokens} tokens; median of {options.repeats} steps\n")
+    print("| virtual tokens | shared prefix, s | prepended, s | ratio |")
+    print("| ---: | ---: | ---: | ---: |")
+    medians = {}
+    for length in LENGTHS:
+        vectors = base.backbone.embed(jnp.arange(100, 100 + length))
+        forms = [stepper(base, form(jnp.array(vectors)), batch) for form in (SoftPrompt, Prepended)]
+        losses = [form() for form in forms]
+        np.testing.assert_allclose(*losses, rtol=1e-4)
+        seconds = ([], [])
+        for _ in range(options.repeats):
+            for form, times in zip(forms, seconds, strict=True):
+                began = time.perf_counter()
+                form()
+                times.append(time.perf_counter() - began)
+        shared, prepended = map(statistics.median, seconds)
+        medians[length] = shared
+        print(
+            f"| {length} | {shared:.3f} | {prepended:.3f} | {prepended / shared:.2f} |", flush=True
+        )
+    print(f"\nshared prefix, 100 virtual tokens against 10: {medians[100] / medians[10]:.2f}")
+
+
+if __name__ == "__main__":
+    main()
