@@ -74,9 +74,7 @@ def main():
     first_step = seconds_to_first_step(options.folder / "start", environment)
     alone = zero_shot()
 
-    print(
-        "| seed | wall seconds | examples/s | peak memory, GB | validation accuracy | test accuracy |"
-    )
+    print("| seed | wall, s | examples/s | peak memory, GB | validation accuracy | test accuracy |")
     print("| ---: | ---: | ---: | ---: | ---: | ---: |")
     for seed, seconds, s in rows:
         memory, rate = s["peak_memory_bytes"] / 1e9, s["examples_per_second"]
@@ -86,9 +84,7 @@ def main():
     print(
         f"\nmean test accuracy {mean:.4f}; the base model without a prompt {alone['accuracy']:.3f}"
     )
-    print(
-        f"from the command to the end of the first step, programs compiled before: {first_step:.1f} s"
-    )
+    print(f"from the command to the end of its first step, already compiled: {first_step:.1f} s")
 
 
 if __name__ == "__main__":

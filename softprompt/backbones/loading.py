@@ -81,6 +81,12 @@ def load_base(name: str) -> Base:
         arch = family_of(config).architecture(config)
     except KeyError as error:
         raise UserError(f"{path}: its config lacks {error}") from error
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: its config has a value that will not do ({error})") from error
+    if len(tokenizer) > arch.vocab_size:
+        raise UserError(
+            f"{path}: its tokenizer has {len(tokenizer)} tokens, its model only {arch.vocab_size}"
+        )
     graphdef, state = nnx.split(nnx.eval_shape(lambda: Decoder(arch, rngs=nnx.Rngs(0))))
     fingerprint = _fill(state, tensors, names, arch.tied_head, str(path))
     backbone = nnx.merge(graphdef, state)
@@ -90,7 +96,7 @@ def load_base(name: str) -> Base:
 def _locate(name: str, asked: str) -> Path:
     if name.startswith("package:"):
         package, _, file = name.removeprefix("package:").partition("/")
-        spec = importlib.util.find_spec(package)
+        spec = importlib.util.find_spec(package) if package.isidentifier() else None
         if spec is None or not spec.submodule_search_locations:
             raise UserError(
                 f"base {asked!r}: the Python package {package} is not installed; "
@@ -150,9 +156,11 @@ class _Safetensors:
     def __init__(self, directory: Path):
         index = directory / "model.safetensors.index.json"
         if index.is_file():
-            files = sorted(
-                {directory / f for f in json.loads(index.read_text())["weight_map"].values()}
-            )
+            try:
+                shards = set(json.loads(index.read_text())["weight_map"].values())
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise UserError(f"{index}: not a safetensors index ({error})") from error
+            files = sorted(directory / str(shard) for shard in shards)
         else:
             files = [directory / "model.safetensors"]
         for file in files:

@@ -87,6 +87,8 @@ class Task:
     def _candidate(self, text: str, record: Record) -> list[int]:
         tokens = self.tokenizer(text, add_special_tokens=False).input_ids
         if not self.verbalizer:
+            if self.tokenizer.eos_token_id is None:
+                raise UserError("the base model's tokenizer has no end-of-text token for free text")
             tokens = [*tokens, self.tokenizer.eos_token_id]
         if not tokens:
             raise UserError(f"{record.where}: the target {text!r} has no tokens")

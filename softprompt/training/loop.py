@@ -77,9 +77,7 @@ def train(experiment: Experiment, folder: Path) -> dict[str, Any]:
     with StopSignals() as stop, open_run(folder, experiment):
         summary = folder / "summary.json"
         if summary.exists():
-            say(
-                f"{folder}: this run is finished; for another one, choose another --run-dir (make: RUN=DIR)"
-            )
+            say(f"{folder}: this run is finished; for another one set --run-dir (make: RUN=DIR)")
             return json.loads(summary.read_text())
         run = _Run(experiment, folder, stop)
         run.train()
