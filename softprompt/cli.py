@@ -7,9 +7,9 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from softprompt.errors import UserError
+from softprompt.errors import Stopped, UserError
 
 if TYPE_CHECKING:
     from softprompt.data.records import Record
@@ -17,12 +17,13 @@ if TYPE_CHECKING:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status: 0, or 1 for a mistake of the user's."""
-    options = _parser().parse_args(arguments)
-    _configure_jax()
-    from softprompt.training.stop import Stopped
+    """Run one command and return its exit status.
 
+    0 if it did what was asked, 1 for a mistake of the user's, 128 + n if signal n stopped it.
+    """
     try:
+        options = _parse(arguments)
+        _configure_jax()
         options.command(options)
     except UserError as error:
         print(error, file=sys.stderr)
@@ -39,6 +40,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Words (overrides, texts) may stand before and behind options."""
+    options, rest = _parser().parse_known_args(arguments)
+    wrong = [word for word in rest if word.startswith("-") or not hasattr(options, "words")]
+    if wrong:
+        raise UserError(f"unknown argument {wrong[0]!r}; see softprompt {options.name} --help")
+    if rest:
+        options.words += rest
+    return options
+
+
 def _configure_jax() -> None:
     """Keep compiled programs between runs, unless the user has said otherwise."""
     import jax
@@ -53,7 +65,7 @@ def _train(options: argparse.Namespace) -> None:
     from softprompt.config import load_experiment
     from softprompt.training.loop import train
 
-    experiment = load_experiment(options.experiment, options.overrides)
+    experiment = load_experiment(options.experiment, options.words)
     folder = options.run_dir or Path("runs") / experiment.name
     summary = train(experiment, folder)
     print(json.dumps(summary, indent=2))
@@ -82,35 +94,36 @@ def _eval(options: argparse.Namespace) -> None:
 
 
 def _predict(options: argparse.Namespace) -> None:
-    if bool(options.text) == bool(options.input):
+    if bool(options.words) == bool(options.input):
         raise UserError("give either texts or --input FILE")
     prompt = _load_prompt(options)
     if options.input:
         records = list(_read_inputs(prompt, options.input, options.jsonl))
     else:
-        records = [prompt.record(text, f"text {i}") for i, text in enumerate(options.text, 1)]
+        records = [prompt.record(text, f"text {i}") for i, text in enumerate(options.words, 1)]
     for record, prediction in zip(
         records, prompt.classify_records(records, options.batch_size), strict=True
     ):
-        line = {**record.fields, **dataclasses.asdict(prediction)}
+        line = {"input": record.fields, **dataclasses.asdict(prediction)}
         print(json.dumps(line, ensure_ascii=False))
 
 
 def _read_inputs(prompt: "TrainedPrompt", name: str, jsonl: bool) -> "Iterator[Record]":
-    from softprompt.data.records import parse_record
+    from softprompt.data.records import parse_jsonl, read_records
 
-    where = "standard input" if name == "-" else name
-    try:
-        text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{where}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{where}: not UTF-8 text") from None
-    jsonl = jsonl or name.endswith(".jsonl")
-    for number, line in enumerate(text.splitlines(), 1):
-        if jsonl and line.strip():
-            yield parse_record(line, f"{where}:{number}")
-        elif not jsonl:
+    if name.endswith((".jsonl", ".csv")):
+        yield from read_records(name)
+    elif name == "-" and jsonl:
+        yield from parse_jsonl(sys.stdin, "standard input")
+    else:
+        try:
+            text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8-sig")
+        except OSError as error:
+            raise UserError(f"{name}: cannot be read ({error.strerror})") from None
+        except UnicodeDecodeError:
+            raise UserError(f"{name}: not UTF-8 text") from None
+        where = "standard input" if name == "-" else name
+        for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):
             yield prompt.record(line, f"{where}:{number}")
 
 
@@ -134,8 +147,13 @@ def _load_prompt(options: argparse.Namespace) -> "TrainedPrompt":
     return load_prompt(options.run, options.base)
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="softprompt",
         description="Learn soft prompts for frozen language models.",
         epilog="""\
@@ -167,7 +185,7 @@ examples:
     )
     train.add_argument("experiment", type=Path, metavar="EXPERIMENT", help="a YAML file")
     train.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="instead of what the file says"
+        "words", nargs="*", metavar="key=value", help="instead of what the file says"
     )
     train.add_argument("--run-dir", type=Path, metavar="DIR", help="default: runs/NAME")
 
@@ -184,7 +202,8 @@ examples:
   softprompt eval runs/sentiment
   softprompt eval runs/sentiment --split validation""",
     )
-    _add_run(evaluate)
+    _add_run(evaluate, "a run's folder")
+    _add_batch_size(evaluate)
     evaluate.add_argument(
         "--split", choices=("train", "validation", "test"), default="test", help="default: test"
     )
@@ -195,21 +214,22 @@ examples:
         _predict,
         "label texts with a trained prompt",
         """\
-Prints one line of JSON for each text: its fields, the label, and all probabilities.
+Prints one line of JSON for each text: input, label, and the probability of every label.
 
 examples:
   softprompt predict runs/sentiment "A dull, lifeless film." "A joy."
   softprompt predict runs/sentiment --input reviews.txt         (a text a line)
-  softprompt predict runs/sentiment --input reviews.jsonl       (an object a line)
+  softprompt predict runs/sentiment --input reviews.jsonl       (or .csv: fields by name)
   cat reviews.txt | softprompt predict runs/sentiment --input -""",
     )
-    _add_run(predict)
-    predict.add_argument("text", nargs="*", metavar="TEXT")
+    _add_run(predict, "a run's folder, or its prompt/")
+    _add_batch_size(predict)
+    predict.add_argument("words", nargs="*", metavar="TEXT")
     predict.add_argument(
         "--input", metavar="FILE", help="a file of inputs, or - for standard input"
     )
     predict.add_argument(
-        "--jsonl", action="store_true", help="the inputs are JSON objects, whatever the file's name"
+        "--jsonl", action="store_true", help="standard input has a JSON object a line"
     )
 
     inspect = _command(
@@ -222,7 +242,7 @@ examples:
   softprompt inspect runs/sentiment
   softprompt inspect runs/sentiment --nearest 10""",
     )
-    _add_run(inspect, batched=False)
+    _add_run(inspect, "a run's folder, or its prompt/")
     inspect.add_argument(
         "--nearest", type=_count, default=5, metavar="N", help="tokens to show (default: 5)"
     )
@@ -238,17 +258,19 @@ def _command(
         description=f"{summary[0].upper()}{summary[1:]}.\n\n{text}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    command.set_defaults(command=run)
+    command.set_defaults(command=run, name=name)
     return command
 
 
-def _add_run(command: argparse.ArgumentParser, batched: bool = True) -> None:
-    command.add_argument("run", type=Path, metavar="RUN", help="a run's folder, or its prompt/")
+def _add_run(command: argparse.ArgumentParser, help: str) -> None:
+    command.add_argument("run", type=Path, metavar="RUN", help=help)
     command.add_argument("--base", metavar="NAME", help="default: the base the prompt names")
-    if batched:
-        command.add_argument(
-            "--batch-size", type=_count, default=32, metavar="N", help="texts a pass (default: 32)"
-        )
+
+
+def _add_batch_size(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--batch-size", type=_count, default=32, metavar="N", help="texts a pass (default: 32)"
+    )
 
 
 def _count(text: str) -> int:

@@ -21,7 +21,9 @@ from softprompt.errors import UserError
 
 
 class Section(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = pydantic.ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False
+    )
 
 
 class Data(Section):
@@ -78,7 +80,10 @@ class Prompt(Section):
 
 
 class Optimizer(Section):
-    """The update rule; `learning_rate` is the peak, reached after `warmup_steps`."""
+    """The update rule; `learning_rate` is the peak, reached after `warmup_steps`.
+
+    sgd has a momentum of 0.9. `clip_norm` bounds the norm of the whole gradient.
+    """
 
     name: Literal["adamw", "adafactor", "sgd", "lion"] = "adamw"
     learning_rate: Annotated[float, Field(gt=0)] = 0.01
@@ -173,6 +178,8 @@ def template_fields(template: str) -> list[str]:
 
 Key = tuple[str, ...]
 
+_DEEPEST = 10  # levels of an experiment file, so that an alias inside itself ends
+
 
 @dataclasses.dataclass(frozen=True)
 class _Origin:
@@ -198,24 +205,33 @@ _Loader.add_implicit_resolver(
 )
 
 
-def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
+class _Dumper(yaml.SafeDumper):
+    """Quotes what `_Loader` would not read back as text."""
+
+
+_Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+
+
+def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
     """Read an experiment file, with `key=value` overrides such as `prompt.length=50`.
 
     Raises:
       UserError: one line for each mistake, with file, line and key.
     """
+    path = Path(path)
     tree, origins = _read(path, ())
-    command_line: dict[str, Any] = {}
     for override in overrides:
         name, equals, text = override.partition("=")
         if not equals or not name:
             raise UserError(f"{override!r}: an override is written key=value")
-        value, key = _parse_value(override, text), tuple(name.split("."))
-        for part in reversed(key):
-            value = {part: value}
-        _merge(command_line, value)
+        *sections, last = key = tuple(name.split("."))
+        place = tree
+        for section in sections:
+            if not isinstance(place.get(section), dict):
+                place[section] = {}
+            place = place[section]
+        place[last] = _parse_value(override, text)
         origins[key] = _Origin(f"command line: {override}", Path())
-    _merge(tree, command_line)
     tree.setdefault("name", path.stem)
     _resolve_paths(tree, origins)
     try:
@@ -231,9 +247,9 @@ def dump_experiment(experiment: Experiment, folder: Path) -> str:
     for section, key in _PATH_KEYS:
         value = tree[section].get(key) if section else tree.get(key)
         if value is not None and os.path.isabs(value):
-            relative = os.path.join(".", os.path.relpath(value, folder.resolve()))
+            relative = os.path.join(".", os.path.relpath(value, os.path.abspath(folder)))
             (tree[section] if section else tree)[key] = relative
-    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def differences(old: Experiment, new: Experiment) -> list[str]:
@@ -280,6 +296,8 @@ def _read(path: Path, chain: tuple[Path, ...]) -> tuple[dict[str, Any], dict[Key
 def _build(node: yaml.Node, key: Key, path: Path, origins: dict[Key, _Origin]) -> Any:
     """A node's value; notes the line of every key on the way."""
     origins[key] = _Origin(f"{path}:{node.start_mark.line + 1}", path.parent)
+    if len(key) > _DEEPEST:
+        raise UserError(f"{origins[key].where}: nested too deep")
     if isinstance(node, yaml.MappingNode):
         mapping: dict[str, Any] = {}
         for key_node, value_node in node.value:
@@ -295,14 +313,15 @@ def _build(node: yaml.Node, key: Key, path: Path, origins: dict[Key, _Origin]) -
         return [_build(n, (*key, str(i)), path, origins) for i, n in enumerate(node.value)]
     try:
         return _Loader("").construct_object(node)
-    except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"{path}:{node.start_mark.line + 1}: {error}") from None
+    except (yaml.YAMLError, ValueError, LookupError) as error:
+        reason = str(error).split("\n")[0]
+        raise UserError(f"{path}:{node.start_mark.line + 1}: not a YAML value ({reason})") from None
 
 
 def _parse_value(override: str, text: str) -> Any:
     try:
         return yaml.load(text, _Loader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, LookupError):
         raise UserError(f"command line: {override}: {text!r} is not a YAML value") from None
 
 
@@ -313,9 +332,10 @@ def _yaml_problem(error: yaml.YAMLError) -> str:
 
 
 def _merge(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Put `above` over `below`, mapping by mapping."""
+    """Put `above` over `below`, section by section; a verbalizer is replaced whole."""
     for key, value in above.items():
-        if isinstance(value, Mapping) and isinstance(below.get(key), dict):
+        is_section = isinstance(value, Mapping) and key != "verbalizer"
+        if is_section and isinstance(below.get(key), dict):
             _merge(below[key], value)
         else:
             below[key] = value
@@ -330,14 +350,14 @@ def _resolve_paths(tree: dict[str, Any], origins: Mapping[Key, _Origin]) -> None
         part = tree.get(section) if section else tree
         if not isinstance(part, dict) or not isinstance(value := part.get(key), str):
             continue
-        if key == "base":
-            is_path = value.startswith((".", "/", "~"))
+        origin = origins.get((section, key) if section else (key,))
+        path = os.path.abspath((origin.folder if origin else Path()) / Path(value).expanduser())
+        if key == "base":  # else a short name, a file in a package, or a hub id
+            is_path = value.startswith((".", "/", "~")) or os.path.exists(path)
         else:
             is_path = not value.startswith("hub:")
         if is_path:
-            origin = origins.get((section, key) if section else (key,))
-            folder = origin.folder if origin else Path()
-            part[key] = os.path.abspath(folder / Path(value).expanduser())
+            part[key] = path
 
 
 def _explain(error: Any, origins: Mapping[Key, _Origin], path: Path) -> str:
@@ -352,7 +372,9 @@ def _explain(error: Any, origins: Mapping[Key, _Origin], path: Path) -> str:
         section: Any = Experiment
         for part in key[:-1]:
             section = section.model_fields[part].annotation
-        known = list(section.model_fields) + (["extends"] if section is Experiment else [])
+        known = list(section.model_fields)
+        if section is Experiment and not where.startswith("command line"):
+            known.append("extends")
         close = difflib.get_close_matches(key[-1], known, 1)
         hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
         message = f"unknown key; {hint}"

@@ -17,6 +17,13 @@ REPOSITORY = Path(__file__).parent.parent
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+# Many tests compile the same programs: keep them, here and in processes that tests start.
+_COMPILED = str(REPOSITORY / ".pytest_cache" / "compiled")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _COMPILED
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+jax.config.update("jax_compilation_cache_dir", _COMPILED)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
 
 @pytest.fixture
 def strict_types():
@@ -47,7 +54,7 @@ _EXPERIMENT = """\
 base: {base}
 data: {{train: train.jsonl, validation: validation.jsonl, test: test.jsonl}}
 template: {{input: "{{text}} is"}}
-verbalizer: {{low: " a", high: " bc"}}
+verbalizer: {{low: " ab", high: " cd"}}
 prompt: {{length: 3}}
 optimizer: {{learning_rate: 0.1, warmup_steps: 2}}
 training: {{steps: 12, batch_size: 4, log_every: 5}}
@@ -55,9 +62,8 @@ evaluation: {{every: 4, metric: accuracy}}
 """
 
 
-@pytest.fixture
-def experiment_file(tmp_path: Path) -> Path:
-    """An experiment on the tiny model that trains in seconds: is a text's letter early or late?"""
+def write_experiment(folder: Path) -> Path:
+    """An experiment on the tiny model that trains in seconds: is a letter early or late?"""
     random = np.random.default_rng(0)
     for split, count in (("train", 30), ("validation", 9), ("test", 7)):
         letters = random.integers(0, 26, count)
@@ -69,10 +75,15 @@ def experiment_file(tmp_path: Path) -> Path:
             for n in letters
         ]
         lines = [json.dumps(record) + "\n" for record in records]
-        (tmp_path / f"{split}.jsonl").write_text("".join(lines))
-    path = tmp_path / "letters.yaml"
+        (folder / f"{split}.jsonl").write_text("".join(lines))
+    path = folder / "letters.yaml"
     path.write_text(_EXPERIMENT.format(base=GOLDEN / "llama-grouped"))
     return path
+
+
+@pytest.fixture
+def experiment_file(tmp_path: Path) -> Path:
+    return write_experiment(tmp_path)
 
 
 @pytest.fixture

@@ -2,21 +2,23 @@
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
-from conftest import GOLDEN
+from conftest import GOLDEN, write_experiment
 
-from softprompt import train
+from softprompt import load_experiment, train
 from softprompt.cli import main
 
 
-@pytest.fixture
-def run(experiment, tmp_path):
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
     """A finished run of the letters."""
-    train(experiment, tmp_path / "run")
-    return str(tmp_path / "run")
+    folder = tmp_path_factory.mktemp("letters")
+    train(load_experiment(write_experiment(folder)), folder / "run")
+    return str(folder / "run")
 
 
 @pytest.fixture
@@ -54,7 +56,7 @@ def test_predict_takes_texts_files_and_standard_input(call, run, tmp_path, monke
     status, out, _ = call("predict", run, "aaa", "zz")
     assert status == 0
     lines = [json.loads(line) for line in out.splitlines()]
-    assert [line["text"] for line in lines] == ["aaa", "zz"]
+    assert [line["input"] for line in lines] == [{"text": "aaa"}, {"text": "zz"}]
     for line in lines:
         assert sum(line["probabilities"].values()) == pytest.approx(1)
         assert line["label"] == max(line["probabilities"], key=line["probabilities"].get)
@@ -63,10 +65,15 @@ def test_predict_takes_texts_files_and_standard_input(call, run, tmp_path, monke
     assert call("predict", run, "--input", tmp_path / "texts.txt")[1] == out
     monkeypatch.setattr("sys.stdin", io.StringIO("aaa\nzz\n"))
     assert call("predict", run, "--input", "-")[1] == out
-    (tmp_path / "texts.jsonl").write_text('{"text": "aaa", "id": 1}\n{"text": "zz", "id": 2}\n')
+    records = '{"text": "aaa", "label": "x"}\n{"text": "zz", "label": "y"}\n'
+    (tmp_path / "texts.jsonl").write_text(records)
+    (tmp_path / "texts.csv").write_text("text,label\naaa,x\nzz,y\n")
     status, out, _ = call("predict", run, "--input", tmp_path / "texts.jsonl")
-    assert [json.loads(line)["id"] for line in out.splitlines()] == [1, 2]
+    assert [json.loads(line)["input"]["label"] for line in out.splitlines()] == ["x", "y"]
     assert [json.loads(line)["label"] for line in out.splitlines()] == [x["label"] for x in lines]
+    assert call("predict", run, "--input", tmp_path / "texts.csv")[1] == out
+    monkeypatch.setattr("sys.stdin", io.StringIO(records))
+    assert call("predict", run, "--input", "-", "--jsonl")[1] == out
 
 
 def test_inspect_shows_every_virtual_token(call, run):
@@ -94,6 +101,12 @@ def test_inspect_shows_every_virtual_token(call, run):
             "trained on the base model",
         ),
         (["eval", "/no/run"], "/no/run: is no run's folder"),
+        (["predict", "{run}", "a", "--batch-size", "0"], "must be 1 or more"),
+        (["predict"], "the following arguments are required: RUN"),
+        (["eval", "{run}", "--split", "dev"], "invalid choice: 'dev'"),
+        (["eval", "{run}", "--fast"], "unknown argument '--fast'; see softprompt eval --help"),
+        (["eval", "{run}", "more"], "unknown argument 'more'"),
+        (["fit"], "invalid choice: 'fit'"),
         (["train", "/no/file.yaml"], "/no/file.yaml: cannot be read (No such file or directory)"),
     ],
 )
@@ -101,15 +114,25 @@ def test_mistakes_are_one_line_and_status_1(call, run, arguments, message):
     status, out, err = call(*[a.format(run=run) for a in arguments])
     assert status == 1
     assert out == ""
-    last = err.splitlines()[-1]
-    assert message in last
-    assert "Traceback" not in err
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_options_may_stand_between_words(call, run, experiment_file, tmp_path):
+    assert call("predict", run, "--batch-size", "32", "aaa", "zz") == call(
+        "predict", run, "aaa", "zz"
+    )
+    folder = str(tmp_path / "run")
+    words = ["training.steps=1", "--run-dir", folder, "prompt.length=2"]
+    status, out, _ = call("train", experiment_file, *words)
+    assert (status, json.loads(out)["trainable_parameters"]) == (0, 2 * 32)
 
 
 def test_a_damaged_prompt_is_refused_by_file(call, run, tmp_path):
-    path = next(p for p in (tmp_path / "run" / "prompt").rglob("*") if p.is_file())
+    copy = shutil.copytree(run, tmp_path / "run")
+    path = next(p for p in (copy / "prompt").rglob("*") if p.is_file())
     path.write_bytes(path.read_bytes() + b" ")
-    status, _, err = call("predict", run, "a")
+    status, _, err = call("predict", copy, "a")
     assert status == 1
     assert str(path) in err
 

@@ -104,7 +104,9 @@ def test_a_missing_key_is_named(file):
         ("a: [1\n", "case.yaml:2: "),
         ("a: 1\na: 2\n", "case.yaml:2: a: given twice"),
         ("- a\n", "case.yaml:1: an experiment is a mapping"),
-        ("a: !!python/object:os.system x\n", "case.yaml:1: could not determine a constructor"),
+        ("a: !!python/object:os.system x\n", "case.yaml:1: not a YAML value (could not determine"),
+        ("a: !!bool x\n", "case.yaml:1: not a YAML value"),
+        ("a: &x {b: *x}\n", "case.yaml:1: nested too deep"),
         ("extends: [a]\n", "case.yaml:1: extends: the path of another file"),
     ],
 )
@@ -125,19 +127,34 @@ def test_what_is_no_experiment_is_refused_with_its_line(file, text, message):
         ),
         ("prompt.init=text", "init: text and init_text need each other"),
         ("verbalizer.no=' yes'", "verbalizer: two labels have the same text"),
-        ("verbalizer=null", "training.steps"),
+        ("optimizer.learning_rate=.inf", "Input should be a finite number"),
+        ("name=2024-13-45", "'2024-13-45' is not a YAML value"),
         ("seed", "an override is written key=value"),
         ("prompt.length=[", "'[' is not a YAML value"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused(file, override, message):
-    if override == "verbalizer=null":
-        override, message = (
-            "evaluation.metric=accuracy",
-            "evaluation.metric: accuracy needs a verbalizer",
-        )
-        file.write_text(MINIMAL.replace('verbalizer: {yes: " yes", no: " no"}\n', ""))
     assert any(message in line for line in mistakes(file, override))
+
+
+def test_accuracy_and_labels_need_a_verbalizer(file):
+    file.write_text(MINIMAL.replace('verbalizer: {yes: " yes", no: " no"}\n', ""))
+    for override in ("evaluation.metric=accuracy", "prompt.init=labels"):
+        key, value = override.split("=")
+        assert mistakes(file, override) == [f"{file}:1: {key}: {value} needs a verbalizer"]
+
+
+def test_a_verbalizer_is_replaced_whole_but_one_label_can_be_set(file):
+    child = file.parent / "child.yaml"
+    child.write_text("extends: case.yaml\nverbalizer: {good: a, bad: b}\n")
+    assert load_experiment(child).verbalizer == {"good": "a", "bad": "b"}
+    assert load_experiment(file, ["verbalizer.no=n"]).verbalizer == {"yes": " yes", "no": "n"}
+
+
+def test_a_base_that_is_there_is_a_path_like_the_others(file):
+    assert load_experiment(file).base == "tiny"
+    (file.parent / "tiny").mkdir()
+    assert load_experiment(file).base == str(file.parent / "tiny")
 
 
 def test_numbers_and_words_are_those_of_yaml_1_2(file):
@@ -148,7 +165,8 @@ def test_numbers_and_words_are_those_of_yaml_1_2(file):
 
 
 def test_a_saved_experiment_reads_back_the_same(file, tmp_path):
-    experiment = load_experiment(file, ["data.test=hub:a/b#test", "base=./model"])
+    overrides = ["data.test=hub:a/b#test", "base=./model", "verbalizer.no='1e5'", "name='1e-3'"]
+    experiment = load_experiment(file, overrides)
     folder = tmp_path / "runs" / "case"
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(dump_experiment(experiment, folder))

@@ -7,7 +7,7 @@ import numpy as np
 from softprompt import SoftPrompt
 from softprompt.config import Template
 from softprompt.data.examples import Example, Task
-from softprompt.evaluation.evaluate import evaluate, run_method, score, target_metrics
+from softprompt.evaluation.evaluate import evaluate, make_prefix, score, target_metrics
 from softprompt.inference.inspect import nearest_tokens
 from softprompt.inference.prompt import TrainedPrompt
 
@@ -15,7 +15,7 @@ from softprompt.inference.prompt import TrainedPrompt
 def trained(base, vectors, verbalizer):
     method = SoftPrompt(vectors)
     task = Task(Template(input="{text}:"), verbalizer, base.tokenizer, 60)
-    return TrainedPrompt(base, method, run_method(method, base.backbone)[1], task, {})
+    return TrainedPrompt(base, method, make_prefix(method, base.backbone), task, {})
 
 
 def text_log_probability(base, prompt, text, continuation):

@@ -65,6 +65,11 @@ def test_other_weights_have_another_fingerprint(model):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"vocab_size": None}, "its config has a value that will not do (vocab_size None)"),
+        ({"num_hidden_layers": 2.0}, "(num_layers 2.0)"),
+        ({"num_attention_heads": 0}, "its config has a value that will not do"),
+        ({"num_attention_heads": 3, "num_key_value_heads": 2}, "do not fit one another"),
+        ({"rope_scaling": "x"}, "its config has a value that will not do"),
         ({"model_type": "mamba"}, "model type 'mamba' is not supported (supported: llama)"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"attention_bias": True}, "attention_bias True"),
@@ -98,7 +103,10 @@ def test_pickled_weights_are_refused_with_the_reason(model):
         ("config.json", "{", "config.json: not valid JSON"),
         ("config.json", None, "no config.json"),
         ("config.json", '{"model_type": "llama"}', "its config lacks 'num_attention_heads'"),
+        ("config.json", "[]", "config.json: not a JSON object"),
         ("config.json", '{"model_type": "llama", "num_attention_heads": "x"}', "its config"),
+        ("tokenizer.json", "[]", "its tokenizer cannot be loaded"),
+        ("tokenizer_config.json", "[]", "its tokenizer cannot be loaded"),
         ("model.safetensors.index.json", "[]", "index.json: not a safetensors index"),
         ("model.safetensors", "no tensors", "not a readable safetensors file"),
         ("tokenizer.json", "{", "its tokenizer cannot be loaded"),

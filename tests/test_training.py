@@ -1,15 +1,17 @@
 """Whole runs on a tiny model: stopped, resumed, damaged and refused."""
 
 import json
-import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
-from conftest import GOLDEN
+from conftest import GOLDEN, write_experiment
+from orbax.checkpoint import v1 as orbax
 
 from softprompt import UserError, load_experiment, load_prompt, train
 from softprompt.training.run_folder import read_metrics
@@ -29,13 +31,16 @@ def outcome(folder):
     )
 
 
-@pytest.fixture(scope="session")
-def cache(tmp_path_factory):
-    return str(tmp_path_factory.mktemp("compiled"))
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The outcome of a run of the letters that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    train(load_experiment(write_experiment(folder)), folder / "run")
+    return outcome(folder / "run")
 
 
 @pytest.fixture
-def start(experiment_file, cache):
+def start(experiment_file):
     """Start `softprompt train` on the letters, in a process of its own."""
 
     def start(folder, *overrides):
@@ -45,8 +50,7 @@ def start(experiment_file, cache):
             "import sys; from softprompt.cli import main; sys.exit(main())",
         ]
         command += ["train", str(experiment_file), *overrides, "--run-dir", str(folder)]
-        environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": cache}
-        return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
     return start
 
@@ -83,9 +87,8 @@ def test_a_run_leaves_what_the_readme_says(experiment, tmp_path):
     assert kept == {8, 12, best["step"]}
 
 
-def test_a_killed_run_ends_as_one_never_stopped(start, experiment, tmp_path):
+def test_a_killed_run_ends_as_one_never_stopped(start, whole, tmp_path):
     """SIGKILL as each checkpoint appears, and the same command again, until the end."""
-    train(experiment, tmp_path / "whole")
     folder = tmp_path / "killed"
     for step in (4, 8, 12):
         process = start(folder)
@@ -96,7 +99,31 @@ def test_a_killed_run_ends_as_one_never_stopped(start, experiment, tmp_path):
     _, errors = process.communicate()
     assert process.returncode == 0, errors
     assert "going on from step" in errors
-    assert outcome(folder) == outcome(tmp_path / "whole")
+    assert outcome(folder) == whole
+
+
+@pytest.mark.parametrize("write", [1, 2, 3, 20, 40, 60, 61])
+def test_a_run_killed_while_it_writes_ends_as_one_never_stopped(
+    experiment, experiment_file, whole, tmp_path, write
+):
+    """The process dies at the n-th time that it makes a file or folder durable."""
+    folder = tmp_path / "killed"
+    code = """\
+import os, sys
+real, left = os.fsync, int(sys.argv.pop(1))
+def fsync(descriptor):
+    global left
+    left -= 1
+    os._exit(9) if not left else real(descriptor)
+os.fsync = fsync
+from softprompt.cli import main
+sys.exit(main())
+"""
+    command = [sys.executable, "-c", code, str(write), "train", str(experiment_file)]
+    done = subprocess.run([*command, "--run-dir", str(folder)], capture_output=True)
+    assert done.returncode == 9, done.stderr
+    train(experiment, folder)
+    assert outcome(folder) == whole
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -119,20 +146,74 @@ def test_a_signal_saves_the_state_and_the_run_goes_on(start, experiment_file, tm
     assert read_metrics(folder)[: len(before)] == before
 
 
-def test_a_run_goes_back_to_its_newest_intact_checkpoint(experiment, tmp_path, capsys):
-    train(experiment, tmp_path / "whole")
+def damage(folder):
+    """Cut the largest file below a folder short, and give its path."""
+    path = max(folder.rglob("*"), key=lambda p: p.stat().st_size if p.is_file() else 0)
+    path.write_bytes(path.read_bytes()[:-1])
+    return path
+
+
+def test_a_run_goes_back_to_its_newest_intact_checkpoint(experiment, whole, tmp_path, capsys):
     folder = tmp_path / "damaged"
     train(experiment, folder)
     (folder / "summary.json").unlink()
-    newest = folder / "checkpoints" / "12"
-    data = max(newest.rglob("*"), key=lambda p: p.stat().st_size if p.is_file() else 0)
-    data.write_bytes(data.read_bytes()[:-1])
+    data = damage(folder / "checkpoints" / "12")
     capsys.readouterr()
     train(experiment, folder)
     said = capsys.readouterr().err
     assert f"{data}: damaged" in said
     assert "going on from step 8" in said
-    assert outcome(folder) == outcome(tmp_path / "whole")
+    assert outcome(folder) == whole
+
+
+@pytest.mark.parametrize("prompt_too", [False, True])
+def test_a_run_outlives_the_loss_of_its_best_checkpoint(
+    experiment, whole, tmp_path, capsys, prompt_too
+):
+    """With `prompt/` it goes on as if nothing were; without, from before the best step."""
+    folder = tmp_path / "damaged"
+    best = train(experiment, folder)["best_step"]
+    (folder / "summary.json").unlink()
+    damage(folder / "checkpoints" / str(best))
+    if prompt_too:
+        damage(folder / "prompt")
+    capsys.readouterr()
+    train(experiment, folder)
+    said = capsys.readouterr().err
+    assert ("starting from the beginning" in said) == prompt_too
+    assert outcome(folder) == whole
+
+
+def test_checkpoints_from_before_going_back_do_not_push_out_new_ones(experiment_file, tmp_path):
+    experiment = load_experiment(experiment_file, ["checkpoints.keep=1"])
+    folder = tmp_path / "run"
+    train(experiment, folder)
+    (folder / "summary.json").unlink()
+    for step in (folder / "checkpoints").iterdir():
+        damage(step)
+    (folder / "checkpoints" / "12").rename(folder / "checkpoints" / "99")
+    damage(folder / "prompt")
+    summary = train(experiment, folder)
+    steps = {int(p.name) for p in (folder / "checkpoints").iterdir()}
+    assert steps == {12, summary["best_step"]}
+
+
+@pytest.mark.parametrize(("file", "what"), [("train.jsonl", "data"), ("model", "base model")])
+def test_a_run_does_not_go_on_with_other_data_or_another_base(
+    experiment_file, tmp_path, file, what
+):
+    model = shutil.copytree(GOLDEN / "llama-grouped", tmp_path / "model")
+    experiment = load_experiment(experiment_file, [f"base={model}"])
+    train(experiment, tmp_path / "run")
+    (tmp_path / "run" / "summary.json").unlink()
+    if file == "model":
+        config = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
+    else:
+        path = experiment_file.parent / file
+        path.write_text(path.read_text() + path.read_text().splitlines()[0])
+    with pytest.raises(UserError, match=f"its {what} has changed since the run began"):
+        train(experiment, tmp_path / "run")
 
 
 def test_a_damaged_prompt_is_made_again_from_its_checkpoint(experiment, tmp_path):
@@ -186,8 +267,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(
         match=r"step \d+: .*(nan|inf).*; lower optimizer.learning_rate; checkpoint .* is kept",
     ):
         train(experiment, tmp_path / "run")
-    (step,) = [int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir()][-1:]
-    assert step >= 1
+    steps = [int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert steps
+    for step in steps:
+        (vectors,) = jax.tree.leaves(
+            orbax.load(tmp_path / "run" / "checkpoints" / str(step) / "arrays")[0]
+        )
+        assert np.isfinite(vectors).all()
     assert not (tmp_path / "run" / "summary.json").exists()
 
 
@@ -200,7 +286,7 @@ def test_training_stops_early_when_nothing_gets_better(experiment_file, tmp_path
 
 def test_free_text_trains_and_is_measured_by_its_loss(experiment_file, tmp_path):
     text = experiment_file.read_text()
-    text = text.replace('verbalizer: {low: " a", high: " bc"}\n', "").replace(
+    text = text.replace('verbalizer: {low: " ab", high: " cd"}\n', "").replace(
         ", metric: accuracy", ""
     )
     experiment_file.write_text(

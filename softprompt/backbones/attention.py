@@ -74,11 +74,13 @@ def attend(
     kv_heads = keys.shape[2]
     queries = (queries * size**-0.5).reshape(batch, length, kv_heads, -1, size)
 
-    scores = jnp.einsum("btkgh,bskh->bkgts", queries, keys).astype(jnp.float32)
+    scores = jnp.einsum("btkgh,bskh->bkgts", queries, keys, preferred_element_type=jnp.float32)
     scores = jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min)
     largest = scores.max(axis=-1, keepdims=True)
     if prefix_keys is not None:
-        prefix_scores = jnp.einsum("btkgh,pkh->bkgtp", queries, prefix_keys).astype(jnp.float32)
+        prefix_scores = jnp.einsum(
+            "btkgh,pkh->bkgtp", queries, prefix_keys, preferred_element_type=jnp.float32
+        )
         largest = jnp.maximum(largest, prefix_scores.max(axis=-1, keepdims=True))
     largest = jax.lax.stop_gradient(largest)
 

@@ -30,6 +30,14 @@ class Architecture:
     norm_epsilon: float
     tied_head: bool
 
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if type(value) is not field.type or (field.type is not bool and value <= 0):
+                raise ValueError(f"{field.name} {value!r}")
+        if self.num_heads % self.num_kv_heads or self.head_size % 2:
+            raise ValueError("sizes of attention heads that do not fit one another")
+
 
 class Linear(nnx.Module):
     """`x @ kernel`, kernel `[in, out]`."""

@@ -61,7 +61,7 @@ def _llama(config: Config) -> Architecture:
         head_size=config.get("head_dim") or config["hidden_size"] // heads,
         context_length=config.get("max_position_embeddings", 2048),
         rope_theta=_rope_theta(config),
-        norm_epsilon=config.get("rms_norm_eps", 1e-6),
+        norm_epsilon=float(config.get("rms_norm_eps", 1e-6)),
         tied_head=config.get("tie_word_embeddings", False),
     )
 

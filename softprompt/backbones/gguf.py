@@ -10,7 +10,7 @@ from typing import Any
 import gguf
 import numpy as np
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors
 
 from softprompt.errors import UserError
 
@@ -35,7 +35,7 @@ class GGUFFile:
         self.path = path
         try:
             reader = gguf.GGUFReader(path)
-        except (ValueError, OSError, IndexError, KeyError) as error:
+        except Exception as error:  # of every kind, by where the file is damaged
             raise UserError(f"{path}: not a readable GGUF file ({error})") from error
         self._fields = reader.fields
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
@@ -92,6 +92,12 @@ class GGUFFile:
 
     def tokenizer(self) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
         """The tokenizer, and the special tokens and chat template to wrap it with."""
+        try:
+            return self._tokenizer()
+        except (TypeError, ValueError, LookupError, AttributeError) as error:
+            raise UserError(f"{self.path}: its tokenizer cannot be read ({error})") from error
+
+    def _tokenizer(self) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
         kind, pre = self._get("tokenizer.ggml.model"), self._get("tokenizer.ggml.pre")
         if kind != "gpt2" or pre not in _PRE_TOKENIZERS:
             raise UserError(
@@ -104,6 +110,11 @@ class GGUFFile:
         tokenizer = tokenizers.Tokenizer(bpe)
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(_PRE_TOKENIZERS[pre]())
         tokenizer.decoder = decoders.ByteLevel()
+        if self._get("tokenizer.ggml.add_bos_token"):
+            bos = self._get("tokenizer.ggml.bos_token_id")
+            tokenizer.post_processor = processors.TemplateProcessing(
+                single=f"{tokens[bos]} $A", special_tokens=[(tokens[bos], bos)]
+            )
         types = self._get("tokenizer.ggml.token_type")
         tokenizer.add_tokens(
             [
@@ -127,5 +138,7 @@ class GGUFFile:
 
 def _halves_from_pairs(array: np.ndarray, heads: int) -> np.ndarray:
     """Undo the row order of llama files: rotary pairs next to each other, per head."""
+    if not heads or len(array) % (2 * heads):
+        return array  # of a shape that will be refused
     pairs = array.reshape(heads, -1, 2, *array.shape[1:])
     return pairs.swapaxes(1, 2).reshape(array.shape)

@@ -30,7 +30,8 @@ class Base:
 
     Attributes:
       name: what it was asked for by.
-      fingerprint: hexadecimal digits that no other weights have; a prompt remembers them.
+      fingerprint: SHA-256 of architecture, weights and vocabulary, by which a prompt knows
+        its base model again.
       backbone: the model, float32.
       tokenizer: its tokenizer, a `transformers` fast tokenizer.
     """
@@ -69,7 +70,7 @@ def load_base(name: str) -> Base:
         tensors, names = _Safetensors(path), family_of(config).names
         try:
             tokenizer = PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # of every kind, by what is wrong in which file
             raise UserError(f"{path}: its tokenizer cannot be loaded ({_line(error)})") from error
     else:
         tensors = file = GGUFFile(path)
@@ -81,16 +82,17 @@ def load_base(name: str) -> Base:
         arch = family_of(config).architecture(config)
     except KeyError as error:
         raise UserError(f"{path}: its config lacks {error}") from error
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
         raise UserError(f"{path}: its config has a value that will not do ({error})") from error
     if len(tokenizer) > arch.vocab_size:
         raise UserError(
             f"{path}: its tokenizer has {len(tokenizer)} tokens, its model only {arch.vocab_size}"
         )
     graphdef, state = nnx.split(nnx.eval_shape(lambda: Decoder(arch, rngs=nnx.Rngs(0))))
-    fingerprint = _fill(state, tensors, names, arch.tied_head, str(path))
-    backbone = nnx.merge(graphdef, state)
-    return Base(name, fingerprint, backbone, tokenizer)
+    identity = [dataclasses.asdict(arch), tokenizer.get_vocab()]
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
+    _fill(digest, state, tensors, names, arch.tied_head, str(path))
+    return Base(name, digest.hexdigest(), nnx.merge(graphdef, state), tokenizer)
 
 
 def _locate(name: str, asked: str) -> Path:
@@ -143,11 +145,14 @@ def _line(error: Exception) -> str:
 def _read_config(directory: Path) -> dict[str, Any]:
     path = directory / "config.json"
     try:
-        return json.loads(path.read_text())
+        config = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{directory}: no config.json there") from None
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: not a JSON object")
+    return config
 
 
 class _Safetensors:
@@ -192,13 +197,18 @@ class _Safetensors:
 
 
 def _fill(
-    state: nnx.State, tensors: TensorFile, names: Mapping[str, str], tied_head: bool, where: str
-) -> str:
-    """Put every tensor in its place, one at a time, and return the fingerprint.
+    digest: Any,
+    state: nnx.State,
+    tensors: TensorFile,
+    names: Mapping[str, str],
+    tied_head: bool,
+    where: str,
+) -> None:
+    """Put every tensor in its place, one at a time, and into the digest.
 
     Raises `UserError` that lists every tensor that is missing, unused or misshapen.
     """
-    unused, problems, digest = tensors.names, [], hashlib.sha256()
+    unused, problems = tensors.names, []
     if tied_head:
         unused.discard(names["head.kernel"])  # some files store the tied head again
 
@@ -212,8 +222,7 @@ def _fill(
             problems.append(f"{name} has shape {array.shape}, not {shape}")
             return None
         digest.update(f"{name} {shape}".encode())
-        sample = array.reshape(-1)[:: max(1, array.size // 1024)]
-        digest.update(sample.astype(np.float32).tobytes())
+        digest.update(np.ascontiguousarray(array))
         return array
 
     for path, parameter in nnx.to_flat_state(state):
@@ -234,4 +243,3 @@ def _fill(
     problems += [f"{name} is not used" for name in sorted(unused)]
     if problems:
         raise UserError(f"{where}: the weights do not fit the config: {'; '.join(problems)}")
-    return digest.hexdigest()

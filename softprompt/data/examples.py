@@ -1,6 +1,8 @@
 """From records to examples: templates filled in and turned into token ids."""
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from string import Formatter
 
@@ -118,10 +120,30 @@ def make_examples(task: Task, records: Sequence[Record], split: str) -> list[Exa
         for record in records:
             examples.append(task.example(record))
             bar.advance()
-    cut = sum(example.truncated for example in examples)
-    note = f", {cut} cut to {task.max_tokens} tokens" if cut else ""
-    say(f"{split}: {len(examples)} examples{note}")
+    say(f"{split}: {len(examples)} examples")
+    say_truncated(examples, task, split)
     return examples
+
+
+def examples_digest(splits: Mapping[str, Sequence[Example]]) -> str:
+    """SHA-256 of all that training and evaluation read of the examples."""
+    digest = hashlib.sha256()
+    for split, examples in splits.items():
+        for example in examples:
+            content = [
+                split,
+                list(example.input),
+                list(map(list, example.candidates)),
+                example.answer,
+            ]
+            digest.update(json.dumps(content).encode())
+    return digest.hexdigest()
+
+
+def say_truncated(examples: Sequence[Example], task: Task, split: str) -> None:
+    """Say how many inputs were cut, if any were."""
+    if cut := sum(example.truncated for example in examples):
+        say(f"{split}: {cut} cut to {task.max_tokens} tokens, at the end of their longest field")
 
 
 def _fill(template: str, record: Record) -> tuple[str, list[tuple[int, int]]]:

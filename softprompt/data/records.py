@@ -3,7 +3,7 @@
 import csv
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ class Record:
             value = json.dumps(value)
         if not isinstance(value, str):
             raise UserError(f"{self.where}: field {field!r} is {type(value).__name__}, not text")
+        if any("\ud800" <= character <= "\udfff" for character in value):
+            raise UserError(f"{self.where}: field {field!r} has half a surrogate pair in it")
         if not value.strip():
             raise UserError(f"{self.where}: field {field!r} is empty")
         return value
@@ -66,11 +68,17 @@ def read_records(source: str) -> list[Record]:
     return records
 
 
-def parse_record(line: str, where: str) -> Record:
-    """A record from one line of JSON; `UserError` if it is no JSON object."""
+def parse_jsonl(lines: Iterable[str], source: str) -> Iterator[Record]:
+    """Records from lines of JSON, blank ones skipped; `UserError` if one is no JSON object."""
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            yield _parse_object(line, f"{source}:{number}")
+
+
+def _parse_object(line: str, where: str) -> Record:
     try:
         fields = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not valid JSON ({error})") from None
     if not isinstance(fields, dict):
         raise UserError(f"{where}: not a JSON object")
@@ -79,18 +87,16 @@ def parse_record(line: str, where: str) -> Record:
 
 def _read_jsonl(path: Path) -> Iterator[Record]:
     with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield parse_record(line, f"{path}:{number}")
+        yield from parse_jsonl(file, str(path))
 
 
 def _read_csv(path: Path) -> Iterator[Record]:
     with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = csv.DictReader(file, restkey="", strict=True)
+        rows = csv.DictReader(file, strict=True)
         try:
             for row in rows:
                 where = f"{path}:{rows.line_num}"
-                if "" in row or None in row.values():
+                if None in row or None in row.values():
                     raise UserError(f"{where}: not as many columns as the header")
                 yield Record(row, where)
         except csv.Error as error:
@@ -110,6 +116,7 @@ def _read_hub(source: str) -> Iterator[Record]:
     try:
         rows = datasets.load_dataset(name, split=split)
     except Exception as error:  # the package raises errors of a dozen unrelated kinds
-        raise UserError(f"{source}: cannot be loaded ({str(error).splitlines()[0]})") from error
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"{source}: cannot be loaded ({reason})") from error
     for number, row in enumerate(rows):
         yield Record(row, f"{source} row {number}")

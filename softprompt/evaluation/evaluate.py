@@ -17,9 +17,9 @@ from softprompt.training.step import target_log_probabilities
 
 
 @jax.jit
-def run_method(method, backbone):
-    """The backbone and the prefix that a method says to run, computed once for many batches."""
-    return method.apply(backbone)
+def make_prefix(method, backbone):
+    """The prefix that a method says to run, computed once for many batches."""
+    return method.apply(backbone)[1]
 
 
 @partial(jax.jit, static_argnames="candidates")
@@ -36,7 +36,7 @@ def score(
     """Score every candidate of every example, batch by batch.
 
     Args:
-      backbone, prefix: what `run_method` gives; prefix None for the base model alone.
+      backbone, prefix: the model, and what `make_prefix` gives, or None for no prefix.
       examples: at least one, all with the same number C of candidates.
       batch_size: rows at a time.
 

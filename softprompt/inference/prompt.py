@@ -17,14 +17,15 @@ import numpy as np
 from softprompt.backbones.attention import Prefix
 from softprompt.backbones.loading import Base, load_base
 from softprompt.config import Experiment, Template, template_fields
-from softprompt.data.examples import Task
+from softprompt.data.examples import Task, say_truncated
 from softprompt.data.records import Record
 from softprompt.errors import UserError
-from softprompt.evaluation.evaluate import run_method, score
+from softprompt.evaluation.evaluate import make_prefix, score
 from softprompt.methods.soft_prompt import SoftPrompt
 from softprompt.training.checkpoint import load_arrays, load_description, save_arrays
 
 _FILE = "prompt.json"
+_FORMAT = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +66,8 @@ class TrainedPrompt:
         Raises:
           UserError: if the prompt has no labels, or an input is empty or lacks a field.
         """
+        if isinstance(inputs, str):
+            raise UserError("classify takes a list of texts, not one text")
         records = [self.record(text, f"input {i}") for i, text in enumerate(inputs, 1)]
         return self.classify_records(records, batch_size)
 
@@ -85,6 +88,7 @@ class TrainedPrompt:
         if not records:
             return []
         examples = [self.task.example(record, with_answer=False) for record in records]
+        say_truncated(examples, self.task, "inputs")
         probabilities = np.empty((len(examples), len(labels)))
         for numbers, scores in score(self.base.backbone, self.prefix, examples, batch_size):
             probabilities[numbers] = jax.nn.softmax(jnp.asarray(scores), axis=-1)
@@ -123,7 +127,7 @@ def save_prompt(
     """
     vectors = method.vectors[...]
     description = {
-        "format": 1,
+        "format": _FORMAT,
         "method": experiment.method,
         "length": vectors.shape[0],
         "hidden_size": vectors.shape[1],
@@ -149,6 +153,16 @@ def prompt_folder(path: Path) -> Path:
     return folder
 
 
+def read_description(folder: Path) -> dict[str, Any]:
+    """What `prompt.json` says, once all files of the artifact have been checked."""
+    description = load_description(folder, _FILE)
+    if description.get("format") != _FORMAT:
+        raise UserError(
+            f"{folder}: of format {description.get('format')}, which this version does not read"
+        )
+    return description
+
+
 def load_prompt(path: str | Path, base: Base | str | None = None) -> TrainedPrompt:
     """Load a trained prompt for use.
 
@@ -160,7 +174,7 @@ def load_prompt(path: str | Path, base: Base | str | None = None) -> TrainedProm
       UserError: if a file of it is damaged, or it was trained on another base model.
     """
     folder = prompt_folder(Path(path))
-    description = load_description(folder, _FILE)
+    description = read_description(folder)
     trained_on = description["base"]
     if not isinstance(base, Base):
         base = load_base(base or trained_on["name"])
@@ -174,4 +188,4 @@ def load_prompt(path: str | Path, base: Base | str | None = None) -> TrainedProm
     method = SoftPrompt(load_arrays(folder, like)["vectors"])
     template = Template(**description["template"])
     task = make_task(base, template, description["verbalizer"], description["length"])
-    return TrainedPrompt(base, method, run_method(method, base.backbone)[1], task, description)
+    return TrainedPrompt(base, method, make_prefix(method, base.backbone), task, description)

@@ -11,18 +11,19 @@ _FREQUENT = 5000  # tokens to draw from; ids of a vocabulary rise as frequency f
 
 
 def initial_vectors(experiment: Experiment, base: Base) -> jax.Array:
-    """The vectors `[P, D]` that `experiment.prompt` asks for, drawn by `experiment.seed`."""
-    prompt = experiment.prompt
-    random = np.random.default_rng(experiment.seed)
+    """The vectors `[P, D]`, float32, that `experiment.prompt` asks for, drawn by its seed."""
+    prompt, random = experiment.prompt, np.random.default_rng(experiment.seed)
     if prompt.init == "vocabulary":
-        return sampled_vocabulary(base, prompt.length, random)
-    if prompt.init == "random":
-        return random_vectors(base, prompt.length, random)
-    if prompt.init == "text":
+        vectors = sampled_vocabulary(base, prompt.length, random)
+    elif prompt.init == "random":
+        vectors = random_vectors(base, prompt.length, random)
+    elif prompt.init == "text":
         assert prompt.init_text is not None
-        return text_vectors(base, prompt.length, prompt.init_text)
-    assert experiment.verbalizer is not None
-    return label_vectors(base, prompt.length, list(experiment.verbalizer.values()), random)
+        vectors = text_vectors(base, prompt.length, prompt.init_text)
+    else:
+        assert experiment.verbalizer is not None
+        vectors = label_vectors(base, prompt.length, list(experiment.verbalizer.values()), random)
+    return vectors.astype(jnp.float32)
 
 
 def sampled_vocabulary(base: Base, length: int, random: np.random.Generator) -> jax.Array:

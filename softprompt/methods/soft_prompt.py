@@ -36,4 +36,5 @@ class SoftPrompt(nnx.Module):
 
     def apply(self, backbone: Decoder) -> tuple[Decoder, Prefix]:
         """What to run: the backbone as it is, behind the prefix that the vectors give."""
-        return backbone, backbone.prefill(self.vectors[...])
+        vectors = self.vectors[...].astype(backbone.embedding[...].dtype)
+        return backbone, backbone.prefill(vectors)

@@ -1,8 +1,8 @@
 """Saved arrays: the only file that knows Orbax.
 
 A saved folder holds `arrays/` (Orbax), one JSON file that describes them, and
-`SHA256SUMS` of every file. It appears under its name whole or not at all. Orbax itself
-does not notice a flipped bit, so the sums are checked before anything is read.
+`SHA256SUMS` of every file. Orbax itself does not notice a flipped bit, so the sums are
+checked before anything is read.
 """
 
 import hashlib
@@ -29,7 +29,9 @@ class DamagedError(UserError):
 
 
 def save_arrays(folder: Path, arrays: Any, description: Mapping[str, Any], file: str) -> None:
-    """Write arrays and their description to `folder`, replacing what was there.
+    """Write arrays and their description to `folder`, whole or not at all.
+
+    What was there is replaced; for a moment between two renames there is nothing.
 
     Args:
       folder: the folder to make.
@@ -173,7 +175,8 @@ class Checkpoints:
         except OSError as error:
             reason = error.strerror or str(error)
             raise UserError(f"{self.path(step)}: cannot be written ({reason})") from error
-        kept = {*self.steps[-self._keep :], best}
+        # Later steps are left from before the run went back to this one.
+        kept = {*[s for s in self.steps if s <= step][-self._keep :], best}
         for other in self.steps:
             if other not in kept:
                 shutil.rmtree(self.path(other))

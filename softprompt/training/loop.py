@@ -23,11 +23,17 @@ from softprompt.backbones.loading import load_base
 from softprompt.config import Experiment
 from softprompt.console import Bar, say
 from softprompt.data.batches import TrainingBatches
-from softprompt.data.examples import make_examples
+from softprompt.data.examples import examples_digest, make_examples
 from softprompt.data.records import read_records
-from softprompt.errors import UserError
-from softprompt.evaluation.evaluate import evaluate, run_method
-from softprompt.inference.prompt import TrainedPrompt, load_prompt, make_task, save_prompt
+from softprompt.errors import Stopped, UserError
+from softprompt.evaluation.evaluate import evaluate, make_prefix
+from softprompt.inference.prompt import (
+    TrainedPrompt,
+    load_prompt,
+    make_task,
+    read_description,
+    save_prompt,
+)
 from softprompt.methods.initializers import initial_vectors
 from softprompt.methods.soft_prompt import SoftPrompt
 from softprompt.training.checkpoint import Checkpoints, DamagedError
@@ -35,7 +41,7 @@ from softprompt.training.curves import draw_curves
 from softprompt.training.optimizers import make_optimizer, make_schedule
 from softprompt.training.run_folder import MetricsLog, open_run, write_config, write_file
 from softprompt.training.step import train_step
-from softprompt.training.stop import Stopped, StopSignals
+from softprompt.training.stop import StopSignals
 
 
 @dataclasses.dataclass
@@ -43,6 +49,8 @@ class Progress:
     """Where a run stands, apart from its arrays; part of every checkpoint.
 
     Attributes:
+      base, examples: digests of the base model and of all tokenised data, which must be
+        the same when the run goes on.
       step: updates made.
       data: state of the iterator over training batches.
       evaluated: the last step whose prompt was evaluated.
@@ -53,6 +61,8 @@ class Progress:
         `step_seconds` at the last record of the metrics.
     """
 
+    base: str
+    examples: str
     step: int = 0
     data: dict[str, Any] = dataclasses.field(default_factory=dict)
     evaluated: int = 0
@@ -66,7 +76,7 @@ class Progress:
     logged_seconds: float = 0.0
 
 
-def train(experiment: Experiment, folder: Path) -> dict[str, Any]:
+def train(experiment: Experiment, folder: str | Path) -> dict[str, Any]:
     """Run an experiment in a folder, or go on with it, and return its summary.
 
     Raises:
@@ -74,6 +84,7 @@ def train(experiment: Experiment, folder: Path) -> dict[str, Any]:
         is not finite.
       Stopped: on SIGTERM or Ctrl-C, once the state is saved.
     """
+    folder = Path(folder)
     with StopSignals() as stop, open_run(folder, experiment):
         summary = folder / "summary.json"
         if summary.exists():
@@ -115,9 +126,9 @@ class _Run:
 
         write_config(folder, experiment)
         self.checkpoints = Checkpoints(folder / "checkpoints", experiment.checkpoints.keep)
-        self.progress = Progress()
+        self.progress = Progress(self.base.fingerprint, examples_digest(self.examples))
         self._resume()
-        self.metrics = MetricsLog(folder, self.progress.step)
+        self.metrics = MetricsLog(folder, self.progress.step, self.progress.evaluated)
         self.saved_step = self.progress.step
         self.pending: tuple[dict[str, jax.Array], float] | None = None  # of the last step
         self.began = began - self.progress.seconds
@@ -133,7 +144,7 @@ class _Run:
                 self.stop.deferred(),
                 Bar("train", training.steps, "steps", done=progress.step) as bar,
             ):
-                while True:
+                while not self.stop.requested:
                     last = progress.step == training.steps
                     if progress.evaluated < progress.step and (
                         last or progress.step % self.experiment.evaluation.every == 0
@@ -142,15 +153,15 @@ class _Run:
                     elif every and progress.step % every == 0 and self.saved_step < progress.step:
                         self._save()
                     stale = patience is not None and progress.stale >= patience
-                    if last or stale or self.stop.requested:
+                    if last or stale:
+                        if stale and not last:
+                            say(f"no better prompt in {progress.stale} evaluations: stopping early")
                         break
                     self._step()
                     bar.advance(note=self.note)
                 if self.stop.requested and self.saved_step != progress.step:
                     self._save()
                 self.checkpoints.wait()
-            if stale and not last:
-                say(f"no better prompt in {progress.stale} evaluations: stopping early")
         finally:
             self.metrics.close()
         if self.stop.requested:
@@ -182,14 +193,21 @@ class _Run:
         return summary
 
     def _resume(self) -> None:
-        """Go on from the newest checkpoint that is intact and whose best one is intact too."""
+        """Go on from the newest intact checkpoint whose best prompt is intact as well."""
         found = dict(self.checkpoints.read_descriptions())
         damage = [problem for problem in found.values() if isinstance(problem, DamagedError)]
         intact = {step: d for step, d in found.items() if not isinstance(d, DamagedError)}
         for problem in damage:
             say(f"{problem}; not using this checkpoint")
+        bests = {0, *intact, self._saved_prompt_step()}
         for step, description in intact.items():
-            if description["best_step"] in {0, *intact}:
+            for key, what in (("base", "base model"), ("examples", "data")):
+                if description[key] != getattr(self.progress, key):
+                    raise UserError(
+                        f"{self.folder}: its {what} has changed since the run began; put it back, "
+                        "or choose another folder with --run-dir (make: RUN=DIR)"
+                    )
+            if description["best_step"] in bests:
                 arrays = self.checkpoints.load(step, (self.trainable, self.opt_state))
                 self.trainable, self.opt_state = arrays
                 self.progress = Progress(**description)
@@ -224,13 +242,7 @@ class _Run:
         loss, norm = float(measured["loss"]), float(measured["gradient_norm"])
         progress = self.progress
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            self.checkpoints.wait()
-            newest = self.checkpoints.steps[-1:]
-            kept = f"checkpoint {self.checkpoints.path(newest[0])} is kept" if newest else ""
-            raise UserError(
-                f"step {progress.step}: the loss is {loss} and its gradient's norm {norm}; "
-                f"lower optimizer.learning_rate; {kept or 'there is no checkpoint yet'}"
-            )
+            raise self._not_finite(f"the loss is {loss} and its gradient's norm {norm}")
         now = time.monotonic()
         progress.step_seconds += now - self.mark
         self.mark = now
@@ -251,6 +263,15 @@ class _Run:
             progress.losses, progress.padding = [], []
             progress.logged_seconds = progress.step_seconds
 
+    def _not_finite(self, what: str) -> UserError:
+        self.checkpoints.wait()
+        newest = self.checkpoints.steps[-1:]
+        kept = f"checkpoint {self.checkpoints.path(newest[0])} is kept" if newest else ""
+        return UserError(
+            f"step {self.progress.step}: {what}; lower optimizer.learning_rate; "
+            f"{kept or 'there is no checkpoint yet'}"
+        )
+
     def _evaluate(self) -> None:
         """Evaluate the prompt as it is, keep it if it is the best so far, save the state.
 
@@ -260,10 +281,12 @@ class _Run:
         method, backbone = nnx.merge(self.graphdef, self.trainable, self.frozen)
         try:
             with self.stop.deferred(False):
-                metrics = self._measure(run_method(method, backbone)[1], "validation")
+                metrics = self._measure(make_prefix(method, backbone), "validation")
         except Stopped:
             return
         progress, key = self.progress, self.experiment.evaluation.metric
+        if not math.isfinite(metrics["loss"]):
+            raise self._not_finite(f"the validation loss is {metrics['loss']}")
         sign = -1 if key == "loss" else 1
         best = not progress.best_step or sign * metrics[key] > sign * progress.best_metrics[key]
         if best:
@@ -290,6 +313,8 @@ class _Run:
         """Save a checkpoint of the state after the last step."""
         self._take_in()
         progress = self.progress
+        if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(self.trainable)):
+            raise self._not_finite("the update made the prompt infinite")
         progress.data = self.batches.get_state()
         progress.seconds = time.monotonic() - self.began
         arrays = (self.trainable, self.opt_state)
@@ -301,17 +326,20 @@ class _Run:
         best = self.progress.best_step, self.progress.best_metrics
         save_prompt(self.folder / "prompt", method, self.experiment, self.base, *best)
 
+    def _saved_prompt_step(self) -> int:
+        """The step that `prompt/` is of; 0 if there is none, or it is damaged."""
+        try:
+            return read_description(self.folder / "prompt")["step"]
+        except UserError:
+            return 0
+
     def _best_prompt(self) -> TrainedPrompt:
         """The prompt of the best step, from `prompt/` or else from its checkpoint."""
-        try:
-            trained = load_prompt(self.folder / "prompt", self.base)
-            if trained.description["step"] == self.progress.best_step:
-                return trained
-        except UserError:
-            pass
-        arrays = self.checkpoints.load(self.progress.best_step, (self.trainable, self.opt_state))
-        method, _ = nnx.merge(self.graphdef, arrays[0], self.frozen)
-        self._save_prompt(method)
+        best = self.progress.best_step
+        if self._saved_prompt_step() != best:
+            arrays = self.checkpoints.load(best, (self.trainable, self.opt_state))
+            method, _ = nnx.merge(self.graphdef, arrays[0], self.frozen)
+            self._save_prompt(method)
         return load_prompt(self.folder / "prompt", self.base)
 
 

@@ -23,13 +23,17 @@ def make_schedule(settings: Optimizer, steps: int) -> optax.Schedule:
 def make_optimizer(settings: Optimizer, steps: int) -> optax.GradientTransformation:
     """The update rule of an experiment.
 
-    Adafactor is set as in Lester et al. 2021, section 3: no scaling by the parameter.
+    In all of them a step shrinks the prompt by learning rate times weight decay. Adafactor
+    is set as in Lester et al. 2021, section 3: no scaling by the size of the parameter.
     """
     rate, decay = make_schedule(settings, steps), settings.weight_decay
     rule = {
         "adamw": lambda: optax.adamw(rate, weight_decay=decay),
-        "adafactor": lambda: optax.adafactor(
-            rate, multiply_by_parameter_scale=False, weight_decay_rate=decay or None
+        "adafactor": lambda: optax.chain(
+            optax.scale_by_factored_rms(),
+            optax.clip_by_block_rms(1.0),
+            optax.add_decayed_weights(decay),
+            optax.scale_by_learning_rate(rate),
         ),
         "sgd": lambda: optax.chain(optax.add_decayed_weights(decay), optax.sgd(rate, momentum=0.9)),
         "lion": lambda: optax.lion(rate, weight_decay=decay),

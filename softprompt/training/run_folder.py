@@ -40,7 +40,7 @@ def open_run(folder: Path, experiment: Experiment) -> Iterator[None]:
                     f"{folder}: holds a run with other settings ({'; '.join(changed)}); "
                     "choose another folder with --run-dir (make: RUN=DIR)"
                 )
-        elif others := [p.name for p in folder.iterdir() if p.name != ".lock"]:
+        elif others := [p.name for p in folder.iterdir() if p.name[0] != "."]:
             raise UserError(
                 f"{folder}: is no run's folder (it has {others[0]}, but no config.yaml); "
                 "choose another folder with --run-dir (make: RUN=DIR)"
@@ -68,14 +68,15 @@ class MetricsLog:
 
     Args:
       folder: the run's.
-      step: where the run goes on from; later records, of work that is done again, go.
+      step, evaluated: where the run goes on from, and the last step whose evaluation is
+        part of that; records of what will be done again go.
     """
 
-    def __init__(self, folder: Path, step: int):
+    def __init__(self, folder: Path, step: int, evaluated: int):
         path = folder / "metrics.jsonl"
-        kept = [
-            json.dumps(record) + "\n" for record in read_metrics(folder) if record["step"] <= step
-        ]
+        last = {"train": step, "validation": evaluated}
+        records = [r for r in read_metrics(folder) if r["step"] <= last[r["split"]]]
+        kept = [json.dumps(record) + "\n" for record in records]
         write_file(path, "".join(kept))
         self._file = path.open("a", encoding="utf-8")
         self._board = tensorboardX.SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)

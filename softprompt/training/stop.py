@@ -8,14 +8,7 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 from softprompt.console import say
-
-
-class Stopped(Exception):
-    """Work was stopped by a signal; the message says where it stands."""
-
-    def __init__(self, number: int, message: str):
-        super().__init__(message)
-        self.number = number
+from softprompt.errors import Stopped
 
 
 class StopSignals:
