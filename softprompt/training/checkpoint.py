@@ -101,14 +101,15 @@ def load_arrays(folder: Path, like: Any) -> Any:
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), nnx.as_pure(like)
     )
-    try:
-        loaded = orbax.load(folder.absolute() / "arrays", abstract)
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise DamagedError(f"{folder}: its arrays do not fit ({reason})") from error
-    for want, got in zip(jax.tree.leaves(abstract), jax.tree.leaves(loaded), strict=True):
-        if want.shape != got.shape:
-            raise DamagedError(f"{folder}: its arrays do not fit ({got.shape}, not {want.shape})")
+    path = folder.absolute() / "arrays"
+    saved, wanted = _shapes(orbax.metadata(path).metadata), _shapes(abstract)
+    for name in sorted(saved.keys() | wanted.keys()):
+        if saved.get(name) != wanted.get(name):
+            raise DamagedError(
+                f"{folder}: its arrays do not fit ({name} is {saved.get(name, 'missing')}, "
+                f"not {wanted.get(name, 'there')})"
+            )
+    loaded = orbax.load(path, abstract)
     return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(loaded))
 
 
@@ -180,6 +181,15 @@ class Checkpoints:
         for other in self.steps:
             if other not in kept:
                 shutil.rmtree(self.path(other))
+
+
+def _shapes(tree: Any) -> dict[str, str]:
+    """Type and shape of every array of a tree, by its path."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): f"{leaf.dtype}{list(leaf.shape)}"
+        for path, leaf in leaves
+    }
 
 
 def _files(folder: Path) -> list[Path]:
