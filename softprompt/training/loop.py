@@ -259,7 +259,10 @@ class _Run:
                 "examples_per_second": round(len(progress.losses) * self.rows / seconds, 2),
             }
             self.metrics.write(progress.step, "train", values)
-            self.note = f"loss {values['loss']:.4f}, {values['examples_per_second']:.1f} examples/s"
+            self.note = (
+                f"loss {values['loss']:.4f}, {values['examples_per_second']:.1f} examples/s, "
+                f"{values['padding']:.0%} padding"
+            )
             progress.losses, progress.padding = [], []
             progress.logged_seconds = progress.step_seconds
 
