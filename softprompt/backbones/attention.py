@@ -71,27 +71,28 @@ def attend(
       `[B, T, H, h]`, in the type of `values`.
     """
     batch, length, heads, size = queries.shape
-    kv_heads = keys.shape[2]
-    queries = (queries * size**-0.5).reshape(batch, length, kv_heads, -1, size)
+    # The key-value heads stand first, so that the prefix meets all rows in one product a head.
+    queries = (queries * size**-0.5).reshape(batch, length, keys.shape[2], -1, size)
+    queries = queries.transpose(2, 0, 1, 3, 4)  # [K, B, T, G, h]
 
-    scores = jnp.einsum("btkgh,bskh->bkgts", queries, keys, preferred_element_type=jnp.float32)
-    scores = jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    scores = jnp.einsum("kbtgh,bskh->kbtgs", queries, keys, preferred_element_type=jnp.float32)
+    scores = jnp.where(visible[None, :, :, None], scores, jnp.finfo(jnp.float32).min)
     largest = scores.max(axis=-1, keepdims=True)
     if prefix_keys is not None:
         prefix_scores = jnp.einsum(
-            "btkgh,pkh->bkgtp", queries, prefix_keys, preferred_element_type=jnp.float32
+            "kbtgh,pkh->kbtgp", queries, prefix_keys, preferred_element_type=jnp.float32
         )
         largest = jnp.maximum(largest, prefix_scores.max(axis=-1, keepdims=True))
     largest = jax.lax.stop_gradient(largest)
 
     weights = jnp.exp(scores - largest)
-    total = weights.sum(axis=-1)  # [B, K, G, T]
-    mixed = jnp.einsum("bkgts,bskh->btkgh", weights.astype(values.dtype), values)
+    total = weights.sum(axis=-1, keepdims=True)
+    mixed = jnp.einsum("kbtgs,bskh->kbtgh", weights.astype(values.dtype), values)
     if prefix_keys is not None:
-        prefix_weights = jnp.exp(prefix_scores - largest)
-        total += prefix_weights.sum(axis=-1)
-        mixed += jnp.einsum("bkgtp,pkh->btkgh", prefix_weights.astype(values.dtype), prefix_values)
-    mixed = mixed / total.transpose(0, 3, 1, 2)[..., None].astype(values.dtype)
+        weights = jnp.exp(prefix_scores - largest)
+        total += weights.sum(axis=-1, keepdims=True)
+        mixed += jnp.einsum("kbtgp,pkh->kbtgh", weights.astype(values.dtype), prefix_values)
+    mixed = (mixed / total.astype(values.dtype)).transpose(1, 2, 0, 3, 4)  # [B, T, K, G, h]
     return mixed.reshape(batch, length, heads, size)
 
 
