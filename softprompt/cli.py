@@ -47,7 +47,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if wrong:
         raise UserError(f"unknown argument {wrong[0]!r}; see softprompt {options.name} --help")
     if rest:
-        options.words += rest
+        options.words = [*options.words, *rest]
     return options
 
 
@@ -96,6 +96,8 @@ def _eval(options: argparse.Namespace) -> None:
 def _predict(options: argparse.Namespace) -> None:
     if bool(options.words) == bool(options.input):
         raise UserError("give either texts or --input FILE")
+    if options.jsonl and options.input != "-":
+        raise UserError("--jsonl is for standard input (--input -); a file's kind is in its name")
     prompt = _load_prompt(options)
     if options.input:
         records = list(_read_inputs(prompt, options.input, options.jsonl))
@@ -113,18 +115,21 @@ def _read_inputs(prompt: "TrainedPrompt", name: str, jsonl: bool) -> "Iterator[R
 
     if name.endswith((".jsonl", ".csv")):
         yield from read_records(name)
-    elif name == "-" and jsonl:
-        yield from parse_jsonl(sys.stdin, "standard input")
+        return
+    where = "standard input" if name == "-" else name
+    try:
+        content = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+        lines = content.decode("utf-8-sig").split("\n")
+    except OSError as error:
+        raise UserError(f"{where}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{where}: not UTF-8 text") from None
+    if jsonl:
+        yield from parse_jsonl(lines, where)
     else:
-        try:
-            text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8-sig")
-        except OSError as error:
-            raise UserError(f"{name}: cannot be read ({error.strerror})") from None
-        except UnicodeDecodeError:
-            raise UserError(f"{name}: not UTF-8 text") from None
-        where = "standard input" if name == "-" else name
-        for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):
-            yield prompt.record(line, f"{where}:{number}")
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                yield prompt.record(line.removesuffix("\r"), f"{where}:{number}")
 
 
 def _inspect(options: argparse.Namespace) -> None:
@@ -185,7 +190,7 @@ examples:
     )
     train.add_argument("experiment", type=Path, metavar="EXPERIMENT", help="a YAML file")
     train.add_argument(
-        "words", nargs="*", metavar="key=value", help="instead of what the file says"
+        "words", nargs="*", default=[], metavar="key=value", help="instead of what the file says"
     )
     train.add_argument("--run-dir", type=Path, metavar="DIR", help="default: runs/NAME")
 
@@ -215,6 +220,7 @@ examples:
         "label texts with a trained prompt",
         """\
 Prints one line of JSON for each text: input, label, and the probability of every label.
+Blank lines of a file or of standard input are skipped.
 
 examples:
   softprompt predict runs/sentiment "A dull, lifeless film." "A joy."
@@ -224,7 +230,7 @@ examples:
     )
     _add_run(predict, "a run's folder, or its prompt/")
     _add_batch_size(predict)
-    predict.add_argument("words", nargs="*", metavar="TEXT")
+    predict.add_argument("words", nargs="*", default=[], metavar="TEXT")
     predict.add_argument(
         "--input", metavar="FILE", help="a file of inputs, or - for standard input"
     )
@@ -274,7 +280,6 @@ def _add_batch_size(command: argparse.ArgumentParser) -> None:
 
 
 def _count(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be 1 or more")
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError("must be a whole number, 1 or more")
+    return int(text)

@@ -220,18 +220,14 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
     """
     path = Path(path)
     tree, origins = _read(path, ())
+    mistakes = []
     for override in overrides:
-        name, equals, text = override.partition("=")
-        if not equals or not name:
-            raise UserError(f"{override!r}: an override is written key=value")
-        *sections, last = key = tuple(name.split("."))
-        place = tree
-        for section in sections:
-            if not isinstance(place.get(section), dict):
-                place[section] = {}
-            place = place[section]
-        place[last] = _parse_value(override, text)
-        origins[key] = _Origin(f"command line: {override}", Path())
+        try:
+            _apply(override, tree, origins)
+        except UserError as error:
+            mistakes.append(str(error))
+    if mistakes:
+        raise UserError("\n".join(mistakes))
     tree.setdefault("name", path.stem)
     _resolve_paths(tree, origins)
     try:
@@ -289,6 +285,8 @@ def _read(path: Path, chain: tuple[Path, ...]) -> tuple[dict[str, Any], dict[Key
         return tree, origins
     if not isinstance(parent, str):
         raise UserError(f"{origins['extends',].where}: extends: the path of another file")
+    if not (path.parent / parent).is_file():
+        raise UserError(f"{origins['extends',].where}: extends: {parent}: no such file")
     below, below_origins = _read(path.parent / parent, (*chain, resolved))
     return _merge(below, tree), below_origins | origins
 
@@ -318,7 +316,25 @@ def _build(node: yaml.Node, key: Key, path: Path, origins: dict[Key, _Origin]) -
         raise UserError(f"{path}:{node.start_mark.line + 1}: not a YAML value ({reason})") from None
 
 
+def _apply(override: str, tree: dict[str, Any], origins: dict[Key, _Origin]) -> None:
+    """Set what `key=value` says."""
+    name, equals, text = override.partition("=")
+    if not equals or not name:
+        raise UserError(f"{override!r}: an override is written key=value")
+    key, origin = tuple(name.split(".")), _Origin(f"command line: {override}", Path())
+    value, place = _parse_value(override, text), tree
+    for depth, section in enumerate(key[:-1], 1):
+        if not isinstance(place.get(section), dict):
+            place[section] = {}
+            origins[key[:depth]] = origin
+        place = place[section]
+    place[key[-1]] = value
+    origins[key] = origin
+
+
 def _parse_value(override: str, text: str) -> Any:
+    if override.startswith("template.") and text.startswith("{"):
+        return text  # a field, not a YAML mapping
     try:
         return yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError, LookupError):
@@ -327,7 +343,7 @@ def _parse_value(override: str, text: str) -> Any:
 
 def _yaml_problem(error: yaml.YAMLError) -> str:
     mark = getattr(error, "problem_mark", None)
-    problem = getattr(error, "problem", None) or str(error)
+    problem = (getattr(error, "problem", None) or str(error)).split("\n")[0]
     return f"{mark.line + 1 if mark else 1}: {problem}"
 
 

@@ -63,7 +63,7 @@ def test_predict_takes_texts_files_and_standard_input(call, run, tmp_path, monke
 
     (tmp_path / "texts.txt").write_text("aaa\nzz\n")
     assert call("predict", run, "--input", tmp_path / "texts.txt")[1] == out
-    monkeypatch.setattr("sys.stdin", io.StringIO("aaa\nzz\n"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbfaaa\r\n\nzz")))
     assert call("predict", run, "--input", "-")[1] == out
     records = '{"text": "aaa", "label": "x"}\n{"text": "zz", "label": "y"}\n'
     (tmp_path / "texts.jsonl").write_text(records)
@@ -72,7 +72,7 @@ def test_predict_takes_texts_files_and_standard_input(call, run, tmp_path, monke
     assert [json.loads(line)["input"]["label"] for line in out.splitlines()] == ["x", "y"]
     assert [json.loads(line)["label"] for line in out.splitlines()] == [x["label"] for x in lines]
     assert call("predict", run, "--input", tmp_path / "texts.csv")[1] == out
-    monkeypatch.setattr("sys.stdin", io.StringIO(records))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(records.encode())))
     assert call("predict", run, "--input", "-", "--jsonl")[1] == out
 
 
@@ -101,12 +101,14 @@ def test_inspect_shows_every_virtual_token(call, run):
             "trained on the base model",
         ),
         (["eval", "/no/run"], "/no/run: is no run's folder"),
-        (["predict", "{run}", "a", "--batch-size", "0"], "must be 1 or more"),
+        (["predict", "{run}", "a", "--batch-size", "0"], "must be a whole number, 1 or more"),
+        (["predict", "{run}", "--input", "f", "--jsonl"], "--jsonl is for standard input"),
         (["predict"], "the following arguments are required: RUN"),
         (["eval", "{run}", "--split", "dev"], "invalid choice: 'dev'"),
         (["eval", "{run}", "--fast"], "unknown argument '--fast'; see softprompt eval --help"),
         (["eval", "{run}", "more"], "unknown argument 'more'"),
         (["fit"], "invalid choice: 'fit'"),
+        (["train"], "the following arguments are required: EXPERIMENT; see"),
         (["train", "/no/file.yaml"], "/no/file.yaml: cannot be read (No such file or directory)"),
     ],
 )

@@ -38,6 +38,11 @@ def test_a_csv_column_may_lack_a_name(tmp_path):
     assert record.text("text") == "x"
 
 
+def test_a_long_csv_field_is_read(tmp_path):
+    (record,) = read_records(write(tmp_path / "d.csv", f"text\n{'x' * 200_000}\n"))
+    assert len(record.text("text")) == 200_000
+
+
 def test_csv_records_know_their_lines_and_may_hold_newlines(tmp_path):
     source = write(tmp_path / "d.csv", 'text,label\n"two\nlines, one field",good\nb,bad\n')
     records = read_records(source)
@@ -50,6 +55,7 @@ def test_csv_records_know_their_lines_and_may_hold_newlines(tmp_path):
     [
         ("d.jsonl", '{"a": 1}\n{"a": \n', "d.jsonl:2: not valid JSON"),
         ("d.jsonl", "[1]\n", "d.jsonl:1: not a JSON object"),
+        ("d.jsonl", '{"a": NaN}\n', "d.jsonl:1: not valid JSON (NaN is no number of JSON)"),
         ("d.jsonl", "\n", "d.jsonl: has no records"),
         ("d.csv", "a,b\n1\n", "d.csv:2: not as many columns as the header"),
         ("d.csv", "a,b\n1,2,3\n", "d.csv:2: not as many columns as the header"),
@@ -63,8 +69,8 @@ def test_a_bad_dataset_is_refused_with_file_and_line(tmp_path, name, content, me
 
 
 def test_bytes_that_are_no_text_are_refused(tmp_path):
-    (tmp_path / "d.jsonl").write_bytes(b'{"a": "\xff"}\n')
-    with pytest.raises(UserError, match="not UTF-8 text"):
+    (tmp_path / "d.jsonl").write_bytes(b'{"a": "x"}\n{"a": "\xff"}\n')
+    with pytest.raises(UserError, match=r"d\.jsonl:2: not UTF-8 text"):
         read_records(str(tmp_path / "d.jsonl"))
 
 

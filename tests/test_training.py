@@ -78,7 +78,7 @@ def test_a_run_leaves_what_the_readme_says(experiment, tmp_path):
     assert train_records[-1]["loss"] < train_records[0]["loss"]
     validations = [r for r in read_metrics(folder) if r["split"] == "validation"]
     assert [r["step"] for r in validations] == [4, 8, 12]
-    best = max(validations, key=lambda r: (r["accuracy"], -r["step"]))
+    best = max(validations, key=lambda r: (r["accuracy"], -r["loss"]))
     assert summary["best_step"] == best["step"]
     assert summary["validation"] == {"loss": best["loss"], "accuracy": best["accuracy"]}
     about = json.loads((folder / "prompt" / "prompt.json").read_text())
@@ -226,6 +226,28 @@ def test_a_damaged_prompt_is_made_again_from_its_checkpoint(experiment, tmp_path
     assert outcome(folder) == before
 
 
+def test_a_finished_run_repairs_its_prompt(experiment, tmp_path):
+    folder = tmp_path / "run"
+    train(experiment, folder)
+    before = outcome(folder)
+    damage(folder / "prompt")
+    train(experiment, folder)
+    assert outcome(folder) == before
+
+
+def test_lost_metrics_are_said_and_damaged_ones_named(experiment, tmp_path, capsys):
+    folder = tmp_path / "run"
+    train(experiment, folder)
+    (folder / "summary.json").unlink()
+    metrics = (folder / "metrics.jsonl").read_text()
+    (folder / "metrics.jsonl").write_text("?\n" + metrics)
+    with pytest.raises(UserError, match=r"metrics.jsonl:1: not valid JSON"):
+        train(experiment, folder)
+    (folder / "metrics.jsonl").unlink()
+    train(experiment, folder)
+    assert "metrics.jsonl: 6 of 6 records are missing" in capsys.readouterr().err
+
+
 def test_a_finished_run_is_not_run_again(experiment, tmp_path, capsys):
     summary = train(experiment, tmp_path / "run")
     stamp = (tmp_path / "run" / "metrics.jsonl").stat().st_mtime_ns
@@ -245,6 +267,22 @@ def test_another_experiment_does_not_write_into_a_run(experiment, experiment_fil
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
     with pytest.raises(UserError, match="is no run's folder"):
         train(experiment, tmp_path / "mine")
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+def test_settings_may_change_while_there_is_nothing_to_mix_up(experiment_file, tmp_path):
+    folder = tmp_path / "run"
+    with pytest.raises(UserError, match="there is no checkpoint yet"):
+        train(load_experiment(experiment_file, ["optimizer.learning_rate=3e38"]), folder)
+    assert train(load_experiment(experiment_file), folder)["steps"] == 12
+
+
+def test_a_file_in_the_way_is_named(experiment, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("")
+    (tmp_path / "run" / "checkpoints").write_text("")
+    with pytest.raises(UserError, match="run/checkpoints: cannot be read or written"):
+        train(experiment, tmp_path / "run")
 
 
 def test_two_processes_do_not_train_in_one_folder(start, experiment_file, tmp_path):
@@ -264,7 +302,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(
     experiment = load_experiment(experiment_file, overrides)
     with pytest.raises(
         UserError,
-        match=r"step \d+: .*(nan|inf).*; lower optimizer.learning_rate; checkpoint .* is kept",
+        match=r"step \d+: .*(nan|inf).*; lower optimizer.learning_rate.*; checkpoint .* is kept",
     ):
         train(experiment, tmp_path / "run")
     steps = [int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir()]

@@ -32,7 +32,7 @@ def _require(config: Config, key: str, default: Any, supported: Any) -> None:
     value = config.get(key, default)
     if value != supported:
         raise UserError(
-            f"config.json: {key} {value!r} of a {config['model_type']} model is not supported "
+            f"{key} {value!r} of a {config['model_type']} model is not supported "
             f"(supported: {supported!r})"
         )
 
@@ -42,7 +42,7 @@ def _rope_theta(config: Config) -> float:
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
-        raise UserError(f"config.json: rope type {kind!r} is not supported (supported: 'default')")
+        raise UserError(f"rope type {kind!r} is not supported (supported: 'default')")
     return float(rope.get("rope_theta") or config.get("rope_theta") or 10_000.0)
 
 

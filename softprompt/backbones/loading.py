@@ -14,7 +14,7 @@ from flax import nnx
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedTokenizerFast
 
-from softprompt.backbones.decoder import Decoder
+from softprompt.backbones.decoder import Architecture, Decoder
 from softprompt.backbones.families import GGUF_NAMES, family_of
 from softprompt.backbones.gguf import GGUFFile
 from softprompt.errors import UserError
@@ -67,23 +67,18 @@ def load_base(name: str) -> Base:
     tensors: TensorFile
     if path.is_dir():
         config = _read_config(path)
-        tensors, names = _Safetensors(path), family_of(config).names
+        arch, names = _architecture(config, path)
+        tensors = _Safetensors(path)
         try:
             tokenizer = PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
         except Exception as error:  # of every kind, by what is wrong in which file
             raise UserError(f"{path}: its tokenizer cannot be loaded ({_line(error)})") from error
     else:
         tensors = file = GGUFFile(path)
-        config, names = file.config, GGUF_NAMES
-        family_of(config)
+        arch, _ = _architecture(file.config, path)
+        names = GGUF_NAMES
         inner, special = file.tokenizer()
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, **special)
-    try:
-        arch = family_of(config).architecture(config)
-    except KeyError as error:
-        raise UserError(f"{path}: its config lacks {error}") from error
-    except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
-        raise UserError(f"{path}: its config has a value that will not do ({error})") from error
     if len(tokenizer) > arch.vocab_size:
         raise UserError(
             f"{path}: its tokenizer has {len(tokenizer)} tokens, its model only {arch.vocab_size}"
@@ -93,6 +88,19 @@ def load_base(name: str) -> Base:
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
     _fill(digest, state, tensors, names, arch.tied_head, str(path))
     return Base(name, digest.hexdigest(), nnx.merge(graphdef, state), tokenizer)
+
+
+def _architecture(config: dict[str, Any], path: Path) -> tuple[Architecture, Mapping[str, str]]:
+    """The architecture, and the names of its tensors in safetensors files."""
+    try:
+        family = family_of(config)
+        return family.architecture(config), family.names
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except KeyError as error:
+        raise UserError(f"{path}: its config lacks {error}") from error
+    except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        raise UserError(f"{path}: its config has a value that will not do ({error})") from error
 
 
 def _locate(name: str, asked: str) -> Path:
@@ -148,6 +156,8 @@ def _read_config(directory: Path) -> dict[str, Any]:
         config = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{directory}: no config.json there") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(config, dict):

@@ -3,9 +3,10 @@
 import csv
 import dataclasses
 import json
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from softprompt.errors import UserError
 
@@ -61,8 +62,8 @@ def read_records(source: str) -> list[Record]:
             records = list(readers[path.suffix](path))
         except OSError as error:
             raise UserError(f"{source}: cannot be read ({error.strerror})") from None
-        except UnicodeDecodeError as error:
-            raise UserError(f"{source}: not UTF-8 text ({error})") from None
+        except UnicodeDecodeError:
+            raise UserError(f"{source}:{_first_undecodable(path)}: not UTF-8 text") from None
     if not records:
         raise UserError(f"{source}: has no records")
     return records
@@ -77,12 +78,25 @@ def parse_jsonl(lines: Iterable[str], source: str) -> Iterator[Record]:
 
 def _parse_object(line: str, where: str) -> Record:
     try:
-        fields = json.loads(line)
+        fields = json.loads(line, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not valid JSON ({error})") from None
     if not isinstance(fields, dict):
         raise UserError(f"{where}: not a JSON object")
     return Record(fields, where)
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is no number of JSON")
+
+
+def _first_undecodable(path: Path) -> int:
+    """The first line that is not UTF-8."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.decode(errors="ignore").encode() != line:
+                return number
+    raise AssertionError(f"{path} is UTF-8")
 
 
 def _read_jsonl(path: Path) -> Iterator[Record]:
@@ -91,6 +105,7 @@ def _read_jsonl(path: Path) -> Iterator[Record]:
 
 
 def _read_csv(path: Path) -> Iterator[Record]:
+    csv.field_size_limit(sys.maxsize)  # long texts are cut by the template, and counted
     with path.open(encoding="utf-8-sig", newline="") as file:
         rows = csv.DictReader(file, strict=True)
         try:

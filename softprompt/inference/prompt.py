@@ -73,8 +73,10 @@ class TrainedPrompt:
 
     def record(self, text: str | Mapping[str, Any], where: str) -> Record:
         """An input as a record; a bare text is the one field of the template."""
-        if not isinstance(text, str):
+        if isinstance(text, Mapping):
             return Record(text, where)
+        if not isinstance(text, str):
+            raise UserError(f"{where}: neither a text nor fields by name")
         fields = template_fields(self.task.template.input)
         if len(fields) > 1:
             raise UserError(f"{where}: give its fields by name ({', '.join(fields)})")
@@ -102,9 +104,10 @@ def make_task(base: Base, template: Template, verbalizer: Any, length: int) -> T
     """The task of an experiment, for a prompt of `length` virtual tokens on a base model."""
     room = base.backbone.arch.context_length - length
     if room < 2 or (template.max_tokens or 0) > room:
+        asked = f" and template.max_tokens {template.max_tokens}" if template.max_tokens else ""
         raise UserError(
             f"base {base.name!r} has a context of {base.backbone.arch.context_length} tokens, "
-            f"too short for prompt.length {length} and template.max_tokens {template.max_tokens}"
+            f"too short for prompt.length {length}{asked}"
         )
     return Task(template, verbalizer, base.tokenizer, template.max_tokens or room)
 
@@ -156,10 +159,8 @@ def prompt_folder(path: Path) -> Path:
 def read_description(folder: Path) -> dict[str, Any]:
     """What `prompt.json` says, once all files of the artifact have been checked."""
     description = load_description(folder, _FILE)
-    if description.get("format") != _FORMAT:
-        raise UserError(
-            f"{folder}: of format {description.get('format')}, which this version does not read"
-        )
+    if not isinstance(description, dict) or description.get("format") != _FORMAT:
+        raise UserError(f"{folder / _FILE}: of a format that this version does not read")
     return description
 
 
@@ -175,17 +176,20 @@ def load_prompt(path: str | Path, base: Base | str | None = None) -> TrainedProm
     """
     folder = prompt_folder(Path(path))
     description = read_description(folder)
-    trained_on = description["base"]
+    try:
+        name, fingerprint = description["base"]["name"], description["base"]["fingerprint"]
+        template, verbalizer = Template(**description["template"]), description["verbalizer"]
+        shape = length, _ = (description["length"], description["hidden_size"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{folder / _FILE}: malformed ({str(error).splitlines()[0]})") from error
     if not isinstance(base, Base):
-        base = load_base(base or trained_on["name"])
-    if base.fingerprint != trained_on["fingerprint"]:
+        base = load_base(base or name)
+    if base.fingerprint != fingerprint:
         raise UserError(
-            f"{folder}: trained on the base model {trained_on['name']!r} "
-            f"({trained_on['fingerprint'][:12]}), not on {base.name!r} ({base.fingerprint[:12]})"
+            f"{folder}: trained on the base model {name!r} ({fingerprint[:12]}), "
+            f"not on {base.name!r} ({base.fingerprint[:12]})"
         )
-    shape = (description["length"], description["hidden_size"])
     like = {"vectors": jax.ShapeDtypeStruct(shape, jnp.float32)}
     method = SoftPrompt(load_arrays(folder, like)["vectors"])
-    template = Template(**description["template"])
-    task = make_task(base, template, description["verbalizer"], description["length"])
+    task = make_task(base, template, verbalizer, length)
     return TrainedPrompt(base, method, make_prefix(method, base.backbone), task, description)

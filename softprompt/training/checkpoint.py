@@ -60,7 +60,7 @@ def load_description(folder: Path, file: str) -> dict[str, Any]:
     """Check every file of a saved folder against its SHA-256 and read the description.
 
     Raises:
-      DamagedError: naming the file that is missing, was altered or is not listed.
+      DamagedError: naming the file that is missing or was altered.
     """
     if not folder.is_dir():
         raise DamagedError(f"{folder}: no such folder")
@@ -79,9 +79,6 @@ def load_description(folder: Path, file: str) -> dict[str, Any]:
             raise DamagedError(f"{folder / name}: missing")
         if _sha256(here[name]) != digest:
             raise DamagedError(f"{folder / name}: damaged (its SHA-256 is not the recorded one)")
-    for name in here:
-        if name not in sums:
-            raise DamagedError(f"{folder / name}: not one of the files that were saved here")
     if file not in sums:
         raise DamagedError(f"{folder / file}: missing")
     return json.loads((folder / file).read_text())

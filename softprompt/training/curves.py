@@ -11,6 +11,8 @@ def draw_curves(folder: Path) -> None:
     """Draw the metrics of a run's folder into `curves.png` there."""
     records = read_metrics(folder)
     keys = [key for key in ("loss", "accuracy") if any(key in r for r in records)]
+    if not keys:
+        return
     figure = Figure(figsize=(5 * len(keys), 3.5), layout="constrained")
     for axes, key in zip(figure.subplots(1, len(keys), squeeze=False)[0], keys, strict=True):
         for split in ("train", "validation"):

@@ -56,6 +56,7 @@ class Progress:
       evaluated: the last step whose prompt was evaluated.
       best_step, best_metrics: of the best prompt so far.
       stale: evaluations since then.
+      records: written to the metrics.
       losses, padding: of each step since the last record of the metrics.
       seconds: spent on this run; `step_seconds`, on its steps alone; `logged_seconds`,
         `step_seconds` at the last record of the metrics.
@@ -69,6 +70,7 @@ class Progress:
     best_step: int = 0
     best_metrics: dict[str, float] = dataclasses.field(default_factory=dict)
     stale: int = 0
+    records: int = 0
     losses: list[float] = dataclasses.field(default_factory=list)
     padding: list[float] = dataclasses.field(default_factory=list)
     seconds: float = 0.0
@@ -86,13 +88,25 @@ def train(experiment: Experiment, folder: str | Path) -> dict[str, Any]:
     """
     folder = Path(folder)
     with StopSignals() as stop, open_run(folder, experiment):
-        summary = folder / "summary.json"
-        if summary.exists():
+        if summary := _finished(folder):
             say(f"{folder}: this run is finished; for another one set --run-dir (make: RUN=DIR)")
-            return json.loads(summary.read_text())
-        run = _Run(experiment, folder, stop)
-        run.train()
-        return run.finish()
+            return summary
+        try:
+            run = _Run(experiment, folder, stop)
+            run.train()
+            return run.finish()
+        except OSError as error:
+            where = error.filename or folder
+            raise UserError(f"{where}: cannot be read or written ({error.strerror})") from error
+
+
+def _finished(folder: Path) -> dict[str, Any] | None:
+    """The summary of a finished run whose prompt is intact."""
+    try:
+        read_description(folder / "prompt")
+        return json.loads((folder / "summary.json").read_text())
+    except (UserError, OSError, ValueError):
+        return None
 
 
 class _Run:
@@ -128,7 +142,7 @@ class _Run:
         self.checkpoints = Checkpoints(folder / "checkpoints", experiment.checkpoints.keep)
         self.progress = Progress(self.base.fingerprint, examples_digest(self.examples))
         self._resume()
-        self.metrics = MetricsLog(folder, self.progress.step, self.progress.evaluated)
+        self.metrics = MetricsLog(folder, self.progress.step, self.progress.records)
         self.saved_step = self.progress.step
         self.pending: tuple[dict[str, jax.Array], float] | None = None  # of the last step
         self.began = began - self.progress.seconds
@@ -271,7 +285,8 @@ class _Run:
         newest = self.checkpoints.steps[-1:]
         kept = f"checkpoint {self.checkpoints.path(newest[0])} is kept" if newest else ""
         return UserError(
-            f"step {self.progress.step}: {what}; lower optimizer.learning_rate; "
+            f"step {self.progress.step}: {what}; lower optimizer.learning_rate, in another "
+            "folder with --run-dir (make: RUN=DIR); "
             f"{kept or 'there is no checkpoint yet'}"
         )
 
@@ -290,8 +305,7 @@ class _Run:
         progress, key = self.progress, self.experiment.evaluation.metric
         if not math.isfinite(metrics["loss"]):
             raise self._not_finite(f"the validation loss is {metrics['loss']}")
-        sign = -1 if key == "loss" else 1
-        best = not progress.best_step or sign * metrics[key] > sign * progress.best_metrics[key]
+        best = not progress.best_step or _merit(metrics, key) > _merit(progress.best_metrics, key)
         if best:
             progress.best_step, progress.best_metrics = progress.step, metrics
         progress.stale = 0 if best else progress.stale + 1
@@ -319,6 +333,7 @@ class _Run:
         if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(self.trainable)):
             raise self._not_finite("the update made the prompt infinite")
         progress.data = self.batches.get_state()
+        progress.records = self.metrics.records
         progress.seconds = time.monotonic() - self.began
         arrays = (self.trainable, self.opt_state)
         best = progress.best_step
@@ -344,6 +359,11 @@ class _Run:
             method, _ = nnx.merge(self.graphdef, arrays[0], self.frozen)
             self._save_prompt(method)
         return load_prompt(self.folder / "prompt", self.base)
+
+
+def _merit(metrics: dict[str, float], key: str) -> tuple[float, ...]:
+    """What is greater for a better prompt; of two with equal accuracy, the one of less loss."""
+    return (-metrics["loss"],) if key == "loss" else (metrics[key], -metrics["loss"])
 
 
 def _peak_memory() -> int:

@@ -11,7 +11,11 @@ from typing import Any
 import tensorboardX
 
 from softprompt.config import Experiment, differences, dump_experiment, load_experiment
+from softprompt.console import say
+from softprompt.data.records import parse_jsonl
 from softprompt.errors import UserError
+
+_METRICS = "metrics.jsonl"
 
 
 @contextlib.contextmanager
@@ -22,8 +26,15 @@ def open_run(folder: Path, experiment: Experiment) -> Iterator[None]:
       UserError: if the folder belongs to another experiment or to a process still
         running, or cannot be written.
     """
+    config = folder / "config.yaml"
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        others = [p.name for p in folder.iterdir() if p.name[0] != "."]
+        if others and not config.exists():
+            raise UserError(
+                f"{folder}: is no run's folder (it has {others[0]}, but no config.yaml); "
+                "choose another folder with --run-dir (make: RUN=DIR)"
+            )
         lock = (folder / ".lock").open("w")
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror})") from None
@@ -32,19 +43,13 @@ def open_run(folder: Path, experiment: Experiment) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(f"{folder}: another process is training there") from None
-        config = folder / "config.yaml"
-        if config.exists():
+        if any(folder.glob("checkpoints/*")):  # else there is nothing to mix up
             changed = differences(load_experiment(config), experiment)
             if changed:
                 raise UserError(
                     f"{folder}: holds a run with other settings ({'; '.join(changed)}); "
                     "choose another folder with --run-dir (make: RUN=DIR)"
                 )
-        elif others := [p.name for p in folder.iterdir() if p.name[0] != "."]:
-            raise UserError(
-                f"{folder}: is no run's folder (it has {others[0]}, but no config.yaml); "
-                "choose another folder with --run-dir (make: RUN=DIR)"
-            )
         yield
 
 
@@ -68,23 +73,24 @@ class MetricsLog:
 
     Args:
       folder: the run's.
-      step, evaluated: where the run goes on from, and the last step whose evaluation is
-        part of that; records of what will be done again go.
+      step, records: where the run goes on from, and the number of records up to there; the
+        ones behind, of work that will be done again, go.
     """
 
-    def __init__(self, folder: Path, step: int, evaluated: int):
-        path = folder / "metrics.jsonl"
-        last = {"train": step, "validation": evaluated}
-        records = [r for r in read_metrics(folder) if r["step"] <= last[r["split"]]]
-        kept = [json.dumps(record) + "\n" for record in records]
-        write_file(path, "".join(kept))
-        self._file = path.open("a", encoding="utf-8")
+    def __init__(self, folder: Path, step: int, records: int):
+        kept = read_metrics(folder)[:records]
+        if len(kept) < records:
+            say(f"{folder / _METRICS}: {records - len(kept)} of {records} records are missing")
+        write_file(folder / _METRICS, "".join(json.dumps(record) + "\n" for record in kept))
+        self.records = records
+        self._file = (folder / _METRICS).open("a", encoding="utf-8")
         self._board = tensorboardX.SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
         """Append one record."""
         self._file.write(json.dumps({"step": step, "split": split, **values}) + "\n")
         self._file.flush()
+        self.records += 1
         for key, value in values.items():
             self._board.add_scalar(f"{split}/{key}", value, step)
 
@@ -95,9 +101,17 @@ class MetricsLog:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The records of `metrics.jsonl`; a last line cut short by a kill is left out."""
-    path = folder / "metrics.jsonl"
+    """The records of `metrics.jsonl`; a last line cut short by a kill is left out.
+
+    Raises:
+      UserError: with file and line, if another line is damaged.
+    """
+    path = folder / _METRICS
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]
+    *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    records = [record.fields for record in parse_jsonl(lines, str(path))]
+    for number, record in enumerate(records, 1):
+        if not {"step", "split"} <= record.keys():
+            raise UserError(f"{path}:{number}: not a record of metrics; move the file away")
+    return [dict(record) for record in records]
