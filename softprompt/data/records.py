@@ -123,7 +123,7 @@ def _read_hub(source: str) -> Iterator[Record]:
         import datasets
     except ImportError:
         raise UserError(
-            f"{source}: needs the datasets package; run: pip install 'softprompt[datasets]'"
+            f"{source}: needs the datasets package; run: pip install datasets"
         ) from None
     name, _, split = source.removeprefix("hub:").partition("#")
     if not split:
