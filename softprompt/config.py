@@ -174,8 +174,6 @@ def template_fields(template: str) -> list[str]:
     return fields
 
 
-# --- reading -------------------------------------------------------------------------
-
 Key = tuple[str, ...]
 
 _DEEPEST = 10  # levels of an experiment file, so that an alias inside itself ends
