@@ -78,7 +78,10 @@ def test_no_token_sees_a_later_one_or_another_candidate(tiny):
     segments = jnp.array([[0, 0, 0, 1, 1, 2, 2, -1]])
     positions = jnp.array([[0, 1, 2, 3, 4, 3, 4, 0]])
     embeddings = tiny.backbone.embed(jnp.arange(8)[None] + 50)
-    hidden = lambda e: tiny.backbone(e, positions, segments)[0].sum(axis=-1)  # noqa: E731
+
+    def hidden(embeddings):
+        return tiny.backbone(embeddings, positions, segments)[0].sum(axis=-1)
+
     gradient = jnp.abs(jax.jacobian(hidden)(embeddings))[:, 0].sum(axis=-1)  # [T, T]
     seen = np.asarray(gradient > 0)[:-1]  # what padding sees does not matter
     expected = np.array(

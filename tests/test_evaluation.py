@@ -20,7 +20,10 @@ def trained(base, vectors, verbalizer):
 
 def text_log_probability(base, prompt, text, continuation):
     """Log-probability of a continuation behind prompt and text, by the whole sequence."""
-    tokenize = lambda t: base.tokenizer(t, add_special_tokens=False).input_ids  # noqa: E731
+
+    def tokenize(text):
+        return base.tokenizer(text, add_special_tokens=False).input_ids
+
     tokens = jnp.array([tokenize(text) + tokenize(continuation)])
     embeddings = SoftPrompt(prompt)(base.backbone.embed(tokens))
     positions = jnp.arange(embeddings.shape[1])[None]
