@@ -17,7 +17,7 @@ from flax import nnx
 
 from softprompt import SoftPrompt, load_base
 from softprompt.config import Optimizer
-from softprompt.data.batches import make_batch
+from softprompt.data.batches import Layout
 from softprompt.data.examples import Example
 from softprompt.training.optimizers import make_optimizer
 from softprompt.training.step import train_step
@@ -35,14 +35,12 @@ class Prepended(SoftPrompt):
 class _PrependingBackbone(nnx.Module):
     def __init__(self, backbone, prompt):
         self.backbone, self.prompt = backbone, prompt
-        self.embed, self.logits = backbone.embed, backbone.logits
+        self.logits = backbone.logits
 
-    def __call__(self, embeddings, positions, segments, prefix):
-        length = self.prompt.vectors.shape[0]
-        ours = jnp.broadcast_to(jnp.arange(length), (embeddings.shape[0], length))
-        positions = jnp.concatenate([ours, positions + length], axis=1)
-        segments = jnp.concatenate([jnp.zeros_like(ours), segments], axis=1)
-        return self.backbone(self.prompt(embeddings), positions, segments)[:, length:]
+    def target_states(self, batch, prefix):
+        hidden = self.backbone(self.prompt(self.backbone.embed(batch.tokens)))
+        indices = batch.target_indices + self.prompt.vectors.shape[0]
+        return jnp.take_along_axis(hidden, indices[..., None], axis=1)
 
 
 def stepper(base, method, batch):
@@ -76,7 +74,7 @@ def main():
     random = np.random.default_rng(0)
     tokens = random.integers(20, base.backbone.arch.vocab_size, (options.rows, options.tokens + 1))
     rows = [Example(row[:-1].tolist(), [[int(row[-1])]], 0, "", False) for row in tokens]
-    batch = make_batch(rows, options.rows, options.tokens, 1)
+    batch = Layout.of(rows).lay_out(rows, options.rows, options.tokens, 1)
 
     print(f"{options.rows} rows of {options.tokens} tokens; median of {options.repeats} steps\n")
     print("| virtual tokens | shared prefix, s | prepended, s | ratio |")

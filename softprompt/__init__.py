@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from softprompt.backbones.loading import Base, load_base
-    from softprompt.config import Experiment, load_experiment
+    from softprompt.config import Experiment
     from softprompt.errors import UserError
+    from softprompt.experiment_file import load_experiment
     from softprompt.inference.prompt import Prediction, TrainedPrompt, load_prompt
     from softprompt.methods.soft_prompt import SoftPrompt
     from softprompt.training.loop import train
@@ -31,7 +32,7 @@ _MODULES = {
     "TrainedPrompt": "inference.prompt",
     "UserError": "errors",
     "load_base": "backbones.loading",
-    "load_experiment": "config",
+    "load_experiment": "experiment_file",
     "load_prompt": "inference.prompt",
     "train": "training.loop",
 }

@@ -62,7 +62,7 @@ def _configure_jax() -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from softprompt.config import load_experiment
+    from softprompt.experiment_file import load_experiment
     from softprompt.training.loop import train
 
     experiment = load_experiment(options.experiment, options.words)
@@ -73,10 +73,10 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _eval(options: argparse.Namespace) -> None:
-    from softprompt.config import load_experiment
     from softprompt.data.examples import make_examples
     from softprompt.data.records import read_records
     from softprompt.evaluation.evaluate import evaluate
+    from softprompt.experiment_file import load_experiment
 
     config = options.run / "config.yaml"
     if not config.is_file():

@@ -10,7 +10,8 @@ import pytest
 
 import softprompt
 from softprompt import Base
-from softprompt.config import Experiment, load_experiment
+from softprompt.config import Experiment
+from softprompt.experiment_file import load_experiment
 
 GOLDEN = Path(__file__).parent / "golden"
 REPOSITORY = Path(__file__).parent.parent

@@ -6,13 +6,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from softprompt.data.batches import (
-    Shapes,
-    TrainingBatches,
-    _least_padding,
-    evaluation_batches,
-    make_batch,
-)
+from softprompt.data.batches import Layout, TrainingBatches, _least_padding, evaluation_batches
 from softprompt.data.examples import Example
 
 
@@ -26,11 +20,12 @@ def examples(count, seed=0):
 
 
 def numbers(batch):
-    return [int(row[0]) for row, s in zip(batch.tokens, batch.segments, strict=True) if s[0] == 0]
+    return [int(row[0]) for row, n in zip(batch.tokens, batch.lengths, strict=True) if n]
 
 
 def test_a_row_is_the_input_and_then_its_candidates():
-    batch = make_batch([Example([5, 6, 7], [[10, 11, 12], [13], [14, 15]], 0, "", False)], 2, 8, 7)
+    example = Example([5, 6, 7], [[10, 11, 12], [13], [14, 15]], 0, "", False)
+    batch = Layout.of([example]).lay_out([example], 2, 8, 7)
     np.testing.assert_array_equal(batch.tokens[0], [5, 6, 7, 10, 11, 14, 0, 0])
     np.testing.assert_array_equal(batch.positions[0], [0, 1, 2, 3, 4, 3, 0, 0])
     np.testing.assert_array_equal(batch.segments[0], [0, 0, 0, 1, 1, 3, -1, -1])
@@ -39,7 +34,26 @@ def test_a_row_is_the_input_and_then_its_candidates():
     np.testing.assert_array_equal(batch.target_candidates[0], [0, 0, 0, 1, 2, 2, -1])
     assert (batch.segments[1] == -1).all()
     assert (batch.target_candidates[1] == -1).all()
+    np.testing.assert_array_equal(batch.lengths, [6, 0])
     assert batch.padding == 10 / 16
+
+
+def test_rows_of_one_sequence_each_need_no_mask():
+    some = [Example([5, 6], [[10, 11]], 0, "", False), Example([7], [[12], [13]], 0, "", False)]
+    batch = Layout.of(some).lay_out(some, 2, 4, 2)
+    assert batch.positions is None
+    assert batch.segments is None
+    np.testing.assert_array_equal(batch.tokens, [[5, 6, 10, 0], [7, 0, 0, 0]])
+    np.testing.assert_array_equal(batch.lengths, [3, 1])
+
+
+def test_an_encoder_decoder_reads_no_candidate_behind_the_input():
+    example = Example([5, 6, 7], [[10, 11, 12], [13]], 0, "", False)
+    batch = Layout.of([example], encoder_decoder=True).lay_out([example], 1, 4, 5)
+    np.testing.assert_array_equal(batch.tokens, [[5, 6, 7, 0]])
+    np.testing.assert_array_equal(batch.lengths, [3])
+    np.testing.assert_array_equal(batch.targets, [[10, 11, 12, 13, 0]])
+    np.testing.assert_array_equal(batch.target_candidates, [[0, 0, 0, 1, -1]])
 
 
 def test_an_epoch_has_every_example_once_and_no_two_epochs_are_alike():
@@ -81,7 +95,7 @@ def test_shapes_are_few_and_padding_small():
     batches = TrainingBatches(examples(2000), batch_size=16, seed=0)
     epoch = [batches[i] for i in range(125)]
     assert len({batch.tokens.shape for batch in epoch}) <= 6
-    padding = sum((b.segments < 0).sum() for b in epoch) / sum(b.tokens.size for b in epoch)
+    padding = sum(b.padding * b.tokens.size for b in epoch) / sum(b.tokens.size for b in epoch)
     assert padding < 0.2
 
 
@@ -109,7 +123,7 @@ def test_bounds_waste_as_little_as_the_best_of_all_choices():
 
 def test_a_shape_takes_the_longest_target_of_its_length():
     some = [Example([1] * 5, [[2] * 3], 0, "", False), Example([1] * 20, [[2]], 0, "", False)]
-    assert Shapes.of(some).shapes == [(8, 3), (24, 3)]
+    assert Layout.of(some).shapes == [(8, 3), (24, 3)]
 
 
 @pytest.mark.parametrize("count", [1, 8, 13])

@@ -5,7 +5,8 @@ import yaml
 from conftest import REPOSITORY
 
 from softprompt import UserError, load_experiment
-from softprompt.config import differences, dump_experiment, template_fields
+from softprompt.config import template_fields
+from softprompt.experiment_file import differences, dump_experiment
 
 MINIMAL = """\
 base: tiny

@@ -7,7 +7,7 @@ import pytest
 from conftest import GOLDEN
 
 from softprompt import load_base
-from softprompt.backbones.attention import attend, visibility
+from softprompt.backbones.attention import Source, attend, behind
 
 pytestmark = pytest.mark.usefixtures("strict_types")
 
@@ -107,7 +107,7 @@ def test_attention_is_a_softmax_over_prefix_and_own_keys():
     keys, values = random.normal(size=(2, batch, length, kv_heads, size))
     prefix_keys, prefix_values = random.normal(size=(2, virtual, kv_heads, size))
     positions = np.broadcast_to(np.arange(length), (batch, length))
-    visible = visibility(jnp.asarray(positions), jnp.zeros_like(positions))
+    visible = behind(jnp.asarray(positions), jnp.asarray(positions), None)
 
     expected = np.empty(queries.shape)
     for row, head, query in np.ndindex(batch, kv_heads * group, length):
@@ -117,6 +117,7 @@ def test_attention_is_a_softmax_over_prefix_and_own_keys():
         weights = np.exp(seen @ queries[row, query, head] / size**0.5)
         expected[row, query, head] = weights @ mixed / weights.sum()
 
-    arrays = (queries, keys, values, visible, prefix_keys, prefix_values)
-    got = attend(*(jnp.asarray(a, bool if a is visible else jnp.float32) for a in arrays))
+    arrays = (queries, keys, values, prefix_keys, prefix_values)
+    queries, keys, values, *prefix = (jnp.asarray(a, jnp.float32) for a in arrays)
+    got = attend(queries, [Source(keys, values, visible), Source(*prefix)], scale=size**-0.5)
     np.testing.assert_allclose(got, expected, atol=1e-6)

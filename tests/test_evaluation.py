@@ -14,7 +14,7 @@ from softprompt.inference.prompt import TrainedPrompt
 
 def trained(base, vectors, verbalizer):
     method = SoftPrompt(vectors)
-    task = Task(Template(input="{text}:"), verbalizer, base.tokenizer, 60)
+    task = Task(Template(input="{text}:"), verbalizer, base.tokenizer, 259, 60, False)
     return TrainedPrompt(base, method, make_prefix(method, base.backbone), task, {})
 
 

@@ -14,7 +14,7 @@ VERBALIZER = {"good": " yes", "bad": " no"}
 
 
 def task(base, input="{title}: {text} ->", target="{label}", verbalizer=VERBALIZER, most=100):
-    return Task(Template(input=input, target=target), verbalizer, base.tokenizer, most)
+    return Task(Template(input=input, target=target), verbalizer, base.tokenizer, 259, most, False)
 
 
 def record(**fields):

@@ -11,6 +11,7 @@ LAYERS = [
     {"training", "evaluation", "inference"},
     {"methods", "data"},
     {"backbones"},
+    {"experiment_file"},
     {"config", "console", "errors"},
 ]
 

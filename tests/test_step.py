@@ -9,7 +9,7 @@ from flax import nnx
 
 from softprompt import SoftPrompt
 from softprompt.config import Optimizer
-from softprompt.data.batches import make_batch
+from softprompt.data.batches import Layout
 from softprompt.data.examples import Example
 from softprompt.training.optimizers import make_optimizer, make_schedule
 from softprompt.training.step import target_log_probabilities, train_step
@@ -20,7 +20,7 @@ EXAMPLES = [
     Example([11, 12, 13], [[24, 25]], 0, "", False),
     Example([14], [[26, 27]], 0, "", False),
 ]
-BATCH = make_batch(EXAMPLES, rows=4, length=8, targets=3)
+BATCH = Layout.of(EXAMPLES).lay_out(EXAMPLES, rows=4, length=8, targets=3)
 VECTORS = np.random.default_rng(0).normal(size=(5, 32)).astype(np.float32)
 
 
@@ -115,7 +115,7 @@ def test_one_program_for_each_batch_shape(tiny):
     before = train_step._cache_size()
     for _ in range(3):
         for length in (8, 12):
-            batch = make_batch(EXAMPLES, 4, length, 3)
+            batch = Layout.of(EXAMPLES).lay_out(EXAMPLES, 4, length, 3)
             trainable, opt_state, _ = train_step(trainable, opt_state, frozen, batch, **fixed)
     assert train_step._cache_size() == before + 2
 
@@ -123,11 +123,12 @@ def test_one_program_for_each_batch_shape(tiny):
 def test_candidates_side_by_side_score_as_each_alone(tiny):
     candidates = [[20, 21, 22], [23], [24, 25]]
     example = Example([5, 6, 7, 8], candidates, 0, "", False)
-    together = make_batch([example], 1, 8, 6)
+    together = Layout.of([example]).lay_out([example], 1, 8, 6)
     got = np.asarray(target_log_probabilities(tiny.backbone, None, together))[0]
     alone = []
     for candidate in candidates:
-        batch = make_batch([Example([5, 6, 7, 8], [candidate], 0, "", False)], 1, 8, 3)
+        one = [Example([5, 6, 7, 8], [candidate], 0, "", False)]
+        batch = Layout.of(one).lay_out(one, 1, 8, 3)
         scores = target_log_probabilities(tiny.backbone, None, batch)
         alone += np.asarray(scores)[0, : len(candidate)].tolist()
     np.testing.assert_allclose(got, alone, atol=1e-5)

@@ -1,121 +1,115 @@
-"""Grouped-query attention over a shared prefix and a batch's own tokens.
+"""Attention over what comes before and a batch's own tokens, under one softmax.
 
-Axis letters: B batch, T tokens, S keys, P virtual tokens, H query heads,
-K key-value heads, G = H / K query heads per key-value head, h head size, L layers.
+Axis letters: B batch, T tokens, S keys, H query heads, K key-value heads,
+G = H / K query heads per key-value head, h head size.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+
+NOWHERE = 2**30  # position of a key that no query may see
 
 
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Prefix:
-    """Keys (after rotary embedding) and values that every row of a batch attends to.
+class Source:
+    """Keys and values to attend to.
 
-    Both are `[L, P, K, h]`: there is no batch axis, so nothing is copied per row.
+    Attributes:
+      keys, values: `[B, S, K, h]`, or `[S, K, h]` where all rows share them.
+      visible: `[B, T, S]` booleans, B being 1 if it is the same for all rows: which keys
+        each query may look at. None: all.
+      bias: `[H, T, S]`, added to the scores, or None.
     """
 
     keys: jax.Array
     values: jax.Array
-
-    @property
-    def length(self) -> int:
-        """Number of virtual tokens, P; a row's own first token has this position."""
-        return self.keys.shape[1]
-
-
-def visibility(positions: jax.Array, segments: jax.Array) -> jax.Array:
-    """Which of a row's own tokens each of its tokens may look at.
-
-    A token sees the tokens at its own or an earlier position whose segment is 0 (the
-    part of the row that is common to all) or its own. Padding has segment -1, which no
-    real token sees.
-
-    Args:
-      positions: `[B, T]`, counted from the row's first real token.
-      segments: `[B, T]`, -1 for padding, 0 for the common part, and one number from 1
-        for each continuation of it.
-
-    Returns:
-      `[B, T, T]` booleans, queries before keys.
-    """
-    query, key = positions[:, :, None], positions[:, None, :]
-    own, other = segments[:, :, None], segments[:, None, :]
-    return (key <= query) & ((other == 0) | (other == own))
+    visible: jax.Array | None = None
+    bias: jax.Array | None = None
 
 
 def attend(
-    queries: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
-    visible: jax.Array,
-    prefix_keys: jax.Array | None = None,
-    prefix_values: jax.Array | None = None,
+    queries: jax.Array, sources: Sequence[Source], *, scale: float, softcap: float | None = None
 ) -> jax.Array:
-    """Softmax attention over `[prefix | own keys]`, without joining the two in memory.
+    """Softmax attention over several sources, without joining them in memory.
 
-    Scores against the prefix and against the row's own keys are computed apart, and
-    both are divided by one common sum. The softmax is taken in float32.
+    Scores against each source are computed apart, and all are divided by one common sum.
+    The softmax is taken in float32.
 
     Args:
       queries: `[B, T, H, h]`.
-      keys, values: `[B, S, K, h]`.
-      visible: `[B, T, S]`, the own keys that each query may look at.
-      prefix_keys, prefix_values: `[P, K, h]`, seen by every query of every row.
+      sources: at least one; each query must see a key in one of them.
+      scale: factor of the scores.
+      softcap: bound c of the scores, by c·tanh(score / c) (Gemma 2, arXiv:2408.00118).
 
     Returns:
-      `[B, T, H, h]`, in the type of `values`.
+      `[B, T, H, h]`, in the type of the values.
     """
     batch, length, heads, size = queries.shape
-    # The key-value heads stand first, so that the prefix meets all rows in one product a head.
-    queries = (queries * size**-0.5).reshape(batch, length, keys.shape[2], -1, size)
-    queries = queries.transpose(2, 0, 1, 3, 4)  # [K, B, T, G, h]
+    kv_heads = sources[0].keys.shape[-2]
+    kind = sources[0].values.dtype
+    # The key-value heads stand first, so that a shared source meets all rows in one product a head.
+    queries = (queries.astype(jnp.float32) * scale).astype(queries.dtype)
+    queries = queries.reshape(batch, length, kv_heads, -1, size).transpose(2, 0, 1, 3, 4)
 
-    scores = jnp.einsum("kbtgh,bskh->kbtgs", queries, keys, preferred_element_type=jnp.float32)
-    scores = jnp.where(visible[None, :, :, None], scores, jnp.finfo(jnp.float32).min)
-    largest = scores.max(axis=-1, keepdims=True)
-    if prefix_keys is not None:
-        prefix_scores = jnp.einsum(
-            "kbtgh,pkh->kbtgp", queries, prefix_keys, preferred_element_type=jnp.float32
+    def scores(source: Source) -> jax.Array:  # [K, B, T, G, S]
+        keys = "skh" if source.keys.ndim == 3 else "bskh"
+        scores = jnp.einsum(
+            f"kbtgh,{keys}->kbtgs", queries, source.keys, preferred_element_type=jnp.float32
         )
-        largest = jnp.maximum(largest, prefix_scores.max(axis=-1, keepdims=True))
+        if softcap is not None:
+            scores = softcap * jnp.tanh(scores / softcap)
+        if source.bias is not None:
+            bias = source.bias.reshape(kv_heads, 1, -1, *source.bias.shape[1:])  # [K, 1, G, T, S]
+            scores += bias.swapaxes(2, 3)
+        if source.visible is not None:
+            seen = source.visible[None, :, :, None]
+            scores = jnp.where(seen, scores, jnp.finfo(jnp.float32).min)
+        return scores
+
+    all_scores = [scores(source) for source in sources]
+    largest = all_scores[0].max(axis=-1, keepdims=True)
+    for part in all_scores[1:]:
+        largest = jnp.maximum(largest, part.max(axis=-1, keepdims=True))
     largest = jax.lax.stop_gradient(largest)
 
-    weights = jnp.exp(scores - largest)
-    total = weights.sum(axis=-1, keepdims=True)
-    mixed = jnp.einsum("kbtgs,bskh->kbtgh", weights.astype(values.dtype), values)
-    if prefix_keys is not None:
-        weights = jnp.exp(prefix_scores - largest)
-        total += weights.sum(axis=-1, keepdims=True)
-        mixed += jnp.einsum("kbtgp,pkh->kbtgh", weights.astype(values.dtype), prefix_values)
-    mixed = (mixed / total.astype(values.dtype)).transpose(1, 2, 0, 3, 4)  # [B, T, K, G, h]
+    total = mixed = jnp.zeros(())
+    for part, source in zip(all_scores, sources, strict=True):
+        weights = jnp.exp(part - largest)
+        total = total + weights.sum(axis=-1, keepdims=True)
+        values = "skh" if source.values.ndim == 3 else "bskh"
+        mixed = mixed + jnp.einsum(f"kbtgs,{values}->kbtgh", weights.astype(kind), source.values)
+    mixed = (mixed / total.astype(kind)).transpose(1, 2, 0, 3, 4)  # [B, T, K, G, h]
     return mixed.reshape(batch, length, heads, size)
 
 
-def rotary_angles(positions: jax.Array, size: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines of rotary position embedding (Su et al. 2021, arXiv:2104.09864).
+def behind(queries: jax.Array, keys: jax.Array, window: int | None) -> jax.Array:
+    """Whether a key is at a query's own or an earlier position, and within its window.
 
     Args:
-      positions: `[B, T]`.
-      size: head size h.
-      theta: base of the wavelengths.
+      queries: positions `[B, T]`.
+      keys: positions `[B, S]`.
+      window: number of positions a query sees, its own included; None: all.
 
     Returns:
-      Two float32 arrays `[B, T, 1, h / 2]`.
+      `[B, T, S]` booleans.
     """
-    frequencies = (theta ** (-np.arange(0, size, 2) / size)).astype(np.float32)
-    angles = positions[..., None, None].astype(jnp.float32) * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
+    distance = queries[:, :, None] - keys[:, None, :]
+    seen = distance >= 0
+    return seen if window is None else seen & (distance < window)
 
 
-def rotate(heads: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Turn `[B, T, heads, h]` by `rotary_angles`; the first half pairs with the second."""
-    cosines, sines = (part.astype(heads.dtype) for part in angles)
-    first, second = jnp.split(heads, 2, axis=-1)
-    return jnp.concatenate(
-        [first * cosines - second * sines, second * cosines + first * sines], axis=-1
-    )
+def same_sequence(segments: jax.Array) -> jax.Array:
+    """Whether two tokens of a row belong to one sequence.
+
+    Args:
+      segments: `[B, T]`: 0 for the part of a row that is common to all its continuations,
+        a number from 1 for each continuation, -1 for padding.
+
+    Returns:
+      `[B, T, T]` booleans, queries before keys; no token sees padding but padding itself.
+    """
+    own, other = segments[:, :, None], segments[:, None, :]
+    return (other == 0) | (other == own)

@@ -1,119 +1,255 @@
 """One configurable causal decoder: a frozen language model as a Flax NNX module.
 
-Axis letters: B batch, T tokens, P virtual tokens, D hidden, F feed-forward, H query
-heads, K key-value heads, h head size, L layers, V vocabulary, M target positions.
+Axis letters: B batch, T tokens, S cached tokens, P virtual tokens, D hidden,
+F feed-forward, H query heads, K key-value heads, h head size, L layers, V vocabulary,
+M target positions.
 """
 
 import dataclasses
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from softprompt.backbones.attention import Prefix, attend, rotary_angles, rotate, visibility
+from softprompt.backbones.attention import NOWHERE, Source, attend, behind, same_sequence
+from softprompt.backbones.batch import Batch
+from softprompt.backbones.flash import flash_attend
+from softprompt.backbones.layers import (
+    ACTIVATIONS,
+    Attention,
+    Experts,
+    FeedForward,
+    LayerNorm,
+    Linear,
+    RMSNorm,
+    heads,
+    join_heads,
+)
+from softprompt.backbones.rope import Rope, angles, rotate
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerKind:
+    """What may change from layer to layer.
+
+    Attributes:
+      rope: its rotary embedding; None in a model that has none at all.
+      window: number of positions a token sees, its own included; None: all before it.
+    """
+
+    rope: Rope | None
+    window: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """Everything that tells one decoder from another, apart from its weights."""
+    """Everything that tells one decoder from another, apart from its weights.
+
+    Defaults are Llama's. A field with its default value is no part of a base model's
+    fingerprint, so a new field must have the default of what was so far.
+    """
 
     vocab_size: int  # V
     hidden_size: int  # D
-    feed_forward_size: int  # F
-    num_layers: int  # L
+    feed_forward_size: int  # F, of each expert if there are experts
     num_heads: int  # H
     num_kv_heads: int  # K
     head_size: int  # h
     context_length: int  # most tokens the model was made for, virtual tokens included
-    rope_theta: float
     norm_epsilon: float
     tied_head: bool
+    layers: tuple[LayerKind, ...]  # L of them
+    attention_scale: float | None = None  # of the scores; None: h ** -0.5
+    attention_softcap: float | None = None
+    query_key_norm: Literal["none", "head", "width"] = "none"  # over h, or over all heads at once
+    attention_bias: bool = False  # of queries, keys and values
+    output_bias: bool = False
+    activation: str = "silu"
+    gated: bool = True
+    feed_forward_bias: bool = False
+    norm: Literal["rms", "layer"] = "rms"
+    norm_before: bool = True  # attention and feed-forward
+    norm_behind: bool = False  # them, before adding back
+    parallel: bool = False  # attention and feed-forward read the same input
+    learned_positions: bool = False
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0  # of what a layer adds
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
+    num_experts: int = 0
+    experts_per_token: int = 0
+    normalized_experts: bool = False  # their shares sum to 1
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if type(value) is not field.type or (field.type is not bool and value <= 0):
-                raise ValueError(f"{field.name} {value!r}")
+            value, required = getattr(self, field.name), field.default is dataclasses.MISSING
+            if field.type in (int, float, bool):
+                too_small = field.type is not bool and (value or 0) < (required and 1e-12)
+                if type(value) is not field.type or too_small:
+                    raise ValueError(f"{field.name} {value!r}")
         if self.num_heads % self.num_kv_heads or self.head_size % 2:
             raise ValueError("sizes of attention heads that do not fit one another")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation {self.activation!r}")
+        if self.experts_per_token > self.num_experts:
+            raise ValueError(f"{self.experts_per_token} of {self.num_experts} experts")
+        if not self.layers:
+            raise ValueError("no layers")
 
 
-class Linear(nnx.Module):
-    """`x @ kernel`, kernel `[in, out]`."""
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Prefix:
+    """Keys (after rotary embedding) and values that every row of a batch attends to.
 
-    def __init__(self, inputs: int, outputs: int, *, rngs: nnx.Rngs):
-        self.kernel = nnx.Param(jax.random.normal(rngs.params(), (inputs, outputs)) * inputs**-0.5)
+    Both are `[L, P, K, h]`: there is no batch axis, so nothing is copied per row.
+    """
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return x @ self.kernel[...]
+    keys: jax.Array
+    values: jax.Array
+
+    @property
+    def length(self) -> int:
+        """Number of virtual tokens, P; a row's own first token has this position."""
+        return self.keys.shape[1]
 
 
-class RMSNorm(nnx.Module):
-    """Root-mean-square normalisation, in float32 (Zhang & Sennrich 2019, arXiv:1910.07467)."""
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """What a batch has read so far, beside the prefix.
 
-    def __init__(self, size: int, epsilon: float):
-        self.scale = nnx.Param(jnp.ones(size))
-        self.epsilon = epsilon
+    Attributes:
+      keys, values: `[L, B, S, K, h]`.
+      positions: `[B, S]`, counted as in `Decoder.__call__`; `NOWHERE` in an empty place.
+      filled: places filled, the same for all rows.
+      lengths: `[B]`, tokens each row has read: the position of its next one.
+    """
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        wide = x.astype(jnp.float32)
-        wide = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.epsilon)
-        return wide.astype(x.dtype) * self.scale[...]
+    keys: jax.Array
+    values: jax.Array
+    positions: jax.Array
+    filled: jax.Array
+    lengths: jax.Array
 
 
 class Block(nnx.Module):
-    """One layer: attention, then a gated feed-forward, each behind a norm and added back."""
+    """One layer: attention and a feed-forward layer, each with its norms, added back."""
 
-    def __init__(self, arch: Architecture, *, rngs: nnx.Rngs):
+    def __init__(self, arch: Architecture, int8: bool):
         self.arch = arch
-        width, kv_width = arch.num_heads * arch.head_size, arch.num_kv_heads * arch.head_size
-        self.attention_norm = RMSNorm(arch.hidden_size, arch.norm_epsilon)
-        self.query = Linear(arch.hidden_size, width, rngs=rngs)
-        self.key = Linear(arch.hidden_size, kv_width, rngs=rngs)
-        self.value = Linear(arch.hidden_size, kv_width, rngs=rngs)
-        self.output = Linear(width, arch.hidden_size, rngs=rngs)
-        self.feed_forward_norm = RMSNorm(arch.hidden_size, arch.norm_epsilon)
-        self.gate = Linear(arch.hidden_size, arch.feed_forward_size, rngs=rngs)
-        self.up = Linear(arch.hidden_size, arch.feed_forward_size, rngs=rngs)
-        self.down = Linear(arch.feed_forward_size, arch.hidden_size, rngs=rngs)
+        width = arch.head_size if arch.query_key_norm == "head" else None
+        norm = partial(LayerNorm if arch.norm == "layer" else RMSNorm, epsilon=arch.norm_epsilon)
+        self.attention = Attention(
+            arch.hidden_size,
+            arch.num_heads,
+            arch.num_kv_heads,
+            arch.head_size,
+            bias=arch.attention_bias,
+            output_bias=arch.output_bias,
+            int8=int8,
+        )
+        if arch.query_key_norm != "none":
+            self.query_norm = norm(width or arch.num_heads * arch.head_size)
+            self.key_norm = norm(width or arch.num_kv_heads * arch.head_size)
+        if arch.norm_before:
+            self.attention_norm = norm(arch.hidden_size)
+            self.feed_forward_norm = norm(arch.hidden_size)
+        if arch.norm_behind:
+            self.attention_norm_behind = norm(arch.hidden_size)
+            self.feed_forward_norm_behind = norm(arch.hidden_size)
+        sizes = arch.hidden_size, arch.feed_forward_size
+        if arch.num_experts:
+            self.feed_forward: Experts | FeedForward = Experts(
+                *sizes,
+                activation=arch.activation,
+                gated=arch.gated,
+                int8=int8,
+                num_experts=arch.num_experts,
+                experts_per_token=arch.experts_per_token,
+                normalized=arch.normalized_experts,
+            )
+        else:
+            self.feed_forward = FeedForward(
+                *sizes,
+                activation=arch.activation,
+                gated=arch.gated,
+                bias=arch.feed_forward_bias,
+                int8=int8,
+            )
 
-    def __call__(self, x, angles, visible, prefix: tuple[jax.Array, jax.Array] | None):
-        """`[B, T, D]` to `[B, T, D]`, and this layer's own keys and values `[B, T, K, h]`."""
-        heads = (*x.shape[:2], -1, self.arch.head_size)
-        normed = self.attention_norm(x)
-        queries = rotate(self.query(normed).reshape(heads), angles)
-        keys = rotate(self.key(normed).reshape(heads), angles)
-        values = self.value(normed).reshape(heads)
-        mixed = attend(queries, keys, values, visible, *(prefix or ()))
-        x = x + self.output(mixed.reshape(*x.shape[:2], -1))
-        normed = self.feed_forward_norm(x)
-        x = x + self.down(jax.nn.silu(self.gate(normed)) * self.up(normed))
-        return x, (keys, values)
+    def __call__(self, x, turns, mix):
+        """One layer.
+
+        Args:
+          x: `[B, T, D]`.
+          turns: rotary angles, or None.
+          mix: from queries, keys and values to `[B, T, H, h]`: the attention proper.
+
+        Returns:
+          `[B, T, D]`, and this layer's own keys and values `[B, T, K, h]`.
+        """
+        mixed, keys_values = self._attention(x, turns, mix)
+        middle = x + mixed
+        x = middle + self._feed_forward(x if self.arch.parallel else middle)
+        return x, keys_values
+
+    def _attention(self, x, turns, mix):
+        arch = self.arch
+        if arch.norm_before:
+            x = self.attention_norm(x)
+        queries, keys = self.attention.query(x), self.attention.key(x)
+        if arch.query_key_norm == "width":
+            queries, keys = self.query_norm(queries), self.key_norm(keys)
+        queries, keys = heads(queries, arch.head_size), heads(keys, arch.head_size)
+        if arch.query_key_norm == "head":
+            queries, keys = self.query_norm(queries), self.key_norm(keys)
+        if turns is not None:
+            queries, keys = rotate(queries, turns), rotate(keys, turns)
+        values = heads(self.attention.value(x), arch.head_size)
+        mixed = self.attention.output(join_heads(mix(queries, keys, values)))
+        if arch.norm_behind:
+            mixed = self.attention_norm_behind(mixed)
+        return mixed * arch.residual_scale, (keys, values)
+
+    def _feed_forward(self, x):
+        arch = self.arch
+        x = self.feed_forward(self.feed_forward_norm(x) if arch.norm_before else x)
+        if arch.norm_behind:
+            x = self.feed_forward_norm_behind(x)
+        return x * arch.residual_scale
 
 
 class Decoder(nnx.Module):
     """A causal language model. Its layers are stacked `[L, ...]` and run by one scan."""
 
-    def __init__(self, arch: Architecture, *, rngs: nnx.Rngs):
-        self.arch = arch
-        self.embedding = nnx.Param(
-            jax.random.normal(rngs.params(), (arch.vocab_size, arch.hidden_size)) * 0.02
-        )
-        self.layers = nnx.vmap(lambda rngs: Block(arch, rngs=rngs))(rngs.split(arch.num_layers))
-        self.norm = RMSNorm(arch.hidden_size, arch.norm_epsilon)
+    is_encoder_decoder = False
+
+    def __init__(self, arch: Architecture, *, int8: bool = False, attention: str = "xla"):
+        self.arch, self.attention = arch, attention
+        self.embedding = nnx.Param(jnp.zeros((arch.vocab_size, arch.hidden_size)))
+        if arch.learned_positions:
+            self.positions = nnx.Param(jnp.zeros((arch.context_length, arch.hidden_size)))
+        self.layers = nnx.vmap(lambda _: Block(arch, int8))(jnp.arange(len(arch.layers)))
+        norm = LayerNorm if arch.norm == "layer" else RMSNorm
+        self.norm = norm(arch.hidden_size, arch.norm_epsilon)
         if not arch.tied_head:
-            self.head = Linear(arch.hidden_size, arch.vocab_size, rngs=rngs)
+            self.head = Linear(arch.hidden_size, arch.vocab_size, int8=int8)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
-        """Token ids `[...]` to input embeddings `[..., D]`."""
-        return self.embedding[...][tokens]
+        """Token ids `[...]` to input embeddings `[..., D]`: what the first layer reads.
+
+        Soft prompts live in this space, behind any scaling that the model does.
+        """
+        return self.embedding[...][tokens] * self.arch.embedding_scale
 
     def __call__(
         self,
         embeddings: jax.Array,
-        positions: jax.Array,
-        segments: jax.Array,
+        positions: jax.Array | None = None,
+        segments: jax.Array | None = None,
         prefix: Prefix | None = None,
     ) -> jax.Array:
         """Hidden states after the last norm.
@@ -121,7 +257,8 @@ class Decoder(nnx.Module):
         Args:
           embeddings: `[B, T, D]`, see `embed`.
           positions: `[B, T]`, counted from each row's own first token.
-          segments: `[B, T]`, see `attention.visibility`.
+          segments: `[B, T]`, see `attention.same_sequence`. Both may be None where each row
+            is one sequence, padded on the right if at all.
           prefix: what all rows attend to before their own tokens.
 
         Returns:
@@ -135,22 +272,95 @@ class Decoder(nnx.Module):
         In a causal model nothing behind them can change these, so a prefix made from
         prompt vectors stands exactly for the vectors themselves in front of every row.
         """
-        positions = jnp.arange(embeddings.shape[0])[None]
-        _, (keys, values) = self._run(embeddings[None], positions, jnp.zeros_like(positions), None)
+        _, (keys, values) = self._run(embeddings[None])
         return Prefix(keys[:, 0], values[:, 0])
+
+    def target_states(self, batch: Batch, prefix: Prefix | None) -> jax.Array:
+        """The hidden states that a batch's targets are predicted from, `[B, M, D]`."""
+        hidden = self(self.embed(batch.tokens), batch.positions, batch.segments, prefix)
+        return jnp.take_along_axis(hidden, batch.target_indices[..., None], axis=1)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Hidden states `[..., D]` to float32 logits `[..., V]`."""
         if self.arch.tied_head:
-            logits = jnp.einsum("...d,vd->...v", hidden, self.embedding[...])
+            table = self.embedding[...]
+            logits = jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
         else:
-            logits = self.head(hidden)
-        return logits.astype(jnp.float32)
+            logits = self.head(hidden).astype(jnp.float32)
+        logits = logits * self.arch.logit_scale
+        if cap := self.arch.logit_softcap:
+            logits = cap * jnp.tanh(logits / cap)
+        return logits
 
-    def _run(self, x, positions, segments, prefix):
-        visible = visibility(positions, segments)
+    def start(
+        self, tokens: jax.Array, lengths: jax.Array, prefix: Prefix | None, room: int
+    ) -> tuple[jax.Array, Cache]:
+        """Read inputs, to go on from them one token at a time.
+
+        Args:
+          tokens: `[B, T]` ids, padded on the right.
+          lengths: `[B]`, real tokens of each row, at least 1.
+          prefix: what all rows attend to first.
+          room: tokens that will follow.
+
+        Returns:
+          The hidden state `[B, D]` that each row's next token is predicted from, and the
+          cache.
+        """
+        hidden, (keys, values) = self._run(self.embed(tokens), prefix=prefix)
+        rows, length = tokens.shape
+        places = jnp.arange(length + room)[None]
+        cache = Cache(
+            keys=jnp.pad(keys, [(0, 0), (0, 0), (0, room), (0, 0), (0, 0)]),
+            values=jnp.pad(values, [(0, 0), (0, 0), (0, room), (0, 0), (0, 0)]),
+            positions=jnp.where(places < lengths[:, None], places, NOWHERE),
+            filled=jnp.array(length),
+            lengths=lengths,
+        )
+        return hidden[jnp.arange(rows), lengths - 1], cache
+
+    def decode(
+        self, tokens: jax.Array, cache: Cache, prefix: Prefix | None
+    ) -> tuple[jax.Array, Cache]:
+        """Read one more token of each row, ids `[B]`; returns as `start` does."""
+        positions = cache.lengths[:, None]
+        hidden, own = self._run(self.embed(tokens[:, None]), positions, None, prefix, cache)
+        keys, values = (
+            jax.lax.dynamic_update_slice_in_dim(old, new, cache.filled, axis=2)
+            for old, new in zip((cache.keys, cache.values), own, strict=True)
+        )
+        places = jax.lax.dynamic_update_slice_in_dim(
+            cache.positions, positions, cache.filled, axis=1
+        )
+        return hidden[:, 0], Cache(keys, values, places, cache.filled + 1, cache.lengths + 1)
+
+    def _run(self, x, positions=None, segments=None, prefix=None, cache=None):
+        arch = self.arch
+        scale = arch.attention_scale or arch.head_size**-0.5
+        flash = self.attention == "cudnn" and positions is None and segments is None
+        if positions is None:
+            positions = jnp.arange(x.shape[1])[None]
         start = prefix.length if prefix else 0
-        angles = rotary_angles(positions + start, self.arch.head_size, self.arch.rope_theta)
+        if arch.learned_positions:
+            x = x + self.positions[...][positions + start]
+
+        def view(kind: LayerKind):
+            """Rotary angles, and what is visible of a row's own tokens, the prefix, the cache."""
+            own = behind(positions, positions, kind.window)
+            if segments is not None:
+                own &= same_sequence(segments)
+            virtual = jnp.arange(start)[None]
+            return (
+                None if kind.rope is None else angles(kind.rope, positions + start),
+                own,
+                behind(positions + start, virtual, kind.window) if prefix and windows else None,
+                behind(positions, cache.positions, kind.window) if cache else None,
+            )
+
+        windows = any(kind.window for kind in arch.layers)
+        kinds = list(dict.fromkeys(arch.layers))
+        views = jax.tree.map(lambda *each: jnp.stack(each), *map(view, kinds))
+        kind_of = jnp.array([kinds.index(kind) for kind in arch.layers])
 
         # Backward, keep the outputs of the weight matrices and recompute the rest, which is
         # cheap: on a CPU that is faster than keeping all, for it saves memory traffic.
@@ -159,10 +369,24 @@ class Decoder(nnx.Module):
             policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
             prevent_cse=False,
         )
-        def layer(x, block_and_prefix):
-            block, layer_prefix = block_and_prefix
-            return block(x, angles, visible, layer_prefix)
+        def layer(x, block_and_rest):
+            block, kind, before, read = block_and_rest
+            turns, own, of_prefix, of_cache = jax.tree.map(lambda each: each[kind], views)
 
-        layer_prefixes = (prefix.keys, prefix.values) if prefix else None
-        x, keys_values = jax.lax.scan(layer, x, (self.layers, layer_prefixes))
+            def mix(queries, keys, values):
+                if flash:
+                    forms = [partial(flash_attend, scale=scale, window=k.window) for k in kinds]
+                    return jax.lax.switch(kind, forms, queries, keys, values, before)
+                sources = [Source(keys, values, own)]
+                if before is not None:
+                    sources.append(Source(before[0], before[1], of_prefix))
+                if read is not None:
+                    sources.append(Source(read[0], read[1], of_cache))
+                return attend(queries, sources, scale=scale, softcap=arch.attention_softcap)
+
+            return block(x, turns, mix)
+
+        before = (prefix.keys, prefix.values) if prefix else None
+        read = (cache.keys, cache.values) if cache else None
+        x, keys_values = jax.lax.scan(layer, x, (self.layers, kind_of, before, read))
         return self.norm(x), keys_values

@@ -1,18 +1,20 @@
-"""What tells model families apart: how each writes its architecture and names its tensors.
+"""What tells model families apart: how each writes its architecture in a `config.json`.
 
-A family is data: a function from a `config.json` to an `Architecture`, and a table from
-the decoder's parameters to the names used in safetensors files. GGUF files use one set
-of names for all families; `GGUF_NAMES` maps to those.
+A family is data: a function from a config to an architecture, and tables of tensor names
+(`names.py`). To add one, see docs/adding-a-family.md.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from softprompt.backbones.decoder import Architecture
+from softprompt.backbones import names as named
+from softprompt.backbones.decoder import Architecture, LayerKind
+from softprompt.backbones.rope import make_rope
+from softprompt.backbones.t5 import T5Architecture
 from softprompt.errors import UserError
 
-Config = Mapping[str, Any]
+Config = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,86 +23,361 @@ class Family:
 
     Attributes:
       architecture: reads a `config.json`.
-      names: parameter path in `Decoder` -> tensor name, `{layer}` standing for its number.
+      names: where safetensors files keep each parameter.
+      gguf_names: where GGUF files do; None if they are not read.
     """
 
-    architecture: Callable[[Config], Architecture]
-    names: Mapping[str, str]
+    architecture: Callable[[Config], Architecture | T5Architecture]
+    names: named.Names
+    gguf_names: named.Names | None = None
 
 
-def _require(config: Config, key: str, default: Any, supported: Any) -> None:
-    value = config.get(key, default)
-    if value != supported:
+_ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "relu": "relu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+
+
+def _activation(name: Any) -> str:
+    if name not in _ACTIVATIONS:
         raise UserError(
-            f"{key} {value!r} of a {config['model_type']} model is not supported "
+            f"activation {name!r} is not supported (supported: {', '.join(_ACTIVATIONS)})"
+        )
+    return _ACTIVATIONS[name]
+
+
+def _with_defaults(config: Config, **defaults: Any) -> Config:
+    """A config, and what is meant where it lacks a key."""
+    return defaults | config
+
+
+def _require(config: Config, key: str, supported: Any) -> None:
+    """Refuse a config whose `key`, if it is there, has any value but one."""
+    if config.get(key, supported) != supported:
+        raise UserError(
+            f"{key} {config[key]!r} of a {config['model_type']} model is not supported "
             f"(supported: {supported!r})"
         )
 
 
-def _rope_theta(config: Config) -> float:
-    """The rotary base, from the forms that transformers 4 and 5 write."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise UserError(f"rope type {kind!r} is not supported (supported: 'default')")
-    return float(rope.get("rope_theta") or config.get("rope_theta") or 10_000.0)
+def _rope_parameters(config: Config, theta: float = 10_000.0, partial: float = 1.0) -> Config:
+    """Rope parameters in the form that transformers 5 writes, from that of 4 as well."""
+    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    found = {
+        "rope_theta": config.get("rope_theta") or theta,
+        "partial_rotary_factor": config.get("partial_rotary_factor", partial),
+    } | given
+    if "original_max_position_embeddings" in config:
+        original = config["original_max_position_embeddings"]
+        found["original_max_position_embeddings"] = original
+    return found
 
 
-def _llama(config: Config) -> Architecture:
-    _require(config, "hidden_act", "silu", "silu")
-    _require(config, "attention_bias", False, False)
-    _require(config, "mlp_bias", False, False)
-    heads = config["num_attention_heads"]
-    return Architecture(
-        vocab_size=config["vocab_size"],
-        hidden_size=config["hidden_size"],
-        feed_forward_size=config["intermediate_size"],
-        num_layers=config["num_hidden_layers"],
-        num_heads=heads,
-        num_kv_heads=config.get("num_key_value_heads") or heads,
-        head_size=config.get("head_dim") or config["hidden_size"] // heads,
-        context_length=config.get("max_position_embeddings", 2048),
-        rope_theta=_rope_theta(config),
-        norm_epsilon=float(config.get("rms_norm_eps", 1e-6)),
-        tied_head=config.get("tie_word_embeddings", False),
+def _windows(config: Config, default_types: Sequence[str], window: Any) -> list[int | None]:
+    """The window of each layer, by the config's `layer_types` if it has them."""
+    windows = {"full_attention": None, "sliding_attention": window}
+    types = config.get("layer_types") or default_types
+    if unknown := set(types) - set(windows):
+        raise UserError(f"layer type {min(unknown)!r} is not supported ({', '.join(windows)} are)")
+    if len(types) != config["num_hidden_layers"]:
+        raise ValueError(f"{len(types)} layer_types")
+    return [windows[kind] for kind in types]
+
+
+def _like_llama(config: Config, **changes: Any) -> Architecture:
+    """What most families have in common, but for `changes`."""
+    num_heads = config["num_attention_heads"]
+    head_size = config.get("head_dim") or config["hidden_size"] // num_heads
+    context_length = config.get("max_position_embeddings", 2048)
+    if "layers" not in changes:
+        rope = make_rope(_rope_parameters(config), head_size, context_length)
+        changes["layers"] = (LayerKind(rope),) * config["num_hidden_layers"]
+    fields = {
+        "vocab_size": config["vocab_size"],
+        "hidden_size": config["hidden_size"],
+        "feed_forward_size": config["intermediate_size"],
+        "num_heads": num_heads,
+        "num_kv_heads": config.get("num_key_value_heads") or num_heads,
+        "head_size": head_size,
+        "context_length": context_length,
+        "norm_epsilon": float(config.get("rms_norm_eps", 1e-6)),
+        "tied_head": config.get("tie_word_embeddings", False),
+        "activation": _activation(config.get("hidden_act", "silu")),
+        "attention_bias": config.get("attention_bias", False),
+        "output_bias": config.get("attention_bias", False),
+        "feed_forward_bias": config.get("mlp_bias", False),
+    }
+    return Architecture(**(fields | changes))
+
+
+def _layers(
+    config: Config, parameters: Config, windows: Sequence[int | None], head_size: int | None = None
+) -> tuple[LayerKind, ...]:
+    """Layers that share one rotary embedding and have windows of their own."""
+    head_size = (
+        head_size
+        or config.get("head_dim")
+        or config["hidden_size"] // config["num_attention_heads"]
+    )
+    rope = make_rope(parameters, head_size, config.get("max_position_embeddings", 2048))
+    return tuple(LayerKind(rope, window) for window in windows)
+
+
+def _mistral(config: Config) -> Architecture:
+    windows = [config.get("sliding_window", 4096)] * config["num_hidden_layers"]
+    return _like_llama(config, layers=_layers(config, _rope_parameters(config), windows))
+
+
+def _qwen(config: Config, **changes: Any) -> Architecture:
+    full = config.get("max_window_layers", 28)
+    types = [
+        "sliding_attention" if i >= full else "full_attention"
+        for i in range(config["num_hidden_layers"])
+    ]
+    window = config.get("sliding_window", 4096) if config.get("use_sliding_window") else None
+    windows = _windows(config, types, window)
+    return _like_llama(config, layers=_layers(config, _rope_parameters(config), windows), **changes)
+
+
+def _qwen2(config: Config) -> Architecture:
+    return _qwen(config, attention_bias=True, output_bias=False)
+
+
+def _qwen3(config: Config) -> Architecture:
+    return _qwen(_with_defaults(config, head_dim=128), query_key_norm="head")
+
+
+def _qwen3_moe(config: Config) -> Architecture:
+    _require(config, "decoder_sparse_step", 1)
+    _require(config, "mlp_only_layers", [])
+    return _qwen(
+        _with_defaults(config, max_window_layers=0),
+        query_key_norm="head",
+        feed_forward_size=config["moe_intermediate_size"],
+        num_experts=config["num_experts"],
+        experts_per_token=config["num_experts_per_tok"],
+        normalized_experts=config.get("norm_topk_prob", False),
     )
 
 
-_LAYER = "model.layers.{layer}."
+def _gemma(config: Config, **changes: Any) -> Architecture:
+    _require(config, "use_bidirectional_attention", False)
+    activation = config.get("hidden_activation") or config.get("hidden_act")
+    if activation in (None, "gelu"):  # as the first files said; the models were trained with tanh
+        activation = "gelu_pytorch_tanh"
+    config = _with_defaults(config, tie_word_embeddings=True, head_dim=256)
+    return _like_llama(
+        config | {"hidden_act": activation}, embedding_scale=config["hidden_size"] ** 0.5, **changes
+    )
 
-FAMILIES: Mapping[str, Family] = {
-    "llama": Family(
-        _llama,
-        {
-            "embedding": "model.embed_tokens.weight",
-            "layers.attention_norm.scale": _LAYER + "input_layernorm.weight",
-            "layers.query.kernel": _LAYER + "self_attn.q_proj.weight",
-            "layers.key.kernel": _LAYER + "self_attn.k_proj.weight",
-            "layers.value.kernel": _LAYER + "self_attn.v_proj.weight",
-            "layers.output.kernel": _LAYER + "self_attn.o_proj.weight",
-            "layers.feed_forward_norm.scale": _LAYER + "post_attention_layernorm.weight",
-            "layers.gate.kernel": _LAYER + "mlp.gate_proj.weight",
-            "layers.up.kernel": _LAYER + "mlp.up_proj.weight",
-            "layers.down.kernel": _LAYER + "mlp.down_proj.weight",
-            "norm.scale": "model.norm.weight",
-            "head.kernel": "lm_head.weight",
-        },
-    ),
+
+def _sandwiched(config: Config, layers: tuple[LayerKind, ...], **changes: Any) -> Architecture:
+    return _gemma(
+        config,
+        layers=layers,
+        norm_behind=True,
+        attention_scale=config.get("query_pre_attn_scalar", 256) ** -0.5,
+        attention_softcap=config.get("attn_logit_softcapping"),
+        logit_softcap=config.get("final_logit_softcapping"),
+        **changes,
+    )
+
+
+def _gemma2(config: Config) -> Architecture:
+    config = _with_defaults(
+        config, attn_logit_softcapping=50.0, final_logit_softcapping=30.0, head_dim=256
+    )
+    types = [
+        "full_attention" if i % 2 else "sliding_attention"
+        for i in range(config["num_hidden_layers"])
+    ]
+    windows = _windows(config, types, config.get("sliding_window", 4096))
+    return _sandwiched(config, _layers(config, _rope_parameters(config), windows))
+
+
+def _gemma3(config: Config) -> Architecture:
+    config = _with_defaults(config, head_dim=256)
+    every = config.get("sliding_window_pattern", 6)
+    types = [
+        "full_attention" if (i + 1) % every == 0 else "sliding_attention"
+        for i in range(config["num_hidden_layers"])
+    ]
+    windows = _windows(config, types, config.get("sliding_window", 4096))
+    ropes = config.get("rope_parameters") or {}
+    if "full_attention" not in ropes:  # as transformers 4 wrote it
+        ropes = {
+            "full_attention": _rope_parameters(config, 1_000_000.0),
+            "sliding_attention": {"rope_theta": config.get("rope_local_base_freq", 10_000.0)},
+        }
+    far = _layers(config, ropes["full_attention"], windows)
+    near = _layers(config, ropes["sliding_attention"], windows)
+    layers = tuple(a if a.window is None else b for a, b in zip(far, near, strict=True))
+    return _sandwiched(config, layers, query_key_norm="head")
+
+
+def _phi3(config: Config) -> Architecture:
+    parameters = dict(_rope_parameters(config))
+    context_length = config.get("max_position_embeddings", 4096)
+    if parameters.get("rope_type", parameters.get("type", "default")) != "default":
+        parameters["rope_type"] = "longrope"  # "su" and "yarn" were its names before
+        parameters.setdefault("original_max_position_embeddings", 4096)
+        context_length = parameters["original_max_position_embeddings"]
+    windows = [config.get("sliding_window")] * config["num_hidden_layers"]
+    layers = _layers(config, parameters, windows)
+    return _like_llama(config, layers=layers, context_length=context_length)
+
+
+def _olmo2(config: Config) -> Architecture:
+    return _like_llama(config, norm_before=False, norm_behind=True, query_key_norm="width")
+
+
+def _smollm3(config: Config) -> Architecture:
+    config = _with_defaults(config, tie_word_embeddings=True)
+    count, every = config["num_hidden_layers"], config.get("no_rope_layer_interval", 4)
+    turned = config.get("no_rope_layers") or [(i + 1) % every for i in range(count)]
+    window = config.get("sliding_window") if config.get("use_sliding_window") else None
+    types = ["full_attention" if turn else "sliding_attention" for turn in turned]
+    windows = _windows(config, types, window)
+    layers = tuple(
+        layer if turn else LayerKind(layer.rope.still, layer.window)  # type: ignore[union-attr]
+        for layer, turn in zip(
+            _layers(config, _rope_parameters(config, 2_000_000.0), windows), turned, strict=True
+        )
+    )
+    return _like_llama(config, layers=layers)
+
+
+def _granite(config: Config) -> Architecture:
+    return _like_llama(
+        config,
+        attention_scale=float(config.get("attention_multiplier", 1.0)),
+        embedding_scale=float(config.get("embedding_multiplier", 1.0)),
+        residual_scale=float(config.get("residual_multiplier", 1.0)),
+        logit_scale=1 / config.get("logits_scaling", 1.0),
+    )
+
+
+def _stablelm(config: Config) -> Architecture:
+    _require(config, "qk_layernorm", False)
+    _require(config, "use_parallel_residual", False)
+    windows = [None] * config["num_hidden_layers"]
+    return _like_llama(
+        config,
+        layers=_layers(config, _rope_parameters(config, partial=0.25), windows),
+        norm="layer",
+        norm_epsilon=float(config.get("layer_norm_eps", 1e-5)),
+        attention_bias=config.get("use_qkv_bias", False),
+        output_bias=False,
+    )
+
+
+def _gpt_neox(config: Config) -> Architecture:
+    parameters = _rope_parameters(
+        config, config.get("rotary_emb_base", 10_000.0), config.get("rotary_pct", 0.25)
+    )
+    bias = config.get("attention_bias", True)
+    return _like_llama(
+        _with_defaults(config, hidden_act="gelu"),
+        layers=_layers(config, parameters, [None] * config["num_hidden_layers"]),
+        norm="layer",
+        norm_epsilon=float(config.get("layer_norm_eps", 1e-5)),
+        attention_bias=bias,
+        output_bias=bias,
+        gated=False,
+        feed_forward_bias=True,
+        parallel=config.get("use_parallel_residual", True),
+    )
+
+
+_PLAIN = {  # of the models from before rotary embedding
+    "norm": "layer",
+    "gated": False,
+    "feed_forward_bias": True,
+    "learned_positions": True,
 }
 
-GGUF_NAMES: Mapping[str, str] = {
-    "embedding": "token_embd.weight",
-    "layers.attention_norm.scale": "blk.{layer}.attn_norm.weight",
-    "layers.query.kernel": "blk.{layer}.attn_q.weight",
-    "layers.key.kernel": "blk.{layer}.attn_k.weight",
-    "layers.value.kernel": "blk.{layer}.attn_v.weight",
-    "layers.output.kernel": "blk.{layer}.attn_output.weight",
-    "layers.feed_forward_norm.scale": "blk.{layer}.ffn_norm.weight",
-    "layers.gate.kernel": "blk.{layer}.ffn_gate.weight",
-    "layers.up.kernel": "blk.{layer}.ffn_up.weight",
-    "layers.down.kernel": "blk.{layer}.ffn_down.weight",
-    "norm.scale": "output_norm.weight",
-    "head.kernel": "output.weight",
+
+def _gpt2(config: Config) -> Architecture:
+    _require(config, "scale_attn_weights", True)
+    _require(config, "scale_attn_by_inverse_layer_idx", False)
+    _require(config, "add_cross_attention", False)
+    llama = {
+        "vocab_size": config["vocab_size"],
+        "hidden_size": config["n_embd"],
+        "intermediate_size": config.get("n_inner") or 4 * config["n_embd"],
+        "num_attention_heads": config["n_head"],
+        "max_position_embeddings": config.get("n_positions", 1024),
+        "rms_norm_eps": config.get("layer_norm_epsilon", 1e-5),
+        "hidden_act": config.get("activation_function", "gelu_new"),
+        "tie_word_embeddings": config.get("tie_word_embeddings", True),
+        "attention_bias": True,
+    }
+    return _like_llama(llama, layers=(LayerKind(None),) * config["n_layer"], **_PLAIN)
+
+
+def _opt(config: Config) -> Architecture:
+    _require(config, "do_layer_norm_before", True)
+    _require(config, "_remove_final_layer_norm", False)
+    _require(config, "layer_norm_elementwise_affine", True)
+    _require(config, "word_embed_proj_dim", config["hidden_size"])
+    llama = {
+        "tie_word_embeddings": True,
+        "intermediate_size": config["ffn_dim"],
+        "rms_norm_eps": 1e-5,
+        "hidden_act": config.get("activation_function", "relu"),
+        "attention_bias": config.get("enable_bias", True),
+    }
+    bias = {"feed_forward_bias": config.get("enable_bias", True)}
+    layers = (LayerKind(None),) * config["num_hidden_layers"]
+    return _like_llama(_with_defaults(config, **llama), layers=layers, **(_PLAIN | bias))
+
+
+def _t5(config: Config) -> T5Architecture:
+    *gate, activation = config.get("feed_forward_proj", "relu").split("-")
+    # v1.0 ties its head and scales it; what says that it does not has changed its name.
+    tied: Any = config.get("scale_decoder_outputs", config.get("tie_word_embeddings", True))
+    return T5Architecture(
+        vocab_size=config["vocab_size"],
+        hidden_size=config["d_model"],
+        feed_forward_size=config["d_ff"],
+        num_heads=config["num_heads"],
+        head_size=config["d_kv"],
+        num_encoder_layers=config["num_layers"],
+        num_decoder_layers=config.get("num_decoder_layers") or config["num_layers"],
+        context_length=config.get("n_positions", 512),
+        num_buckets=config.get("relative_attention_num_buckets", 32),
+        max_distance=config.get("relative_attention_max_distance", 128),
+        norm_epsilon=float(config.get("layer_norm_epsilon", 1e-6)),
+        start_token=config.get("decoder_start_token_id", 0),
+        tied_head=tied,
+        activation=_activation("gelu_new" if gate and activation == "gelu" else activation),
+        gated=gate == ["gated"],
+    )
+
+
+FAMILIES: Mapping[str, Family] = {
+    "llama": Family(_like_llama, named.LLAMA, named.GGUF_LLAMA),
+    "mistral": Family(_mistral, named.LLAMA),
+    "qwen2": Family(_qwen2, named.LLAMA, named.GGUF),
+    "qwen3": Family(_qwen3, named.LLAMA, named.GGUF),
+    "qwen3_moe": Family(_qwen3_moe, named.LLAMA),
+    "gemma": Family(_gemma, named.GEMMA),
+    "gemma2": Family(_gemma2, named.GEMMA2),
+    "gemma3_text": Family(_gemma3, named.GEMMA2, named.GGUF),
+    "phi3": Family(_phi3, named.PHI3, named.GGUF_PHI3),
+    "olmo2": Family(_olmo2, named.OLMO2),
+    "smollm3": Family(_smollm3, named.LLAMA),
+    "granite": Family(_granite, named.LLAMA),
+    "stablelm": Family(_stablelm, named.LLAMA),
+    "gpt2": Family(_gpt2, named.GPT2),
+    "gpt_neox": Family(_gpt_neox, named.GPT_NEOX),
+    "opt": Family(_opt, named.OPT),
+    "t5": Family(_t5, named.T5),
 }
 
 

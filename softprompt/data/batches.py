@@ -8,79 +8,14 @@ import functools
 from collections.abc import Iterator, Sequence
 
 import grain
-import jax
 import numpy as np
 
+from softprompt.backbones.batch import Batch
 from softprompt.data.examples import Example
 
 _WINDOW = 32  # batches whose examples are sorted by length together
 _MULTIPLE = 8  # lengths are rounded up to this
 _MOST_LENGTHS = 6  # batch lengths a dataset gets
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Batch:
-    """Right-padded rows: an input, then the candidates that continue it, side by side.
-
-    A candidate's tokens see the input and one another but no other candidate's (see
-    `attention.visibility`), so one pass over a row scores all of them. The last token
-    of a candidate is predicted, never read, and so is in `targets` but not in `tokens`.
-
-    Attributes:
-      tokens: `[B, T]` ids.
-      positions: `[B, T]`; each candidate goes on from the end of the input.
-      segments: `[B, T]`: 0 for the input, 1, 2, … for the candidates, -1 for padding.
-      target_indices: `[B, M]`, where in the row each target is predicted from.
-      targets: `[B, M]` ids.
-      target_candidates: `[B, M]`, the candidate a target belongs to, -1 for padding.
-    """
-
-    tokens: np.ndarray
-    positions: np.ndarray
-    segments: np.ndarray
-    target_indices: np.ndarray
-    targets: np.ndarray
-    target_candidates: np.ndarray
-
-    @property
-    def padding(self) -> float:
-        """Share of `tokens` that are padding."""
-        return float((self.segments < 0).mean())
-
-
-def make_batch(examples: Sequence[Example], rows: int, length: int, targets: int) -> Batch:
-    """Lay out examples as a `Batch` of `rows` rows (the last ones empty if need be).
-
-    Args:
-      examples: at most `rows`.
-      rows, length, targets: B, T and M.
-    """
-    batch = Batch(
-        tokens=np.zeros((rows, length), np.int32),
-        positions=np.zeros((rows, length), np.int32),
-        segments=np.full((rows, length), -1, np.int32),
-        target_indices=np.zeros((rows, targets), np.int32),
-        targets=np.zeros((rows, targets), np.int32),
-        target_candidates=np.full((rows, targets), -1, np.int32),
-    )
-    for row, example in enumerate(examples):
-        start = len(example.input)
-        batch.tokens[row, :start] = example.input
-        batch.positions[row, :start] = np.arange(start)
-        batch.segments[row, :start] = 0
-        end, target = start, 0
-        for number, candidate in enumerate(example.candidates):
-            read, stop = candidate[:-1], end + len(candidate) - 1
-            batch.tokens[row, end:stop] = read
-            batch.positions[row, end:stop] = start + np.arange(len(read))
-            batch.segments[row, end:stop] = number + 1
-            scored = slice(target, target + len(candidate))
-            batch.target_indices[row, scored] = [start - 1, *range(end, stop)]
-            batch.targets[row, scored] = candidate
-            batch.target_candidates[row, scored] = number
-            end, target = stop, target + len(candidate)
-    return batch
 
 
 def only_answer(example: Example) -> Example:
@@ -89,34 +24,90 @@ def only_answer(example: Example) -> Example:
     return dataclasses.replace(example, candidates=[example.candidates[example.answer]], answer=0)
 
 
-def _row_length(example: Example) -> int:
-    return len(example.input) + sum(len(c) - 1 for c in example.candidates)
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How a dataset's examples become batches.
+
+    Attributes:
+      encoder_decoder: whether the backbone reads candidates apart from the input.
+      branching: whether rows may hold several candidates that are read.
+      shapes: the few `(T, M)` that batches have, T rising.
+    """
+
+    encoder_decoder: bool
+    branching: bool
+    shapes: Sequence[tuple[int, int]]
+
+    @classmethod
+    def of(cls, examples: Sequence[Example], encoder_decoder: bool = False) -> "Layout":
+        """At most six lengths, chosen so that padding single examples wastes least."""
+        branching = any(sum(len(c) > 1 for c in e.candidates) > 1 for e in examples)
+        layout = cls(encoder_decoder, branching and not encoder_decoder, [])
+        lengths = np.array([layout.length(e) for e in examples])
+        lengths = -(-lengths // _MULTIPLE) * _MULTIPLE
+        bounds = _least_padding(lengths, _MOST_LENGTHS)
+        counts = np.array([_target_count(e) for e in examples])
+        shapes = [(bound, int(counts[lengths <= bound].max())) for bound in bounds]
+        return dataclasses.replace(layout, shapes=shapes)
+
+    def length(self, example: Example) -> int:
+        """Tokens of an example's row."""
+        read = 0 if self.encoder_decoder else sum(len(c) - 1 for c in example.candidates)
+        return len(example.input) + read
+
+    def batch(self, examples: Sequence[Example], rows: int) -> Batch:
+        """The examples, at most `rows`, in the smallest shape that takes them all."""
+        length = max(map(self.length, examples))
+        targets = max(map(_target_count, examples))
+        shape = next(s for s in self.shapes if s[0] >= length and s[1] >= targets)
+        return self.lay_out(examples, rows, *shape)
+
+    def lay_out(self, examples: Sequence[Example], rows: int, length: int, targets: int) -> Batch:
+        """The examples as a batch of B = `rows`, T = `length`, M = `targets`.
+
+        Rows are left empty if there are fewer examples.
+        """
+        batch = Batch(
+            tokens=np.zeros((rows, length), np.int32),
+            lengths=np.zeros(rows, np.int32),
+            targets=np.zeros((rows, targets), np.int32),
+            target_candidates=np.full((rows, targets), -1, np.int32),
+            target_indices=np.zeros((rows, targets), np.int32),
+            positions=np.zeros((rows, length), np.int32),
+            segments=np.full((rows, length), -1, np.int32),
+        )
+        for row, example in enumerate(examples):
+            self._fill(batch, row, example)
+        if self.encoder_decoder:
+            batch = dataclasses.replace(batch, target_indices=None)
+        if not self.branching:
+            batch = dataclasses.replace(batch, positions=None, segments=None)
+        return batch
+
+    def _fill(self, batch: Batch, row: int, example: Example) -> None:
+        start = len(example.input)
+        batch.lengths[row] = self.length(example)
+        batch.tokens[row, :start] = example.input
+        batch.positions[row, :start] = np.arange(start)
+        batch.segments[row, :start] = 0
+        end, target = start, 0
+        for number, candidate in enumerate(example.candidates):
+            scored = slice(target, target + len(candidate))
+            batch.targets[row, scored] = candidate
+            batch.target_candidates[row, scored] = number
+            target = scored.stop
+            if self.encoder_decoder:
+                continue
+            read, stop = candidate[:-1], end + len(candidate) - 1
+            batch.tokens[row, end:stop] = read
+            batch.positions[row, end:stop] = start + np.arange(len(read))
+            batch.segments[row, end:stop] = number + 1
+            batch.target_indices[row, scored] = [start - 1, *range(end, stop)]
+            end = stop
 
 
 def _target_count(example: Example) -> int:
     return sum(map(len, example.candidates))
-
-
-@dataclasses.dataclass(frozen=True)
-class Shapes:
-    """The few `(T, M)` that a dataset's batches have, T rising."""
-
-    shapes: Sequence[tuple[int, int]]
-
-    @classmethod
-    def of(cls, examples: Sequence[Example]) -> "Shapes":
-        """At most six lengths, chosen so that padding single examples wastes least."""
-        lengths = -(-np.array([_row_length(e) for e in examples]) // _MULTIPLE) * _MULTIPLE
-        bounds = _least_padding(lengths, _MOST_LENGTHS)
-        counts = np.array([_target_count(e) for e in examples])
-        return cls([(bound, int(counts[lengths <= bound].max())) for bound in bounds])
-
-    def batch(self, examples: Sequence[Example], rows: int) -> Batch:
-        """The examples in the smallest shape that takes them all."""
-        length = max(map(_row_length, examples))
-        targets = max(map(_target_count, examples))
-        shape = next(s for s in self.shapes if s[0] >= length and s[1] >= targets)
-        return make_batch(examples, rows, *shape)
 
 
 def _least_padding(lengths: np.ndarray, most: int) -> list[int]:
@@ -152,11 +143,19 @@ class TrainingBatches:
       examples: at least `batch_size`, each with its answer.
       batch_size: examples in a batch, B.
       seed: of the order.
+      encoder_decoder: whether they are for an encoder-decoder.
     """
 
-    def __init__(self, examples: Sequence[Example], batch_size: int, seed: int):
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        batch_size: int,
+        seed: int,
+        *,
+        encoder_decoder: bool = False,
+    ):
         self._examples = [only_answer(example) for example in examples]
-        self._shapes = Shapes.of(self._examples)
+        self._layout = Layout.of(self._examples, encoder_decoder)
         self._batch_size = batch_size
         self._per_epoch = len(examples) // batch_size
         self._seed = seed
@@ -169,7 +168,7 @@ class TrainingBatches:
     def __getitem__(self, number: int) -> Batch:
         epoch, number = divmod(number, self._per_epoch)
         window, place = divmod(number, _WINDOW)
-        return self._shapes.batch(self._window(epoch, window)[place], self._batch_size)
+        return self._layout.batch(self._window(epoch, window)[place], self._batch_size)
 
     def iterate(self) -> "grain.DatasetIterator[Batch]":
         """A Grain iterator, whose `get_state` and `set_state` give and take the position."""
@@ -181,17 +180,17 @@ class TrainingBatches:
         batches = min(_WINDOW, self._per_epoch - first)
         begin = epoch * len(self._examples) + first * size
         indices = [self._order[begin + i] for i in range(batches * size)]
-        indices.sort(key=lambda i: _row_length(self._examples[i]))
+        indices.sort(key=lambda i: self._layout.length(self._examples[i]))
         order = np.random.default_rng([self._seed, epoch, window]).permutation(batches)
         return [[self._examples[i] for i in indices[b * size : (b + 1) * size]] for b in order]
 
 
 def evaluation_batches(
-    examples: Sequence[Example], batch_size: int
+    examples: Sequence[Example], batch_size: int, *, encoder_decoder: bool = False
 ) -> Iterator[tuple[Batch, list[int]]]:
     """All examples once, those of like length together, each batch with their numbers."""
-    shapes = Shapes.of(examples)
-    order = sorted(range(len(examples)), key=lambda i: _row_length(examples[i]))
+    layout = Layout.of(examples, encoder_decoder)
+    order = sorted(range(len(examples)), key=lambda i: layout.length(examples[i]))
     for begin in range(0, len(order), batch_size):
         numbers = order[begin : begin + batch_size]
-        yield shapes.batch([examples[i] for i in numbers], batch_size), numbers
+        yield layout.batch([examples[i] for i in numbers], batch_size), numbers

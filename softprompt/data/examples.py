@@ -43,13 +43,17 @@ class Task:
       verbalizer: label -> text, or None for free text, whose target the end-of-text
         token closes.
       tokenizer: the base model's.
-      max_tokens: most tokens of an input and its longest candidate together.
+      vocab_size: tokens that the base model has embeddings of.
+      max_tokens: most tokens of an input and its longest candidate together, or each if
+        `encoder_decoder`, whose model reads them apart.
     """
 
     template: Template
     verbalizer: Mapping[str, str] | None
     tokenizer: PreTrainedTokenizerFast
+    vocab_size: int
     max_tokens: int
+    encoder_decoder: bool
 
     @property
     def labels(self) -> list[str]:
@@ -82,8 +86,17 @@ class Task:
         else:
             texts = []
         candidates = [self._candidate(text, record) for text in texts]
-        room = self.max_tokens - max(map(len, candidates), default=0)
+        longest = max(map(len, candidates), default=0)
+        if longest > self.max_tokens:
+            raise UserError(
+                f"{record.where}: its target has {longest} tokens, more than {self.max_tokens}"
+            )
+        room = self.max_tokens - (0 if self.encoder_decoder else longest)
         tokens, truncated = self._input(record, room)
+        for token in {token for ids in (tokens, *candidates) for token in ids}:
+            if token >= self.vocab_size:
+                text = self.tokenizer.convert_ids_to_tokens(token)
+                raise UserError(f"{record.where}: the base model has no embedding of {text!r}")
         return Example(tokens, candidates, answer, record.where, truncated)
 
     def _candidate(self, text: str, record: Record) -> list[int]:

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from softprompt.backbones.batch import Batch
 from softprompt.console import Bar
-from softprompt.data.batches import Batch, evaluation_batches
+from softprompt.data.batches import evaluation_batches
 from softprompt.data.examples import Example
 from softprompt.training.step import target_log_probabilities
 
@@ -44,7 +45,8 @@ def score(
       Numbers of the examples done, and their candidates' log-probabilities `[n, C]`.
     """
     candidates = len(examples[0].candidates)
-    for batch, numbers in evaluation_batches(examples, batch_size):
+    batches = evaluation_batches(examples, batch_size, encoder_decoder=backbone.is_encoder_decoder)
+    for batch, numbers in batches:
         scores = _candidate_scores(backbone, prefix, batch, candidates)
         yield numbers, np.asarray(scores)[: len(numbers)]
 

@@ -14,13 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from softprompt.backbones.attention import Prefix
-from softprompt.backbones.loading import Base, load_base
+from softprompt.backbones.loading import Base, Prefix, load_base
 from softprompt.config import Experiment, Template, template_fields
+from softprompt.data.batches import evaluation_batches
 from softprompt.data.examples import Task, say_truncated
 from softprompt.data.records import Record
 from softprompt.errors import UserError
 from softprompt.evaluation.evaluate import make_prefix, score
+from softprompt.inference.generate import greedy
 from softprompt.methods.soft_prompt import SoftPrompt
 from softprompt.training.checkpoint import load_arrays, load_description, save_arrays
 
@@ -99,6 +100,58 @@ class TrainedPrompt:
             for row in probabilities
         ]
 
+    def generate(
+        self,
+        inputs: Sequence[str | Mapping[str, Any]],
+        max_new_tokens: int = 64,
+        batch_size: int = 32,
+    ) -> list[str]:
+        """What the model writes behind each input, token by likeliest token.
+
+        Args:
+          inputs: texts, or fields by name where the template has more than one. One that
+            leaves no room for the new tokens is cut as in training.
+          max_new_tokens: where to stop if the end-of-text token does not come before.
+          batch_size: texts at a time.
+
+        Raises:
+          UserError: if an input is empty or lacks a field, or the model has no such room.
+        """
+        arch, end = self.base.backbone.arch, self.base.tokenizer.eos_token_id
+        if end is None:
+            raise UserError("the base model's tokenizer has no end-of-text token to stop at")
+        records = [self.record(text, f"input {i}") for i, text in enumerate(inputs, 1)]
+        room = arch.context_length - self.prefix.length
+        if not self.task.encoder_decoder:
+            room -= max_new_tokens
+        if room < 1 or max_new_tokens < 1:
+            raise UserError(
+                f"max_new_tokens {max_new_tokens}: the base model has room for "
+                f"{arch.context_length} tokens, {self.prefix.length} of them virtual"
+            )
+        task = dataclasses.replace(self.task, max_tokens=min(self.task.max_tokens, room))
+        examples = [
+            dataclasses.replace(task.example(record, with_answer=False), candidates=[])
+            for record in records
+        ]
+        say_truncated(examples, task, "inputs")
+        texts = [""] * len(examples)
+        for batch, numbers in evaluation_batches(
+            examples, batch_size, encoder_decoder=task.encoder_decoder
+        ):
+            written = greedy(
+                self.base.backbone,
+                self.prefix,
+                batch.tokens,
+                batch.lengths,
+                end,
+                count=max_new_tokens,
+            )
+            for number, ids in zip(numbers, np.asarray(written), strict=False):
+                stop = np.append(np.flatnonzero(ids == end), len(ids))[0]
+                texts[number] = str(self.base.tokenizer.decode(ids[:stop]))
+        return texts
+
 
 def make_task(base: Base, template: Template, verbalizer: Any, length: int) -> Task:
     """The task of an experiment, for a prompt of `length` virtual tokens on a base model."""
@@ -109,7 +162,14 @@ def make_task(base: Base, template: Template, verbalizer: Any, length: int) -> T
             f"base {base.name!r} has a context of {base.backbone.arch.context_length} tokens, "
             f"too short for prompt.length {length}{asked}"
         )
-    return Task(template, verbalizer, base.tokenizer, template.max_tokens or room)
+    return Task(
+        template,
+        verbalizer,
+        base.tokenizer,
+        base.backbone.arch.vocab_size,
+        template.max_tokens or room,
+        base.backbone.is_encoder_decoder,
+    )
 
 
 def save_prompt(

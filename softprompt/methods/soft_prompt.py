@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from softprompt.backbones.attention import Prefix
-from softprompt.backbones.decoder import Decoder
+from softprompt.backbones.loading import Backbone, Prefix
 
 
 class PromptParam(nnx.Param):
@@ -34,7 +33,7 @@ class SoftPrompt(nnx.Module):
         rows = jnp.broadcast_to(vectors, (embeddings.shape[0], *vectors.shape))
         return jnp.concatenate([rows, embeddings], axis=1)
 
-    def apply(self, backbone: Decoder) -> tuple[Decoder, Prefix]:
+    def apply(self, backbone: Backbone) -> tuple[Backbone, Prefix]:
         """What to run: the backbone as it is, behind the prefix that the vectors give."""
         vectors = self.vectors[...].astype(backbone.embedding[...].dtype)
         return backbone, backbone.prefill(vectors)

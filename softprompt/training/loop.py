@@ -18,8 +18,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from softprompt.backbones.attention import Prefix
-from softprompt.backbones.loading import load_base
+from softprompt.backbones.loading import Prefix, load_base
 from softprompt.config import Experiment
 from softprompt.console import Bar, say
 from softprompt.data.batches import TrainingBatches
@@ -117,7 +116,7 @@ class _Run:
         self.experiment, self.folder, self.stop = experiment, folder, stop
         sources = experiment.data.model_dump(exclude_none=True)
         records = {split: read_records(source) for split, source in sources.items()}
-        self.base = load_base(experiment.base)
+        self.base = load_base(experiment.base, **experiment.compute.model_dump())
         say(f"base {self.base.name}: loaded in {time.monotonic() - began:.1f} s")
         task = make_task(
             self.base, experiment.template, experiment.verbalizer, experiment.prompt.length
@@ -129,7 +128,12 @@ class _Run:
                 f"{experiment.data.train}: {len(self.examples['train'])} examples do not fill a "
                 f"batch of {self.rows}; set a smaller training.batch_size"
             )
-        self.batches = TrainingBatches(self.examples["train"], self.rows, experiment.seed).iterate()
+        self.batches = TrainingBatches(
+            self.examples["train"],
+            self.rows,
+            experiment.seed,
+            encoder_decoder=self.base.backbone.is_encoder_decoder,
+        ).iterate()
 
         method = SoftPrompt(initial_vectors(experiment, self.base))
         self.graphdef, *states = nnx.split((method, self.base.backbone), method.trainable, ...)

@@ -10,10 +10,11 @@ from typing import Any
 
 import tensorboardX
 
-from softprompt.config import Experiment, differences, dump_experiment, load_experiment
+from softprompt.config import Experiment
 from softprompt.console import say
 from softprompt.data.records import parse_jsonl
 from softprompt.errors import UserError
+from softprompt.experiment_file import differences, dump_experiment, load_experiment
 
 _METRICS = "metrics.jsonl"
 

@@ -14,14 +14,12 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from softprompt.data.batches import Batch
+from softprompt.backbones.batch import Batch
 
 
 def target_log_probabilities(backbone, prefix, batch: Batch) -> jax.Array:
     """Log-probability of every target token given what stands before it, `[B, M]` float32."""
-    embeddings = backbone.embed(batch.tokens)  # [B, T, D]
-    hidden = backbone(embeddings, batch.positions, batch.segments, prefix)
-    hidden = jnp.take_along_axis(hidden, batch.target_indices[..., None], axis=1)  # [B, M, D]
+    hidden = backbone.target_states(batch, prefix)  # [B, M, D]
     log_probabilities = jax.nn.log_softmax(backbone.logits(hidden))  # [B, M, V]
     return jnp.take_along_axis(log_probabilities, batch.targets[..., None], axis=-1)[..., 0]
 

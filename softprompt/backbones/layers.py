@@ -1,0 +1,180 @@
+"""The parts that frozen models are made of, as Flax NNX modules.
+
+Parameters start as zeros: a backbone is always loaded, never trained from scratch. A
+kernel may be stored as int8 with a scale for each output channel; norms are float32.
+Axis letters: B batch, T tokens, D hidden, F feed-forward, K key-value heads, h head size,
+E experts, N = B·T.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "relu": jax.nn.relu,
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+}
+
+
+class Linear(nnx.Module):
+    """`x @ kernel + bias`, kernel `[in, out]`, or without bias `[E, in, out]` for `experts`."""
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        bias: bool = False,
+        int8: bool = False,
+        experts: int | None = None,
+    ):
+        stack = () if experts is None else (experts,)
+        self.kernel = nnx.Param(jnp.zeros((*stack, inputs, outputs), jnp.int8 if int8 else None))
+        self.scale = nnx.Param(jnp.zeros((*stack, outputs))) if int8 else None
+        self.bias = nnx.Param(jnp.zeros(outputs)) if bias else None
+
+    def __call__(self, x: jax.Array, of_expert: jax.Array | None = None) -> jax.Array:
+        """Apply to `[..., in]`.
+
+        Args:
+          x: with experts `[N, in]`, ordered by expert.
+          of_expert: `[N]`, the expert of each row, if there are several.
+        """
+        kernel = self.kernel[...].astype(x.dtype)
+        if of_expert is None:
+            y = x @ kernel
+        else:
+            sizes = jnp.bincount(of_expert, length=kernel.shape[0])
+            y = jax.lax.ragged_dot(x, kernel, sizes)
+        if self.scale is not None:
+            scale = self.scale[...] if of_expert is None else self.scale[...][of_expert]
+            y = (y.astype(jnp.float32) * scale).astype(x.dtype)
+        return y if self.bias is None else y + self.bias[...]
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square normalisation, in float32 (Zhang & Sennrich 2019, arXiv:1910.07467)."""
+
+    def __init__(self, size: int, epsilon: float):
+        self.scale = nnx.Param(jnp.zeros(size))
+        self.epsilon = epsilon
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.epsilon)
+        return (wide * self.scale[...]).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Layer normalisation, in float32 (Ba et al. 2016, arXiv:1607.06450)."""
+
+    def __init__(self, size: int, epsilon: float):
+        self.scale = nnx.Param(jnp.zeros(size))
+        self.bias = nnx.Param(jnp.zeros(size))
+        self.epsilon = epsilon
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        wide = wide - wide.mean(axis=-1, keepdims=True)
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.epsilon)
+        return (wide * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """The four matrices of an attention layer; what happens between them is its owner's."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_size: int,
+        *,
+        bias: bool = False,
+        output_bias: bool = False,
+        int8: bool = False,
+    ):
+        width, kv_width = num_heads * head_size, num_kv_heads * head_size
+        self.query = Linear(hidden_size, width, bias=bias, int8=int8)
+        self.key = Linear(hidden_size, kv_width, bias=bias, int8=int8)
+        self.value = Linear(hidden_size, kv_width, bias=bias, int8=int8)
+        self.output = Linear(width, hidden_size, bias=output_bias, int8=int8)
+
+
+def heads(x: jax.Array, size: int) -> jax.Array:
+    """`[B, T, heads · h]` to `[B, T, heads, h]`."""
+    return x.reshape(*x.shape[:-1], -1, size)
+
+
+def join_heads(x: jax.Array) -> jax.Array:
+    """`[B, T, heads, h]` to `[B, T, heads · h]`."""
+    return x.reshape(*x.shape[:-2], -1)
+
+
+class FeedForward(nnx.Module):
+    """Up, activation, down; `gated` multiplies the activation of a second product (GLU)."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        size: int,
+        *,
+        activation: str,
+        gated: bool,
+        bias: bool = False,
+        int8: bool = False,
+        experts: int | None = None,
+    ):
+        linear = partial(Linear, bias=bias, int8=int8, experts=experts)
+        self.gate = linear(hidden_size, size) if gated else None
+        self.up = linear(hidden_size, size)
+        self.down = linear(size, hidden_size)
+        self.activation = activation
+
+    def __call__(self, x: jax.Array, of_expert: jax.Array | None = None) -> jax.Array:
+        activation, up = ACTIVATIONS[self.activation], self.up(x, of_expert)
+        inner = activation(up) if self.gate is None else activation(self.gate(x, of_expert)) * up
+        return self.down(inner, of_expert)
+
+
+class Experts(nnx.Module):
+    """A feed-forward layer of which each token uses a few (Shazeer et al. 2017, arXiv:1701.06538).
+
+    Tokens are sorted by expert, so that each expert's matrices meet only its own tokens.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        size: int,
+        *,
+        activation: str,
+        gated: bool,
+        int8: bool,
+        num_experts: int,
+        experts_per_token: int,
+        normalized: bool,
+    ):
+        self.router = Linear(hidden_size, num_experts)
+        self.experts = FeedForward(
+            hidden_size, size, activation=activation, gated=gated, int8=int8, experts=num_experts
+        )
+        self.experts_per_token, self.normalized = experts_per_token, normalized
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[B, T, D]` to `[B, T, D]`."""
+        tokens = x.reshape(-1, x.shape[-1])  # [N, D]
+        shares = jax.nn.softmax(self.router(tokens).astype(jnp.float32))  # [N, E]
+        shares, chosen = jax.lax.top_k(shares, self.experts_per_token)
+        if self.normalized:
+            shares = shares / shares.sum(axis=-1, keepdims=True)
+        order = jnp.argsort(chosen.reshape(-1))
+        of_token = order // self.experts_per_token
+        mixed = self.experts(tokens[of_token], chosen.reshape(-1)[order])
+        mixed = mixed * shares.reshape(-1)[order][:, None].astype(x.dtype)
+        return jnp.zeros_like(tokens).at[of_token].add(mixed).reshape(x.shape)

@@ -1,0 +1,321 @@
+"""T5, the encoder-decoder (Raffel et al. 2020, arXiv:1910.10683), v1.0 and v1.1.
+
+Axis letters: B batch, T tokens of an input, P virtual tokens, D hidden, F feed-forward,
+H heads, h head size, L layers, V vocabulary, M target positions, S keys.
+"""
+
+import dataclasses
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from softprompt.backbones.attention import Source, attend, behind, same_sequence
+from softprompt.backbones.batch import Batch
+from softprompt.backbones.layers import (
+    ACTIVATIONS,
+    Attention,
+    FeedForward,
+    Linear,
+    RMSNorm,
+    heads,
+    join_heads,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class T5Architecture:
+    """Everything that tells one T5 from another, apart from its weights."""
+
+    vocab_size: int  # V
+    hidden_size: int  # D
+    feed_forward_size: int  # F
+    num_heads: int  # H
+    head_size: int  # h
+    num_encoder_layers: int
+    num_decoder_layers: int
+    context_length: int  # longest input it was made for, virtual tokens included
+    num_buckets: int  # of relative positions
+    max_distance: int  # beyond it all positions share a bucket
+    norm_epsilon: float
+    start_token: int  # stands in front of every target
+    tied_head: bool  # the embedding table, then scaled by D ** -0.5
+    activation: str
+    gated: bool
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            least = 0 if field.name == "start_token" else 1e-12
+            numeric = field.type in (int, float)
+            if type(value) is not field.type or (numeric and value < least):
+                raise ValueError(f"{field.name} {value!r}")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation {self.activation!r}")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class EncoderPrefix:
+    """Embeddings `[P, D]` that stand in front of every input of the encoder.
+
+    The encoder reads both ways, so what it makes of them depends on the input.
+    """
+
+    embeddings: jax.Array
+
+    @property
+    def length(self) -> int:
+        """Number of virtual tokens, P."""
+        return self.embeddings.shape[0]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class T5Cache:
+    """What the decoder looks at.
+
+    Attributes:
+      keys, values: of its own tokens, `[L, B, S, H, h]`; `filled` places hold one.
+      input_keys, input_values: of the encoded inputs, `[L, B, P + T, H, h]`.
+      real: `[B, P + T]`, which of these are no padding.
+    """
+
+    keys: jax.Array
+    values: jax.Array
+    filled: jax.Array
+    input_keys: jax.Array
+    input_values: jax.Array
+    real: jax.Array
+
+
+class EncoderBlock(nnx.Module):
+    """Attention both ways, then feed-forward, each behind a norm and added back."""
+
+    def __init__(self, arch: T5Architecture, int8: bool):
+        self.arch = arch
+        sizes = arch.hidden_size, arch.num_heads, arch.num_heads, arch.head_size
+        self.attention_norm = RMSNorm(arch.hidden_size, arch.norm_epsilon)
+        self.attention = Attention(*sizes, int8=int8)
+        self.feed_forward_norm = RMSNorm(arch.hidden_size, arch.norm_epsilon)
+        self.feed_forward = FeedForward(
+            arch.hidden_size,
+            arch.feed_forward_size,
+            activation=arch.activation,
+            gated=arch.gated,
+            int8=int8,
+        )
+
+    def __call__(self, x: jax.Array, visible: jax.Array, bias: jax.Array) -> jax.Array:
+        """`[B, T, D]` to `[B, T, D]`; `visible` `[B, T, T]`, `bias` `[H, T, T]`."""
+        x, _ = self.attend_self(x, lambda keys, values: [Source(keys, values, visible, bias)])
+        return x + self.feed_forward(self.feed_forward_norm(x))
+
+    def attend_self(self, x, sources):
+        """X plus attention to the sources made of its own keys and values; and these."""
+        normed = self.attention_norm(x)
+        queries, keys, values = (
+            heads(matrix(normed), self.arch.head_size)
+            for matrix in (self.attention.query, self.attention.key, self.attention.value)
+        )
+        mixed = attend(queries, sources(keys, values), scale=1.0)
+        return x + self.attention.output(join_heads(mixed)), (keys, values)
+
+
+class DecoderBlock(EncoderBlock):
+    """As the encoder's, with attention to the encoded input between the two."""
+
+    def __init__(self, arch: T5Architecture, int8: bool):
+        super().__init__(arch, int8)
+        sizes = arch.hidden_size, arch.num_heads, arch.num_heads, arch.head_size
+        self.cross_norm = RMSNorm(arch.hidden_size, arch.norm_epsilon)
+        self.cross = Attention(*sizes, int8=int8)
+
+    def __call__(self, x, sources, encoded: Source):  # type: ignore[override]
+        """`[B, M, D]` to `[B, M, D]`, and this layer's own keys and values `[B, M, H, h]`."""
+        x, keys_values = self.attend_self(x, sources)
+        queries = heads(self.cross.query(self.cross_norm(x)), self.arch.head_size)
+        x = x + self.cross.output(join_heads(attend(queries, [encoded], scale=1.0)))
+        return x + self.feed_forward(self.feed_forward_norm(x)), keys_values
+
+    def read(self, encoded: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Keys and values `[B, T, H, h]` of an encoded input `[B, T, D]`."""
+        keys, values = self.cross.key(encoded), self.cross.value(encoded)
+        return heads(keys, self.arch.head_size), heads(values, self.arch.head_size)
+
+
+class T5(nnx.Module):
+    """An encoder-decoder language model, its layers stacked `[L, ...]` and run by scans.
+
+    A soft prompt stands in front of the encoder's input embeddings (Lester et al. 2021).
+    """
+
+    is_encoder_decoder = True
+
+    def __init__(self, arch: T5Architecture, *, int8: bool = False):
+        self.arch = arch
+        self.embedding = nnx.Param(jnp.zeros((arch.vocab_size, arch.hidden_size)))
+        buckets = (arch.num_buckets, arch.num_heads)
+        norm = partial(RMSNorm, arch.hidden_size, arch.norm_epsilon)
+        self.encoder_bias = nnx.Param(jnp.zeros(buckets))
+        self.encoder = nnx.vmap(lambda _: EncoderBlock(arch, int8))(
+            jnp.arange(arch.num_encoder_layers)
+        )
+        self.encoder_norm = norm()
+        self.decoder_bias = nnx.Param(jnp.zeros(buckets))
+        self.decoder = nnx.vmap(lambda _: DecoderBlock(arch, int8))(
+            jnp.arange(arch.num_decoder_layers)
+        )
+        self.decoder_norm = norm()
+        if not arch.tied_head:
+            self.head = Linear(arch.hidden_size, arch.vocab_size, int8=int8)
+
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        """Token ids `[...]` to input embeddings `[..., D]`."""
+        return self.embedding[...][tokens]
+
+    def prefill(self, embeddings: jax.Array) -> EncoderPrefix:
+        """Prompt vectors `[P, D]` as what `encode` takes."""
+        return EncoderPrefix(embeddings)
+
+    def encode(
+        self, embeddings: jax.Array, lengths: jax.Array, prefix: EncoderPrefix | None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Encode inputs, the prefix in front.
+
+        Args:
+          embeddings: `[B, T, D]`, see `embed`.
+          lengths: `[B]`, tokens of each row that are no padding.
+          prefix: P virtual tokens, or None (P = 0).
+
+        Returns:
+          Hidden states `[B, P + T, D]`, and which of them are of no padding `[B, P + T]`.
+        """
+        if prefix:
+            rows = jnp.broadcast_to(prefix.embeddings, (len(lengths), *prefix.embeddings.shape))
+            embeddings = jnp.concatenate([rows, embeddings], axis=1)
+            lengths = lengths + prefix.length
+        places = jnp.arange(embeddings.shape[1])
+        real = places[None] < lengths[:, None]
+        bias = self._bias(self.encoder_bias, places[:, None], places[None], both_ways=True)
+
+        @partial(jax.checkpoint, prevent_cse=False)
+        def layer(x, block):
+            return block(x, real[:, None], bias), None
+
+        hidden, _ = jax.lax.scan(layer, embeddings, self.encoder)
+        return self.encoder_norm(hidden), real
+
+    def target_states(self, batch: Batch, prefix: EncoderPrefix | None) -> jax.Array:
+        """The hidden states that a batch's targets are predicted from, `[B, M, D]`.
+
+        The decoder reads each candidate behind a start token of its own; candidates of a
+        row do not see one another.
+        """
+        encoded, real = self.encode(self.embed(batch.tokens), batch.lengths, prefix)
+        places = jnp.arange(batch.targets.shape[1])[None]
+        before = jnp.pad(batch.target_candidates, [(0, 0), (1, 0)], constant_values=-2)[:, :-1]
+        is_first = batch.target_candidates != before
+        first = jax.lax.cummax(jnp.where(is_first, places, 0), axis=1)
+        read = jnp.pad(batch.targets, [(0, 0), (1, 0)])[:, :-1]
+        tokens = jnp.where(is_first, self.arch.start_token, read)
+        positions = places - first
+        segments = jnp.where(batch.target_candidates < 0, -1, batch.target_candidates + 1)
+        visible = behind(positions, positions, None) & same_sequence(segments)
+        # One bias for all rows: within a candidate, places differ as positions do.
+        bias = self._bias(self.decoder_bias, places.T, places, both_ways=False)
+
+        @partial(jax.checkpoint, prevent_cse=False)
+        def layer(x, block):
+            keys, values = block.read(encoded)
+            source = Source(keys, values, real[:, None])
+            x, _ = block(x, lambda keys, values: [Source(keys, values, visible, bias)], source)
+            return x, None
+
+        hidden, _ = jax.lax.scan(layer, self.embed(tokens), self.decoder)
+        return self.decoder_norm(hidden)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Hidden states `[..., D]` to float32 logits `[..., V]`."""
+        if not self.arch.tied_head:
+            return self.head(hidden).astype(jnp.float32)
+        table = self.embedding[...]
+        logits = jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
+        return logits * self.arch.hidden_size**-0.5
+
+    def start(
+        self, tokens: jax.Array, lengths: jax.Array, prefix: EncoderPrefix | None, room: int
+    ) -> tuple[jax.Array, T5Cache]:
+        """Encode inputs, to write their targets one token at a time.
+
+        Args:
+          tokens: `[B, T]` ids, padded on the right.
+          lengths: `[B]`, real tokens of each row.
+          prefix: what stands in front of every row.
+          room: tokens that will follow.
+
+        Returns:
+          The hidden state `[B, D]` that each row's first token is predicted from, and
+          the cache.
+        """
+        rows = len(tokens)
+        encoded, real = self.encode(self.embed(tokens), lengths, prefix)
+        _, inputs = jax.lax.scan(lambda _, block: (None, block.read(encoded)), None, self.decoder)
+        arch = self.arch
+        shape = (arch.num_decoder_layers, rows, room + 1, arch.num_heads, arch.head_size)
+        empty = jnp.zeros(shape, encoded.dtype)
+        cache = T5Cache(empty, empty, jnp.array(0), inputs[0], inputs[1], real)
+        return self.decode(jnp.full(rows, self.arch.start_token), cache, prefix)
+
+    def decode(
+        self, tokens: jax.Array, cache: T5Cache, prefix: EncoderPrefix | None
+    ) -> tuple[jax.Array, T5Cache]:
+        """Read one more token of each row's target, ids `[B]`; returns as `start` does."""
+        places = jnp.arange(cache.keys.shape[2])
+        here = cache.filled[None, None]
+        bias = self._bias(self.decoder_bias, here, places[None], both_ways=False)
+        own_bias = self._bias(self.decoder_bias, here, here, both_ways=False)
+        filled = (places < cache.filled)[None, None]
+
+        def layer(x, block_and_cache):
+            block, read, inputs = block_and_cache
+
+            def sources(keys, values):
+                own = Source(keys, values, bias=own_bias)
+                return [own, Source(read[0], read[1], filled, bias)]
+
+            return block(x, sources, Source(inputs[0], inputs[1], cache.real[:, None]))
+
+        before = (cache.keys, cache.values), (cache.input_keys, cache.input_values)
+        x, own = jax.lax.scan(layer, self.embed(tokens[:, None]), (self.decoder, *before))
+        keys, values = (
+            jax.lax.dynamic_update_slice_in_dim(old, new, cache.filled, axis=2)
+            for old, new in zip((cache.keys, cache.values), own, strict=True)
+        )
+        cache = dataclasses.replace(cache, keys=keys, values=values, filled=cache.filled + 1)
+        return self.decoder_norm(x)[:, 0], cache
+
+    def _bias(self, table: nnx.Param, queries, keys, *, both_ways: bool) -> jax.Array:
+        """What a head adds to the score of a key by its distance, `[H, T, S]` float32.
+
+        Near distances have a bucket each, far ones share buckets that widen by a constant
+        factor up to `max_distance` (section 2.1 of the paper).
+
+        Args:
+          table: `[num_buckets, H]`.
+          queries, keys: positions, `[T, 1]` and `[1, S]`.
+          both_ways: whether keys ahead have buckets of their own: half of them.
+        """
+        ahead = keys - queries
+        buckets = self.arch.num_buckets // (2 if both_ways else 1)
+        distance = jnp.abs(ahead) if both_ways else jnp.maximum(-ahead, 0)
+        exact = buckets // 2
+        ratio = jnp.maximum(distance, exact).astype(jnp.float32) / exact
+        steps = jnp.log(ratio) / math.log(self.arch.max_distance / exact) * (buckets - exact)
+        far = jnp.minimum(exact + steps.astype(jnp.int32), buckets - 1)
+        bucket = jnp.where(distance < exact, distance, far)
+        if both_ways:
+            bucket += jnp.where(ahead > 0, buckets, 0)
+        return table[...][bucket].transpose(2, 0, 1).astype(jnp.float32)

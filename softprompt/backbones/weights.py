@@ -1,0 +1,202 @@
+"""Tensors on disk into the parameters of a backbone, one at a time."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from safetensors import SafetensorError, safe_open
+
+from softprompt.backbones.names import Names, Stored
+from softprompt.errors import UserError
+
+# What older versions of transformers saved beside the weights, and nobody needs.
+_BUFFERS = (
+    ".rotary_emb.inv_freq",
+    ".attn.bias",
+    ".attn.masked_bias",
+    ".attention.bias",
+    ".attention.masked_bias",
+    "coder.embed_tokens.weight",
+    ".EncDecAttention.relative_attention_bias.weight",
+)
+_MOST_SHOWN = 20  # problems in one message
+
+
+class TensorFile(Protocol):
+    """Named tensors on disk, in PyTorch's axis order."""
+
+    @property
+    def names(self) -> set[str]: ...
+
+    def read(self, name: str) -> np.ndarray: ...
+
+
+class Safetensors:
+    """The safetensors files of a model directory, one or sharded."""
+
+    def __init__(self, directory: Path):
+        index = directory / "model.safetensors.index.json"
+        if index.is_file():
+            try:
+                shards = set(json.loads(index.read_text())["weight_map"].values())
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise UserError(f"{index}: not a safetensors index ({error})") from error
+            files = sorted(directory / str(shard) for shard in shards)
+        else:
+            files = [directory / "model.safetensors"]
+        for file in files:
+            if file.parent != directory or not file.is_file():
+                pickled = any(directory.glob("*.bin"))
+                raise UserError(
+                    f"{file}: no such file"
+                    + (
+                        "; PyTorch .bin files are not read, for unpickling one can run any "
+                        "code: convert them to safetensors"
+                        if pickled
+                        else ""
+                    )
+                )
+        self._file_of: dict[str, Any] = {}
+        for file in files:
+            try:
+                opened = safe_open(file, framework="flax")
+            except SafetensorError as error:
+                raise UserError(f"{file}: not a readable safetensors file ({error})") from error
+            self._file_of |= dict.fromkeys(opened.keys(), opened)
+
+    @property
+    def names(self) -> set[str]:
+        """Names of all tensors."""
+        return set(self._file_of)
+
+    def read(self, name: str) -> np.ndarray:
+        """A tensor in the type it is stored in."""
+        return np.asarray(self._file_of[name].get_tensor(name))
+
+
+def fill(
+    state: nnx.State, tensors: TensorFile, names: Names, arch: Any, dtype: str, where: str
+) -> str:
+    """Put every tensor in its place, one at a time, so that little more than the model is held.
+
+    Args:
+      state: the parameters' shapes, replaced by arrays. Kernels of int8 are quantised:
+        an output channel is stored as whole multiples of its largest value / 127.
+      tensors, names: what there is, and where which parameter is in it.
+      arch: the backbone's architecture.
+      dtype: of all parameters but norms, which are float32, and what is quantised.
+      where: the model, for messages.
+
+    Returns:
+      SHA-256 of all values as stored, so that it does not depend on `dtype`.
+
+    Raises:
+      UserError: which names the tensors that are missing, unused or misshapen.
+    """
+    flat = dict(nnx.to_flat_state(state))
+    reader = _Reader(tensors, names, arch)
+    if getattr(arch, "tied_head", False):
+        reader.used.add(f"{names['head']}.weight")  # some files store the tied head again
+    for path, parameter in flat.items():
+        if path[-1] == "scale" and (*path[:-1], "kernel") in flat:
+            continue  # made together with its kernel
+        quantised = parameter.dtype == jnp.int8
+        is_norm = "norm" in str(path[-2:-1])
+        kind = np.float32 if is_norm else np.int8 if quantised else jnp.dtype(dtype)
+        values, scales = reader.parameter(path, parameter.shape, kind)
+        if not reader.problems:
+            parameter.set_value(jnp.asarray(values))
+            if quantised:
+                flat[*path[:-1], "scale"].set_value(jnp.asarray(scales))
+    reader.raise_problems(where)
+    return reader.digest.hexdigest()
+
+
+def quantise(kernel: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A kernel `[in, out]` as whole numbers from -127 to 127, and a scale for each of `[out]`."""
+    kernel = kernel.astype(np.float32)
+    scales = np.abs(kernel).max(axis=0) / 127
+    scales[scales == 0] = 1
+    return np.rint(kernel / scales).astype(np.int8), scales
+
+
+class _Reader:
+    """Reads parameters out of tensors, and notes what was used and what did not fit."""
+
+    def __init__(self, tensors: TensorFile, names: Names, arch: Any):
+        self._tensors, self._names, self._arch = tensors, names, arch
+        self._stored = tensors.names
+        # Some files leave out the model's own name, in front of all tensors' names.
+        first = str(names["embedding"]).split(".")[0] + "."
+        whole = any(name.startswith(first) for name in self._stored)
+        self._prefix = "" if whole else first
+        self.digest = hashlib.sha256()
+        self.used: set[str] = set()
+        self.problems: list[str] = []
+
+    def parameter(
+        self, path: tuple[Any, ...], shape: tuple[int, ...], kind: Any
+    ) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """A parameter, all its layers and experts, and if it is quantised its scales."""
+        is_kernel = path[-1] == "kernel"
+        module = path[:-1] if path[-1] in ("kernel", "scale", "bias") else path
+        name, take = self._where(".".join(map(str, module)))
+        name += ".bias" if path[-1] == "bias" else ".weight"
+        axes = [axis for axis in ("layer", "expert") if f"{{{axis}}}" in name]
+        stack, one = shape[: len(axes)], shape[len(axes) :]
+        values: Any = None
+        scales: Any = None
+        for index in np.ndindex(stack):
+            numbered = name.format(**dict(zip(axes, index, strict=True)))
+            array = self._read(numbered, take, one[::-1] if is_kernel else one)
+            if array is None:
+                continue
+            if values is None:
+                values = np.empty(shape, kind)
+                scales = np.empty((*stack, one[-1]), np.float32)
+            if is_kernel:
+                array = array.T
+            if kind == np.int8:
+                array, scales[index] = quantise(array)
+            values[index] = array
+        return values, scales
+
+    def _where(self, module: str) -> tuple[str, Any]:
+        """The name of a module's tensors, and what to do with them."""
+        entry = self._names[module]
+        if isinstance(entry, Stored):
+            return entry.name.removeprefix(self._prefix), entry.take
+        choices = entry if isinstance(entry, tuple) else (entry,)
+        choices = tuple(choice.removeprefix(self._prefix) for choice in choices)
+        there = (c for c in choices if f"{c}.weight".format(layer=0, expert=0) in self._stored)
+        return next(there, choices[0]), None
+
+    def _read(self, name: str, take: Any, shape: tuple[int, ...]) -> np.ndarray | None:
+        self.used.add(name)
+        if name not in self._stored:
+            self.problems.append(f"{name} is missing")
+            return None
+        stored = self._tensors.read(name)
+        try:
+            array = take(stored, self._arch) if take else stored
+        except ValueError:
+            array = None
+        if array is None or array.shape != shape:
+            wanted = f"from which {shape} cannot be taken" if take else f"not {shape}"
+            self.problems.append(f"{name} has shape {stored.shape}, {wanted}")
+            return None
+        self.digest.update(f"{name} {shape}".encode())
+        self.digest.update(np.ascontiguousarray(array).tobytes())
+        return array
+
+    def raise_problems(self, where: str) -> None:
+        unused = (n for n in sorted(self._stored - self.used) if not n.endswith(_BUFFERS))
+        problems = list(dict.fromkeys(self.problems)) + [f"{name} is not used" for name in unused]
+        if more := problems[_MOST_SHOWN:]:
+            problems = [*problems[:_MOST_SHOWN], f"and {len(more)} more"]
+        if problems:
+            raise UserError(f"{where}: the weights do not fit the config: {'; '.join(problems)}")

@@ -1,0 +1,243 @@
+"""Experiment files: YAML, `extends` and overrides, read into the schema of `config.py`.
+
+A mistake is reported with file, line and key, all mistakes of a file at once. Paths in
+a file are relative to that file; paths on the command line, to the current folder.
+"""
+
+import dataclasses
+import difflib
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import yaml
+
+from softprompt.config import Experiment
+from softprompt.errors import UserError
+
+Key = tuple[str, ...]
+
+_DEEPEST = 10  # levels of an experiment file, so that an alias inside itself ends
+
+
+@dataclasses.dataclass(frozen=True)
+class _Origin:
+    """Where a value was written, and the folder that its paths are relative to."""
+
+    where: str
+    folder: Path
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's numbers and booleans: `1e-3` is a number, `on` and `no` are text."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":float", ":bool"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(true|false)$"), list("tf"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?$|^[-+]?\.inf$|^\.nan$"),
+    list("-+.0123456789"),
+)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what `_Loader` would not read back as text."""
+
+
+_Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+
+
+def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
+    """Read an experiment file, with `key=value` overrides such as `prompt.length=50`.
+
+    Raises:
+      UserError: one line for each mistake, with file, line and key.
+    """
+    path = Path(path)
+    tree, origins = _read(path, ())
+    mistakes = []
+    for override in overrides:
+        try:
+            _apply(override, tree, origins)
+        except UserError as error:
+            mistakes.append(str(error))
+    if mistakes:
+        raise UserError("\n".join(mistakes))
+    tree.setdefault("name", path.stem)
+    _resolve_paths(tree, origins)
+    try:
+        return Experiment.model_validate(tree)
+    except pydantic.ValidationError as errors:
+        lines = [_explain(error, origins, path) for error in errors.errors()]
+        raise UserError("\n".join(lines)) from None
+
+
+def dump_experiment(experiment: Experiment, folder: Path) -> str:
+    """YAML that `load_experiment` reads back as the same experiment from a file in `folder`."""
+    tree = experiment.model_dump(exclude_none=True)
+    for section, key in _PATH_KEYS:
+        value = tree[section].get(key) if section else tree.get(key)
+        if value is not None and os.path.isabs(value):
+            relative = os.path.join(".", os.path.relpath(value, os.path.abspath(folder)))
+            (tree[section] if section else tree)[key] = relative
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def differences(old: Experiment, new: Experiment) -> list[str]:
+    """The keys in which two experiments differ, as `key: old there, new here`."""
+
+    def flatten(value: Any, key: str) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            return {key: value}
+        parts = (flatten(v, f"{key}.{k}" if key else k) for k, v in value.items())
+        return {k: v for part in parts for k, v in part.items()}
+
+    was, now = flatten(old.model_dump(), ""), flatten(new.model_dump(), "")
+    return [
+        f"{key}: {was.get(key)!r} there, {now.get(key)!r} now"
+        for key in dict.fromkeys([*was, *now])
+        if was.get(key) != now.get(key)
+    ]
+
+
+def _read(path: Path, chain: tuple[Path, ...]) -> tuple[dict[str, Any], dict[Key, _Origin]]:
+    resolved = path.resolve()
+    if resolved in chain:
+        raise UserError(f"{path}: extends itself, through {' -> '.join(map(str, chain))}")
+    try:
+        node = yaml.compose(path.read_text(encoding="utf-8"), _Loader)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise UserError(f"{path}: cannot be read ({reason})") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}:{_yaml_problem(error)}") from None
+    origins: dict[Key, _Origin] = {}
+    tree = _build(node, (), path, origins) if node else {}
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}:1: an experiment is a mapping of keys to values")
+    parent = tree.pop("extends", None)
+    if parent is None:
+        return tree, origins
+    if not isinstance(parent, str):
+        raise UserError(f"{origins['extends',].where}: extends: the path of another file")
+    if not (path.parent / parent).is_file():
+        raise UserError(f"{origins['extends',].where}: extends: {parent}: no such file")
+    below, below_origins = _read(path.parent / parent, (*chain, resolved))
+    return _merge(below, tree), below_origins | origins
+
+
+def _build(node: yaml.Node, key: Key, path: Path, origins: dict[Key, _Origin]) -> Any:
+    """A node's value; notes the line of every key on the way."""
+    origins[key] = _Origin(f"{path}:{node.start_mark.line + 1}", path.parent)
+    if len(key) > _DEEPEST:
+        raise UserError(f"{origins[key].where}: nested too deep")
+    if isinstance(node, yaml.MappingNode):
+        mapping: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            name = str(key_node.value)
+            if name in mapping:
+                raise UserError(
+                    f"{path}:{key_node.start_mark.line + 1}: {'.'.join((*key, name))}: given twice"
+                )
+            mapping[name] = _build(value_node, (*key, name), path, origins)
+            origins[*key, name] = _Origin(f"{path}:{key_node.start_mark.line + 1}", path.parent)
+        return mapping
+    if isinstance(node, yaml.SequenceNode):
+        return [_build(n, (*key, str(i)), path, origins) for i, n in enumerate(node.value)]
+    try:
+        return _Loader("").construct_object(node)
+    except (yaml.YAMLError, ValueError, LookupError) as error:
+        reason = str(error).split("\n")[0]
+        raise UserError(f"{path}:{node.start_mark.line + 1}: not a YAML value ({reason})") from None
+
+
+def _apply(override: str, tree: dict[str, Any], origins: dict[Key, _Origin]) -> None:
+    """Set what `key=value` says."""
+    name, equals, text = override.partition("=")
+    if not equals or not name:
+        raise UserError(f"{override!r}: an override is written key=value")
+    key, origin = tuple(name.split(".")), _Origin(f"command line: {override}", Path())
+    value, place = _parse_value(override, text), tree
+    for depth, section in enumerate(key[:-1], 1):
+        if not isinstance(place.get(section), dict):
+            place[section] = {}
+            origins[key[:depth]] = origin
+        place = place[section]
+    place[key[-1]] = value
+    origins[key] = origin
+
+
+def _parse_value(override: str, text: str) -> Any:
+    if override.startswith("template.") and text.startswith("{"):
+        return text  # a field, not a YAML mapping
+    try:
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError, LookupError):
+        raise UserError(f"command line: {override}: {text!r} is not a YAML value") from None
+
+
+def _yaml_problem(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    problem = (getattr(error, "problem", None) or str(error)).split("\n")[0]
+    return f"{mark.line + 1 if mark else 1}: {problem}"
+
+
+def _merge(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Put `above` over `below`, section by section; a verbalizer is replaced whole."""
+    for key, value in above.items():
+        is_section = isinstance(value, Mapping) and key != "verbalizer"
+        if is_section and isinstance(below.get(key), dict):
+            _merge(below[key], value)
+        else:
+            below[key] = value
+    return below
+
+
+_PATH_KEYS = (("data", "train"), ("data", "validation"), ("data", "test"), (None, "base"))
+
+
+def _resolve_paths(tree: dict[str, Any], origins: Mapping[Key, _Origin]) -> None:
+    for section, key in _PATH_KEYS:
+        part = tree.get(section) if section else tree
+        if not isinstance(part, dict) or not isinstance(value := part.get(key), str):
+            continue
+        origin = origins.get((section, key) if section else (key,))
+        path = os.path.abspath((origin.folder if origin else Path()) / Path(value).expanduser())
+        if key == "base":  # else a short name, a file in a package, or a hub id
+            is_path = value.startswith((".", "/", "~")) or os.path.exists(path)
+        else:
+            is_path = not value.startswith("hub:")
+        if is_path:
+            part[key] = path
+
+
+def _explain(error: Any, origins: Mapping[Key, _Origin], path: Path) -> str:
+    """One line for one of pydantic's errors: where, which key, what is wrong."""
+    key = tuple(map(str, error["loc"]))
+    written = key
+    while written and written not in origins:
+        written = written[:-1]
+    where = origins[written].where if written in origins else str(path)
+    message = str(error["msg"]).removeprefix("Value error, ")
+    if error["type"] == "extra_forbidden":
+        section: Any = Experiment
+        for part in key[:-1]:
+            section = section.model_fields[part].annotation
+        known = list(section.model_fields)
+        if section is Experiment and not where.startswith("command line"):
+            known.append("extends")
+        close = difflib.get_close_matches(key[-1], known, 1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
+        message = f"unknown key; {hint}"
+    elif error["type"] == "missing":
+        message = "missing"
+    elif "input" in error and not isinstance(error["input"], dict):
+        message = f"{message}, not {error['input']!r}"
+    return f"{where}: {'.'.join(key)}: {message}" if key else f"{where}: {message}"
