@@ -1,5 +1,6 @@
 """Models and experiments that the tests share."""
 
+import functools
 import json
 import os
 from pathlib import Path
@@ -10,10 +11,13 @@ import pytest
 
 import softprompt
 from softprompt import Base
+from softprompt.backbones.directory import ModelDirectory
+from softprompt.backbones.loading import Backbone, load_backbone
 from softprompt.config import Experiment
 from softprompt.experiment_file import load_experiment
 
 GOLDEN = Path(__file__).parent / "golden"
+FAMILIES_GOLDEN = GOLDEN / "families"
 REPOSITORY = Path(__file__).parent.parent
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -49,6 +53,13 @@ def smollm2() -> Base:
 def golden_llama() -> dict[str, np.ndarray]:
     """The reference's results for `tiny`."""
     return dict(np.load(GOLDEN / "llama-grouped" / "golden.npz"))
+
+
+@functools.cache
+def golden_backbone(variant: str, dtype: str = "float32", int8: bool = False) -> Backbone:
+    """A small model of `golden/families`, which have no tokenizers."""
+    file = ModelDirectory(FAMILIES_GOLDEN / variant)
+    return load_backbone(file, dtype=dtype, int8=int8)[0]
 
 
 _EXPERIMENT = """\

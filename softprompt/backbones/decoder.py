@@ -89,7 +89,10 @@ class Architecture:
                 too_small = field.type is not bool and (value or 0) < (required and 1e-12)
                 if type(value) is not field.type or too_small:
                     raise ValueError(f"{field.name} {value!r}")
-        if self.num_heads % self.num_kv_heads or self.head_size % 2:
+        turned = max(
+            (2 * len(kind.rope.frequencies) for kind in self.layers if kind.rope), default=0
+        )
+        if self.num_heads % self.num_kv_heads or turned > self.head_size:
             raise ValueError("sizes of attention heads that do not fit one another")
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation {self.activation!r}")

@@ -57,8 +57,8 @@ def _with_defaults(config: Config, **defaults: Any) -> Config:
 
 
 def _require(config: Config, key: str, supported: Any) -> None:
-    """Refuse a config whose `key`, if it is there, has any value but one."""
-    if config.get(key, supported) != supported:
+    """Refuse a config whose `key`, if it is there and not null, has any value but one."""
+    if config.get(key) not in (None, supported):
         raise UserError(
             f"{key} {config[key]!r} of a {config['model_type']} model is not supported "
             f"(supported: {supported!r})"
@@ -156,10 +156,10 @@ def _qwen3_moe(config: Config) -> Architecture:
     _require(config, "decoder_sparse_step", 1)
     _require(config, "mlp_only_layers", [])
     return _qwen(
-        _with_defaults(config, max_window_layers=0),
+        config | {"max_window_layers": 0, "layer_types": None},
         query_key_norm="head",
         feed_forward_size=config["moe_intermediate_size"],
-        num_experts=config["num_experts"],
+        num_experts=config.get("num_experts") or config["num_local_experts"],
         experts_per_token=config["num_experts_per_tok"],
         normalized_experts=config.get("norm_topk_prob", False),
     )
@@ -182,7 +182,6 @@ def _sandwiched(config: Config, layers: tuple[LayerKind, ...], **changes: Any) -
         layers=layers,
         norm_behind=True,
         attention_scale=config.get("query_pre_attn_scalar", 256) ** -0.5,
-        attention_softcap=config.get("attn_logit_softcapping"),
         logit_softcap=config.get("final_logit_softcapping"),
         **changes,
     )
@@ -197,7 +196,8 @@ def _gemma2(config: Config) -> Architecture:
         for i in range(config["num_hidden_layers"])
     ]
     windows = _windows(config, types, config.get("sliding_window", 4096))
-    return _sandwiched(config, _layers(config, _rope_parameters(config), windows))
+    layers = _layers(config, _rope_parameters(config), windows)
+    return _sandwiched(config, layers, attention_softcap=config["attn_logit_softcapping"])
 
 
 def _gemma3(config: Config) -> Architecture:
@@ -240,7 +240,8 @@ def _smollm3(config: Config) -> Architecture:
     config = _with_defaults(config, tie_word_embeddings=True)
     count, every = config["num_hidden_layers"], config.get("no_rope_layer_interval", 4)
     turned = config.get("no_rope_layers") or [(i + 1) % every for i in range(count)]
-    window = config.get("sliding_window") if config.get("use_sliding_window") else None
+    windowed = config.get("use_sliding_window") or config.get("layer_types")
+    window = config.get("sliding_window") if windowed else None
     types = ["full_attention" if turn else "sliding_attention" for turn in turned]
     windows = _windows(config, types, window)
     layers = tuple(

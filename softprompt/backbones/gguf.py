@@ -11,6 +11,7 @@ import gguf
 import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
 from softprompt.errors import UserError
 
@@ -118,10 +119,11 @@ class GGUFFile:
                 "which is not supported"
             ) from error
 
-    def tokenizer(self) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
-        """The tokenizer, and the special tokens and chat template to wrap it with."""
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """The tokenizer that the file's metadata describe."""
         try:
-            return self._tokenizer()
+            inner, special = self._tokenizer()
+            return PreTrainedTokenizerFast(tokenizer_object=inner, **special)
         except (TypeError, ValueError, LookupError, AttributeError) as error:
             raise UserError(f"{self.path}: its tokenizer cannot be read ({error})") from error
 

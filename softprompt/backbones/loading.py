@@ -11,10 +11,11 @@ from flax import nnx
 from transformers import PreTrainedTokenizerFast
 
 from softprompt.backbones import decoder, t5
-from softprompt.backbones.families import FAMILIES, Family, family_of
+from softprompt.backbones.directory import ModelDirectory, ModelFile
+from softprompt.backbones.families import FAMILIES, family_of
 from softprompt.backbones.flash import choose_attention
 from softprompt.backbones.gguf import GGUFFile
-from softprompt.backbones.weights import Safetensors, TensorFile, fill
+from softprompt.backbones.weights import fill
 from softprompt.errors import UserError
 
 Backbone = decoder.Decoder | t5.T5
@@ -62,31 +63,41 @@ def load_base(
         its weights do not fit its config.
     """
     path = _locate(SHORT_NAMES.get(name, name), name)
-    tensors: TensorFile
-    if path.is_dir():
-        config = _read_config(path)
-        family, arch = _architecture(config, path)
-        names, tensors = family.names, Safetensors(path)
-        try:
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
-        except Exception as error:  # of every kind, by what is wrong in which file
-            raise UserError(f"{path}: its tokenizer cannot be loaded ({_line(error)})") from error
-    else:
-        tensors = file = GGUFFile(path)
-        family, arch = _architecture(file.config, path)
-        if family.gguf_names is None:
-            raise UserError(
-                f"{path}: GGUF files of {file.config['model_type']} models are not read "
-                f"(only those of {', '.join(k for k, v in FAMILIES.items() if v.gguf_names)})"
-            )
-        names = family.gguf_names
-        inner, special = file.tokenizer()
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, **special)
-    ordinary = len(set(tokenizer.get_vocab().values()) - set(tokenizer.added_tokens_decoder))
-    if ordinary > arch.vocab_size:
+    file: ModelFile = ModelDirectory(path) if path.is_dir() else GGUFFile(path)
+    backbone, weights = load_backbone(file, dtype=dtype, int8=int8, attention=attention)
+    tokenizer, size = file.tokenizer(), backbone.arch.vocab_size
+    added = tokenizer.added_tokens_decoder  # which may be more than there are embeddings
+    if any(token >= size and token not in added for token in tokenizer.get_vocab().values()):
+        raise UserError(f"{path}: its tokenizer has {len(tokenizer)} tokens, its model only {size}")
+    identity = json.dumps([_told(backbone.arch), tokenizer.get_vocab(), weights], sort_keys=True)
+    fingerprint = hashlib.sha256(identity.encode()).hexdigest()
+    return Base(name, fingerprint, backbone, tokenizer)
+
+
+def load_backbone(
+    file: ModelFile, *, dtype: str = "float32", int8: bool = False, attention: str = "auto"
+) -> tuple[Backbone, str]:
+    """The backbone in a file, as `load_base` has it, and the SHA-256 of its weights."""
+    try:
+        family = family_of(file.config)
+        arch = family.architecture(file.config)
+    except UserError as error:
+        raise UserError(f"{file.path}: {error}") from None
+    except KeyError as error:
+        raise UserError(f"{file.path}: its config lacks {error}") from error
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise UserError(
-            f"{path}: its tokenizer has {ordinary} tokens, its model only {arch.vocab_size}"
+            f"{file.path}: its config has a value that will not do ({error})"
+        ) from error
+    names = family.gguf_names if isinstance(file, GGUFFile) else family.names
+    if names is None:
+        readable = ", ".join(kind for kind, family in FAMILIES.items() if family.gguf_names)
+        raise UserError(
+            f"{file.path}: GGUF files of {file.config['model_type']} models are not read "
+            f"(only those of {readable})"
         )
+    if dtype not in ("float32", "bfloat16"):
+        raise UserError(f"dtype {dtype!r} is neither float32 nor bfloat16")
     attention = choose_attention(attention, arch, dtype)
 
     def build() -> Backbone:
@@ -95,10 +106,8 @@ def load_base(
         return decoder.Decoder(arch, int8=int8, attention=attention)
 
     graphdef, state = nnx.split(nnx.eval_shape(build))
-    weights = fill(state, tensors, names, arch, dtype, str(path))
-    identity = json.dumps([_told(arch), tokenizer.get_vocab(), weights], sort_keys=True)
-    fingerprint = hashlib.sha256(identity.encode()).hexdigest()
-    return Base(name, fingerprint, nnx.merge(graphdef, state), tokenizer)
+    weights = fill(state, file, names, arch, dtype)
+    return nnx.merge(graphdef, state), weights
 
 
 def _told(value: Any) -> Any:
@@ -111,20 +120,6 @@ def _told(value: Any) -> Any:
         return value
     fields = ((f.name, f.default, getattr(value, f.name)) for f in dataclasses.fields(value))
     return {name: _told(given) for name, default, given in fields if given != default}
-
-
-def _architecture(
-    config: dict[str, Any], path: Path
-) -> tuple[Family, decoder.Architecture | t5.T5Architecture]:
-    try:
-        family = family_of(config)
-        return family, family.architecture(config)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    except KeyError as error:
-        raise UserError(f"{path}: its config lacks {error}") from error
-    except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
-        raise UserError(f"{path}: its config has a value that will not do ({error})") from error
 
 
 def _locate(name: str, asked: str) -> Path:
@@ -172,18 +167,3 @@ def _download(name: str) -> Path:
 
 def _line(error: Exception) -> str:
     return str(error).strip().split("\n")[0]
-
-
-def _read_config(directory: Path) -> dict[str, Any]:
-    path = directory / "config.json"
-    try:
-        config = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{directory}: no config.json there") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: not a JSON object")
-    return config

@@ -1,15 +1,13 @@
 """Tensors on disk into the parameters of a backbone, one at a time."""
 
 import hashlib
-import json
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors import SafetensorError, safe_open
 
+from softprompt.backbones.directory import ModelFile
 from softprompt.backbones.names import Names, Stored
 from softprompt.errors import UserError
 
@@ -26,70 +24,15 @@ _BUFFERS = (
 _MOST_SHOWN = 20  # problems in one message
 
 
-class TensorFile(Protocol):
-    """Named tensors on disk, in PyTorch's axis order."""
-
-    @property
-    def names(self) -> set[str]: ...
-
-    def read(self, name: str) -> np.ndarray: ...
-
-
-class Safetensors:
-    """The safetensors files of a model directory, one or sharded."""
-
-    def __init__(self, directory: Path):
-        index = directory / "model.safetensors.index.json"
-        if index.is_file():
-            try:
-                shards = set(json.loads(index.read_text())["weight_map"].values())
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise UserError(f"{index}: not a safetensors index ({error})") from error
-            files = sorted(directory / str(shard) for shard in shards)
-        else:
-            files = [directory / "model.safetensors"]
-        for file in files:
-            if file.parent != directory or not file.is_file():
-                pickled = any(directory.glob("*.bin"))
-                raise UserError(
-                    f"{file}: no such file"
-                    + (
-                        "; PyTorch .bin files are not read, for unpickling one can run any "
-                        "code: convert them to safetensors"
-                        if pickled
-                        else ""
-                    )
-                )
-        self._file_of: dict[str, Any] = {}
-        for file in files:
-            try:
-                opened = safe_open(file, framework="flax")
-            except SafetensorError as error:
-                raise UserError(f"{file}: not a readable safetensors file ({error})") from error
-            self._file_of |= dict.fromkeys(opened.keys(), opened)
-
-    @property
-    def names(self) -> set[str]:
-        """Names of all tensors."""
-        return set(self._file_of)
-
-    def read(self, name: str) -> np.ndarray:
-        """A tensor in the type it is stored in."""
-        return np.asarray(self._file_of[name].get_tensor(name))
-
-
-def fill(
-    state: nnx.State, tensors: TensorFile, names: Names, arch: Any, dtype: str, where: str
-) -> str:
+def fill(state: nnx.State, file: ModelFile, names: Names, arch: Any, dtype: str) -> str:
     """Put every tensor in its place, one at a time, so that little more than the model is held.
 
     Args:
       state: the parameters' shapes, replaced by arrays. Kernels of int8 are quantised:
         an output channel is stored as whole multiples of its largest value / 127.
-      tensors, names: what there is, and where which parameter is in it.
+      file, names: what there is, and where which parameter is in it.
       arch: the backbone's architecture.
       dtype: of all parameters but norms, which are float32, and what is quantised.
-      where: the model, for messages.
 
     Returns:
       SHA-256 of all values as stored, so that it does not depend on `dtype`.
@@ -98,9 +41,9 @@ def fill(
       UserError: which names the tensors that are missing, unused or misshapen.
     """
     flat = dict(nnx.to_flat_state(state))
-    reader = _Reader(tensors, names, arch)
-    if getattr(arch, "tied_head", False):
-        reader.used.add(f"{names['head']}.weight")  # some files store the tied head again
+    reader = _Reader(file, names, arch)
+    if arch.tied_head:
+        reader.check_tied_head()
     for path, parameter in flat.items():
         if path[-1] == "scale" and (*path[:-1], "kernel") in flat:
             continue  # made together with its kernel
@@ -112,7 +55,7 @@ def fill(
             parameter.set_value(jnp.asarray(values))
             if quantised:
                 flat[*path[:-1], "scale"].set_value(jnp.asarray(scales))
-    reader.raise_problems(where)
+    reader.raise_problems()
     return reader.digest.hexdigest()
 
 
@@ -127,9 +70,9 @@ def quantise(kernel: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 class _Reader:
     """Reads parameters out of tensors, and notes what was used and what did not fit."""
 
-    def __init__(self, tensors: TensorFile, names: Names, arch: Any):
-        self._tensors, self._names, self._arch = tensors, names, arch
-        self._stored = tensors.names
+    def __init__(self, file: ModelFile, names: Names, arch: Any):
+        self._file, self._names, self._arch = file, names, arch
+        self._stored = file.names
         # Some files leave out the model's own name, in front of all tensors' names.
         first = str(names["embedding"]).split(".")[0] + "."
         whole = any(name.startswith(first) for name in self._stored)
@@ -180,7 +123,7 @@ class _Reader:
         if name not in self._stored:
             self.problems.append(f"{name} is missing")
             return None
-        stored = self._tensors.read(name)
+        stored = self._file.read(name)
         try:
             array = take(stored, self._arch) if take else stored
         except ValueError:
@@ -193,10 +136,23 @@ class _Reader:
         self.digest.update(np.ascontiguousarray(array).tobytes())
         return array
 
-    def raise_problems(self, where: str) -> None:
+    def check_tied_head(self) -> None:
+        """Some files store a tied head again; one of its own would be another model."""
+        head, embedding = (
+            f"{self._names[module]}.weight".removeprefix(self._prefix)
+            for module in ("head", "embedding")
+        )
+        self.used.add(head)
+        if {head, embedding} <= self._stored and not np.array_equal(
+            self._file.read(head), self._file.read(embedding)
+        ):
+            self.problems.append(f"{head} differs from {embedding}, with which it should be one")
+
+    def raise_problems(self) -> None:
         unused = (n for n in sorted(self._stored - self.used) if not n.endswith(_BUFFERS))
         problems = list(dict.fromkeys(self.problems)) + [f"{name} is not used" for name in unused]
         if more := problems[_MOST_SHOWN:]:
             problems = [*problems[:_MOST_SHOWN], f"and {len(more)} more"]
         if problems:
-            raise UserError(f"{where}: the weights do not fit the config: {'; '.join(problems)}")
+            listed = "; ".join(problems)
+            raise UserError(f"{self._file.path}: the weights do not fit the config: {listed}")

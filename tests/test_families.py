@@ -1,0 +1,120 @@
+"""Every model family against transformers and peft, whose results are in tests/golden/families."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import FAMILIES_GOLDEN, golden_backbone
+
+from softprompt.backbones.batch import Batch
+from softprompt.backbones.families import FAMILIES
+from softprompt.inference.generate import greedy
+
+EXACT = 1e-4  # of the reference logits' spread, in float32
+VARIANTS = sorted(path.name for path in FAMILIES_GOLDEN.iterdir())
+T5 = [name for name in VARIANTS if name.startswith("t5")]
+CAUSAL = [name for name in VARIANTS if name not in T5]
+
+
+def golden_of(variant):
+    return dict(np.load(FAMILIES_GOLDEN / variant / "golden.npz"))
+
+
+def prompt_of(variant, golden):
+    """The prompt where ours lives: behind the model's own scaling of embeddings.
+
+    That of transformers is inside the embedding module (Gemma) or behind it (Granite).
+    """
+    scale = golden_backbone(variant).arch.embedding_scale if "granite" in variant else 1.0
+    return jnp.asarray(golden["prompt"] * scale), scale
+
+
+def assert_close(ours, golden, real):
+    error = np.abs(np.asarray(ours) - golden)[real]
+    assert error.max() < EXACT * golden[real].std()
+
+
+def test_every_family_is_proved():
+    assert {name.split("-")[0] for name in VARIANTS} == set(FAMILIES)
+
+
+# Little models, compiled quickly rather than well.
+quick = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+@quick
+def causal(backbone, tokens, lengths, prompt):
+    """Logits without and with a prompt, and its loss and gradient, in one program."""
+    real = jnp.arange(tokens.shape[1])[None] < lengths[:, None]
+
+    def prompted(prompt):
+        hidden = backbone(backbone.embed(tokens), prefix=backbone.prefill(prompt))
+        logits = backbone.logits(hidden)
+        scores = jax.nn.log_softmax(logits[:, :-1])
+        scores = jnp.take_along_axis(scores, tokens[:, 1:, None], axis=-1)[..., 0]
+        return -scores.mean(where=real[:, 1:]), logits
+
+    plain = backbone.logits(backbone(backbone.embed(tokens)))
+    (loss, logits), gradient = jax.value_and_grad(prompted, has_aux=True)(prompt)
+    return plain, logits, loss, gradient
+
+
+@pytest.mark.parametrize("variant", CAUSAL)
+def test_a_causal_model_is_that_of_transformers(variant):
+    golden = golden_of(variant)
+    tokens, lengths = jnp.asarray(golden["tokens"]), jnp.asarray(golden["lengths"])
+    real = np.arange(tokens.shape[1])[None] < golden["lengths"][:, None]
+    prompt, scale = prompt_of(variant, golden)
+    backbone = golden_backbone(variant)
+    plain, prompted, loss, gradient = causal(backbone, tokens, lengths, prompt)
+    assert_close(plain, golden["logits"], real)
+    assert_close(prompted, golden["prompted_logits"], real)
+    np.testing.assert_allclose(loss, golden["loss"], rtol=1e-4)
+    error = np.abs(gradient * scale - golden["prompt_gradient"]).max()
+    assert error < EXACT * np.abs(golden["prompt_gradient"]).max()
+
+
+@pytest.mark.parametrize("variant", {name.split("-")[0]: name for name in VARIANTS}.values())
+def test_greedy_generation_behind_a_prompt_is_that_of_transformers(variant):
+    """With a cache here, without one there."""
+    golden = golden_of(variant)
+    backbone = golden_backbone(variant)
+    prefix = backbone.prefill(prompt_of(variant, golden)[0])
+    inputs, expected = (golden["tokens"], golden["lengths"]), golden["generated"]
+    written = greedy(backbone, prefix, *inputs, -1, count=expected.shape[1])
+    np.testing.assert_array_equal(written, expected)
+
+
+def t5_batch(golden):
+    real = np.arange(golden["targets"].shape[1])[None] < golden["target_lengths"][:, None]
+    candidates = np.where(real, 0, -1)
+    inputs = golden["tokens"], golden["lengths"]
+    return Batch(*inputs, golden["targets"], candidates, None, None, None)
+
+
+@quick
+def encoder_decoder(backbone, batch, prompt):
+    def prompted(prompt):
+        logits = backbone.logits(backbone.target_states(batch, backbone.prefill(prompt)))
+        scores = jax.nn.log_softmax(logits)
+        scores = jnp.take_along_axis(scores, batch.targets[..., None], axis=-1)[..., 0]
+        return -scores.mean(where=batch.target_candidates >= 0), logits
+
+    plain = backbone.logits(backbone.target_states(batch, None))
+    (loss, logits), gradient = jax.value_and_grad(prompted, has_aux=True)(prompt)
+    return plain, logits, loss, gradient
+
+
+@pytest.mark.parametrize("variant", T5)
+def test_an_encoder_decoder_is_that_of_transformers(variant):
+    golden = golden_of(variant)
+    batch = t5_batch(golden)
+    real = batch.target_candidates >= 0
+    plain, prompted, loss, gradient = encoder_decoder(
+        golden_backbone(variant), batch, jnp.asarray(golden["prompt"])
+    )
+    assert_close(plain, golden["logits"], real)
+    assert_close(prompted, golden["prompted_logits"], real)
+    np.testing.assert_allclose(loss, golden["loss"], rtol=1e-4)
+    error = np.abs(gradient - golden["prompt_gradient"]).max()
+    assert error < EXACT * np.abs(golden["prompt_gradient"]).max()
