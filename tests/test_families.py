@@ -1,5 +1,7 @@
 """Every model family against transformers and peft, whose results are in tests/golden/families."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -89,10 +89,8 @@ class Architecture:
                 too_small = field.type is not bool and (value or 0) < (required and 1e-12)
                 if type(value) is not field.type or too_small:
                     raise ValueError(f"{field.name} {value!r}")
-        turned = max(
-            (2 * len(kind.rope.frequencies) for kind in self.layers if kind.rope), default=0
-        )
-        if self.num_heads % self.num_kv_heads or turned > self.head_size:
+        rotated = [2 * len(kind.rope.frequencies) for kind in self.layers if kind.rope]
+        if self.num_heads % self.num_kv_heads or max(rotated, default=0) > self.head_size:
             raise ValueError("sizes of attention heads that do not fit one another")
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation {self.activation!r}")

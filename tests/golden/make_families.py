@@ -208,9 +208,6 @@ VARIANTS = {
         rope_parameters=rope(partial_rotary_factor=0.5),
         tie_word_embeddings=True,
     ),
-    "stablelm-parallel": dict(
-        use_parallel_residual=True, hidden_size=32, rope_parameters=rope(partial_rotary_factor=0.5)
-    ),
     "gpt2-plain": dict(hidden_size=20),
     "gpt2-inner": dict(n_inner=37, vocab_size=67),
     "gpt_neox-quarter": dict(
