@@ -133,7 +133,7 @@ class _Reader:
             self.problems.append(f"{name} has shape {stored.shape}, {wanted}")
             return None
         self.digest.update(f"{name} {shape}".encode())
-        self.digest.update(np.ascontiguousarray(array).tobytes())
+        self.digest.update(np.ascontiguousarray(array).view(np.uint8).data)
         return array
 
     def check_tied_head(self) -> None:

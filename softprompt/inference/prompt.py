@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from softprompt.backbones.loading import Base, Prefix, load_base
-from softprompt.config import Experiment, Template, template_fields
+from softprompt.config import Compute, Experiment, Template, template_fields
 from softprompt.data.batches import evaluation_batches
 from softprompt.data.examples import Task, say_truncated
 from softprompt.data.records import Record
@@ -182,6 +182,9 @@ def save_prompt(
 ) -> None:
     """Save the artifact, replacing an older one.
 
+    The vectors are saved as the first layer reads them: behind the factor by which some
+    models (Gemma, Granite) scale embeddings, which `embedding_scale` tells.
+
     Args:
       folder: the folder to make.
       method: the module whose vectors are saved.
@@ -194,7 +197,12 @@ def save_prompt(
         "method": experiment.method,
         "length": vectors.shape[0],
         "hidden_size": vectors.shape[1],
-        "base": {"name": base.name, "fingerprint": base.fingerprint},
+        "base": {
+            "name": base.name,
+            "fingerprint": base.fingerprint,
+            "compute": experiment.compute.model_dump(exclude={"attention"}),
+        },
+        "embedding_scale": getattr(base.backbone.arch, "embedding_scale", 1.0),
         "template": experiment.template.model_dump(),
         "verbalizer": experiment.verbalizer,
         "experiment": experiment.name,
@@ -229,7 +237,8 @@ def load_prompt(path: str | Path, base: Base | str | None = None) -> TrainedProm
 
     Args:
       path: a run's folder, or its `prompt/`.
-      base: the base model or its name; by default the one the prompt names.
+      base: the base model or its name; by default the one the prompt names, held and run
+        as in training.
 
     Raises:
       UserError: if a file of it is damaged, or it was trained on another base model.
@@ -238,12 +247,13 @@ def load_prompt(path: str | Path, base: Base | str | None = None) -> TrainedProm
     description = read_description(folder)
     try:
         name, fingerprint = description["base"]["name"], description["base"]["fingerprint"]
+        compute = Compute(**description["base"]["compute"])
         template, verbalizer = Template(**description["template"]), description["verbalizer"]
         shape = length, _ = (description["length"], description["hidden_size"])
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{folder / _FILE}: malformed ({str(error).splitlines()[0]})") from error
     if not isinstance(base, Base):
-        base = load_base(base or name)
+        base = load_base(base or name, **compute.model_dump())
     if base.fingerprint != fingerprint:
         raise UserError(
             f"{folder}: trained on the base model {name!r} ({fingerprint[:12]}), "

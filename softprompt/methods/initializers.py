@@ -42,7 +42,7 @@ def sampled_vocabulary(base: Base, length: int, random: np.random.Generator) -> 
 
 def random_vectors(base: Base, length: int, random: np.random.Generator) -> jax.Array:
     """Normal vectors with the mean and the spread of the embedding table, per dimension."""
-    table = base.backbone.embedding[...].astype(jnp.float32)
+    table = base.backbone.embed(jnp.arange(base.backbone.arch.vocab_size)).astype(jnp.float32)
     drawn = jnp.asarray(random.standard_normal((length, table.shape[1])), jnp.float32)
     mean, spread = table.mean(axis=0, keepdims=True), table.std(axis=0, keepdims=True)
     return mean + spread * drawn
