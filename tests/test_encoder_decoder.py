@@ -3,12 +3,13 @@
 import dataclasses
 import json
 import shutil
+import string
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import FAMILIES_GOLDEN, write_experiment
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from softprompt import SoftPrompt, UserError, load_base, load_experiment, load_prompt, train
@@ -16,13 +17,17 @@ from softprompt.data.batches import Layout
 from softprompt.data.examples import Example
 from softprompt.training.step import target_log_probabilities
 
+VOCABULARY = 61  # of the golden model
+
 
 def letters() -> PreTrainedTokenizerFast:
     """A tokenizer of single characters, that closes every text as T5's does."""
-    characters = ["<pad>", "</s>", "<unk>", *" abcdefghijklmnopqrstuvwxyz"]
-    vocabulary = {character: i for i, character in enumerate(characters)}
+    characters = f" {string.ascii_lowercase}{string.ascii_uppercase}{string.digits}"
+    tokens = ["<pad>", "</s>", "<unk>", *characters][:VOCABULARY]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    inner.decoder = decoders.Fuse()
     inner.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
     return PreTrainedTokenizerFast(
         tokenizer_object=inner, eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
@@ -107,7 +112,7 @@ def test_training_evaluation_and_prediction_are_those_of_causal_models(model, tm
     summary = train(load_experiment(write_experiment(tmp_path), overrides), tmp_path / "run")
     assert summary["trainable_parameters"] == 3 * 16
     train_losses = losses(tmp_path / "run")
-    assert train_losses[-1] < 0.5 * train_losses[0]
+    assert train_losses[-1] < train_losses[0] - 0.2
     prompt = load_prompt(tmp_path / "run")
     (prediction,) = prompt.classify(["aaaa"])
     example = prompt.task.example(prompt.record("aaaa", ""), with_answer=False)
@@ -126,7 +131,7 @@ def test_free_text_is_learned_and_written(model, tmp_path):
     overrides = [f"base={model}", "training.steps=40", "evaluation.every=40"]
     train(load_experiment(path, overrides), tmp_path / "run")
     train_losses = losses(tmp_path / "run")
-    assert train_losses[-1] < 0.5 * train_losses[0]
+    assert train_losses[-1] < train_losses[0] - 0.2
     prompt = load_prompt(tmp_path / "run")
     texts = prompt.generate(["aaaa", "zz"], max_new_tokens=8)
     for text, source in zip(texts, ["aaaa", "zz"], strict=True):

