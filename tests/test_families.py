@@ -76,7 +76,28 @@ def test_a_causal_model_is_that_of_transformers(variant):
     assert error < EXACT * np.abs(golden["prompt_gradient"]).max()
 
 
-@pytest.mark.parametrize("variant", {name.split("-")[0]: name for name in VARIANTS}.values())
+ONE_EACH = list({name.split("-")[0]: name for name in VARIANTS}.values())
+
+
+@quick
+def pull(backbone, embeddings, prefix):
+    """How the hidden state at position 4 depends on each embedding, `[T]`."""
+
+    def state(embeddings):
+        return backbone(embeddings, prefix=prefix)[0, 4].sum()
+
+    return jnp.abs(jax.grad(state)(embeddings))[0].sum(axis=-1)
+
+
+@pytest.mark.parametrize("variant", [name for name in ONE_EACH if name in CAUSAL])
+def test_no_token_sees_a_later_one(variant):
+    backbone, golden = golden_backbone(variant), golden_of(variant)
+    embeddings = backbone.embed(jnp.asarray(golden["tokens"][:1]))
+    slopes = pull(backbone, embeddings, backbone.prefill(jnp.asarray(golden["prompt"])))
+    np.testing.assert_array_equal(slopes > 0, np.arange(9) <= 4)
+
+
+@pytest.mark.parametrize("variant", ONE_EACH)
 def test_greedy_generation_behind_a_prompt_is_that_of_transformers(variant):
     """With a cache here, without one there."""
     golden = golden_of(variant)

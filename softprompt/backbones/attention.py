@@ -80,8 +80,13 @@ def attend(
         weights = jnp.exp(part - largest)
         total = total + weights.sum(axis=-1, keepdims=True)
         values = "skh" if source.values.ndim == 3 else "bskh"
-        mixed = mixed + jnp.einsum(f"kbtgs,{values}->kbtgh", weights.astype(kind), source.values)
-    mixed = (mixed / total.astype(kind)).transpose(1, 2, 0, 3, 4)  # [B, T, K, G, h]
+        mixed = mixed + jnp.einsum(
+            f"kbtgs,{values}->kbtgh",
+            weights.astype(kind),
+            source.values,
+            preferred_element_type=jnp.float32,
+        )
+    mixed = (mixed / total).astype(kind).transpose(1, 2, 0, 3, 4)  # [B, T, K, G, h]
     return mixed.reshape(batch, length, heads, size)
 
 

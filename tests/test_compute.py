@@ -1,0 +1,141 @@
+"""How a backbone is held and run: bfloat16, int8, and the implementations of attention."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import FAMILIES_GOLDEN, GOLDEN, golden_backbone
+from flax import nnx
+
+from softprompt import UserError, load_base
+from softprompt.backbones import decoder
+from softprompt.backbones.attention import Source, attend, behind
+from softprompt.backbones.flash import choose_attention, flash_attend, trial
+from softprompt.backbones.weights import quantise
+
+MIXED = "gemma3_text-pattern"  # windows shorter than the prompt, two rotary embeddings, a soft-cap
+
+
+@partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+def loss_and_gradient(backbone, tokens, lengths, prompt):
+    real = jnp.arange(tokens.shape[1])[None] < lengths[:, None]
+
+    def loss(prompt):
+        prefix = backbone.prefill(prompt.astype(backbone.embedding[...].dtype))
+        logits = backbone.logits(backbone(backbone.embed(tokens), prefix=prefix))
+        scores = jnp.take_along_axis(
+            jax.nn.log_softmax(logits[:, :-1]), tokens[:, 1:, None], axis=-1
+        )[..., 0]
+        return -scores.mean(where=real[:, 1:])
+
+    return jax.value_and_grad(loss)(prompt)
+
+
+def measured(variant, **compute):
+    golden = np.load(FAMILIES_GOLDEN / variant / "golden.npz")
+    arguments = golden["tokens"], golden["lengths"], jnp.asarray(golden["prompt"])
+    return loss_and_gradient(golden_backbone(variant, **compute), *arguments)
+
+
+def likeness(one, other):
+    """Cosine of the angle between two gradients."""
+    return jnp.vdot(one, other) / (jnp.linalg.norm(one) * jnp.linalg.norm(other))
+
+
+@pytest.mark.parametrize("variant", ["llama-biased", MIXED, "qwen3_moe-plain", "gpt2-plain"])
+@pytest.mark.parametrize("compute", [{"dtype": "bfloat16"}, {"int8": True}], ids=str)
+def test_rounded_models_have_nearly_the_same_loss_and_prompt_gradient(variant, compute):
+    loss, gradient = measured(variant)
+    rounded_loss, rounded = measured(variant, **compute)
+    assert rounded.dtype == jnp.float32
+    assert rounded_loss != loss
+    np.testing.assert_allclose(rounded_loss, loss, rtol=0.02)
+    assert likeness(rounded, gradient) > 0.99
+
+
+def test_everything_is_of_the_asked_type_but_norms():
+    _, state = nnx.split(golden_backbone(MIXED, dtype="bfloat16"))
+    for path, parameter in nnx.to_flat_state(state):
+        expected = jnp.float32 if "norm" in str(path) else jnp.bfloat16
+        assert parameter.dtype == expected, path
+
+
+def test_int8_holds_the_matrices_of_layers_and_head_alone():
+    _, state = nnx.split(golden_backbone("llama-biased", int8=True))
+    for path, parameter in nnx.to_flat_state(state):
+        assert (parameter.dtype == jnp.int8) == (path[-1] == "kernel"), path
+
+
+def test_quantised_kernels_are_off_by_half_a_step_at_most():
+    kernel = np.random.default_rng(0).normal(size=(40, 7)).astype(np.float32)
+    kernel[:, 3] = 0
+    values, scales = quantise(kernel)
+    assert values.dtype == np.int8
+    assert (np.abs(values).max(axis=0) == [127, 127, 127, 0, 127, 127, 127]).all()
+    assert (np.abs(values * scales - kernel) <= scales / 2 * (1 + 1e-6)).all()
+
+
+def test_the_fingerprint_is_that_of_the_file_whatever_it_is_held_as():
+    path = str(GOLDEN / "llama-grouped")
+    fingerprints = {
+        load_base(path, **compute).fingerprint
+        for compute in ({}, {"dtype": "bfloat16"}, {"int8": True})
+    }
+    assert len(fingerprints) == 1
+
+
+def draw(random, *shape):
+    return jnp.asarray(random.normal(size=shape), jnp.float32)
+
+
+@pytest.mark.parametrize("window", [None, 9, 3])
+@pytest.mark.parametrize("virtual", [0, 5])
+def test_flash_attention_is_plain_attention(window, virtual):
+    random = np.random.default_rng(0)
+    queries, keys, values = draw(random, 2, 7, 4, 8), *(draw(random, 2, 7, 2, 8) for _ in "kv")
+    prefix = (draw(random, virtual, 2, 8), draw(random, virtual, 2, 8)) if virtual else None
+    places = jnp.arange(7)[None] + virtual
+    sources = [Source(keys, values, behind(places, places, window))]
+    if prefix:
+        seen = behind(places, jnp.arange(virtual)[None], window)
+        sources.append(Source(*prefix, visible=seen))
+    plain = attend(queries, sources, scale=0.3)
+    flash = flash_attend(
+        queries, keys, values, prefix, scale=0.3, window=window, implementation="xla"
+    )
+    np.testing.assert_allclose(flash, plain, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", ["mistral-window", "qwen3-window"])
+def test_a_model_with_flash_attention_is_the_same_model(variant, monkeypatch):
+    """cuDNN itself needs a GPU; here all around it runs, with XLA in its place."""
+    monkeypatch.setattr(decoder, "flash_attend", partial(flash_attend, implementation="xla"))
+    golden = np.load(FAMILIES_GOLDEN / variant / "golden.npz")
+    backbone = nnx.clone(golden_backbone(variant))
+    backbone.attention = "cudnn"
+    tokens = jnp.asarray(golden["tokens"])
+    prefix = backbone.prefill(jnp.asarray(golden["prompt"]))
+    logits = backbone.logits(backbone(backbone.embed(tokens), prefix=prefix))
+    real = np.arange(tokens.shape[1])[None] < golden["lengths"][:, None]
+    error = np.abs(np.asarray(logits) - golden["prompted_logits"])[real]
+    assert error.max() < 1e-4 * golden["prompted_logits"][real].std()
+
+
+def test_the_trial_tells_a_good_implementation_from_a_bad_one(monkeypatch):
+    arch = golden_backbone("llama-biased").arch
+    assert trial(arch, "xla") is None
+    assert "failed" in trial(arch, "cudnn")
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda q, k, v, **_: q)
+    assert "disagreed" in trial(arch, "xla")
+
+
+def test_attention_is_chosen_by_what_there_is():
+    arch = golden_backbone("llama-biased").arch
+    assert choose_attention("auto", arch, "bfloat16") == "xla"
+    assert choose_attention("xla", arch, "bfloat16") == "xla"
+    with pytest.raises(UserError, match=r"attention cudnn: it needs an NVIDIA GPU.*auto or xla"):
+        choose_attention("cudnn", arch, "bfloat16")
+    with pytest.raises(UserError, match="attention 'fast' is not one of auto, xla, cudnn"):
+        choose_attention("fast", arch, "bfloat16")
