@@ -110,7 +110,7 @@ def test_flash_attention_is_plain_attention(window, virtual):
 
 @pytest.mark.parametrize("variant", ["mistral-window", "qwen3-window"])
 def test_a_model_with_flash_attention_is_the_same_model(variant, monkeypatch):
-    """cuDNN itself needs a GPU; here all around it runs, with XLA in its place."""
+    """CuDNN itself needs a GPU; here all around it runs, with XLA in its place."""
     monkeypatch.setattr(decoder, "flash_attend", partial(flash_attend, implementation="xla"))
     golden = np.load(FAMILIES_GOLDEN / variant / "golden.npz")
     backbone = nnx.clone(golden_backbone(variant))

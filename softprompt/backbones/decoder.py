@@ -228,7 +228,9 @@ class Decoder(nnx.Module):
 
     is_encoder_decoder = False
 
-    def __init__(self, arch: Architecture, *, int8: bool = False, attention: str = "xla"):
+    def __init__(
+        self, arch: Architecture, *, int8: bool = False, attention: Literal["xla", "cudnn"] = "xla"
+    ):
         self.arch, self.attention = arch, attention
         self.embedding = nnx.Param(jnp.zeros((arch.vocab_size, arch.hidden_size)))
         if arch.learned_positions:

@@ -61,7 +61,7 @@ def flash_attend(
     return mixed[:, virtual:]
 
 
-def choose_attention(asked: str, arch, dtype: str) -> str:
+def choose_attention(asked: str, arch, dtype: str) -> Literal["xla", "cudnn"]:
     """`xla` or `cudnn`, for `asked` of `ATTENTIONS`.
 
     cuDNN is taken where it is asked for or `auto`, and a trial run of it agrees with XLA.
@@ -72,7 +72,7 @@ def choose_attention(asked: str, arch, dtype: str) -> str:
     if asked not in ATTENTIONS:
         raise UserError(f"attention {asked!r} is not one of {', '.join(ATTENTIONS)}")
     if asked == "xla":
-        return asked
+        return "xla"
     hindrance = _hindrance(arch, dtype)
     if hindrance and asked == "cudnn":
         raise UserError(f"attention cudnn: {hindrance}; use auto or xla")

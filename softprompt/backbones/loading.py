@@ -5,7 +5,7 @@ import hashlib
 import importlib.util
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from flax import nnx
 from transformers import PreTrainedTokenizerFast
@@ -16,6 +16,7 @@ from softprompt.backbones.families import FAMILIES, family_of
 from softprompt.backbones.flash import choose_attention
 from softprompt.backbones.gguf import GGUFFile
 from softprompt.backbones.weights import fill
+from softprompt.config import Compute
 from softprompt.errors import UserError
 
 Backbone = decoder.Decoder | t5.T5
@@ -37,16 +38,22 @@ class Base:
         prompt knows its base model again.
       backbone: the model.
       tokenizer: its tokenizer, a `transformers` fast tokenizer.
+      compute: how it is held and run, with the attention that was chosen.
     """
 
     name: str
     fingerprint: str
     backbone: Backbone
     tokenizer: PreTrainedTokenizerFast
+    compute: Compute
 
 
 def load_base(
-    name: str, *, dtype: str = "float32", int8: bool = False, attention: str = "auto"
+    name: str,
+    *,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    int8: bool = False,
+    attention: str = "auto",
 ) -> Base:
     """Load a frozen language model and its tokenizer.
 
@@ -66,17 +73,22 @@ def load_base(
     path = find_model(name)
     file: ModelFile = ModelDirectory(path) if path.is_dir() else GGUFFile(path)
     backbone, weights = load_backbone(file, dtype=dtype, int8=int8, attention=attention)
+    compute = Compute(dtype=dtype, int8=int8, attention=backbone.attention)
     tokenizer, size = file.tokenizer(), backbone.arch.vocab_size
     added = tokenizer.added_tokens_decoder  # which may be more than there are embeddings
     if any(token >= size and token not in added for token in tokenizer.get_vocab().values()):
         raise UserError(f"{path}: its tokenizer has {len(tokenizer)} tokens, its model only {size}")
     identity = json.dumps([_told(backbone.arch), tokenizer.get_vocab(), weights], sort_keys=True)
     fingerprint = hashlib.sha256(identity.encode()).hexdigest()
-    return Base(name, fingerprint, backbone, tokenizer)
+    return Base(name, fingerprint, backbone, tokenizer, compute)
 
 
 def load_backbone(
-    file: ModelFile, *, dtype: str = "float32", int8: bool = False, attention: str = "auto"
+    file: ModelFile,
+    *,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    int8: bool = False,
+    attention: str = "auto",
 ) -> tuple[Backbone, str]:
     """The backbone in a file, as `load_base` has it, and the SHA-256 of its weights."""
     try:

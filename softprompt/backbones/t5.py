@@ -7,6 +7,7 @@ H heads, h head size, L layers, V vocabulary, M target positions, S keys.
 import dataclasses
 import math
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -153,6 +154,7 @@ class T5(nnx.Module):
     """
 
     is_encoder_decoder = True
+    attention: Literal["xla"] = "xla"
 
     def __init__(self, arch: T5Architecture, *, int8: bool = False):
         self.arch = arch

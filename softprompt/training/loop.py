@@ -117,7 +117,11 @@ class _Run:
         sources = experiment.data.model_dump(exclude_none=True)
         records = {split: read_records(source) for split, source in sources.items()}
         self.base = load_base(experiment.base, **experiment.compute.model_dump())
-        say(f"base {self.base.name}: loaded in {time.monotonic() - began:.1f} s")
+        compute = self.base.compute
+        say(
+            f"base {self.base.name}: loaded in {time.monotonic() - began:.1f} s, {compute.dtype}"
+            f"{', int8 matrices' if compute.int8 else ''}, {compute.attention} attention"
+        )
         task = make_task(
             self.base, experiment.template, experiment.verbalizer, experiment.prompt.length
         )
