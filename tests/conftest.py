@@ -30,6 +30,13 @@ jax.config.update("jax_compilation_cache_dir", _COMPILED)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+    """Each compiled program takes hundreds of memory maps, of which Linux allows 65,530."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def strict_types():
     """No silent promotion of types (Optax itself relies on it, so not for every test)."""

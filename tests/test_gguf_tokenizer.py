@@ -30,7 +30,9 @@ def assert_same_ids(tokenizer, texts, expected):
         assert tokenizer(text, add_special_tokens=False).input_ids == ids, text
 
 
-@pytest.mark.parametrize("pre", ["gpt-2", "smollm", "llama-bpe", "dbrx", "qwen2", *STAND_INS])
+@pytest.mark.parametrize(
+    "pre", ["gpt-2", "smollm", "llama-bpe", "dbrx", "qwen2", *STAND_INS, "default"]
+)
 def test_byte_level_ids_are_those_of_llama_cpp(tmp_path, pre):
     tokenizer = tokenizer_of(tmp_path, "gpt2", pre)
     differing = []
@@ -46,6 +48,24 @@ def test_byte_level_ids_are_those_of_llama_cpp(tmp_path, pre):
 def test_sentencepiece_ids_are_those_of_llama_cpp(tmp_path, prefix):
     tokenizer = tokenizer_of(tmp_path, "llama", "default", add_space_prefix=prefix)
     assert_same_ids(tokenizer, SMALL["texts"], SMALL[f"llama {prefix}"])
+
+
+def test_space_behind_phi3s_special_tokens_is_lost_as_in_llama_cpp(tmp_path):
+    tokenizer = tokenizer_of(
+        tmp_path, "llama", "default", name="Phi3", control_tokens=["<|endoftext|>"]
+    )
+    assert_same_ids(tokenizer, SMALL["space behind"], SMALL["phi3"])
+
+
+@pytest.mark.parametrize(("pre", "like"), [("smaug-bpe", "dbrx"), ("falcon3", "llama-bpe")])
+def test_other_names_are_read_alike(tmp_path, pre, like):
+    assert_same_ids(tokenizer_of(tmp_path, "gpt2", pre), SMALL["texts"], SMALL[like])
+
+
+@pytest.mark.parametrize(("pre", "begins"), [("llama3", True), ("tekken", True), ("dbrx", False)])
+def test_some_kinds_begin_with_a_mark_by_themselves(tmp_path, pre, begins):
+    ids = tokenizer_of(tmp_path, "gpt2", pre)("a").input_ids
+    assert (ids[0] == 1) == begins
 
 
 def test_gemmas_ids_are_those_of_llama_cpp():

@@ -20,7 +20,7 @@ from tokenizers import (
 
 from softprompt.errors import UserError
 
-_CONTROL, _USER_DEFINED = 3, 4  # token types that are matched whole, before any splitting
+_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # types matched whole, before any splitting
 _SPACE = "▁"  # what SentencePiece writes for a space
 
 _ENDING = r"'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD]"
@@ -38,22 +38,33 @@ def _cased(ending: str) -> str:
     return f"{first}{_UPPER}*{_LOWER}+{ending}|{first}{_UPPER}+{_LOWER}*{ending}"
 
 
-# What stands between the pieces of byte-level BPE, by the name that files give it.
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
 _LLAMA3 = rf"{_ENDING}|{_WORD}|\p{{N}}{{1,3}}|{_REST}"
-_PATTERNS = {
-    "llama-bpe": _LLAMA3,
-    "llama3": _LLAMA3,
-    "llama-v3": _LLAMA3,
-    "dbrx": _LLAMA3,
-    "qwen2": rf"{_ENDING}|{_WORD}|\p{{N}}|{_REST}",
-    "deepseek-r1-qwen": rf"{_ENDING}|{_WORD}|\p{{N}}|{_REST}",
-    "stablelm2": rf"{_ENDING}|{_WORD}|\p{{N}}|{_REST}",
-    "tekken": rf"{_cased('')}|\p{{N}}|{_REST_WITH_SLASH}",
-    "gpt-4o": rf"{_cased(f'(?:{_ENDING})?')}|\p{{N}}{{1,3}}|{_REST_WITH_SLASH}",
+
+# What byte-level BPE cuts a text by, one after the other, by the name that files give it.
+_SPLITS: dict[str, tuple[str, ...]] = {
+    "gpt-2": (_GPT2,),
+    "smollm": (r"\p{N}", _GPT2),
+    "llama-bpe": (_LLAMA3,),
+    "dbrx": (_LLAMA3,),
+    "qwen2": (rf"{_ENDING}|{_WORD}|\p{{N}}|{_REST}",),
+    "tekken": (rf"{_cased('')}|\p{{N}}|{_REST_WITH_SLASH}",),
+    "gpt-4o": (rf"{_cased(f'(?:{_ENDING})?')}|\p{{N}}{{1,3}}|{_REST_WITH_SLASH}",),
+    "default": (r"[\p{P}$+<=>^~|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]"),
 }
-_GPT2 = ("gpt-2", "olmo", "phi-2")
-_GPT2_AND_DIGITS = ("smollm", "starcoder", "refact", "command-r")
-_WHOLE_FIRST = ("llama-bpe", "llama3", "llama-v3", "tekken")  # a piece in the vocabulary is a token
+_SAME = {  # names that llama.cpp reads as another
+    "gpt-2": ("olmo", "phi-2", "mellum", "modern-bert", "gigachat", "a.x-4.0", "exaone4", "mpt"),
+    "smollm": ("starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"),
+    "llama-bpe": ("llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"),
+    "dbrx": ("smaug-bpe",),
+    "qwen2": ("deepseek-r1-qwen", "stablelm2", "kormo", "f2llmv2", "megrez"),
+    "gpt-4o": ("llama4", "kanana2"),
+}
+_NAMES = {name: name for name in _SPLITS} | {
+    other: name for name, others in _SAME.items() for other in others
+}
+_WHOLE_FIRST = ("llama-bpe", "tekken")  # a piece that is in the vocabulary is a token
+_BEGINNING = ("llama-bpe", "tekken")  # begin with a mark unless the file says otherwise
 
 Get = Callable[..., Any]
 
@@ -68,25 +79,29 @@ def read_tokenizer(get: Get) -> tuple[Tokenizer, dict[str, Any]]:
       UserError: for a kind that is not supported.
     """
     kind, pre = get("tokenizer.ggml.model"), get("tokenizer.ggml.pre")
-    byte_level = (*_GPT2, *_GPT2_AND_DIGITS, *_PATTERNS)
     if kind == "llama":
         tokenizer = _sentencepiece(get)
-    elif kind == "gpt2" and pre in byte_level:
-        tokenizer = _byte_level(get, pre)
+    elif kind == "gpt2" and pre in _NAMES:
+        tokenizer = _byte_level(get, _NAMES[pre])
     else:
         raise UserError(
             f"tokenizer {kind!r} with pre-tokenizer {pre!r} is not supported "
-            f"(supported: 'llama', and 'gpt2' with {', '.join(map(repr, byte_level))})"
+            f"(supported: 'llama', and 'gpt2' with {', '.join(map(repr, _NAMES))})"
         )
     tokens, types = get("tokenizer.ggml.tokens"), get("tokenizer.ggml.token_type")
     tokenizer.add_tokens(
         [
-            AddedToken(token, special=kind == _CONTROL, normalized=False)
-            for token, kind in zip(tokens, types, strict=True)
-            if kind in (_CONTROL, _USER_DEFINED)
+            AddedToken(
+                token,
+                special=of != _USER_DEFINED,
+                normalized=False,
+                rstrip=_takes_space_behind(get, token),
+            )
+            for token, of in zip(tokens, types, strict=True)
+            if of in (_UNKNOWN, _CONTROL, _USER_DEFINED)
         ]
     )
-    starts = kind == "llama" or pre in ("llama-bpe", "llama3", "llama-v3")
+    starts = kind == "llama" or _NAMES[pre] in _BEGINNING
     before = _marks(get, "bos", tokens, default=starts)
     behind = _marks(get, "eos", tokens, default=False)
     if before or behind:
@@ -107,6 +122,13 @@ def read_tokenizer(get: Get) -> tuple[Tokenizer, dict[str, Any]]:
     return tokenizer, special | {"chat_template": get("tokenizer.chat_template")}
 
 
+def _takes_space_behind(get: Get, token: str) -> bool:
+    """Whether white space behind a special token is lost: in Phi-3, known by the model's name."""
+    name = str(get("general.name", "")).lower()
+    phi3 = "phi-3" in name or "phi3" in name
+    return phi3 and token not in ("<unk>", "<s>", "<|endoftext|>")
+
+
 def _marks(get: Get, key: str, tokens: Sequence[str], default: bool) -> list[tuple[str, int]]:
     """The token, with its id, that stands at one end of every text, if one does."""
     number = get(f"tokenizer.ggml.{key}_token_id")
@@ -120,13 +142,9 @@ def _byte_level(get: Get, pre: str) -> Tokenizer:
     merges = [tuple(merge.split(" ")) for merge in get("tokenizer.ggml.merges")]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre in _WHOLE_FIRST))
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre not in _PATTERNS)
-    steps: list[Any] = [byte_level]
-    if pre in _PATTERNS:
-        steps.insert(0, pre_tokenizers.Split(Regex(_PATTERNS[pre]), "isolated"))
-    elif pre in _GPT2_AND_DIGITS:
-        steps.insert(0, pre_tokenizers.Digits(individual_digits=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in _SPLITS[pre]]
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 

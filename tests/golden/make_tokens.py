@@ -22,7 +22,7 @@ from vocabularies import VOCABULARIES, write_vocabulary
 
 HERE = Path(__file__).parent
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
-PRE_TOKENIZERS = ["gpt-2", "smollm", "llama-bpe", "dbrx", "qwen2", "tekken", "gpt-4o"]
+PRE_TOKENIZERS = ["gpt-2", "smollm", "llama-bpe", "dbrx", "qwen2", "tekken", "gpt-4o", "default"]
 
 WRITTEN = [
     "Hello, world!", " leading space", "trailing space ", "two  spaces", "tab\tand\nnewline", "\n\n\n",
@@ -46,7 +46,8 @@ PIECES = [
 ]
 
 
-EXTRA = ["a <mark>  b", "</s> x", "xyzzy xyzzy", "éÀß ŁódźŻ ПриветМир camelCASEWords"]
+EXTRA = ["a <mark>  b", "<unk> x", "</s> x", "xyzzy xyzzy", "éÀß ŁódźŻ ПриветМир camelCASEWords"]
+SPACE_BEHIND = ["<mark>\n x", "a</s>  b", "<s> a<unk>\n b", "</s> <mark> a  ", "<mark>\t", "<|endoftext|> x"]
 
 
 def strings() -> list[str]:
@@ -104,7 +105,7 @@ def write_cases(name: str, path: Path) -> None:
 
 def make_small() -> None:
     texts = [text.replace("<|endoftext|>", "</s>") for text in strings()] + EXTRA
-    cases = {"texts": texts}
+    cases = {"texts": texts, "space behind": SPACE_BEHIND}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "vocabulary.gguf"
         for pre in PRE_TOKENIZERS:
@@ -113,6 +114,8 @@ def make_small() -> None:
         for prefix in (True, False):
             write_vocabulary(path, "llama", "default", add_space_prefix=prefix)
             cases[f"llama {prefix}"] = token_ids(path, texts)
+        write_vocabulary(path, "llama", "default", name="Phi3", control_tokens=["<|endoftext|>"])
+        cases["phi3"] = token_ids(path, SPACE_BEHIND)
     (HERE / "small_tokens.json").write_text(json.dumps(cases))
 
 
