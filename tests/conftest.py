@@ -23,7 +23,8 @@ REPOSITORY = Path(__file__).parent.parent
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 # Many tests compile the same programs: keep them, here and in processes that tests start.
-_COMPILED = str(REPOSITORY / ".pytest_cache" / "compiled")
+_WORKER = os.environ.get("PYTEST_XDIST_WORKER", "alone")
+_COMPILED = str(REPOSITORY / ".pytest_cache" / "compiled" / _WORKER)
 os.environ["JAX_COMPILATION_CACHE_DIR"] = _COMPILED
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 jax.config.update("jax_compilation_cache_dir", _COMPILED)
