@@ -80,6 +80,7 @@ def test_other_weights_have_another_fingerprint(model):
             "rope type 'dynamic' is not supported (supported: 'default', 'linear', 'llama3',",
         ),
         ({"rope_scaling": {"type": "linear"}}, "its config lacks 'factor'"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "weights quantised by 'gptq'"),
         ({"tie_word_embeddings": True}, "lm_head.weight differs from model.embed_tokens.weight"),
         ({"model_type": "stablelm", "qk_layernorm": True}, "qk_layernorm True of a stablelm model"),
         (

@@ -85,10 +85,12 @@ class Architecture:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value, required = getattr(self, field.name), field.default is dataclasses.MISSING
-            if field.type in (int, float, bool):
-                too_small = field.type is not bool and (value or 0) < (required and 1e-12)
-                if type(value) is not field.type or too_small:
-                    raise ValueError(f"{field.name} {value!r}")
+            if field.type not in (int, float, bool):
+                continue
+            if type(value) is not field.type or (
+                required and field.type is not bool and value <= 0
+            ):
+                raise ValueError(f"{field.name} {value!r}")
         rotated = [2 * len(kind.rope.frequencies) for kind in self.layers if kind.rope]
         if self.num_heads % self.num_kv_heads or max(rotated, default=0) > self.head_size:
             raise ValueError("sizes of attention heads that do not fit one another")

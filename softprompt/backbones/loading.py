@@ -91,6 +91,12 @@ def load_backbone(
     attention: str = "auto",
 ) -> tuple[Backbone, str]:
     """The backbone in a file, as `load_base` has it, and the SHA-256 of its weights."""
+    if stored := file.config.get("quantization_config"):
+        method = stored.get("quant_method") if isinstance(stored, dict) else stored
+        raise UserError(
+            f"{file.path}: weights quantised by {method!r} are not read (supported: float32, "
+            "float16, bfloat16, and the types of GGUF files)"
+        )
     try:
         family = family_of(file.config)
         arch = family.architecture(file.config)
