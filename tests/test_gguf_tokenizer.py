@@ -48,6 +48,9 @@ def test_byte_level_ids_are_those_of_llama_cpp(tmp_path, pre):
 def test_sentencepiece_ids_are_those_of_llama_cpp(tmp_path, prefix):
     tokenizer = tokenizer_of(tmp_path, "llama", "default", add_space_prefix=prefix)
     assert_same_ids(tokenizer, SMALL["texts"], SMALL[f"llama {prefix}"])
+    for text in SMALL["texts"]:
+        if not any(special in text for special in ("<mark>", "<unk>", "</s>")):
+            assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text
 
 
 def test_space_behind_phi3s_special_tokens_is_lost_as_in_llama_cpp(tmp_path):

@@ -85,11 +85,8 @@ class Architecture:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value, required = getattr(self, field.name), field.default is dataclasses.MISSING
-            if field.type not in (int, float, bool):
-                continue
-            if type(value) is not field.type or (
-                required and field.type is not bool and value <= 0
-            ):
+            wrong = field.type in (int, float, bool) and type(value) is not field.type
+            if wrong or (required and field.type in (int, float) and value <= 0):
                 raise ValueError(f"{field.name} {value!r}")
         rotated = [2 * len(kind.rope.frequencies) for kind in self.layers if kind.rope]
         if self.num_heads % self.num_kv_heads or max(rotated, default=0) > self.head_size:
