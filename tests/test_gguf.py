@@ -66,6 +66,18 @@ def test_a_tensor_that_ends_behind_the_file_is_refused(tmp_path):
         GGUFFile(path).read("x")
 
 
+def test_metadata_that_will_not_do_are_refused(tmp_path):
+    for key, value in (("llama.embedding_length", "wide"), ("general.alignment", "32")):
+        writer = gguf.GGUFWriter(tmp_path / "x.gguf", "llama")
+        writer.add_head_count(2)
+        writer.add_string(key, value)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.close()
+        with pytest.raises(UserError, match="not a readable GGUF file"):
+            GGUFFile(tmp_path / "x.gguf")
+
+
 def test_a_rope_scaling_that_is_not_supported_is_named(tmp_path):
     path = tmp_path / "model.gguf"
     path.write_bytes((GOLDEN / "gguf" / "llama.gguf").read_bytes())

@@ -23,6 +23,8 @@ _MODEL_TYPES = {"gemma3": "gemma3_text"}  # where `general.architecture` has ano
 _SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
 _STRING, _ARRAY = 8, 9
 _DEQUANTISED = ["F32", "F16", *(kind.name for kind in gguf.quants._type_traits)]
+# What reading a damaged file may raise.
+_DAMAGE = (ValueError, TypeError, KeyError, ArithmeticError, RecursionError, struct.error)
 
 
 class GGUFFile:
@@ -37,11 +39,11 @@ class GGUFFile:
             with path.open("rb") as file:
                 self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             self._fields, self._tensors = _parse(self._data)
+            self.config = self._config()
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-        except (ValueError, struct.error, UnicodeDecodeError, OverflowError, KeyError) as error:
+        except _DAMAGE as error:
             raise UserError(f"{path}: not a readable GGUF file ({error})") from error
-        self.config = self._config()
 
     def _get(self, key: str, default: Any = None) -> Any:
         return self._fields.get(key, default)
