@@ -38,7 +38,7 @@ class _PrependingBackbone(nnx.Module):
         self.logits = backbone.logits
 
     def target_states(self, batch, prefix):
-        hidden = self.backbone(self.prompt(self.backbone.embed(batch.tokens)))
+        hidden = self.backbone(self.prompt(self.backbone.embedding(batch.tokens)))
         indices = batch.target_indices + self.prompt.vectors.shape[0]
         return jnp.take_along_axis(hidden, indices[..., None], axis=1)
 
@@ -81,7 +81,7 @@ def main():
     print("| ---: | ---: | ---: | ---: |")
     medians = {}
     for length in LENGTHS:
-        vectors = base.backbone.embed(jnp.arange(100, 100 + length))
+        vectors = base.backbone.embedding(jnp.arange(100, 100 + length))
         forms = [stepper(base, form(jnp.array(vectors)), batch) for form in (SoftPrompt, Prepended)]
         losses = [form() for form in forms]
         np.testing.assert_allclose(*losses, rtol=1e-4)

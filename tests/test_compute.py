@@ -23,8 +23,8 @@ def loss_and_gradient(backbone, tokens, lengths, prompt):
     real = jnp.arange(tokens.shape[1])[None] < lengths[:, None]
 
     def loss(prompt):
-        prefix = backbone.prefill(prompt.astype(backbone.embedding[...].dtype))
-        logits = backbone.logits(backbone(backbone.embed(tokens), prefix=prefix))
+        prefix = backbone.prefill(prompt.astype(backbone.embedding.table[...].dtype))
+        logits = backbone.logits(backbone(backbone.embedding(tokens), prefix=prefix))
         scores = jnp.take_along_axis(
             jax.nn.log_softmax(logits[:, :-1]), tokens[:, 1:, None], axis=-1
         )[..., 0]
@@ -117,7 +117,7 @@ def test_a_model_with_flash_attention_is_the_same_model(variant, monkeypatch):
     backbone.attention = "cudnn"
     tokens = jnp.asarray(golden["tokens"])
     prefix = backbone.prefill(jnp.asarray(golden["prompt"]))
-    logits = backbone.logits(backbone(backbone.embed(tokens), prefix=prefix))
+    logits = backbone.logits(backbone(backbone.embedding(tokens), prefix=prefix))
     real = np.arange(tokens.shape[1])[None] < golden["lengths"][:, None]
     error = np.abs(np.asarray(logits) - golden["prompted_logits"])[real]
     assert error.max() < 1e-4 * golden["prompted_logits"][real].std()

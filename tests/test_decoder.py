@@ -24,7 +24,7 @@ def rows(golden):
 
 
 def run(backbone, tokens, positions, segments, prefix=None):
-    return backbone.logits(backbone(backbone.embed(tokens), positions, segments, prefix))
+    return backbone.logits(backbone(backbone.embedding(tokens), positions, segments, prefix))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -77,7 +77,7 @@ def test_no_token_sees_a_later_one_or_another_candidate(tiny):
     """By gradients: a hidden state depends on exactly the tokens it may see."""
     segments = jnp.array([[0, 0, 0, 1, 1, 2, 2, -1]])
     positions = jnp.array([[0, 1, 2, 3, 4, 3, 4, 0]])
-    embeddings = tiny.backbone.embed(jnp.arange(8)[None] + 50)
+    embeddings = tiny.backbone.embedding(jnp.arange(8)[None] + 50)
 
     def hidden(embeddings):
         return tiny.backbone(embeddings, positions, segments)[0].sum(axis=-1)

@@ -95,9 +95,9 @@ def test_the_prompt_stands_in_front_of_the_encoder(base):
     backbone, prefix = SoftPrompt(vectors).apply(base.backbone)
     got = scores(base, prefix, [example])
 
-    prepended = SoftPrompt(vectors)(backbone.embed(jnp.array([[5, 6, 1]])))
+    prepended = SoftPrompt(vectors)(backbone.embedding(jnp.array([[5, 6, 1]])))
     encoded, _ = backbone.encode(prepended, jnp.array([6]), None)
-    ours, _ = backbone.encode(backbone.embed(jnp.array([[5, 6, 1]])), jnp.array([3]), prefix)
+    ours, _ = backbone.encode(backbone.embedding(jnp.array([[5, 6, 1]])), jnp.array([3]), prefix)
     np.testing.assert_allclose(ours, encoded, atol=1e-6)
     assert np.abs(got - scores(base, None, [example])).max() > 1e-3
 

@@ -25,7 +25,7 @@ def text_log_probability(base, prompt, text, continuation):
         return base.tokenizer(text, add_special_tokens=False).input_ids
 
     tokens = jnp.array([tokenize(text) + tokenize(continuation)])
-    embeddings = SoftPrompt(prompt)(base.backbone.embed(tokens))
+    embeddings = SoftPrompt(prompt)(base.backbone.embedding(tokens))
     positions = jnp.arange(embeddings.shape[1])[None]
     logits = base.backbone.logits(base.backbone(embeddings, positions, jnp.zeros_like(positions)))
     log_probabilities = jax.nn.log_softmax(logits[0])
@@ -74,7 +74,7 @@ def test_the_base_model_alone_is_evaluated_without_a_prefix(tiny):
 
 def test_nearest_tokens_of_token_embeddings_are_these_tokens(tiny):
     tokens = jnp.array([40, 41])
-    vectors = 3 * tiny.backbone.embed(tokens)
+    vectors = 3 * tiny.backbone.embedding(tokens)
     near = nearest_tokens(trained(tiny, vectors, {"a": "a", "b": "b"}), 2)
     for token, virtual, vector in zip(tokens.tolist(), near, vectors, strict=True):
         assert virtual.nearest[0][0] == tiny.tokenizer.decode([token])

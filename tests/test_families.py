@@ -57,13 +57,13 @@ def causal(backbone, tokens, lengths, prompt):
     real = jnp.arange(tokens.shape[1])[None] < lengths[:, None]
 
     def prompted(prompt):
-        hidden = backbone(backbone.embed(tokens), prefix=backbone.prefill(prompt))
+        hidden = backbone(backbone.embedding(tokens), prefix=backbone.prefill(prompt))
         logits = backbone.logits(hidden)
         scores = jax.nn.log_softmax(logits[:, :-1])
         scores = jnp.take_along_axis(scores, tokens[:, 1:, None], axis=-1)[..., 0]
         return -scores.mean(where=real[:, 1:]), logits
 
-    plain = backbone.logits(backbone(backbone.embed(tokens)))
+    plain = backbone.logits(backbone(backbone.embedding(tokens)))
     (loss, logits), gradient = jax.value_and_grad(prompted, has_aux=True)(prompt)
     return plain, logits, loss, gradient
 
@@ -99,7 +99,7 @@ def pull(backbone, embeddings, prefix):
 @pytest.mark.parametrize("variant", [name for name in ONE_EACH if name in CAUSAL])
 def test_no_token_sees_a_later_one(variant):
     backbone, golden = golden_backbone(variant), golden_of(variant)
-    embeddings = backbone.embed(jnp.asarray(golden["tokens"][:1]))
+    embeddings = backbone.embedding(jnp.asarray(golden["tokens"][:1]))
     slopes = pull(backbone, embeddings, backbone.prefill(jnp.asarray(golden["prompt"])))
     np.testing.assert_array_equal(slopes > 0, np.arange(9) <= 4)
 

@@ -27,7 +27,7 @@ LONGEST = 24
 @jax.jit
 def likeliest(backbone, prefix, tokens):
     """The likeliest token behind each of a row's, `[T]`."""
-    return backbone.logits(backbone(backbone.embed(tokens), prefix=prefix))[0].argmax(axis=-1)
+    return backbone.logits(backbone(backbone.embedding(tokens), prefix=prefix))[0].argmax(axis=-1)
 
 
 def one_by_one(prompt, text, count):

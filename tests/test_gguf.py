@@ -24,7 +24,7 @@ def test_logits_are_those_of_llama_cpp(path):
     golden = np.load(path.with_suffix(".npz"))
     backbone, _ = load_backbone(GGUFFile(path))
     tokens = jnp.asarray(golden["tokens"])[None]
-    logits = backbone.logits(backbone(backbone.embed(tokens)))[0]
+    logits = backbone.logits(backbone(backbone.embedding(tokens)))[0]
     # llama.cpp looks GELU up in a table of float16.
     exact = 2e-3 if path.stem == "gemma3" else 1e-5
     assert np.abs(logits - golden["logits"]).max() < exact * golden["logits"].std()

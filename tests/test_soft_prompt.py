@@ -41,7 +41,7 @@ def loss_of(logits, tokens, segments):
 def prepended(backbone, vectors, tokens, positions, segments):
     """Logits of the rows with the prompt's vectors in front of their embeddings."""
     length = vectors.shape[0]
-    embeddings = SoftPrompt(vectors)(backbone.embed(tokens))
+    embeddings = SoftPrompt(vectors)(backbone.embedding(tokens))
     ours = jnp.broadcast_to(jnp.arange(length), (len(tokens), length))
     positions = jnp.concatenate([ours, positions + length], axis=1)
     segments = jnp.concatenate([jnp.zeros_like(ours), segments], axis=1)
@@ -52,7 +52,7 @@ def prepended(backbone, vectors, tokens, positions, segments):
 def shared(backbone, vectors, tokens, positions, segments):
     """Logits of the rows behind the prefix that the prompt's vectors give."""
     backbone, prefix = SoftPrompt(vectors).apply(backbone)
-    return backbone.logits(backbone(backbone.embed(tokens), positions, segments, prefix))
+    return backbone.logits(backbone(backbone.embedding(tokens), positions, segments, prefix))
 
 
 @partial(jax.jit, static_argnames="form")
@@ -96,16 +96,16 @@ def test_a_prompt_of_token_embeddings_is_those_tokens(tiny, golden_llama):
     """Behind the embeddings of a text as prompt, a row reads as behind the text itself."""
     tokens = jnp.asarray(golden_llama["tokens"])[:1]
     positions = jnp.arange(9)[None]
-    whole = tiny.backbone(tiny.backbone.embed(tokens), positions, jnp.zeros_like(positions))
-    _, prefix = SoftPrompt(tiny.backbone.embed(tokens[0, :4])).apply(tiny.backbone)
+    whole = tiny.backbone(tiny.backbone.embedding(tokens), positions, jnp.zeros_like(positions))
+    _, prefix = SoftPrompt(tiny.backbone.embedding(tokens[0, :4])).apply(tiny.backbone)
     rest = tiny.backbone(
-        tiny.backbone.embed(tokens[:, 4:]), positions[:, :5], jnp.zeros((1, 5), int), prefix
+        tiny.backbone.embedding(tokens[:, 4:]), positions[:, :5], jnp.zeros((1, 5), int), prefix
     )
     np.testing.assert_allclose(rest, whole[:, 4:], atol=1e-5)
 
 
 def test_sampled_vocabulary_draws_frequent_tokens_once(smollm2):
-    table = smollm2.backbone.embedding[...]
+    table = smollm2.backbone.embedding.table[...]
     vectors = initializers.sampled_vocabulary(smollm2, 600, np.random.default_rng(0))
     distance = jnp.abs(vectors[:, None, :8] - table[None, :6000, :8]).sum(axis=-1)
     tokens = np.asarray(distance.argmin(axis=1))
@@ -118,7 +118,7 @@ def test_sampled_vocabulary_draws_frequent_tokens_once(smollm2):
 
 
 def test_random_vectors_have_the_tables_spread(smollm2):
-    table = smollm2.backbone.embedding[...]
+    table = smollm2.backbone.embedding.table[...]
     vectors = initializers.random_vectors(smollm2, 3000, np.random.default_rng(0))
     np.testing.assert_allclose(vectors.std(axis=0), table.std(axis=0), rtol=0.1)
     np.testing.assert_allclose(vectors.mean(axis=0), table.mean(axis=0), atol=0.01)
@@ -126,14 +126,14 @@ def test_random_vectors_have_the_tables_spread(smollm2):
 
 def test_text_vectors_repeat_or_cut_the_text(tiny):
     tokens = tiny.tokenizer("abc", add_special_tokens=False).input_ids
-    table = tiny.backbone.embedding[...]
+    table = tiny.backbone.embedding.table[...]
     repeated = initializers.text_vectors(tiny, 5, "abc")
     np.testing.assert_array_equal(repeated, table[jnp.array([*tokens, *tokens[:2]])])
     np.testing.assert_array_equal(initializers.text_vectors(tiny, 2, "abc"), repeated[:2])
 
 
 def test_label_vectors_are_mean_embeddings_of_the_labels_then_vocabulary(tiny):
-    table = tiny.backbone.embedding[...]
+    table = tiny.backbone.embedding.table[...]
     (one,), two = tiny.tokenizer(["a", "bc"], add_special_tokens=False).input_ids
     random = np.random.default_rng(1)
     vectors = initializers.label_vectors(tiny, 6, ["a", "bc"], random)

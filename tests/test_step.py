@@ -38,7 +38,7 @@ def one_by_one(base, vectors):
     losses = []
     for example in EXAMPLES:
         tokens = jnp.array([[*example.input, *example.candidates[0]]])
-        embeddings = SoftPrompt(vectors)(base.backbone.embed(tokens))
+        embeddings = SoftPrompt(vectors)(base.backbone.embedding(tokens))
         positions = jnp.arange(embeddings.shape[1])[None]
         hidden = base.backbone(embeddings, positions, jnp.zeros_like(positions))
         log_probabilities = jax.nn.log_softmax(base.backbone.logits(hidden))[0]

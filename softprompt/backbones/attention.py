@@ -21,7 +21,7 @@ class Source:
       keys, values: `[B, S, K, h]`, or `[S, K, h]` where all rows share them.
       visible: `[B, T, S]` booleans, B being 1 if it is the same for all rows: which keys
         each query may look at. None: all.
-      bias: `[H, T, S]`, added to the scores, or None.
+      bias: `[B, H, T, S]`, B being 1 if it is the same for all rows; added to the scores.
     """
 
     keys: jax.Array
@@ -62,8 +62,9 @@ def attend(
         if softcap is not None:
             scores = softcap * jnp.tanh(scores / softcap)
         if source.bias is not None:
-            bias = source.bias.reshape(kv_heads, 1, -1, *source.bias.shape[1:])  # [K, 1, G, T, S]
-            scores += bias.swapaxes(2, 3)
+            rows, _, *size = source.bias.shape
+            bias = source.bias.reshape(rows, kv_heads, -1, *size)  # [B, K, G, T, S]
+            scores += bias.transpose(1, 0, 3, 2, 4)
         if source.visible is not None:
             seen = source.visible[None, :, :, None]
             scores = jnp.where(seen, scores, jnp.finfo(jnp.float32).min)

@@ -19,6 +19,7 @@ from softprompt.backbones.flash import flash_attend
 from softprompt.backbones.layers import (
     ACTIVATIONS,
     Attention,
+    Embedding,
     Experts,
     FeedForward,
     LayerNorm,
@@ -231,7 +232,7 @@ class Decoder(nnx.Module):
         self, arch: Architecture, *, int8: bool = False, attention: Literal["xla", "cudnn"] = "xla"
     ):
         self.arch, self.attention = arch, attention
-        self.embedding = nnx.Param(jnp.zeros((arch.vocab_size, arch.hidden_size)))
+        self.embedding = Embedding(arch.vocab_size, arch.hidden_size, arch.embedding_scale)
         if arch.learned_positions:
             self.positions = nnx.Param(jnp.zeros((arch.context_length, arch.hidden_size)))
         self.layers = nnx.vmap(lambda _: Block(arch, int8))(jnp.arange(len(arch.layers)))
@@ -239,13 +240,6 @@ class Decoder(nnx.Module):
         self.norm = norm(arch.hidden_size, arch.norm_epsilon)
         if not arch.tied_head:
             self.head = Linear(arch.hidden_size, arch.vocab_size, int8=int8)
-
-    def embed(self, tokens: jax.Array) -> jax.Array:
-        """Token ids `[...]` to input embeddings `[..., D]`: what the first layer reads.
-
-        Soft prompts live in this space, behind any scaling that the model does.
-        """
-        return self.embedding[...][tokens] * self.arch.embedding_scale
 
     def __call__(
         self,
@@ -257,7 +251,7 @@ class Decoder(nnx.Module):
         """Hidden states after the last norm.
 
         Args:
-          embeddings: `[B, T, D]`, see `embed`.
+          embeddings: `[B, T, D]`, what the first layer reads: see `Embedding`.
           positions: `[B, T]`, counted from each row's own first token.
           segments: `[B, T]`, see `attention.same_sequence`. Both may be None where each row
             is one sequence, padded on the right if at all.
@@ -268,24 +262,30 @@ class Decoder(nnx.Module):
         """
         return self._run(embeddings, positions, segments, prefix)[0]
 
-    def prefill(self, embeddings: jax.Array) -> Prefix:
-        """Run P vectors `[P, D]` through the model once and keep each layer's keys and values.
+    def prefill(self, embeddings: jax.Array, prefix: Prefix | None = None) -> Prefix:
+        """Run vectors `[P, D]` through the model once and keep each layer's keys and values.
 
         In a causal model nothing behind them can change these, so a prefix made from
         prompt vectors stands exactly for the vectors themselves in front of every row.
+        What it is run behind, if anything, becomes its beginning.
         """
-        _, (keys, values) = self._run(embeddings[None])
-        return Prefix(keys[:, 0], values[:, 0])
+        _, (keys, values) = self._run(embeddings[None], prefix=prefix)
+        keys, values = keys[:, 0], values[:, 0]
+        if prefix is not None:
+            keys = jnp.concatenate([prefix.keys, keys], axis=1)
+            values = jnp.concatenate([prefix.values, values], axis=1)
+        return Prefix(keys, values)
 
     def target_states(self, batch: Batch, prefix: Prefix | None) -> jax.Array:
         """The hidden states that a batch's targets are predicted from, `[B, M, D]`."""
-        hidden = self(self.embed(batch.tokens), batch.positions, batch.segments, prefix)
+        embeddings = self.embedding.with_offsets(batch.tokens, batch.positions)
+        hidden = self(embeddings, batch.positions, batch.segments, prefix)
         return jnp.take_along_axis(hidden, batch.target_indices[..., None], axis=1)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Hidden states `[..., D]` to float32 logits `[..., V]`."""
         if self.arch.tied_head:
-            table = self.embedding[...]
+            table = self.embedding.table[...]
             logits = jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
         else:
             logits = self.head(hidden).astype(jnp.float32)
@@ -309,7 +309,8 @@ class Decoder(nnx.Module):
           The hidden state `[B, D]` that each row's next token is predicted from, and the
           cache.
         """
-        hidden, (keys, values) = self._run(self.embed(tokens), prefix=prefix)
+        embeddings = self.embedding.with_offsets(tokens)
+        hidden, (keys, values) = self._run(embeddings, prefix=prefix)
         rows, length = tokens.shape
         places = jnp.arange(length + room)[None]
         cache = Cache(
@@ -326,7 +327,8 @@ class Decoder(nnx.Module):
     ) -> tuple[jax.Array, Cache]:
         """Read one more token of each row, ids `[B]`; returns as `start` does."""
         positions = cache.lengths[:, None]
-        hidden, own = self._run(self.embed(tokens[:, None]), positions, None, prefix, cache)
+        embeddings = self.embedding.with_offsets(tokens[:, None], positions)
+        hidden, own = self._run(embeddings, positions, None, prefix, cache)
         keys, values = (
             jax.lax.dynamic_update_slice_in_dim(old, new, cache.filled, axis=2)
             for old, new in zip((cache.keys, cache.values), own, strict=True)

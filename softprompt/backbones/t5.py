@@ -18,6 +18,7 @@ from softprompt.backbones.batch import Batch
 from softprompt.backbones.layers import (
     ACTIVATIONS,
     Attention,
+    Embedding,
     FeedForward,
     Linear,
     RMSNorm,
@@ -59,18 +60,25 @@ class T5Architecture:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class EncoderPrefix:
-    """Embeddings `[P, D]` that stand in front of every input of the encoder.
+class T5Prefix:
+    """What stands in front of every input of the encoder, or of every target.
 
-    The encoder reads both ways, so what it makes of them depends on the input.
+    The encoder reads both ways, so what it makes of virtual tokens depends on the input.
+
+    Attributes:
+      embeddings: `[P, D]`, in front of the encoder's input, or None.
+      keys, values: `[L, P, H, h]`, what every target token of the decoder attends to
+        before its own kind, or None. The decoder's positions go on behind them.
     """
 
-    embeddings: jax.Array
+    embeddings: jax.Array | None = None
+    keys: jax.Array | None = None
+    values: jax.Array | None = None
 
     @property
     def length(self) -> int:
-        """Number of virtual tokens, P."""
-        return self.embeddings.shape[0]
+        """Number of virtual tokens in front of the encoder's input."""
+        return 0 if self.embeddings is None else self.embeddings.shape[0]
 
 
 @jax.tree_util.register_dataclass
@@ -110,7 +118,7 @@ class EncoderBlock(nnx.Module):
         )
 
     def __call__(self, x: jax.Array, visible: jax.Array, bias: jax.Array) -> jax.Array:
-        """`[B, T, D]` to `[B, T, D]`; `visible` `[B, T, T]`, `bias` `[H, T, T]`."""
+        """`[B, T, D]` to `[B, T, D]`; `visible` `[B, T, T]`, `bias` `[1, H, T, T]`."""
         x, _ = self.attend_self(x, lambda keys, values: [Source(keys, values, visible, bias)])
         return x + self.feed_forward(self.feed_forward_norm(x))
 
@@ -158,7 +166,7 @@ class T5(nnx.Module):
 
     def __init__(self, arch: T5Architecture, *, int8: bool = False):
         self.arch = arch
-        self.embedding = nnx.Param(jnp.zeros((arch.vocab_size, arch.hidden_size)))
+        self.embedding = Embedding(arch.vocab_size, arch.hidden_size)
         buckets = (arch.num_buckets, arch.num_heads)
         norm = partial(RMSNorm, arch.hidden_size, arch.norm_epsilon)
         self.encoder_bias = nnx.Param(jnp.zeros(buckets))
@@ -174,34 +182,34 @@ class T5(nnx.Module):
         if not arch.tied_head:
             self.head = Linear(arch.hidden_size, arch.vocab_size, int8=int8)
 
-    def embed(self, tokens: jax.Array) -> jax.Array:
-        """Token ids `[...]` to input embeddings `[..., D]`."""
-        return self.embedding[...][tokens]
-
-    def prefill(self, embeddings: jax.Array) -> EncoderPrefix:
-        """Prompt vectors `[P, D]` as what `encode` takes."""
-        return EncoderPrefix(embeddings)
+    def prefill(self, embeddings: jax.Array, prefix: T5Prefix | None = None) -> T5Prefix:
+        """Vectors `[P, D]` as what stands in front of the encoder's input, behind `prefix`."""
+        if prefix is None:
+            return T5Prefix(embeddings)
+        if prefix.embeddings is not None:
+            embeddings = jnp.concatenate([prefix.embeddings, embeddings])
+        return dataclasses.replace(prefix, embeddings=embeddings)
 
     def encode(
-        self, embeddings: jax.Array, lengths: jax.Array, prefix: EncoderPrefix | None
+        self, embeddings: jax.Array, lengths: jax.Array, prefix: T5Prefix | None
     ) -> tuple[jax.Array, jax.Array]:
         """Encode inputs, the prefix in front.
 
         Args:
-          embeddings: `[B, T, D]`, see `embed`.
+          embeddings: `[B, T, D]`, what the first layer reads: see `Embedding`.
           lengths: `[B]`, tokens of each row that are no padding.
           prefix: P virtual tokens, or None (P = 0).
 
         Returns:
           Hidden states `[B, P + T, D]`, and which of them are of no padding `[B, P + T]`.
         """
-        if prefix:
+        if prefix is not None and prefix.embeddings is not None:
             rows = jnp.broadcast_to(prefix.embeddings, (len(lengths), *prefix.embeddings.shape))
             embeddings = jnp.concatenate([rows, embeddings], axis=1)
             lengths = lengths + prefix.length
         places = jnp.arange(embeddings.shape[1])
         real = places[None] < lengths[:, None]
-        bias = self._bias(self.encoder_bias, places[:, None], places[None], both_ways=True)
+        bias = self._bias(self.encoder_bias, places[None], places[None], both_ways=True)
 
         @partial(jax.checkpoint, prevent_cse=False)
         def layer(x, block):
@@ -210,13 +218,14 @@ class T5(nnx.Module):
         hidden, _ = jax.lax.scan(layer, embeddings, self.encoder)
         return self.encoder_norm(hidden), real
 
-    def target_states(self, batch: Batch, prefix: EncoderPrefix | None) -> jax.Array:
+    def target_states(self, batch: Batch, prefix: T5Prefix | None) -> jax.Array:
         """The hidden states that a batch's targets are predicted from, `[B, M, D]`.
 
         The decoder reads each candidate behind a start token of its own; candidates of a
         row do not see one another.
         """
-        encoded, real = self.encode(self.embed(batch.tokens), batch.lengths, prefix)
+        embeddings = self.embedding.with_offsets(batch.tokens)
+        encoded, real = self.encode(embeddings, batch.lengths, prefix)
         places = jnp.arange(batch.targets.shape[1])[None]
         before = jnp.pad(batch.target_candidates, [(0, 0), (1, 0)], constant_values=-2)[:, :-1]
         is_first = batch.target_candidates != before
@@ -227,28 +236,34 @@ class T5(nnx.Module):
         segments = jnp.where(batch.target_candidates < 0, -1, batch.target_candidates + 1)
         visible = behind(positions, positions, None) & same_sequence(segments)
         # One bias for all rows: within a candidate, places differ as positions do.
-        bias = self._bias(self.decoder_bias, places.T, places, both_ways=False)
+        bias = self._bias(self.decoder_bias, places, places, both_ways=False)
+        before, before_bias = self._before(prefix, positions)
 
         @partial(jax.checkpoint, prevent_cse=False)
-        def layer(x, block):
+        def layer(x, block_and_before):
+            block, before = block_and_before
+
+            def sources(keys, values):
+                own = Source(keys, values, visible, bias)
+                return [own, Source(*before, bias=before_bias)] if before else [own]
+
             keys, values = block.read(encoded)
-            source = Source(keys, values, real[:, None])
-            x, _ = block(x, lambda keys, values: [Source(keys, values, visible, bias)], source)
+            x, _ = block(x, sources, Source(keys, values, real[:, None]))
             return x, None
 
-        hidden, _ = jax.lax.scan(layer, self.embed(tokens), self.decoder)
+        hidden, _ = jax.lax.scan(layer, self.embedding(tokens), (self.decoder, before))
         return self.decoder_norm(hidden)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Hidden states `[..., D]` to float32 logits `[..., V]`."""
         if not self.arch.tied_head:
             return self.head(hidden).astype(jnp.float32)
-        table = self.embedding[...]
+        table = self.embedding.table[...]
         logits = jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
         return logits * self.arch.hidden_size**-0.5
 
     def start(
-        self, tokens: jax.Array, lengths: jax.Array, prefix: EncoderPrefix | None, room: int
+        self, tokens: jax.Array, lengths: jax.Array, prefix: T5Prefix | None, room: int
     ) -> tuple[jax.Array, T5Cache]:
         """Encode inputs, to write their targets one token at a time.
 
@@ -263,7 +278,7 @@ class T5(nnx.Module):
           the cache.
         """
         rows = len(tokens)
-        encoded, real = self.encode(self.embed(tokens), lengths, prefix)
+        encoded, real = self.encode(self.embedding.with_offsets(tokens), lengths, prefix)
         _, inputs = jax.lax.scan(lambda _, block: (None, block.read(encoded)), None, self.decoder)
         arch = self.arch
         shape = (arch.num_decoder_layers, rows, room + 1, arch.num_heads, arch.head_size)
@@ -272,7 +287,7 @@ class T5(nnx.Module):
         return self.decode(jnp.full(rows, self.arch.start_token), cache, prefix)
 
     def decode(
-        self, tokens: jax.Array, cache: T5Cache, prefix: EncoderPrefix | None
+        self, tokens: jax.Array, cache: T5Cache, prefix: T5Prefix | None
     ) -> tuple[jax.Array, T5Cache]:
         """Read one more token of each row's target, ids `[B]`; returns as `start` does."""
         places = jnp.arange(cache.keys.shape[2])
@@ -280,18 +295,24 @@ class T5(nnx.Module):
         bias = self._bias(self.decoder_bias, here, places[None], both_ways=False)
         own_bias = self._bias(self.decoder_bias, here, here, both_ways=False)
         filled = (places < cache.filled)[None, None]
+        before, before_bias = self._before(prefix, here)
 
-        def layer(x, block_and_cache):
-            block, read, inputs = block_and_cache
+        def layer(x, block_and_sources):
+            block, before, read, inputs = block_and_sources
 
             def sources(keys, values):
                 own = Source(keys, values, bias=own_bias)
-                return [own, Source(read[0], read[1], filled, bias)]
+                own_and_read = [own, Source(*read, filled, bias)]
+                return (
+                    [*own_and_read, Source(*before, bias=before_bias)] if before else own_and_read
+                )
 
-            return block(x, sources, Source(inputs[0], inputs[1], cache.real[:, None]))
+            return block(x, sources, Source(*inputs, cache.real[:, None]))
 
-        before = (cache.keys, cache.values), (cache.input_keys, cache.input_values)
-        x, own = jax.lax.scan(layer, self.embed(tokens[:, None]), (self.decoder, *before))
+        read, inputs = (cache.keys, cache.values), (cache.input_keys, cache.input_values)
+        x, own = jax.lax.scan(
+            layer, self.embedding(tokens[:, None]), (self.decoder, before, read, inputs)
+        )
         keys, values = (
             jax.lax.dynamic_update_slice_in_dim(old, new, cache.filled, axis=2)
             for old, new in zip((cache.keys, cache.values), own, strict=True)
@@ -299,18 +320,27 @@ class T5(nnx.Module):
         cache = dataclasses.replace(cache, keys=keys, values=values, filled=cache.filled + 1)
         return self.decoder_norm(x)[:, 0], cache
 
+    def _before(self, prefix: T5Prefix | None, positions: jax.Array):
+        """A prefix's keys and values for the decoder and their bias for queries `[B, T]`, or Nones."""
+        if prefix is None or prefix.keys is None:
+            return None, None
+        virtual = jnp.arange(prefix.keys.shape[1])[None]
+        positions = positions + virtual.size
+        bias = self._bias(self.decoder_bias, positions, virtual, both_ways=False)
+        return (prefix.keys, prefix.values), bias
+
     def _bias(self, table: nnx.Param, queries, keys, *, both_ways: bool) -> jax.Array:
-        """What a head adds to the score of a key by its distance, `[H, T, S]` float32.
+        """What a head adds to the score of a key by its distance, `[B, H, T, S]` float32.
 
         Near distances have a bucket each, far ones share buckets that widen by a constant
         factor up to `max_distance` (section 2.1 of the paper).
 
         Args:
           table: `[num_buckets, H]`.
-          queries, keys: positions, `[T, 1]` and `[1, S]`.
+          queries, keys: positions, `[B, T]` and `[B, S]`.
           both_ways: whether keys ahead have buckets of their own: half of them.
         """
-        ahead = keys - queries
+        ahead = keys[:, None] - queries[:, :, None]
         buckets = self.arch.num_buckets // (2 if both_ways else 1)
         distance = jnp.abs(ahead) if both_ways else jnp.maximum(-ahead, 0)
         exact = buckets // 2
@@ -320,4 +350,4 @@ class T5(nnx.Module):
         bucket = jnp.where(distance < exact, distance, far)
         if both_ways:
             bucket += jnp.where(ahead > 0, buckets, 0)
-        return table[...][bucket].transpose(2, 0, 1).astype(jnp.float32)
+        return table[...][bucket].transpose(0, 3, 1, 2).astype(jnp.float32)

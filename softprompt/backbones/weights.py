@@ -86,7 +86,7 @@ class _Reader:
     ) -> tuple[np.ndarray | None, np.ndarray | None]:
         """A parameter, all its layers and experts, and if it is quantised its scales."""
         is_kernel = path[-1] == "kernel"
-        module = path[:-1] if path[-1] in ("kernel", "scale", "bias") else path
+        module = path[:-1] if path[-1] in ("table", "kernel", "scale", "bias") else path
         name, take = self._where(".".join(map(str, module)))
         name += ".bias" if path[-1] == "bias" else ".weight"
         axes = [axis for axis in ("layer", "expert") if f"{{{axis}}}" in name]

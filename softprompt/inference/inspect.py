@@ -26,7 +26,7 @@ class VirtualToken:
 def nearest_tokens(prompt: TrainedPrompt, count: int = 5) -> list[VirtualToken]:
     """The `count` nearest vocabulary tokens of each virtual token, by cosine similarity."""
     vectors = prompt.method.vectors[...].astype(jnp.float32)  # [P, D]
-    table = prompt.base.backbone.embedding[...].astype(jnp.float32)  # [V, D]
+    table = prompt.base.backbone.embedding.table[...].astype(jnp.float32)  # [V, D]
     norms = jnp.linalg.norm(vectors, axis=-1)
     table_norms = jnp.linalg.norm(table, axis=-1)
     scale = jnp.maximum(norms[:, None] * table_norms[None], jnp.finfo(jnp.float32).tiny)

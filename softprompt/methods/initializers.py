@@ -37,12 +37,12 @@ def sampled_vocabulary(base: Base, length: int, random: np.random.Generator) -> 
     ordinary = [i for i in range(min(size, len(base.tokenizer))) if i not in special]
     frequent = ordinary[:_FREQUENT]
     tokens = random.choice(frequent, length, replace=length > len(frequent))
-    return base.backbone.embed(jnp.asarray(tokens))
+    return base.backbone.embedding(jnp.asarray(tokens))
 
 
 def random_vectors(base: Base, length: int, random: np.random.Generator) -> jax.Array:
     """Normal vectors with the mean and the spread of the embedding table, per dimension."""
-    table = base.backbone.embed(jnp.arange(base.backbone.arch.vocab_size)).astype(jnp.float32)
+    table = base.backbone.embedding(jnp.arange(base.backbone.arch.vocab_size)).astype(jnp.float32)
     drawn = jnp.asarray(random.standard_normal((length, table.shape[1])), jnp.float32)
     mean, spread = table.mean(axis=0, keepdims=True), table.std(axis=0, keepdims=True)
     return mean + spread * drawn
@@ -51,7 +51,7 @@ def random_vectors(base: Base, length: int, random: np.random.Generator) -> jax.
 def text_vectors(base: Base, length: int, text: str) -> jax.Array:
     """Embeddings of a text's tokens, special ones left out, repeated or cut to `length`."""
     tokens = base.tokenizer(text, add_special_tokens=False).input_ids
-    return base.backbone.embed(jnp.resize(jnp.asarray(tokens), (length,)))
+    return base.backbone.embedding(jnp.resize(jnp.asarray(tokens), (length,)))
 
 
 def label_vectors(
@@ -63,7 +63,7 @@ def label_vectors(
     section 3.2)
     """
     labels = [
-        base.backbone.embed(jnp.asarray(ids)).mean(axis=0)
+        base.backbone.embedding(jnp.asarray(ids)).mean(axis=0)
         for ids in base.tokenizer(texts, add_special_tokens=False).input_ids[:length]
     ]
     rest = sampled_vocabulary(base, length - len(labels), random)

@@ -35,5 +35,5 @@ class SoftPrompt(nnx.Module):
 
     def apply(self, backbone: Backbone) -> tuple[Backbone, Prefix]:
         """What to run: the backbone as it is, behind the prefix that the vectors give."""
-        vectors = self.vectors[...].astype(backbone.embedding[...].dtype)
+        vectors = self.vectors[...].astype(backbone.embedding.table[...].dtype)
         return backbone, backbone.prefill(vectors)
