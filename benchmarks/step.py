@@ -28,7 +28,7 @@ LENGTHS = (1, 10, 20, 50, 100)
 class Prepended(SoftPrompt):
     """The prompt in front of every row's embeddings, as `peft` runs it."""
 
-    def apply(self, backbone):
+    def apply(self, backbone, key=None):
         return _PrependingBackbone(backbone, self), None
 
 
@@ -49,11 +49,12 @@ def stepper(base, method, batch):
     graphdef, *state = nnx.split((method, base.backbone), method.trainable, ...)
     trainable, frozen = state
     opt_state = optimizer.init(trainable)
+    key = jax.random.key(0)
 
     def step():
         nonlocal trainable, opt_state
         trainable, opt_state, measured = train_step(
-            trainable, opt_state, frozen, batch, graphdef=graphdef, optimizer=optimizer
+            trainable, opt_state, frozen, batch, key, graphdef=graphdef, optimizer=optimizer
         )
         return float(measured["loss"])
 

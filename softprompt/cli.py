@@ -87,9 +87,7 @@ def _eval(options: argparse.Namespace) -> None:
     records = read_records(data[options.split])
     prompt = _load_prompt(options)
     examples = make_examples(prompt.task, records, options.split)
-    metrics = evaluate(
-        prompt.base.backbone, prompt.prefix, examples, options.batch_size, options.split
-    )
+    metrics = evaluate(prompt.backbone, prompt.prefix, examples, options.batch_size, options.split)
     print(json.dumps({"split": options.split, "examples": len(examples), **metrics}))
 
 
@@ -138,10 +136,12 @@ def _inspect(options: argparse.Namespace) -> None:
     prompt = _load_prompt(options)
     about = {key: prompt.description[key] for key in ("experiment", "step", "validation")}
     print(
-        f"{prompt.description['length']} virtual tokens on {prompt.base.name}, {json.dumps(about)}"
+        f"{prompt.description['method']}, {prompt.description['virtual_tokens']} virtual tokens "
+        f"on {prompt.base.name}, {json.dumps(about)}"
     )
+    tokens = nearest_tokens(prompt, options.nearest)
     print(f"{'':>4}  {'norm':>7}  nearest tokens (cosine similarity)")
-    for number, token in enumerate(nearest_tokens(prompt, options.nearest)):
+    for number, token in enumerate(tokens):
         near = "  ".join(f"{text!r} {similarity:.2f}" for text, similarity in token.nearest)
         print(f"{number:>4}  {token.norm:>7.3f}  {near}")
 

@@ -1,7 +1,7 @@
 """Experiments: the schema. `experiment_file.py` reads it from YAML."""
 
 from string import Formatter
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import pydantic
 from pydantic import Field
@@ -25,22 +25,40 @@ class Template(Section):
     """How a record becomes text; `{field}` stands for a field of the record.
 
     Attributes:
-      input: what the model reads.
+      input: what the model reads. `{prompt}` in it is the place of the virtual tokens,
+        which by default stand in front of everything.
       target: what it shall write behind it.
+      chat: whether `input` is what a user says in the chat template of the base model.
+      system: what the chat template says of the system's part.
       max_tokens: longest input plus target; the longest field of a longer one is cut at
         its end. By default what the model's context leaves beside the prompt.
     """
 
     input: str
     target: str = "{label}"
+    chat: bool = False
+    system: str | None = None
     max_tokens: Annotated[int, Field(ge=2)] | None = None
 
     @pydantic.field_validator("input", "target")
     @classmethod
     def _has_fields(cls, template: str) -> str:
         if not template_fields(template):
-            raise ValueError("has no {field} to fill in")
+            raise ValueError("has no {field} to fill in ({prompt} is the place of the soft prompt)")
         return template
+
+    @pydantic.model_validator(mode="after")
+    def _parts_fit(self) -> Self:
+        if self.system is not None:
+            template_fields(self.system)
+            if not self.chat:
+                raise ValueError("system needs chat: true")
+        written = (self.system or "", self.input)
+        if sum(len(template_pieces(part)) - 1 for part in written) > 1:
+            raise ValueError("{prompt} stands in it twice")
+        if "{prompt}" in self.target:
+            raise ValueError("target: the soft prompt stands in the input")
+        return self
 
 
 class Compute(Section):
@@ -57,37 +75,126 @@ class Compute(Section):
     attention: Literal["auto", "xla", "cudnn"] = "auto"
 
 
-class Prompt(Section):
+class Initial(Section):
+    """Where the first values of virtual tokens come from.
+
+    Attributes:
+      init: `vocabulary` (embeddings of tokens drawn from the `init_top` of lowest id),
+        `random` (normal, with the embedding table's mean and `init_scale` times its
+        spread), `text` (embeddings of `init_text`, repeated or cut), `labels` (one vector
+        for each verbalizer, then as `vocabulary`), or `prompts` (the mean of trained
+        soft prompts of the same length).
+      init_text: for `init: text`.
+      init_prompts: for `init: prompts`: folders of runs.
+    """
+
+    init: Literal["vocabulary", "random", "text", "labels", "prompts"] = "vocabulary"
+    init_top: Annotated[int, Field(ge=1)] = 5000
+    init_scale: Annotated[float, Field(ge=0)] = 1.0
+    init_text: str | None = None
+    init_prompts: Annotated[list[str], Field(min_length=1)] | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _init_fits(self) -> Self:
+        for init in ("text", "prompts"):
+            if (self.init == init) != bool(getattr(self, f"init_{init}")):
+                raise ValueError(f"init: {init} and init_{init} need each other")
+        return self
+
+
+class Prompt(Initial):
     """The soft prompt.
 
     Attributes:
       length: number of virtual tokens, k.
-      init: where the initial vectors come from: `vocabulary` (embeddings of tokens drawn
-        from the 5,000 of lowest id), `random` (normal, with the embedding table's mean
-        and spread), `text` (embeddings of `init_text`, repeated or cut), or `labels`
-        (one vector for each verbalizer, then as `vocabulary`).
-      init_text: for `init: text`.
+      reparametrization: what the vectors are made from while they are trained: `mlp` or
+        `lstm` (P-tuning), `residual`, `low_rank`, or `multitask`, a prompt for each of
+        several tasks: one that they share times a matrix of rank 1.
+      size: of the network's hidden layer, or the rank; by default that of the paper.
+      tasks: for `multitask`: what `task_field` of a record may say.
     """
 
     length: Annotated[int, Field(ge=1)] = 20
-    init: Literal["vocabulary", "random", "text", "labels"] = "vocabulary"
-    init_text: str | None = None
+    reparametrization: Literal["mlp", "lstm", "residual", "low_rank", "multitask"] | None = None
+    size: Annotated[int, Field(ge=1)] | None = None
+    tasks: Annotated[list[str], Field(min_length=1)] | None = None
+    task_field: str = "task"
 
     @pydantic.model_validator(mode="after")
-    def _init_text_fits(self) -> Self:
-        if (self.init == "text") != bool(self.init_text):
-            raise ValueError("init: text and init_text need each other")
+    def _reparametrization_fits(self) -> Self:
+        if (self.reparametrization == "multitask") != bool(self.tasks):
+            raise ValueError("reparametrization: multitask and tasks need each other")
+        if self.tasks and len(set(self.tasks)) < len(self.tasks):
+            raise ValueError("tasks: one is named twice")
+        if self.size is not None and self.reparametrization in (None, "multitask"):
+            raise ValueError("size is that of a reparametrization mlp, lstm, residual or low_rank")
         return self
+
+
+class PrefixTuning(Initial):
+    """Prefix tuning; its first keys and values are what the model makes of `init`.
+
+    Attributes:
+      length: number of virtual tokens.
+      size: of the hidden layer of the network that the change of keys and values comes
+        from while it is trained; None: they are trained themselves.
+    """
+
+    length: Annotated[int, Field(ge=1)] = 20
+    size: Annotated[int, Field(ge=1)] | None = None
+
+
+class DePT(Section):
+    """DePT's offsets of the input embeddings; its short prompt is that of `prompt`.
+
+    Attributes:
+      rank: of the matrix of offsets.
+      positions: how many tokens of an input have one.
+      learning_rate: of the offsets; that of the prompt is the optimizer's.
+    """
+
+    rank: Annotated[int, Field(ge=1)] = 8
+    positions: Annotated[int, Field(ge=1)] = 256
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+
+
+class LoRA(Section):
+    """LoRA's low-rank additions to weight matrices.
+
+    Attributes:
+      rank: r.
+      alpha: the additions are multiplied by alpha / rank.
+      dropout: share of the additions' inputs that are set to zero in training.
+      targets: which matrices, as patterns of their paths in the backbone, such as
+        `attention.query`, `feed_forward.*` or `*`; a path's beginning may be left out.
+    """
+
+    rank: Annotated[int, Field(ge=1)] = 8
+    alpha: Annotated[float, Field(gt=0)] = 16.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    targets: Annotated[list[str], Field(min_length=1)] = ["attention.query", "attention.value"]
+
+
+Method = Literal["prompt", "prefix", "dept", "lora", "full", "none"]
+
+LEARNING_RATES = {  # by method, where the experiment says none; see docs/methods.md
+    "prompt": 2e-2,
+    "prefix": 1e-2,
+    "dept": 2e-2,
+    "lora": 1e-3,
+    "full": 5e-5,
+}
 
 
 class Optimizer(Section):
     """The update rule; `learning_rate` is the peak, reached after `warmup_steps`.
 
-    sgd has a momentum of 0.9. `clip_norm` bounds the norm of the whole gradient.
+    By default it is the method's. sgd has a momentum of 0.9. `clip_norm` bounds the norm
+    of the whole gradient.
     """
 
     name: Literal["adamw", "adafactor", "sgd", "lion"] = "adamw"
-    learning_rate: Annotated[float, Field(gt=0)] = 0.01
+    learning_rate: Annotated[float, Field(gt=0)] = LEARNING_RATES["prompt"]
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
@@ -129,48 +236,81 @@ class Checkpoints(Section):
 
 
 class Experiment(Section):
-    """One experiment file, resolved: all that a run depends on."""
+    """One experiment file, resolved: all that a run depends on.
+
+    Of the sections `prompt`, `prefix`, `dept` and `lora` a method reads its own. `shots`
+    training examples, drawn by the seed, stand in front of every input as text.
+    """
 
     name: str
     base: str
     compute: Compute = Compute()
-    method: Literal["prompt"] = "prompt"
+    method: Method = "prompt"
+    shots: Annotated[int, Field(ge=0)] = 0
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     data: Data
     template: Template
     verbalizer: Annotated[dict[str, str], Field(min_length=2)] | None = None
     prompt: Prompt = Prompt()
+    prefix: PrefixTuning = PrefixTuning()
+    dept: DePT = DePT()
+    lora: LoRA = LoRA()
     optimizer: Optimizer = Optimizer()
     training: Training
     evaluation: Evaluation = Evaluation()
     checkpoints: Checkpoints = Checkpoints()
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _method_has_a_learning_rate(cls, tree: Any) -> Any:
+        """Writes the method's learning rate where none is given."""
+        optimizer = tree.get("optimizer", {})
+        rate = LEARNING_RATES.get(str(tree.get("method", "prompt")))
+        if rate and isinstance(optimizer, dict) and optimizer.get("learning_rate") is None:
+            tree = tree | {"optimizer": optimizer | {"learning_rate": rate}}
+        return tree
 
     @pydantic.model_validator(mode="after")
     def _parts_fit(self) -> Self:
         if self.verbalizer is None:
             if self.evaluation.metric == "accuracy":
                 raise ValueError("evaluation.metric: accuracy needs a verbalizer")
-            if self.prompt.init == "labels":
-                raise ValueError("prompt.init: labels needs a verbalizer")
+            for method in ("prompt", "prefix"):
+                if getattr(self, method).init == "labels":
+                    raise ValueError(f"{method}.init: labels needs a verbalizer")
         elif len(template_fields(self.template.target)) != 1:
             raise ValueError("template.target: with a verbalizer it must have one {field}")
         elif len(set(self.verbalizer.values())) < len(self.verbalizer):
             raise ValueError("verbalizer: two labels have the same text")
+        if self.method == "full" and self.compute.int8:
+            raise ValueError("method: full cannot train compute.int8 matrices; lora can")
         return self
 
 
+def template_pieces(template: str) -> list[str]:
+    """A template's parts in front of and behind `{prompt}`, if it has it."""
+    pieces = [""]
+    for literal, field, _, _ in Formatter().parse(template):
+        pieces[-1] += literal.replace("{", "{{").replace("}", "}}")
+        if field == "prompt":
+            pieces.append("")
+        elif field is not None:
+            pieces[-1] += f"{{{field}}}"
+    return pieces
+
+
 def template_fields(template: str) -> list[str]:
-    """The fields of a template, in order; `ValueError` if it is malformed."""
+    """The fields of a template but `prompt`, in order; `ValueError` if it is malformed."""
     try:
         parts = list(Formatter().parse(template))
     except ValueError as error:
         raise ValueError(f"not a valid template ({error}); write {{{{ for a brace") from error
-    fields = []
+    fields: list[str] = []
     for _, field, spec, conversion in parts:
         if field is None:
             continue
         if not field.isidentifier() or spec or conversion:
             raise ValueError(f"{{{field}}} is not a field name; write {{{{ for a brace")
-        if field not in fields:
+        if field not in (*fields, "prompt"):
             fields.append(field)
     return fields

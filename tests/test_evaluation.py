@@ -6,7 +6,8 @@ import numpy as np
 
 from softprompt import SoftPrompt
 from softprompt.config import Template
-from softprompt.data.examples import Example, Task
+from softprompt.data.examples import Example
+from softprompt.data.task import make_task
 from softprompt.evaluation.evaluate import evaluate, make_prefix, score, target_metrics
 from softprompt.inference.inspect import nearest_tokens
 from softprompt.inference.prompt import TrainedPrompt
@@ -14,8 +15,9 @@ from softprompt.inference.prompt import TrainedPrompt
 
 def trained(base, vectors, verbalizer):
     method = SoftPrompt(vectors)
-    task = Task(Template(input="{text}:"), verbalizer, base.tokenizer, 259, 60, False)
-    return TrainedPrompt(base, method, make_prefix(method, base.backbone), task, {})
+    task = make_task(base, Template(input="{text}:"), verbalizer, virtual_tokens=len(vectors))
+    backbone = method.adapt(base.backbone)
+    return TrainedPrompt(base, method, backbone, make_prefix(method, backbone), task, {})
 
 
 def text_log_probability(base, prompt, text, continuation):

@@ -7,14 +7,15 @@ import pytest
 
 from softprompt import UserError
 from softprompt.config import Template
-from softprompt.data.examples import Task
 from softprompt.data.records import Record, read_records
+from softprompt.data.task import make_task
 
 VERBALIZER = {"good": " yes", "bad": " no"}
 
 
 def task(base, input="{title}: {text} ->", target="{label}", verbalizer=VERBALIZER, most=100):
-    return Task(Template(input=input, target=target), verbalizer, base.tokenizer, 259, most, False)
+    template = Template(input=input, target=target, max_tokens=most)
+    return make_task(base, template, verbalizer)
 
 
 def record(**fields):

@@ -21,6 +21,7 @@ EXAMPLES = [
     Example([14], [[26, 27]], 0, "", False),
 ]
 BATCH = Layout.of(EXAMPLES).lay_out(EXAMPLES, rows=4, length=8, targets=3)
+KEY = jax.random.key(0)
 VECTORS = np.random.default_rng(0).normal(size=(5, 32)).astype(np.float32)
 
 
@@ -60,7 +61,7 @@ def test_one_step_is_that_of_the_mean_loss_over_target_tokens(tiny, expected, ac
     trainable, opt_state, frozen, fixed = setup(tiny, optax.sgd(0.5))
     loss, gradient = expected
     after, _, measured = train_step(
-        trainable, opt_state, frozen, BATCH, accumulate=accumulate, **fixed
+        trainable, opt_state, frozen, BATCH, KEY, accumulate=accumulate, **fixed
     )
     np.testing.assert_allclose(measured["loss"], loss, rtol=1e-6)
     np.testing.assert_allclose(measured["gradient_norm"], jnp.linalg.norm(gradient), rtol=1e-5)
@@ -72,7 +73,7 @@ def test_only_the_prompt_changes(tiny):
     trainable, opt_state, frozen, fixed = setup(tiny)
     before = [np.array(leaf).tobytes() for leaf in jax.tree.leaves(frozen)]
     for _ in range(3):
-        trainable, opt_state, _ = train_step(trainable, opt_state, frozen, BATCH, **fixed)
+        trainable, opt_state, _ = train_step(trainable, opt_state, frozen, BATCH, KEY, **fixed)
     assert [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(frozen)] == before
     (vectors,) = jax.tree.leaves(trainable)
     assert vectors.shape == VECTORS.shape
@@ -88,14 +89,16 @@ def test_every_optimizer_lowers_the_loss_and_keeps_only_the_prompts_shape(tiny, 
     assert shapes <= {VECTORS.shape, (), (1,)}
     losses = []
     for _ in range(30):
-        trainable, opt_state, measured = train_step(trainable, opt_state, frozen, BATCH, **fixed)
+        trainable, opt_state, measured = train_step(
+            trainable, opt_state, frozen, BATCH, KEY, **fixed
+        )
         losses.append(float(measured["loss"]))
     assert losses[-1] < losses[0] - 1
 
 
 def test_the_base_model_is_an_argument_of_the_compiled_program(tiny):
     trainable, opt_state, frozen, fixed = setup(tiny)
-    lowered = train_step.lower(trainable, opt_state, frozen, BATCH, **fixed)
+    lowered = train_step.lower(trainable, opt_state, frozen, BATCH, KEY, **fixed)
     arguments = lowered.as_text().split("func.func public @main(")[1].split("->")[0]
     assert "tensor<259x32xf32>" in arguments
     assert "tensor<3x32x50xf32>" in arguments
@@ -105,7 +108,7 @@ def test_the_base_model_is_an_argument_of_the_compiled_program(tiny):
 
 def test_logits_are_computed_at_target_positions_only(tiny):
     trainable, opt_state, frozen, fixed = setup(tiny)
-    program = train_step.lower(trainable, opt_state, frozen, BATCH, **fixed).as_text()
+    program = train_step.lower(trainable, opt_state, frozen, BATCH, KEY, **fixed).as_text()
     assert "tensor<4x3x259xf32>" in program
     assert "tensor<4x8x259xf32>" not in program
 
@@ -116,7 +119,7 @@ def test_one_program_for_each_batch_shape(tiny):
     for _ in range(3):
         for length in (8, 12):
             batch = Layout.of(EXAMPLES).lay_out(EXAMPLES, 4, length, 3)
-            trainable, opt_state, _ = train_step(trainable, opt_state, frozen, batch, **fixed)
+            trainable, opt_state, _ = train_step(trainable, opt_state, frozen, batch, KEY, **fixed)
     assert train_step._cache_size() == before + 2
 
 
@@ -152,7 +155,7 @@ def test_schedules_warm_up_and_fall(schedule, expected):
 def test_clipping_bounds_the_update(tiny):
     settings = Optimizer(name="sgd", learning_rate=1.0, schedule="constant", clip_norm=1e-3)
     trainable, opt_state, frozen, fixed = setup(tiny, make_optimizer(settings, 10))
-    after, _, measured = train_step(trainable, opt_state, frozen, BATCH, **fixed)
+    after, _, measured = train_step(trainable, opt_state, frozen, BATCH, KEY, **fixed)
     assert measured["gradient_norm"] > 1e-2
     change = jnp.linalg.norm(jax.tree.leaves(after)[0] - VECTORS)
     np.testing.assert_allclose(change, 1e-3, rtol=1e-3)

@@ -262,6 +262,10 @@ class Decoder(nnx.Module):
         """
         return self._run(embeddings, positions, segments, prefix)[0]
 
+    def prefix_of(self, keys: jax.Array, values: jax.Array) -> Prefix:
+        """Keys and values `[L, P, K, h]` as a prefix."""
+        return Prefix(keys, values)
+
     def prefill(self, embeddings: jax.Array, prefix: Prefix | None = None) -> Prefix:
         """Run vectors `[P, D]` through the model once and keep each layer's keys and values.
 

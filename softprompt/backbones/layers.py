@@ -36,8 +36,8 @@ class Embedding(nnx.Module):
     def __init__(self, vocab_size: int, hidden_size: int, scale: float = 1.0):
         self.table = nnx.Param(jnp.zeros((vocab_size, hidden_size)))
         self.scale = scale
-        self.virtual = nnx.data(None)
-        self.offsets = nnx.data(None)
+        self.virtual: nnx.Param | None = nnx.data(None)
+        self.offsets: nnx.Param | None = nnx.data(None)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Ids `[...]` to embeddings `[..., D]`, without offsets."""
@@ -105,7 +105,7 @@ class Linear(nnx.Module):
         self.kernel = nnx.Param(jnp.zeros((*stack, inputs, outputs), jnp.int8 if int8 else None))
         self.scale = nnx.Param(jnp.zeros((*stack, outputs))) if int8 else None
         self.bias = nnx.Param(jnp.zeros(outputs)) if bias else None
-        self.low_rank = nnx.data(None)
+        self.low_rank: LowRank | None = nnx.data(None)
 
     def __call__(self, x: jax.Array, of_expert: jax.Array | None = None) -> jax.Array:
         """Apply to `[..., in]`.

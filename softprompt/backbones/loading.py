@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import importlib.util
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,6 +37,7 @@ class Base:
       name: what it was asked for by.
       fingerprint: SHA-256 of architecture, weights as stored and vocabulary, by which a
         prompt knows its base model again.
+      config: what its `config.json` says, or would say.
       backbone: the model.
       tokenizer: its tokenizer, a `transformers` fast tokenizer.
       compute: how it is held and run, with the attention that was chosen.
@@ -43,6 +45,7 @@ class Base:
 
     name: str
     fingerprint: str
+    config: Mapping[str, Any]
     backbone: Backbone
     tokenizer: PreTrainedTokenizerFast
     compute: Compute
@@ -80,7 +83,7 @@ def load_base(
         raise UserError(f"{path}: its tokenizer has {len(tokenizer)} tokens, its model only {size}")
     identity = json.dumps([_told(backbone.arch), tokenizer.get_vocab(), weights], sort_keys=True)
     fingerprint = hashlib.sha256(identity.encode()).hexdigest()
-    return Base(name, fingerprint, backbone, tokenizer, compute)
+    return Base(name, fingerprint, file.config, backbone, tokenizer, compute)
 
 
 def load_backbone(

@@ -182,6 +182,10 @@ class T5(nnx.Module):
         if not arch.tied_head:
             self.head = Linear(arch.hidden_size, arch.vocab_size, int8=int8)
 
+    def prefix_of(self, keys: jax.Array, values: jax.Array) -> T5Prefix:
+        """Keys and values `[L, P, H, h]` of the decoder as a prefix."""
+        return T5Prefix(keys=keys, values=values)
+
     def prefill(self, embeddings: jax.Array, prefix: T5Prefix | None = None) -> T5Prefix:
         """Vectors `[P, D]` as what stands in front of the encoder's input, behind `prefix`."""
         if prefix is None:
@@ -245,7 +249,7 @@ class T5(nnx.Module):
 
             def sources(keys, values):
                 own = Source(keys, values, visible, bias)
-                return [own, Source(*before, bias=before_bias)] if before else [own]
+                return [own, Source(before[0], before[1], bias=before_bias)] if before else [own]
 
             keys, values = block.read(encoded)
             x, _ = block(x, sources, Source(keys, values, real[:, None]))
@@ -302,12 +306,12 @@ class T5(nnx.Module):
 
             def sources(keys, values):
                 own = Source(keys, values, bias=own_bias)
-                own_and_read = [own, Source(*read, filled, bias)]
-                return (
-                    [*own_and_read, Source(*before, bias=before_bias)] if before else own_and_read
-                )
+                all_sources = [own, Source(read[0], read[1], filled, bias)]
+                if before:
+                    all_sources.append(Source(before[0], before[1], bias=before_bias))
+                return all_sources
 
-            return block(x, sources, Source(*inputs, cache.real[:, None]))
+            return block(x, sources, Source(inputs[0], inputs[1], cache.real[:, None]))
 
         read, inputs = (cache.keys, cache.values), (cache.input_keys, cache.input_values)
         x, own = jax.lax.scan(
@@ -321,7 +325,7 @@ class T5(nnx.Module):
         return self.decoder_norm(x)[:, 0], cache
 
     def _before(self, prefix: T5Prefix | None, positions: jax.Array):
-        """A prefix's keys and values for the decoder and their bias for queries `[B, T]`, or Nones."""
+        """A prefix's keys and values, and their bias for queries at positions `[B, T]`."""
         if prefix is None or prefix.keys is None:
             return None, None
         virtual = jnp.arange(prefix.keys.shape[1])[None]

@@ -19,8 +19,8 @@ from softprompt.training.step import target_log_probabilities
 
 @jax.jit
 def make_prefix(method, backbone):
-    """The prefix that a method says to run, computed once for many batches."""
-    return method.apply(backbone)[1]
+    """The prefix that a method gives on the backbone it adapted, once for many batches."""
+    return method.make_prefix(backbone)
 
 
 @partial(jax.jit, static_argnames="candidates")

@@ -9,7 +9,9 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from softprompt.errors import UserError
 from softprompt.inference.prompt import TrainedPrompt
+from softprompt.methods.soft_prompt import SoftPrompt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +27,9 @@ class VirtualToken:
 
 def nearest_tokens(prompt: TrainedPrompt, count: int = 5) -> list[VirtualToken]:
     """The `count` nearest vocabulary tokens of each virtual token, by cosine similarity."""
-    vectors = prompt.method.vectors[...].astype(jnp.float32)  # [P, D]
+    if not isinstance(prompt.method, SoftPrompt):
+        raise UserError(f"method {prompt.description['method']} has no vectors to look at")
+    vectors = prompt.method.vectors[...]  # [P, D]
     table = prompt.base.backbone.embedding.table[...].astype(jnp.float32)  # [V, D]
     norms = jnp.linalg.norm(vectors, axis=-1)
     table_norms = jnp.linalg.norm(table, axis=-1)

@@ -1,51 +1,76 @@
 """Initial vectors of a soft prompt, `[P, D]`: P virtual tokens, D hidden, V vocabulary."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from softprompt.backbones.loading import Base
-from softprompt.config import Experiment
+from softprompt.config import Initial
+from softprompt.errors import UserError
 
-_FREQUENT = 5000  # tokens to draw from; ids of a vocabulary rise as frequency falls
 
+def initial_vectors(
+    settings: Initial,
+    length: int,
+    base: Base,
+    labels: Sequence[str],
+    trained: Sequence[jax.Array],
+    seed: int,
+) -> jax.Array:
+    """The first vectors that an experiment asks for.
 
-def initial_vectors(experiment: Experiment, base: Base) -> jax.Array:
-    """The vectors `[P, D]`, float32, that `experiment.prompt` asks for, drawn by its seed."""
-    prompt, random = experiment.prompt, np.random.default_rng(experiment.seed)
-    if prompt.init == "vocabulary":
-        vectors = sampled_vocabulary(base, prompt.length, random)
-    elif prompt.init == "random":
-        vectors = random_vectors(base, prompt.length, random)
-    elif prompt.init == "text":
-        assert prompt.init_text is not None
-        vectors = text_vectors(base, prompt.length, prompt.init_text)
+    Args:
+      settings: its section `prompt` or `prefix`.
+      length: P.
+      base: the base model.
+      labels: texts of the verbalizer, for `init: labels`.
+      trained: the vectors of `settings.init_prompts`, for `init: prompts`.
+      seed: of what is random.
+
+    Returns:
+      `[P, D]`, float32.
+    """
+    random = np.random.default_rng(seed)
+    if settings.init == "vocabulary":
+        vectors = sampled_vocabulary(base, length, random, settings.init_top)
+    elif settings.init == "random":
+        vectors = random_vectors(base, length, random, settings.init_scale)
+    elif settings.init == "text":
+        assert settings.init_text is not None
+        vectors = text_vectors(base, length, settings.init_text)
+    elif settings.init == "labels":
+        vectors = label_vectors(base, length, labels, random, settings.init_top)
     else:
-        assert experiment.verbalizer is not None
-        vectors = label_vectors(base, prompt.length, list(experiment.verbalizer.values()), random)
+        vectors = mean_vectors(trained, length)
     return vectors.astype(jnp.float32)
 
 
-def sampled_vocabulary(base: Base, length: int, random: np.random.Generator) -> jax.Array:
-    """Embeddings of tokens drawn from the 5,000 of lowest id that are not special.
+def sampled_vocabulary(
+    base: Base, length: int, random: np.random.Generator, top: int = 5000
+) -> jax.Array:
+    """Embeddings of tokens drawn from the `top` of lowest id that are not special.
 
-    No token is drawn twice unless there are fewer than `length`. (Lester et al. 2021,
-    section 3.2)
+    Ids of a vocabulary rise as frequency falls. No token is drawn twice unless there are
+    fewer than `length`. (Lester et al. 2021, section 3.2)
     """
     special = set(base.tokenizer.all_special_ids) | set(base.tokenizer.added_tokens_decoder)
     size = base.backbone.arch.vocab_size
     ordinary = [i for i in range(min(size, len(base.tokenizer))) if i not in special]
-    frequent = ordinary[:_FREQUENT]
+    frequent = ordinary[:top]
     tokens = random.choice(frequent, length, replace=length > len(frequent))
     return base.backbone.embedding(jnp.asarray(tokens))
 
 
-def random_vectors(base: Base, length: int, random: np.random.Generator) -> jax.Array:
-    """Normal vectors with the mean and the spread of the embedding table, per dimension."""
+def random_vectors(
+    base: Base, length: int, random: np.random.Generator, scale: float = 1.0
+) -> jax.Array:
+    """Normal vectors of the embedding table's mean and `scale` times its spread, per dimension."""
     table = base.backbone.embedding(jnp.arange(base.backbone.arch.vocab_size)).astype(jnp.float32)
     drawn = jnp.asarray(random.standard_normal((length, table.shape[1])), jnp.float32)
     mean, spread = table.mean(axis=0, keepdims=True), table.std(axis=0, keepdims=True)
-    return mean + spread * drawn
+    return mean + scale * spread * drawn
 
 
 def text_vectors(base: Base, length: int, text: str) -> jax.Array:
@@ -55,7 +80,7 @@ def text_vectors(base: Base, length: int, text: str) -> jax.Array:
 
 
 def label_vectors(
-    base: Base, length: int, texts: list[str], random: np.random.Generator
+    base: Base, length: int, texts: Sequence[str], random: np.random.Generator, top: int = 5000
 ) -> jax.Array:
     """One vector for each verbalizer text, the mean over its tokens; then sampled vocabulary.
 
@@ -64,7 +89,21 @@ def label_vectors(
     """
     labels = [
         base.backbone.embedding(jnp.asarray(ids)).mean(axis=0)
-        for ids in base.tokenizer(texts, add_special_tokens=False).input_ids[:length]
+        for ids in base.tokenizer(list(texts), add_special_tokens=False).input_ids[:length]
     ]
-    rest = sampled_vocabulary(base, length - len(labels), random)
+    rest = sampled_vocabulary(base, length - len(labels), random, top)
     return jnp.concatenate([jnp.stack(labels), rest])
+
+
+def mean_vectors(trained: Sequence[jax.Array], length: int) -> jax.Array:
+    """The mean of trained prompts; with one of them, transfer (Vu et al. 2022, arXiv:2110.07904).
+
+    Raises:
+      UserError: if one has not `length` vectors.
+    """
+    for vectors in trained:
+        if len(vectors) != length:
+            raise UserError(
+                f"init_prompts: one has {len(vectors)} virtual tokens, not {length} as asked for"
+            )
+    return jnp.mean(jnp.stack(trained), axis=0)

@@ -1,30 +1,42 @@
-"""The soft prompt (Lester et al. 2021, arXiv:2104.08691).
+"""The soft prompt (Lester et al. 2021, arXiv:2104.08691), and DePT.
 
-Axis letters: B batch, T tokens, P virtual tokens (k), D hidden.
+Axis letters: B batch, T tokens, P virtual tokens (k), D hidden, S positions, R rank.
 """
+
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from softprompt.backbones.loading import Backbone, Prefix
+from softprompt.backbones.loading import Backbone
+from softprompt.methods.method import Method, copied
 
 
 class PromptParam(nnx.Param):
     """A learned part of a prompt."""
 
 
-class SoftPrompt(nnx.Module):
-    """Learned vectors `[P, D]` that stand in front of every input.
+class OffsetParam(PromptParam):
+    """A learned part of DePT's offsets, which have a learning rate of their own."""
 
-    Calling it prepends them to input embeddings, which is what the method is. `apply`
-    is what training and inference use: the same function, its cost not multiplied by
-    the batch.
+
+class SoftPrompt(Method):
+    """Learned vectors `[P, D]`, the embeddings of virtual tokens.
+
+    By default these stand in front of every input. Calling it prepends them to input
+    embeddings, which is what the method is. `apply` is what training and inference use:
+    the same function, its cost not multiplied by the batch.
+
+    Args:
+      vectors: `[P, D]`.
+      head: `[S]`, see `Method`. Virtual tokens that are not in it stand in the rows.
     """
 
-    trainable = PromptParam  # the filter for what the step updates
+    trainable = PromptParam
 
-    def __init__(self, vectors: jax.Array):
+    def __init__(self, vectors: jax.Array, head: jax.Array | Sequence[int] | None = None):
+        super().__init__(~jnp.arange(len(vectors)) if head is None else head)
         self.vectors = PromptParam(vectors)
 
     def __call__(self, embeddings: jax.Array) -> jax.Array:
@@ -33,7 +45,67 @@ class SoftPrompt(nnx.Module):
         rows = jnp.broadcast_to(vectors, (embeddings.shape[0], *vectors.shape))
         return jnp.concatenate([rows, embeddings], axis=1)
 
-    def apply(self, backbone: Backbone) -> tuple[Backbone, Prefix]:
-        """What to run: the backbone as it is, behind the prefix that the vectors give."""
-        vectors = self.vectors[...].astype(backbone.embedding.table[...].dtype)
-        return backbone, backbone.prefill(vectors)
+    def adapt(self, backbone: Backbone, key: jax.Array | None = None) -> Backbone:
+        """The backbone, to which the ids of virtual tokens mean these vectors."""
+        backbone = copied(backbone)
+        backbone.embedding.virtual = nnx.Param(self.vectors[...])
+        return backbone
+
+    def arrays(self, backbone: Backbone) -> dict[str, jax.Array]:
+        """`vectors`."""
+        return {"vectors": self.vectors[...]}
+
+
+class Reparametrized(Method):
+    """A soft prompt whose vectors are made from something else while it is trained.
+
+    Args:
+      source: a module whose call gives the vectors `[P, D]`.
+      head: see `SoftPrompt`.
+    """
+
+    trainable = PromptParam
+
+    def __init__(self, source: Callable[[], jax.Array], head: jax.Array | Sequence[int]):
+        super().__init__(head)
+        self.source = source
+
+    def adapt(self, backbone: Backbone, key: jax.Array | None = None) -> Backbone:
+        """As that of the soft prompt that it folds to."""
+        return self.folded().adapt(backbone)
+
+    def folded(self) -> SoftPrompt:
+        """The plain soft prompt."""
+        return SoftPrompt(self.source(), self.head[...])
+
+
+class DecomposedPrompt(SoftPrompt):
+    """DePT: a short prompt, and low-rank offsets of the input embeddings.
+
+    (Shi & Lipani 2023, arXiv:2309.05173, section 2.2) The offset `[D]` of an input's
+    token depends on its position alone; the tokens behind S have none.
+
+    Args:
+      vectors, head: see `SoftPrompt`.
+      down, up: `[S, R]` and `[R, D]`, whose product are the offsets.
+    """
+
+    def __init__(
+        self,
+        vectors: jax.Array,
+        down: jax.Array,
+        up: jax.Array,
+        head: jax.Array | Sequence[int] | None = None,
+    ):
+        super().__init__(vectors, head)
+        self.down, self.up = OffsetParam(down), OffsetParam(up)
+
+    def adapt(self, backbone: Backbone, key: jax.Array | None = None) -> Backbone:
+        """The backbone, which adds the offsets to what it reads behind the head."""
+        backbone = super().adapt(backbone)
+        backbone.embedding.offsets = nnx.Param(self.down[...] @ self.up[...])
+        return backbone
+
+    def arrays(self, backbone: Backbone) -> dict[str, jax.Array]:
+        """`vectors`, `down` and `up`."""
+        return {"vectors": self.vectors[...], "down": self.down[...], "up": self.up[...]}

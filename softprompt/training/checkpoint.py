@@ -42,7 +42,8 @@ def save_arrays(folder: Path, arrays: Any, description: Mapping[str, Any], file:
     new, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir()  # Orbax would wait a minute before it says that it cannot
-    orbax.save(new.absolute() / "arrays", nnx.as_pure(arrays))
+    if jax.tree.leaves(arrays):
+        orbax.save(new.absolute() / "arrays", nnx.as_pure(arrays))
     (new / file).write_text(json.dumps(description, indent=2, ensure_ascii=False) + "\n")
     sums = [f"{_sha256(path)}  {path.relative_to(new)}\n" for path in _files(new)]
     (new / _SUMS).write_text("".join(sums))
@@ -99,6 +100,8 @@ def load_arrays(folder: Path, like: Any) -> Any:
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), nnx.as_pure(like)
     )
     path = folder.absolute() / "arrays"
+    if not jax.tree.leaves(like) and not path.exists():
+        return like
     saved, wanted = _shapes(orbax.metadata(path).metadata), _shapes(abstract)
     for name in sorted(saved.keys() | wanted.keys()):
         if saved.get(name) != wanted.get(name):

@@ -18,26 +18,19 @@ import jax
 import numpy as np
 from flax import nnx
 
-from softprompt.backbones.loading import Prefix, load_base
 from softprompt.config import Experiment
 from softprompt.console import Bar, say
 from softprompt.data.batches import TrainingBatches
-from softprompt.data.examples import examples_digest, make_examples
-from softprompt.data.records import read_records
+from softprompt.data.examples import examples_digest
 from softprompt.errors import Stopped, UserError
 from softprompt.evaluation.evaluate import evaluate, make_prefix
-from softprompt.inference.prompt import (
-    TrainedPrompt,
-    load_prompt,
-    make_task,
-    read_description,
-    save_prompt,
-)
-from softprompt.methods.initializers import initial_vectors
-from softprompt.methods.soft_prompt import SoftPrompt
+from softprompt.inference.prompt import TrainedPrompt, load_prompt
+from softprompt.inference.saved import read_description, save_prompt
+from softprompt.methods.method import Method
 from softprompt.training.checkpoint import Checkpoints, DamagedError
 from softprompt.training.curves import draw_curves
 from softprompt.training.optimizers import make_optimizer, make_schedule
+from softprompt.training.preparation import prepare
 from softprompt.training.run_folder import MetricsLog, open_run, write_config, write_file
 from softprompt.training.step import train_step
 from softprompt.training.stop import StopSignals
@@ -52,7 +45,7 @@ class Progress:
         the same when the run goes on.
       step: updates made.
       data: state of the iterator over training batches.
-      evaluated: the last step whose prompt was evaluated.
+      evaluated: the last step whose prompt was evaluated; -1 if none was.
       best_step, best_metrics: of the best prompt so far.
       stale: evaluations since then.
       records: written to the metrics.
@@ -65,7 +58,7 @@ class Progress:
     examples: str
     step: int = 0
     data: dict[str, Any] = dataclasses.field(default_factory=dict)
-    evaluated: int = 0
+    evaluated: int = -1
     best_step: int = 0
     best_metrics: dict[str, float] = dataclasses.field(default_factory=dict)
     stale: int = 0
@@ -114,18 +107,8 @@ class _Run:
     def __init__(self, experiment: Experiment, folder: Path, stop: StopSignals):
         began = time.monotonic()
         self.experiment, self.folder, self.stop = experiment, folder, stop
-        sources = experiment.data.model_dump(exclude_none=True)
-        records = {split: read_records(source) for split, source in sources.items()}
-        self.base = load_base(experiment.base, **experiment.compute.model_dump())
-        compute = self.base.compute
-        say(
-            f"base {self.base.name}: loaded in {time.monotonic() - began:.1f} s, {compute.dtype}"
-            f"{', int8 matrices' if compute.int8 else ''}, {compute.attention} attention"
-        )
-        task = make_task(
-            self.base, experiment.template, experiment.verbalizer, experiment.prompt.length
-        )
-        self.examples = {split: make_examples(task, r, split) for split, r in records.items()}
+        prepared = prepare(experiment)
+        self.base, self.task, self.examples = prepared.base, prepared.task, prepared.examples
         self.rows = experiment.training.batch_size * experiment.training.accumulate
         if len(self.examples["train"]) < self.rows:
             raise UserError(
@@ -139,12 +122,15 @@ class _Run:
             encoder_decoder=self.base.backbone.is_encoder_decoder,
         ).iterate()
 
-        method = SoftPrompt(initial_vectors(experiment, self.base))
+        method = prepared.method
         self.graphdef, *states = nnx.split((method, self.base.backbone), method.trainable, ...)
         self.trainable, self.frozen = states
-        self.schedule = make_schedule(experiment.optimizer, experiment.training.steps)
-        self.optimizer = make_optimizer(experiment.optimizer, experiment.training.steps)
+        self.steps = experiment.training.steps if jax.tree.leaves(self.trainable) else 0
+        update = experiment.optimizer, experiment.training.steps
+        offsets = experiment.dept.learning_rate if experiment.method == "dept" else None
+        self.schedule, self.optimizer = make_schedule(*update), make_optimizer(*update, offsets)
         self.opt_state = self.optimizer.init(self.trainable)
+        self.key = jax.random.key(experiment.seed)
 
         write_config(folder, experiment)
         self.checkpoints = Checkpoints(folder / "checkpoints", experiment.checkpoints.keep)
@@ -159,18 +145,17 @@ class _Run:
 
     def train(self) -> None:
         """Steps, evaluations and checkpoints, up to the last step or an early stop."""
-        progress, training = self.progress, self.experiment.training
+        progress = self.progress
         patience, every = self.experiment.evaluation.patience, self.experiment.checkpoints.every
         try:
             with (
                 self.stop.deferred(),
-                Bar("train", training.steps, "steps", done=progress.step) as bar,
+                Bar("train", self.steps, "steps", done=progress.step) as bar,
             ):
                 while not self.stop.requested:
-                    last = progress.step == training.steps
-                    if progress.evaluated < progress.step and (
-                        last or progress.step % self.experiment.evaluation.every == 0
-                    ):
+                    last = progress.step == self.steps
+                    due = progress.step and progress.step % self.experiment.evaluation.every == 0
+                    if progress.evaluated < progress.step and (last or due):
                         self._evaluate()
                     elif every and progress.step % every == 0 and self.saved_step < progress.step:
                         self._save()
@@ -196,7 +181,9 @@ class _Run:
         """Evaluate the best prompt on the test data and write the summary."""
         progress = self.progress
         trained = self._best_prompt()
-        test = self._measure(trained.prefix, "test") if "test" in self.examples else {}
+        test = {}
+        if "test" in self.examples:
+            test = self._measure(trained.backbone, trained.prefix, "test")
         seconds = time.monotonic() - self.began
         summary = {
             "experiment": self.experiment.name,
@@ -205,7 +192,8 @@ class _Run:
             "steps": progress.step,
             "best_step": progress.best_step,
             "wall_seconds": round(seconds, 1),
-            "examples_per_second": round(progress.step * self.rows / progress.step_seconds, 2),
+            "train_seconds": round(progress.step_seconds, 1),
+            "examples_per_second": _rate(progress.step * self.rows, progress.step_seconds),
             "peak_memory_bytes": _peak_memory(),
             "validation": progress.best_metrics,
             "test": test,
@@ -247,6 +235,7 @@ class _Run:
             self.opt_state,
             self.frozen,
             batch,
+            jax.random.fold_in(self.key, self.progress.step),
             graphdef=self.graphdef,
             optimizer=self.optimizer,
             accumulate=self.experiment.training.accumulate,
@@ -271,14 +260,14 @@ class _Run:
         progress.losses.append(loss)
         progress.padding.append(padding)
         training = self.experiment.training
-        if progress.step % training.log_every == 0 or progress.step == training.steps:
+        if progress.step % training.log_every == 0 or progress.step == self.steps:
             seconds = progress.step_seconds - progress.logged_seconds
             values = {
                 "loss": float(np.mean(progress.losses)),
                 "gradient_norm": norm,
                 "learning_rate": float(self.schedule(progress.step - 1)),
                 "padding": float(np.mean(progress.padding)),
-                "examples_per_second": round(len(progress.losses) * self.rows / seconds, 2),
+                "examples_per_second": _rate(len(progress.losses) * self.rows, seconds),
             }
             self.metrics.write(progress.step, "train", values)
             self.note = (
@@ -307,13 +296,16 @@ class _Run:
         method, backbone = nnx.merge(self.graphdef, self.trainable, self.frozen)
         try:
             with self.stop.deferred(False):
-                metrics = self._measure(make_prefix(method, backbone), "validation")
+                adapted = method.adapt(backbone)
+                metrics = self._measure(adapted, make_prefix(method, adapted), "validation")
         except Stopped:
             return
         progress, key = self.progress, self.experiment.evaluation.metric
         if not math.isfinite(metrics["loss"]):
             raise self._not_finite(f"the validation loss is {metrics['loss']}")
-        best = not progress.best_step or _merit(metrics, key) > _merit(progress.best_metrics, key)
+        best = not progress.best_metrics or _merit(metrics, key) > _merit(
+            progress.best_metrics, key
+        )
         if best:
             progress.best_step, progress.best_metrics = progress.step, metrics
         progress.stale = 0 if best else progress.stale + 1
@@ -324,22 +316,22 @@ class _Run:
         self._save()
         if best:
             self.checkpoints.wait()
-            self._save_prompt(method)
+            self._save_prompt(method, backbone)
         self.mark = time.monotonic()
 
-    def _measure(self, prefix: Prefix, split: str) -> dict[str, float]:
+    def _measure(self, backbone, prefix, split: str) -> dict[str, float]:
         settings = self.experiment.evaluation
         examples = self.examples[split]
         if split == "validation":
             examples = examples[: settings.examples]
-        return evaluate(self.base.backbone, prefix, examples, settings.batch_size, split)
+        return evaluate(backbone, prefix, examples, settings.batch_size, split)
 
     def _save(self) -> None:
         """Save a checkpoint of the state after the last step."""
         self._take_in()
         progress = self.progress
         if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(self.trainable)):
-            raise self._not_finite("the update made the prompt infinite")
+            raise self._not_finite("the update made what is learned infinite")
         progress.data = self.batches.get_state()
         progress.records = self.metrics.records
         progress.seconds = time.monotonic() - self.began
@@ -348,30 +340,45 @@ class _Run:
         self.checkpoints.save(progress.step, arrays, dataclasses.asdict(progress), best)
         self.saved_step = progress.step
 
-    def _save_prompt(self, method: SoftPrompt) -> None:
-        best = self.progress.best_step, self.progress.best_metrics
-        save_prompt(self.folder / "prompt", method, self.experiment, self.base, *best)
+    def _save_prompt(self, method: Method, backbone) -> None:
+        about = {
+            "experiment": self.experiment.name,
+            "step": self.progress.best_step,
+            "validation": self.progress.best_metrics,
+        }
+        save_prompt(
+            self.folder / "prompt",
+            method.folded(),
+            backbone,
+            self.experiment.method,
+            self.base,
+            self.task,
+            about,
+        )
 
     def _saved_prompt_step(self) -> int:
-        """The step that `prompt/` is of; 0 if there is none, or it is damaged."""
+        """The step that `prompt/` is of; -1 if there is none, or it is damaged."""
         try:
             return read_description(self.folder / "prompt")["step"]
         except UserError:
-            return 0
+            return -1
 
     def _best_prompt(self) -> TrainedPrompt:
         """The prompt of the best step, from `prompt/` or else from its checkpoint."""
         best = self.progress.best_step
         if self._saved_prompt_step() != best:
             arrays = self.checkpoints.load(best, (self.trainable, self.opt_state))
-            method, _ = nnx.merge(self.graphdef, arrays[0], self.frozen)
-            self._save_prompt(method)
+            self._save_prompt(*nnx.merge(self.graphdef, arrays[0], self.frozen))
         return load_prompt(self.folder / "prompt", self.base)
 
 
 def _merit(metrics: dict[str, float], key: str) -> tuple[float, ...]:
     """What is greater for a better prompt; of two with equal accuracy, the one of less loss."""
     return (-metrics["loss"],) if key == "loss" else (metrics[key], -metrics["loss"])
+
+
+def _rate(count: int, seconds: float) -> float:
+    return round(count / seconds, 2) if seconds else 0.0
 
 
 def _peak_memory() -> int:

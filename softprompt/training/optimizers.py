@@ -1,8 +1,11 @@
 """Optax optimizers and schedules by name."""
 
+import jax
 import optax
+from flax import nnx
 
 from softprompt.config import Optimizer
+from softprompt.methods.soft_prompt import OffsetParam
 
 
 def make_schedule(settings: Optimizer, steps: int) -> optax.Schedule:
@@ -20,14 +23,42 @@ def make_schedule(settings: Optimizer, steps: int) -> optax.Schedule:
     return optax.join_schedules([warmup, after], [settings.warmup_steps])
 
 
-def make_optimizer(settings: Optimizer, steps: int) -> optax.GradientTransformation:
+def make_optimizer(
+    settings: Optimizer, steps: int, offsets_learning_rate: float | None = None
+) -> optax.GradientTransformation:
     """The update rule of an experiment.
 
-    In all of them a step shrinks the prompt by learning rate times weight decay. Adafactor
-    is set as in Lester et al. 2021, section 3: no scaling by the size of the parameter.
+    In all of them a step shrinks what is learned by learning rate times weight decay.
+    Adafactor is set as in Lester et al. 2021, section 3: no scaling by the size of the
+    parameter.
+
+    Args:
+      settings: the experiment's.
+      steps: where the schedule ends.
+      offsets_learning_rate: of DePT's offsets, if they have one of their own.
     """
+    rule = _rule(settings, steps)
+    if offsets_learning_rate is not None:
+        of_offsets = settings.model_copy(update={"learning_rate": offsets_learning_rate})
+        rules = {"offsets": _rule(of_offsets, steps), "others": rule}
+        rule = optax.multi_transform(rules, _labels)
+    if settings.clip_norm is None:
+        return rule
+    return optax.chain(optax.clip_by_global_norm(settings.clip_norm), rule)
+
+
+def _labels(trainable):
+    """Which rule each variable follows."""
+    return jax.tree.map(
+        lambda variable: "offsets" if isinstance(variable, OffsetParam) else "others",
+        trainable,
+        is_leaf=lambda node: isinstance(node, nnx.Variable),
+    )
+
+
+def _rule(settings: Optimizer, steps: int) -> optax.GradientTransformation:
     rate, decay = make_schedule(settings, steps), settings.weight_decay
-    rule = {
+    rules = {
         "adamw": lambda: optax.adamw(rate, weight_decay=decay),
         "adafactor": lambda: optax.chain(
             optax.scale_by_factored_rms(),
@@ -37,7 +68,5 @@ def make_optimizer(settings: Optimizer, steps: int) -> optax.GradientTransformat
         ),
         "sgd": lambda: optax.chain(optax.add_decayed_weights(decay), optax.sgd(rate, momentum=0.9)),
         "lion": lambda: optax.lion(rate, weight_decay=decay),
-    }[settings.name]()
-    if settings.clip_norm is None:
-        return rule
-    return optax.chain(optax.clip_by_global_norm(settings.clip_norm), rule)
+    }
+    return rules[settings.name]()
