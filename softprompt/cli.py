@@ -134,12 +134,9 @@ def _inspect(options: argparse.Namespace) -> None:
     from softprompt.inference.inspect import nearest_tokens
 
     prompt = _load_prompt(options)
-    about = {key: prompt.description[key] for key in ("experiment", "step", "validation")}
-    print(
-        f"{prompt.description['method']}, {prompt.description['virtual_tokens']} virtual tokens "
-        f"on {prompt.base.name}, {json.dumps(about)}"
-    )
     tokens = nearest_tokens(prompt, options.nearest)
+    about = {key: prompt.description[key] for key in ("experiment", "step", "validation")}
+    print(f"{len(tokens)} virtual tokens on {prompt.base.name}, {json.dumps(about)}")
     print(f"{'':>4}  {'norm':>7}  nearest tokens (cosine similarity)")
     for number, token in enumerate(tokens):
         near = "  ".join(f"{text!r} {similarity:.2f}" for text, similarity in token.nearest)

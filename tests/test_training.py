@@ -16,7 +16,7 @@ from orbax.checkpoint import v1 as orbax
 from softprompt import UserError, load_experiment, load_prompt, train
 from softprompt.training.run_folder import read_metrics
 
-TIMES = {"examples_per_second", "wall_seconds", "peak_memory_bytes"}
+TIMES = {"examples_per_second", "train_seconds", "wall_seconds", "peak_memory_bytes"}
 
 
 def outcome(folder):
@@ -345,8 +345,11 @@ def test_free_text_trains_and_is_measured_by_its_loss(experiment_file, tmp_path)
     ("override", "message"),
     [
         ("training.batch_size=31", "30 examples do not fill a batch of 31"),
-        ("prompt.length=127", "too short for prompt.length 127"),
-        ("template.max_tokens=126", "too short for prompt.length 3 and template.max_tokens 126"),
+        ("prompt.length=127", "too short for the 127 that stand in front of every input"),
+        (
+            "template.max_tokens=126",
+            "too short for the 3 that stand in front of every input and template.max_tokens 126",
+        ),
         ("template.input='{title}'", "train.jsonl:1: no field 'title'"),
         ("base=./nowhere", "no such file or directory"),
         ("data.train=./nowhere.jsonl", "nowhere.jsonl: cannot be read"),

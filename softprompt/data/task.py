@@ -188,11 +188,9 @@ def make_task(
     room = context - before - len(head)
     if room < 2 or (template.max_tokens or 0) > room:
         asked = f" and template.max_tokens {template.max_tokens}" if template.max_tokens else ""
-        virtual = before + virtual_tokens
-        text = len(head) - sum(token < 0 for token in head)
         raise UserError(
-            f"base {base.name!r} has a context of {context} tokens, too short for {virtual} "
-            f"virtual ones{f', {text} of text in front of every input' if text else ''}{asked}"
+            f"base {base.name!r} has a context of {context} tokens, too short for the "
+            f"{before + len(head)} that stand in front of every input{asked}"
         )
     return Task(
         template,

@@ -95,11 +95,13 @@ def _prompt(
     if prompt.reparametrization == "multitask":
         assert prompt.tasks is not None
         return Reparametrized(MultiTask(vectors, len(prompt.tasks)), head)
-    forms = {"mlp": MLP, "lstm": LSTM, "residual": Residual, "low_rank": LowRank}
     size = prompt.size or _SIZES[prompt.reparametrization]
-    if prompt.reparametrization == "low_rank" and size > min(vectors.shape):
-        raise UserError(f"prompt.size {size}: no rank of vectors {vectors.shape}")
-    return Reparametrized(forms[prompt.reparametrization](vectors, size, key), head)
+    if prompt.reparametrization == "low_rank":
+        if size > min(vectors.shape):
+            raise UserError(f"prompt.size {size}: there are only {min(vectors.shape)} ranks")
+        return Reparametrized(LowRank(vectors, size), head)
+    networks = {"mlp": MLP, "lstm": LSTM, "residual": Residual}
+    return Reparametrized(networks[prompt.reparametrization](vectors, size, key), head)
 
 
 def _decomposed(

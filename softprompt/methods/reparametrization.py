@@ -1,17 +1,165 @@
+"""Modules that a soft prompt's vectors can be made from.
+
+They are trained in place of the vectors: calling one gives the vectors `[P, D]`, float32,
+which are all that remains of it when the prompt is saved. Whatever they learn is a
+`PromptParam`. Axis letters: P virtual tokens, D hidden, R rank, H hidden size of the
+network, I and O inputs and outputs of a layer.
+"""
+
+import jax
+import jax.numpy as jnp
 from flax import nnx
+
+from softprompt.methods.soft_prompt import PromptParam
 
 
 class MLP(nnx.Module):
-    pass
+    """P-tuning with an MLP (Liu et al. 2021, arXiv:2103.10385), with the layers of peft's.
+
+    `Linear(ReLU(Linear(ReLU(Linear(inputs)))))`, for each virtual token alone. There is no
+    skip: the first output is what a random network makes of the vectors.
+
+    Args:
+      vectors: `[P, D]`, float32, the first inputs of the network. They are learned too.
+      hidden_size: H.
+      key: draws the network.
+    """
+
+    def __init__(self, vectors: jax.Array, hidden_size: int, key: jax.Array):
+        size, keys = vectors.shape[1], jax.random.split(key, 3)
+        self.inputs = PromptParam(vectors)
+        self.first = _Linear(size, hidden_size, keys[0])
+        self.second = _Linear(hidden_size, hidden_size, keys[1])
+        self.third = _Linear(hidden_size, size, keys[2])
+
+    def __call__(self) -> jax.Array:
+        """The vectors `[P, D]`."""
+        hidden = jax.nn.relu(self.first(self.inputs[...]))
+        return self.third(jax.nn.relu(self.second(hidden)))
 
 
 class LSTM(nnx.Module):
-    pass
+    """P-tuning with an LSTM (Liu et al. 2021, arXiv:2103.10385), with the layers of peft's.
+
+    `Linear(ReLU(Linear(BiLSTM(inputs))))`, where the LSTM has one layer and reads the
+    virtual tokens both from the first and from the last. There is no skip: the first output
+    is what a random network makes of the vectors.
+
+    Args:
+      vectors: `[P, D]`, float32, the first inputs of the network. They are learned too.
+      hidden_size: H, of each direction; the layer behind them has 2 H.
+      key: draws the network.
+    """
+
+    def __init__(self, vectors: jax.Array, hidden_size: int, key: jax.Array):
+        size, keys = vectors.shape[1], jax.random.split(key, 4)
+        self.inputs = PromptParam(vectors)
+        self.forward = _Recurrence(size, hidden_size, keys[0])
+        self.backward = _Recurrence(size, hidden_size, keys[1])
+        self.first = _Linear(2 * hidden_size, 2 * hidden_size, keys[2])
+        self.second = _Linear(2 * hidden_size, size, keys[3])
+
+    def __call__(self) -> jax.Array:
+        """The vectors `[P, D]`."""
+        inputs = self.inputs[...]
+        both = [self.forward(inputs), self.backward(inputs, reverse=True)]
+        return self.second(jax.nn.relu(self.first(jnp.concatenate(both, axis=1))))
 
 
 class Residual(nnx.Module):
-    pass
+    """Residual prompt tuning (Razdaibiedina et al. 2023, arXiv:2305.03937).
+
+    `inputs + LayerNorm(Linear(ReLU(Linear(inputs))))`, one network for all virtual tokens:
+    section 3 of the paper, with the norm where the authors' code has it, behind the second
+    layer. The norm starts with a scale of zero, so that the first output is the vectors
+    (with the usual scale of one it would be noise, where embeddings are small); the two
+    layers therefore learn from the second step on.
+
+    Args:
+      vectors: `[P, D]`, float32, the first output.
+      hidden_size: H, the paper's bottleneck.
+      key: draws the network.
+    """
+
+    def __init__(self, vectors: jax.Array, hidden_size: int, key: jax.Array):
+        size, keys = vectors.shape[1], jax.random.split(key)
+        self.inputs = PromptParam(vectors)
+        self.down = _Linear(size, hidden_size, keys[0])
+        self.up = _Linear(hidden_size, size, keys[1])
+        self.scale, self.bias = PromptParam(jnp.zeros(size)), PromptParam(jnp.zeros(size))
+
+    def __call__(self) -> jax.Array:
+        """The vectors `[P, D]`."""
+        inputs = self.inputs[...]
+        x = self.up(jax.nn.relu(self.down(inputs)))
+        x = x - x.mean(axis=1, keepdims=True)
+        normed = x * jax.lax.rsqrt(jnp.mean(x**2, axis=1, keepdims=True) + 1e-5)
+        return inputs + normed * self.scale[...] + self.bias[...]
 
 
 class LowRank(nnx.Module):
-    pass
+    """Vectors of a low rank, `left @ right` (Xiao et al. 2023, arXiv:2310.10094).
+
+    The first output is the best approximation of the vectors at that rank, their truncated
+    singular value decomposition (the paper's is random).
+
+    Args:
+      vectors: `[P, D]`, float32.
+      rank: R, at most the smaller of P and D.
+    """
+
+    def __init__(self, vectors: jax.Array, rank: int):
+        left, values, right = jnp.linalg.svd(vectors, full_matrices=False)
+        values = values[:rank]
+        # The root shares a value between the factors; but where it is next to zero, as when
+        # vectors are repeated, two factors of zero would not learn.
+        share = jnp.sqrt(jnp.maximum(values, 0.01 * values[0]))
+        self.left = PromptParam(left[:, :rank] * share)
+        self.right = PromptParam((values / share)[:, None] * right[:rank])
+
+    def __call__(self) -> jax.Array:
+        """The vectors `[P, D]`."""
+        return self.left[...] @ self.right[...]
+
+
+class _Linear(nnx.Module):
+    """`x @ kernel + bias`, `[P, I]` to `[P, O]`, drawn as torch does."""
+
+    def __init__(self, inputs: int, outputs: int, key: jax.Array):
+        keys, bound = jax.random.split(key), inputs**-0.5
+        self.kernel = _uniform(keys[0], (inputs, outputs), bound)
+        self.bias = _uniform(keys[1], (outputs,), bound)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x @ self.kernel[...] + self.bias[...]
+
+
+class _Recurrence(nnx.Module):
+    """One direction of an LSTM, `[P, I]` to `[P, H]`, drawn as torch does.
+
+    Columns of `kernel`, `recurrent` and `bias` are the gates input, forget, cell and output.
+    """
+
+    def __init__(self, inputs: int, hidden_size: int, key: jax.Array):
+        keys, bound, gates = jax.random.split(key, 3), hidden_size**-0.5, 4 * hidden_size
+        self.kernel = _uniform(keys[0], (inputs, gates), bound)
+        self.recurrent = _uniform(keys[1], (hidden_size, gates), bound)
+        self.bias = _uniform(keys[2], (gates,), bound)
+
+    def __call__(self, x: jax.Array, reverse: bool = False) -> jax.Array:
+        recurrent = self.recurrent[...]
+
+        def step(carry, of_input):
+            state, cell = carry
+            i, f, g, o = jnp.split(of_input + state @ recurrent, 4)
+            cell = jax.nn.sigmoid(f) * cell + jax.nn.sigmoid(i) * jnp.tanh(g)
+            state = jax.nn.sigmoid(o) * jnp.tanh(cell)
+            return (state, cell), state
+
+        zero = jnp.zeros(recurrent.shape[0])
+        of_inputs = x @ self.kernel[...] + self.bias[...]
+        return jax.lax.scan(step, (zero, zero), of_inputs, reverse=reverse)[1]
+
+
+def _uniform(key: jax.Array, shape: tuple[int, ...], bound: float) -> PromptParam:
+    return PromptParam(jax.random.uniform(key, shape, minval=-bound, maxval=bound))

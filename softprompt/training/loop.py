@@ -303,8 +303,8 @@ class _Run:
         progress, key = self.progress, self.experiment.evaluation.metric
         if not math.isfinite(metrics["loss"]):
             raise self._not_finite(f"the validation loss is {metrics['loss']}")
-        best = not progress.best_metrics or _merit(metrics, key) > _merit(
-            progress.best_metrics, key
+        best = not progress.best_metrics or (
+            _merit(metrics, key) > _merit(progress.best_metrics, key)
         )
         if best:
             progress.best_step, progress.best_metrics = progress.step, metrics
