@@ -3,7 +3,7 @@
 A table leads from a module of `Decoder` or `T5` to the tensors' name, `{layer}` and
 `{expert}` standing for numbers; `.weight` or `.bias` is added. Of several names the first
 that the file has counts. Where a file keeps more or something else than a module's own
-matrix, `Stored` says how to take it out.
+matrix, `Stored` says in which form.
 """
 
 import dataclasses
@@ -12,6 +12,24 @@ from typing import Any
 
 import numpy as np
 
+Parts = tuple[np.ndarray, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """How a tensor holds one or several modules' matrices, or something else than a matrix.
+
+    All that these functions do is along the first axis, so that they serve matrices
+    `[out, in]` and biases `[out]` alike.
+
+    Attributes:
+      apart: from the tensor, and the architecture, to its parts. `ValueError` if it cannot.
+      together: from the parts to the tensor.
+    """
+
+    apart: Callable[[np.ndarray, Any], Parts]
+    together: Callable[[Parts, Any], np.ndarray]
+
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
@@ -19,72 +37,68 @@ class Stored:
 
     Attributes:
       name: the tensor's.
-      take: from the tensor as stored, and the architecture, the parameter in PyTorch's axis
-        order (`[out, in]` for a matrix, `[out]` for its bias). `ValueError` if it cannot.
+      form: which.
+      part: the module's.
+      transposed: whether a matrix is `[in, out]`.
     """
 
     name: str
-    take: Callable[[np.ndarray, Any], np.ndarray]
+    form: Form
+    part: int = 0
+    transposed: bool = False
 
 
 Names = Mapping[str, str | tuple[str, ...] | Stored]
 
 
-def _query_key_value(number: int) -> Callable[[np.ndarray, Any], np.ndarray]:
-    """Queries (0), keys (1) or values (2), one below the other."""
-
-    def take(array: np.ndarray, arch: Any) -> np.ndarray:
-        kv = arch.num_kv_heads * arch.head_size
-        ends = np.cumsum([arch.num_heads * arch.head_size, kv, kv])
-        if len(array) != ends[-1]:
-            raise ValueError
-        return np.split(array, ends[:-1])[number]
-
-    return take
+def _query_key_value_apart(array: np.ndarray, arch: Any) -> Parts:
+    kv = arch.num_kv_heads * arch.head_size
+    ends = np.cumsum([arch.num_heads * arch.head_size, kv, kv])
+    if len(array) != ends[-1]:
+        raise ValueError
+    return tuple(np.split(array, ends[:-1]))
 
 
-def _half(number: int) -> Callable[[np.ndarray, Any], np.ndarray]:
-    """The upper (0) or the lower (1) half."""
-    return lambda array, arch: np.split(array, 2)[number]
+def _by_head_apart(array: np.ndarray, arch: Any) -> Parts:
+    parts = array.reshape(arch.num_heads, 3, arch.head_size, *array.shape[1:])
+    return tuple(parts[:, part].reshape(-1, *array.shape[1:]) for part in range(3))
 
 
-def _transposed(array: np.ndarray, arch: Any) -> np.ndarray:
-    return array.T
+def _by_head_together(parts: Parts, arch: Any) -> np.ndarray:
+    shape = arch.num_heads, arch.head_size, *parts[0].shape[1:]
+    stacked = np.stack([part.reshape(shape) for part in parts], axis=1)
+    return stacked.reshape(-1, *parts[0].shape[1:])
 
 
-def _transposed_query_key_value(number: int) -> Callable[[np.ndarray, Any], np.ndarray]:
-    return lambda array, arch: _query_key_value(number)(array.T, arch)
+def _pairs(heads: str) -> Form:
+    """Rows whose rotary pairs are next to each other, put half by half."""
 
-
-def _by_head(number: int) -> Callable[[np.ndarray, Any], np.ndarray]:
-    """Queries (0), keys (1) or values (2), which alternate from head to head."""
-
-    def take(array: np.ndarray, arch: Any) -> np.ndarray:
-        parts = array.reshape(arch.num_heads, 3, arch.head_size, *array.shape[1:])
-        return parts[:, number].reshape(-1, *array.shape[1:])
-
-    return take
-
-
-def _from_zero(array: np.ndarray, arch: Any) -> np.ndarray:
-    """A norm's scale, kept as its difference from 1."""
-    return array.astype(np.float32) + 1
-
-
-def _from_third(array: np.ndarray, arch: Any) -> np.ndarray:
-    """Learned positions of which the first two belong to padding."""
-    return array[2:]
-
-
-def _halves_from_pairs(heads: str) -> Callable[[np.ndarray, Any], np.ndarray]:
-    """Rows of a matrix whose rotary pairs are next to each other, put half by half."""
-
-    def take(array: np.ndarray, arch: Any) -> np.ndarray:
+    def apart(array: np.ndarray, arch: Any) -> Parts:
         pairs = array.reshape(getattr(arch, heads), -1, 2, *array.shape[1:])
-        return pairs.swapaxes(1, 2).reshape(array.shape)
+        return (pairs.swapaxes(1, 2).reshape(array.shape),)
 
-    return take
+    def together(parts: Parts, arch: Any) -> np.ndarray:
+        (array,) = parts
+        halves = array.reshape(getattr(arch, heads), 2, -1, *array.shape[1:])
+        return halves.swapaxes(1, 2).reshape(array.shape)
 
+    return Form(apart, together)
+
+
+def _joined(parts: Parts, arch: Any) -> np.ndarray:
+    return np.concatenate(parts)
+
+
+WHOLE = Form(lambda array, arch: (array,), lambda parts, arch: parts[0])
+QUERY_KEY_VALUE = Form(_query_key_value_apart, _joined)
+BY_HEAD = Form(_by_head_apart, _by_head_together)  # queries, keys, values, from head to head
+HALVES = Form(lambda array, arch: tuple(np.split(array, 2)), _joined)
+FROM_ZERO = Form(  # a norm's scale, kept as its difference from 1
+    lambda array, arch: (array.astype(np.float32) + 1,), lambda parts, arch: parts[0] - 1
+)
+FROM_THIRD = Form(  # learned positions, the first two of which belong to padding
+    lambda array, arch: (array[2:],), lambda parts, arch: np.pad(parts[0], [(2, 0), (0, 0)])
+)
 
 _LAYER = "model.layers.{layer}."
 
@@ -117,27 +131,27 @@ OLMO2: Names = {
 
 GEMMA: Names = {
     **LLAMA,
-    "layers.attention_norm": Stored(_LAYER + "input_layernorm", _from_zero),
-    "layers.feed_forward_norm": Stored(_LAYER + "post_attention_layernorm", _from_zero),
-    "norm": Stored("model.norm", _from_zero),
+    "layers.attention_norm": Stored(_LAYER + "input_layernorm", FROM_ZERO),
+    "layers.feed_forward_norm": Stored(_LAYER + "post_attention_layernorm", FROM_ZERO),
+    "norm": Stored("model.norm", FROM_ZERO),
 }
 
 GEMMA2: Names = {
     **GEMMA,
-    "layers.attention_norm_behind": Stored(_LAYER + "post_attention_layernorm", _from_zero),
-    "layers.feed_forward_norm": Stored(_LAYER + "pre_feedforward_layernorm", _from_zero),
-    "layers.feed_forward_norm_behind": Stored(_LAYER + "post_feedforward_layernorm", _from_zero),
-    "layers.query_norm": Stored(_LAYER + "self_attn.q_norm", _from_zero),
-    "layers.key_norm": Stored(_LAYER + "self_attn.k_norm", _from_zero),
+    "layers.attention_norm_behind": Stored(_LAYER + "post_attention_layernorm", FROM_ZERO),
+    "layers.feed_forward_norm": Stored(_LAYER + "pre_feedforward_layernorm", FROM_ZERO),
+    "layers.feed_forward_norm_behind": Stored(_LAYER + "post_feedforward_layernorm", FROM_ZERO),
+    "layers.query_norm": Stored(_LAYER + "self_attn.q_norm", FROM_ZERO),
+    "layers.key_norm": Stored(_LAYER + "self_attn.k_norm", FROM_ZERO),
 }
 
 PHI3: Names = {
     **LLAMA,
-    "layers.attention.query": Stored(_LAYER + "self_attn.qkv_proj", _query_key_value(0)),
-    "layers.attention.key": Stored(_LAYER + "self_attn.qkv_proj", _query_key_value(1)),
-    "layers.attention.value": Stored(_LAYER + "self_attn.qkv_proj", _query_key_value(2)),
-    "layers.feed_forward.gate": Stored(_LAYER + "mlp.gate_up_proj", _half(0)),
-    "layers.feed_forward.up": Stored(_LAYER + "mlp.gate_up_proj", _half(1)),
+    "layers.attention.query": Stored(_LAYER + "self_attn.qkv_proj", QUERY_KEY_VALUE, 0),
+    "layers.attention.key": Stored(_LAYER + "self_attn.qkv_proj", QUERY_KEY_VALUE, 1),
+    "layers.attention.value": Stored(_LAYER + "self_attn.qkv_proj", QUERY_KEY_VALUE, 2),
+    "layers.feed_forward.gate": Stored(_LAYER + "mlp.gate_up_proj", HALVES, 0),
+    "layers.feed_forward.up": Stored(_LAYER + "mlp.gate_up_proj", HALVES, 1),
 }
 
 _NEOX_LAYER = "gpt_neox.layers.{layer}."
@@ -145,9 +159,9 @@ _NEOX_LAYER = "gpt_neox.layers.{layer}."
 GPT_NEOX: Names = {
     "embedding": "gpt_neox.embed_in",
     "layers.attention_norm": _NEOX_LAYER + "input_layernorm",
-    "layers.attention.query": Stored(_NEOX_LAYER + "attention.query_key_value", _by_head(0)),
-    "layers.attention.key": Stored(_NEOX_LAYER + "attention.query_key_value", _by_head(1)),
-    "layers.attention.value": Stored(_NEOX_LAYER + "attention.query_key_value", _by_head(2)),
+    "layers.attention.query": Stored(_NEOX_LAYER + "attention.query_key_value", BY_HEAD, 0),
+    "layers.attention.key": Stored(_NEOX_LAYER + "attention.query_key_value", BY_HEAD, 1),
+    "layers.attention.value": Stored(_NEOX_LAYER + "attention.query_key_value", BY_HEAD, 2),
     "layers.attention.output": _NEOX_LAYER + "attention.dense",
     "layers.feed_forward_norm": _NEOX_LAYER + "post_attention_layernorm",
     "layers.feed_forward.up": _NEOX_LAYER + "mlp.dense_h_to_4h",
@@ -157,18 +171,25 @@ GPT_NEOX: Names = {
 }
 
 _GPT2_LAYER = "transformer.h.{layer}."
+_GPT2_MIXED = _GPT2_LAYER + "attn.c_attn"
 
 GPT2: Names = {
     "embedding": "transformer.wte",
     "positions": "transformer.wpe",
     "layers.attention_norm": _GPT2_LAYER + "ln_1",
-    "layers.attention.query": Stored(_GPT2_LAYER + "attn.c_attn", _transposed_query_key_value(0)),
-    "layers.attention.key": Stored(_GPT2_LAYER + "attn.c_attn", _transposed_query_key_value(1)),
-    "layers.attention.value": Stored(_GPT2_LAYER + "attn.c_attn", _transposed_query_key_value(2)),
-    "layers.attention.output": Stored(_GPT2_LAYER + "attn.c_proj", _transposed),
+    "layers.attention.query": Stored(
+        _GPT2_MIXED, QUERY_KEY_VALUE, 0, transposed=True
+    ),
+    "layers.attention.key": Stored(
+        _GPT2_MIXED, QUERY_KEY_VALUE, 1, transposed=True
+    ),
+    "layers.attention.value": Stored(
+        _GPT2_MIXED, QUERY_KEY_VALUE, 2, transposed=True
+    ),
+    "layers.attention.output": Stored(_GPT2_LAYER + "attn.c_proj", WHOLE, transposed=True),
     "layers.feed_forward_norm": _GPT2_LAYER + "ln_2",
-    "layers.feed_forward.up": Stored(_GPT2_LAYER + "mlp.c_fc", _transposed),
-    "layers.feed_forward.down": Stored(_GPT2_LAYER + "mlp.c_proj", _transposed),
+    "layers.feed_forward.up": Stored(_GPT2_LAYER + "mlp.c_fc", WHOLE, transposed=True),
+    "layers.feed_forward.down": Stored(_GPT2_LAYER + "mlp.c_proj", WHOLE, transposed=True),
     "norm": "transformer.ln_f",
     "head": "lm_head",
 }
@@ -177,7 +198,7 @@ _OPT_LAYER = "model.decoder.layers.{layer}."
 
 OPT: Names = {
     "embedding": "model.decoder.embed_tokens",
-    "positions": Stored("model.decoder.embed_positions", _from_third),
+    "positions": Stored("model.decoder.embed_positions", FROM_THIRD),
     "layers.attention_norm": _OPT_LAYER + "self_attn_layer_norm",
     "layers.attention.query": _OPT_LAYER + "self_attn.q_proj",
     "layers.attention.key": _OPT_LAYER + "self_attn.k_proj",
@@ -247,15 +268,15 @@ GGUF: Names = {
 
 GGUF_LLAMA: Names = {
     **GGUF,
-    "layers.attention.query": Stored(_BLOCK + "attn_q", _halves_from_pairs("num_heads")),
-    "layers.attention.key": Stored(_BLOCK + "attn_k", _halves_from_pairs("num_kv_heads")),
+    "layers.attention.query": Stored(_BLOCK + "attn_q", _pairs("num_heads")),
+    "layers.attention.key": Stored(_BLOCK + "attn_k", _pairs("num_kv_heads")),
 }
 
 GGUF_PHI3: Names = {
     **GGUF,
-    "layers.attention.query": Stored(_BLOCK + "attn_qkv", _query_key_value(0)),
-    "layers.attention.key": Stored(_BLOCK + "attn_qkv", _query_key_value(1)),
-    "layers.attention.value": Stored(_BLOCK + "attn_qkv", _query_key_value(2)),
-    "layers.feed_forward.gate": Stored(_BLOCK + "ffn_up", _half(0)),
-    "layers.feed_forward.up": Stored(_BLOCK + "ffn_up", _half(1)),
+    "layers.attention.query": Stored(_BLOCK + "attn_qkv", QUERY_KEY_VALUE, 0),
+    "layers.attention.key": Stored(_BLOCK + "attn_qkv", QUERY_KEY_VALUE, 1),
+    "layers.attention.value": Stored(_BLOCK + "attn_qkv", QUERY_KEY_VALUE, 2),
+    "layers.feed_forward.gate": Stored(_BLOCK + "ffn_up", HALVES, 0),
+    "layers.feed_forward.up": Stored(_BLOCK + "ffn_up", HALVES, 1),
 }

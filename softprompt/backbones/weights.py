@@ -87,7 +87,7 @@ class _Reader:
         """A parameter, all its layers and experts, and if it is quantised its scales."""
         is_kernel = path[-1] == "kernel"
         module = path[:-1] if path[-1] in ("table", "kernel", "scale", "bias") else path
-        name, take = self._where(".".join(map(str, module)))
+        name, entry = self._where(".".join(map(str, module)))
         name += ".bias" if path[-1] == "bias" else ".weight"
         axes = [axis for axis in ("layer", "expert") if f"{{{axis}}}" in name]
         stack, one = shape[: len(axes)], shape[len(axes) :]
@@ -95,7 +95,7 @@ class _Reader:
         scales: Any = None
         for index in np.ndindex(stack):
             numbered = name.format(**dict(zip(axes, index, strict=True)))
-            array = self._read(numbered, take, one[::-1] if is_kernel else one)
+            array = self._read(numbered, entry, one[::-1] if is_kernel else one)
             if array is None:
                 continue
             if values is None:
@@ -108,28 +108,31 @@ class _Reader:
             values[index] = array
         return values, scales
 
-    def _where(self, module: str) -> tuple[str, Any]:
-        """The name of a module's tensors, and what to do with them."""
+    def _where(self, module: str) -> tuple[str, Stored | None]:
+        """The name of a module's tensors, and their form if it is a special one."""
         entry = self._names[module]
         if isinstance(entry, Stored):
-            return entry.name.removeprefix(self._prefix), entry.take
+            return entry.name.removeprefix(self._prefix), entry
         choices = entry if isinstance(entry, tuple) else (entry,)
         choices = tuple(choice.removeprefix(self._prefix) for choice in choices)
         there = (c for c in choices if f"{c}.weight".format(layer=0, expert=0) in self._stored)
         return next(there, choices[0]), None
 
-    def _read(self, name: str, take: Any, shape: tuple[int, ...]) -> np.ndarray | None:
+    def _read(self, name: str, entry: Stored | None, shape: tuple[int, ...]) -> np.ndarray | None:
         self.used.add(name)
         if name not in self._stored:
             self.problems.append(f"{name} is missing")
             return None
         stored = self._file.read(name)
         try:
-            array = take(stored, self._arch) if take else stored
+            array = stored
+            if entry:
+                array = stored.T if entry.transposed else stored
+                array = entry.form.apart(array, self._arch)[entry.part]
         except ValueError:
             array = None
         if array is None or array.shape != shape:
-            wanted = f"from which {shape} cannot be taken" if take else f"not {shape}"
+            wanted = f"from which {shape} cannot be taken" if entry else f"not {shape}"
             self.problems.append(f"{name} has shape {stored.shape}, {wanted}")
             return None
         self.digest.update(f"{name} {shape}".encode())

@@ -1,0 +1,71 @@
+"""The parameters of a backbone as the tensors of a model directory: the inverse of `weights.py`."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from softprompt.backbones.loading import Backbone
+from softprompt.backbones.names import WHOLE, Names, Stored
+
+
+def stored_tensors(backbone: Backbone, names: Names) -> Iterator[tuple[str, np.ndarray]]:
+    """Every tensor by its name, its axes in PyTorch's order, made one at a time.
+
+    A tied head is not among them. Matrices held as int8 become float32.
+
+    Args:
+      backbone: the model, from whatever file.
+      names: of the family, as in a model directory.
+    """
+    parameters = {
+        tuple(map(str, path)): variable[...]
+        for path, variable in nnx.to_flat_state(nnx.state(backbone, nnx.Param))
+    }
+    parts: dict[tuple[str, Stored], dict[int, tuple[str, ...]]] = {}
+    for path in parameters:
+        if path[-1] == "scale" and (*path[:-1], "kernel") in parameters:
+            continue  # belongs to its kernel
+        named = path[-1] in ("table", "kernel", "scale", "bias")
+        entry = find_entry(names, ".".join(path[:-1] if named else path), backbone.arch)
+        kind = "bias" if path[-1] == "bias" else "weight"
+        whole = Stored(f"{entry.name}.{kind}", entry.form, 0, entry.transposed)
+        parts.setdefault((whole.name, whole), {})[entry.part] = path
+    for (name, entry), paths in parts.items():
+        ordered = [paths[part] for part in sorted(paths)]
+        first = parameters[ordered[0]]
+        axes = [axis for axis in ("layer", "expert") if f"{{{axis}}}" in name]
+        for index in np.ndindex(first.shape[: len(axes)]):
+            arrays = tuple(_one(parameters, path, index) for path in ordered)
+            tensor = entry.form.together(arrays, backbone.arch)
+            numbered = name.format(**dict(zip(axes, index, strict=True)))
+            yield numbered, np.ascontiguousarray(tensor.T if entry.transposed else tensor)
+
+
+def find_entry(names: Names, module: str, arch: Any) -> Stored:
+    """Where a module's parameter is, and in which form.
+
+    Args:
+      names: of the family.
+      module: its path in the backbone.
+      arch: the backbone's architecture.
+    """
+    entry = names[module]
+    if isinstance(entry, Stored):
+        return entry
+    if isinstance(entry, tuple):  # T5's names for layers with a gate and without
+        entry = entry[0 if arch.gated else 1]
+    return Stored(entry, WHOLE)
+
+
+def _one(parameters: Any, path: tuple[str, ...], index: tuple[int, ...]) -> np.ndarray:
+    """One layer's or expert's parameter, in PyTorch's axis order."""
+    array = parameters[path][index]
+    if path[-1] != "kernel":
+        return np.asarray(array)
+    scale = parameters.get((*path[:-1], "scale"))
+    if scale is not None:
+        array = array.astype(jnp.float32) * scale[index][None]
+    return np.asarray(array).T
