@@ -1,4 +1,4 @@
-"""The command line: `softprompt train | eval | predict | inspect`."""
+"""The command line: `softprompt train | eval | predict | inspect | export | import`."""
 
 import argparse
 import dataclasses
@@ -143,6 +143,28 @@ def _inspect(options: argparse.Namespace) -> None:
         print(f"{number:>4}  {token.norm:>7.3f}  {near}")
 
 
+def _export(options: argparse.Namespace) -> None:
+    from softprompt.interop.export import export, push
+
+    export(_load_prompt(options), options.folder, options.format)
+    print(options.folder)
+    if options.push:
+        print(push(options.folder, options.push))
+
+
+def _import(options: argparse.Namespace) -> None:
+    from softprompt.backbones.loading import load_base
+    from softprompt.experiment_file import load_experiment
+    from softprompt.interop.importing import import_prompt
+
+    experiment = load_experiment(options.experiment) if options.experiment else None
+    name = options.base or (experiment.base if experiment else None)
+    if name is None:
+        raise UserError("give the base model with --base, or an experiment that names it")
+    import_prompt(options.source, options.folder, load_base(name), experiment)
+    print(options.folder)
+
+
 def _load_prompt(options: argparse.Namespace) -> "TrainedPrompt":
     from softprompt.inference.prompt import load_prompt
 
@@ -249,6 +271,49 @@ examples:
     inspect.add_argument(
         "--nearest", type=_count, default=5, metavar="N", help="tokens to show (default: 5)"
     )
+
+    export = _command(
+        commands,
+        "export",
+        _export,
+        "write what was learned in the form of another program",
+        """\
+peft: an adapter (a soft prompt as PROMPT_TUNING, prefix tuning as PREFIX_TUNING, LoRA).
+peft-prefix: whatever stands in front of every input as PREFIX_TUNING.
+merged: a model directory for engines that know nothing of prompts, with new tokens whose
+embeddings are the learned vectors, or with LoRA's or the fine-tuned weights.
+A README.md beside it is the model card.
+
+examples:
+  softprompt export runs/sentiment adapters/sentiment
+  softprompt export runs/sentiment models/sentiment --format merged
+  softprompt export runs/sentiment adapters/sentiment --push me/sentiment""",
+    )
+    _add_run(export, "a run's folder, or its prompt/")
+    export.add_argument("folder", type=Path, metavar="DIR", help="a new folder")
+    export.add_argument(
+        "--format", choices=("peft", "peft-prefix", "merged"), default="peft", help="default: peft"
+    )
+    export.add_argument("--push", metavar="OWNER/NAME", help="upload it to the hub as well")
+
+    import_ = _command(
+        commands,
+        "import",
+        _import,
+        "make a prompt for use out of another program's",
+        """\
+Reads a folder with an adapter of peft (PROMPT_TUNING, P_TUNING, PREFIX_TUNING or LORA, as
+safetensors), or a [k, d] array (.npy) of google-research/prompt-tuning. Template and
+verbalizer come from the experiment file; without one the input is the text alone.
+
+examples:
+  softprompt import adapters/theirs prompts/theirs --base smollm2-135m-instruct
+  softprompt import prompt.npy prompts/lester --experiment experiments/sentiment.yaml""",
+    )
+    import_.add_argument("source", type=Path, metavar="SOURCE", help="a folder, or a .npy file")
+    import_.add_argument("folder", type=Path, metavar="DIR", help="a new folder")
+    import_.add_argument("--base", metavar="NAME", help="the base model it was trained on")
+    import_.add_argument("--experiment", type=Path, metavar="FILE", help="a YAML file")
     return parser
 
 

@@ -177,15 +177,9 @@ GPT2: Names = {
     "embedding": "transformer.wte",
     "positions": "transformer.wpe",
     "layers.attention_norm": _GPT2_LAYER + "ln_1",
-    "layers.attention.query": Stored(
-        _GPT2_MIXED, QUERY_KEY_VALUE, 0, transposed=True
-    ),
-    "layers.attention.key": Stored(
-        _GPT2_MIXED, QUERY_KEY_VALUE, 1, transposed=True
-    ),
-    "layers.attention.value": Stored(
-        _GPT2_MIXED, QUERY_KEY_VALUE, 2, transposed=True
-    ),
+    "layers.attention.query": Stored(_GPT2_MIXED, QUERY_KEY_VALUE, 0, transposed=True),
+    "layers.attention.key": Stored(_GPT2_MIXED, QUERY_KEY_VALUE, 1, transposed=True),
+    "layers.attention.value": Stored(_GPT2_MIXED, QUERY_KEY_VALUE, 2, transposed=True),
     "layers.attention.output": Stored(_GPT2_LAYER + "attn.c_proj", WHOLE, transposed=True),
     "layers.feed_forward_norm": _GPT2_LAYER + "ln_2",
     "layers.feed_forward.up": Stored(_GPT2_LAYER + "mlp.c_fc", WHOLE, transposed=True),

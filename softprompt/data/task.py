@@ -172,7 +172,7 @@ def make_task(
     Raises:
       UserError: if the model's context is too short, or it has no chat template.
     """
-    pieces = _pieces(template, demonstrations, base.tokenizer, virtual=virtual_tokens > 0)
+    pieces = pieces_of(template, demonstrations, base.tokenizer, virtual=virtual_tokens > 0)
     constant = list(itertools.takewhile(lambda piece: _is_constant(piece, tasks), pieces))
     while constant and isinstance(constant[-1], list):
         constant.pop()  # special tokens alone stay in the rows
@@ -248,7 +248,7 @@ def _label(template: Template, verbalizer: Mapping[str, str], record: Record) ->
     return label
 
 
-def _pieces(
+def pieces_of(
     template: Template,
     demonstrations: Sequence[Demonstration],
     tokenizer: PreTrainedTokenizerFast,

@@ -17,7 +17,7 @@ from softprompt.methods.prefix import PrefixTuning, ReparametrizedPrefix
 from softprompt.methods.reparametrization import LSTM, MLP, LowRank, Residual
 from softprompt.methods.soft_prompt import DecomposedPrompt, Reparametrized, SoftPrompt
 
-_SIZES = {"mlp": 256, "lstm": 256, "residual": 256, "low_rank": 8}
+_SIZES = {"mlp": 128, "lstm": 128, "residual": 800, "low_rank": 10}  # see docs/methods.md
 
 
 def virtual_tokens(experiment: Experiment) -> tuple[int, int]:

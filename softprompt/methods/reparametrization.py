@@ -14,7 +14,7 @@ from softprompt.methods.soft_prompt import PromptParam
 
 
 class MLP(nnx.Module):
-    """P-tuning with an MLP (Liu et al. 2021, arXiv:2103.10385), with the layers of peft's.
+    """P-tuning with an MLP (Liu et al. 2021, arXiv:2103.10385), with the layers of peft's encoder.
 
     `Linear(ReLU(Linear(ReLU(Linear(inputs)))))`, for each virtual token alone. There is no
     skip: the first output is what a random network makes of the vectors.
@@ -39,7 +39,7 @@ class MLP(nnx.Module):
 
 
 class LSTM(nnx.Module):
-    """P-tuning with an LSTM (Liu et al. 2021, arXiv:2103.10385), with the layers of peft's.
+    """P-tuning with an LSTM (Liu et al. 2021, arXiv:2103.10385), with the layers of peft's encoder.
 
     `Linear(ReLU(Linear(BiLSTM(inputs))))`, where the LSTM has one layer and reads the
     virtual tokens both from the first and from the last. There is no skip: the first output
@@ -71,9 +71,9 @@ class Residual(nnx.Module):
 
     `inputs + LayerNorm(Linear(ReLU(Linear(inputs))))`, one network for all virtual tokens:
     section 3 of the paper, with the norm where the authors' code has it, behind the second
-    layer. The norm starts with a scale of zero, so that the first output is the vectors
-    (with the usual scale of one it would be noise, where embeddings are small); the two
-    layers therefore learn from the second step on.
+    layer. The norm's scale starts at zero, so that the first output is the vectors: at the
+    usual one, noise of unit variance would hide small embeddings. The two layers therefore
+    learn from the second step on.
 
     Args:
       vectors: `[P, D]`, float32, the first output.
@@ -93,15 +93,15 @@ class Residual(nnx.Module):
         inputs = self.inputs[...]
         x = self.up(jax.nn.relu(self.down(inputs)))
         x = x - x.mean(axis=1, keepdims=True)
-        normed = x * jax.lax.rsqrt(jnp.mean(x**2, axis=1, keepdims=True) + 1e-5)
-        return inputs + normed * self.scale[...] + self.bias[...]
+        x = x * jax.lax.rsqrt(jnp.mean(x**2, axis=1, keepdims=True) + 1e-5)
+        return inputs + x * self.scale[...] + self.bias[...]
 
 
 class LowRank(nnx.Module):
     """Vectors of a low rank, `left @ right` (Xiao et al. 2023, arXiv:2310.10094).
 
     The first output is the best approximation of the vectors at that rank, their truncated
-    singular value decomposition (the paper's is random).
+    singular value decomposition (the authors' code draws both factors at random).
 
     Args:
       vectors: `[P, D]`, float32.

@@ -1,0 +1,46 @@
+"""From another program's prompt or adapter to a folder that `load_prompt` reads."""
+
+from pathlib import Path
+
+from softprompt.backbones.loading import Base
+from softprompt.config import Experiment, Template
+from softprompt.data.task import make_task
+from softprompt.errors import UserError
+from softprompt.inference.saved import save_prompt
+from softprompt.interop.export import make_folder
+from softprompt.interop.peft_import import import_adapter, import_array
+from softprompt.methods.making import method_of
+
+
+def import_prompt(
+    source: Path, folder: Path, base: Base, experiment: Experiment | None = None
+) -> None:
+    """Save a `peft` adapter, or a prompt of google-research/prompt-tuning, as our own.
+
+    Args:
+      source: an adapter's folder, or a `.npy` file.
+      folder: to make, or an empty one.
+      base: the base model that it was trained on, which its file does not hold.
+      experiment: says template and verbalizer; by default the input is the text alone.
+
+    Raises:
+      UserError: if the source is damaged, of another kind, or does not fit the base model.
+    """
+    read = import_array if source.suffix == ".npy" else import_adapter
+    name, arrays, scales = read(source, base)
+    template = experiment.template if experiment else Template(input="{text}")
+    try:
+        task = make_task(
+            base,
+            template,
+            experiment.verbalizer if experiment else None,
+            virtual_tokens=len(arrays["vectors"]) if name == "prompt" else 0,
+            before=arrays["keys"].shape[1] if name == "prefix" else 0,
+        )
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
+    method = method_of(name, arrays, scales, task.head)
+    make_folder(folder)
+    folder.rmdir()  # it is made anew, whole or not at all
+    about = {"experiment": experiment.name if experiment else source.stem, "step": 0}
+    save_prompt(folder, method, base.backbone, name, base, task, {**about, "validation": {}})

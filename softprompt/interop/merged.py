@@ -1,0 +1,134 @@
+"""A base model with what was learned put into it, for engines that know nothing of prompts.
+
+The result is a model directory as the hub has them. A soft prompt becomes new tokens of
+the vocabulary, whose embeddings are its vectors. Axis letters: V vocabulary, D hidden,
+P virtual tokens.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+from tokenizers import AddedToken
+from transformers import PreTrainedTokenizerFast
+from transformers.models.auto import modeling_auto
+
+from softprompt.backbones.families import FAMILIES
+from softprompt.backbones.loading import Base
+from softprompt.backbones.storing import stored_tensors
+from softprompt.data.task import pieces_of
+from softprompt.errors import UserError
+from softprompt.inference.prompt import TrainedPrompt
+from softprompt.methods.lora import LoRA
+from softprompt.methods.method import FullFineTuning
+from softprompt.methods.soft_prompt import DecomposedPrompt, SoftPrompt
+
+
+def export_merged(prompt: TrainedPrompt, folder: Path) -> str:
+    """Write a model directory that does without softprompt what the prompt does with it.
+
+    Args:
+      prompt: a soft prompt, LoRA or full fine-tuning.
+      folder: where to write; it exists.
+
+    Returns:
+      What an input looks like to it: the template with all tokens written out, to be
+      tokenised with `add_special_tokens=False`.
+
+    Raises:
+      UserError: if what was learned cannot be put into a model.
+    """
+    method, base = prompt.method, prompt.base
+    if base.compute.int8:
+        raise UserError("a base model in int8 cannot be merged; export with --base and no int8")
+    backbone, vectors = prompt.backbone, np.zeros((0, base.backbone.arch.hidden_size), np.float32)
+    if isinstance(method, LoRA):
+        backbone = method.merge(base.backbone)
+    elif isinstance(method, SoftPrompt) and not isinstance(method, DecomposedPrompt):
+        backbone, vectors = base.backbone, np.asarray(method.vectors[...], np.float32)
+    elif not isinstance(method, FullFineTuning):
+        name = prompt.description["method"]
+        raise UserError(f"method {name} has no form that a plain model could hold")
+    if prompt.task.tasks:
+        raise UserError("prompts of several tasks cannot be merged into one model")
+    tokenizer = base.tokenizer
+    tokenizer.save_pretrained(folder)
+    names = [f"<|softprompt-{i}|>" for i in range(len(vectors))]
+    tensors = dict(stored_tensors(backbone, FAMILIES[base.config["model_type"]].names))
+    size = base.backbone.arch.vocab_size
+    if names:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+        tokenizer.add_tokens([AddedToken(name, special=True, normalized=False) for name in names])
+        tokenizer.save_pretrained(folder)
+        ids = tokenizer.convert_tokens_to_ids(names)
+        size = max(size, max(ids) + 1)
+        _add_tokens(tensors, base, vectors, ids, size)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = _config(base, size, untied=bool(names))
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    generation = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    if names:
+        generation["suppress_tokens"] = tokenizer.convert_tokens_to_ids(names)
+    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+    return "".join(_written(prompt, tokenizer, names))
+
+
+def _add_tokens(
+    tensors: dict[str, np.ndarray], base: Base, vectors: np.ndarray, ids: list[int], size: int
+) -> None:
+    """Give the vocabulary `size` tokens, `ids` of which have the vectors as embeddings.
+
+    No new token can win: its row of the head is that of another token that the model does
+    not write, and of two equal logits the lower id is taken.
+    """
+    arch, names = base.backbone.arch, FAMILIES[base.config["model_type"]].names
+    embedding, head = f"{names['embedding']}.weight", f"{names['head']}.weight"
+    table = tensors[embedding]
+    if arch.tied_head:
+        scale = arch.hidden_size**-0.5 if base.backbone.is_encoder_decoder else 1.0
+        tensors[head] = table * table.dtype.type(scale)
+    new = np.zeros((size - len(table), table.shape[1]), table.dtype)
+    tensors[embedding] = np.concatenate([table, new])
+    tensors[embedding][ids] = vectors / base.backbone.embedding.scale
+    rows = np.repeat(tensors[head][[_unwritten(base)]], len(new), axis=0)
+    tensors[head] = np.concatenate([tensors[head], rows])
+    tensors[head][ids] = tensors[head][_unwritten(base)]
+
+
+def _unwritten(base: Base) -> int:
+    """A token that the model does not write: one that starts or pads texts, but ends none."""
+    tokenizer, end = base.tokenizer, base.tokenizer.eos_token_id
+    choices = [tokenizer.pad_token_id, tokenizer.bos_token_id, *tokenizer.all_special_ids]
+    size = base.backbone.arch.vocab_size
+    return next((i for i in choices if i is not None and i != end and i < size), 0)
+
+
+def _config(base: Base, size: int, untied: bool) -> dict[str, Any]:
+    kind = base.config["model_type"]
+    classes = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if base.backbone.is_encoder_decoder:
+        classes = modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+    config = {key: value for key, value in base.config.items() if value is not None}
+    config |= {"architectures": [classes[kind]], "vocab_size": size, "dtype": base.compute.dtype}
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        config.setdefault(key, getattr(base.tokenizer, key))
+    if untied:
+        config["tie_word_embeddings"] = False
+        config.pop("scale_decoder_outputs", None)  # T5's name for it
+    return config
+
+
+def _written(
+    prompt: TrainedPrompt, tokenizer: PreTrainedTokenizerFast, names: list[str]
+) -> Iterator[str]:
+    task = prompt.task
+    for piece in pieces_of(task.template, task.demonstrations, tokenizer, virtual=bool(names)):
+        if piece is None:
+            yield "".join(names)
+        elif isinstance(piece, str):
+            yield piece
+        else:
+            yield "".join(tokenizer.convert_ids_to_tokens(piece))

@@ -1,0 +1,196 @@
+"""What a method learned as an adapter of `peft` 0.21 (`adapter_config.json` and safetensors).
+
+Axis letters: P virtual tokens, D hidden, L layers, K key-value heads, h head size, R rank.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from softprompt.backbones.families import FAMILIES
+from softprompt.backbones.loading import Base
+from softprompt.backbones.storing import find_entry
+from softprompt.errors import UserError
+from softprompt.inference.prompt import TrainedPrompt
+from softprompt.methods.lora import LoRA, matrices_of
+from softprompt.methods.prefix import PrefixTuning
+from softprompt.methods.soft_prompt import DecomposedPrompt, SoftPrompt
+
+
+def export_adapter(prompt: TrainedPrompt, folder: Path, *, as_prefix: bool = False) -> None:
+    """Write an adapter that gives the same logits in `peft`.
+
+    A soft prompt becomes PROMPT_TUNING, learned keys and values PREFIX_TUNING, LoRA LORA.
+
+    Args:
+      prompt: what was learned.
+      folder: where to write; it exists.
+      as_prefix: write whatever stands in front of every row (virtual tokens and text) as
+        PREFIX_TUNING: keys and values instead of the vectors that they come from.
+
+    Raises:
+      UserError: if `peft` has no form for it.
+    """
+    method = prompt.method
+    if isinstance(method, DecomposedPrompt):
+        raise UserError("DePT's offsets of the inputs have no form in peft")
+    if isinstance(method, LoRA):
+        if prompt.prefix is not None:
+            raise UserError("LoRA behind text in front of every input has no form in peft")
+        arrays, config = _lora(prompt.base, method)
+    elif as_prefix or isinstance(method, PrefixTuning):
+        arrays, config = _prefix(prompt)
+    elif isinstance(method, SoftPrompt):
+        arrays, config = _prompt(prompt.base, method)
+    else:
+        raise UserError(f"method {prompt.description['method']} has no form in peft")
+    encoder_decoder = prompt.base.backbone.is_encoder_decoder
+    shared = {
+        "task_type": "SEQ_2_SEQ_LM" if encoder_decoder else "CAUSAL_LM",
+        "base_model_name_or_path": prompt.base.name,
+        "inference_mode": True,
+        "revision": None,
+    }
+    save_file(arrays, folder / "adapter_model.safetensors", {"format": "pt"})
+    text = json.dumps(config | shared, indent=2, sort_keys=True)
+    (folder / "adapter_config.json").write_text(text + "\n")
+
+
+def embedding_scale(base: Base) -> float:
+    """What the model multiplies vectors by that `peft` puts in front of its embeddings.
+
+    Granite does so to what it is given; Gemma inside its table, so that `peft`'s vectors
+    stand behind that factor, as those here.
+    """
+    return base.backbone.embedding.scale if base.config["model_type"] == "granite" else 1.0
+
+
+def _prompt(base: Base, method: SoftPrompt) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    vectors = np.asarray(method.vectors[...], np.float32)
+    if np.asarray(method.head[...]).tolist() != [~i for i in range(len(vectors))]:
+        raise UserError(
+            "peft puts virtual tokens in front of everything, and these stand elsewhere or are "
+            "not all; what stands in front of every input can be had as --format peft-prefix"
+        )
+    arch = base.backbone.arch
+    layers = arch.num_decoder_layers if base.backbone.is_encoder_decoder else len(arch.layers)
+    return {"prompt_embeddings": vectors / np.float32(embedding_scale(base))}, {
+        "peft_type": "PROMPT_TUNING",
+        "num_virtual_tokens": len(vectors),
+        "token_dim": vectors.shape[1],
+        "num_transformer_submodules": 1,
+        "num_attention_heads": arch.num_heads,
+        "num_layers": layers,
+        "prompt_tuning_init": "RANDOM",
+        "prompt_tuning_init_text": None,
+        "tokenizer_name_or_path": None,
+    }
+
+
+def _prefix(prompt: TrainedPrompt) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    prefix: Any = prompt.prefix
+    if prefix is None or prefix.keys is None:
+        raise UserError(
+            "nothing stands in front of every input as keys and values, which is what a "
+            "prefix is in peft"
+        )
+    if prompt.base.backbone.is_encoder_decoder and prefix.embeddings is not None:
+        raise UserError("text in front of every input of an encoder has no form in peft")
+    if any(token is None for token in prompt.task.pieces):
+        raise UserError("these virtual tokens stand in the inputs, not in front of them")
+    stacked = np.stack([prefix.keys, prefix.values]).astype(np.float32)  # [2, L, P, K, h]
+    _, layers, length, kv_heads, size = stacked.shape
+    return {"prompt_embeddings": stacked.transpose(2, 1, 0, 3, 4).reshape(length, -1).copy()}, {
+        "peft_type": "PREFIX_TUNING",
+        "num_virtual_tokens": length,
+        "token_dim": kv_heads * size,
+        "num_transformer_submodules": 1,
+        "num_attention_heads": kv_heads,
+        "num_layers": layers,
+        "encoder_hidden_size": kv_heads * size,
+        "prefix_projection": False,
+    }
+
+
+def _lora(base: Base, method: LoRA) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    arrays, ranks, alphas = {}, {}, {}
+    scales = dict(method.scales)
+    transposed = False
+    modules = stored_modules(base)
+    for name, (entry, paths) in modules.items():
+        learned = [path for path in paths if path in scales]
+        if not learned:
+            continue
+        matrices = {
+            path: [np.asarray(method.matrices[path][side][...]) for side in ("down", "up")]
+            for path in learned
+        }
+        transposed |= entry.transposed
+        sizes = [matrices[path][0].shape[-1] for path in learned]
+        ends = np.cumsum(sizes)
+        for layer in range(len(matrices[learned[0]][0])):
+            down = np.concatenate([matrices[path][0][layer].T for path in learned])  # [R, in]
+            parts = [np.zeros((_outputs(base, path), ends[-1]), np.float32) for path in paths]
+            for path, size, end in zip(learned, sizes, ends, strict=True):
+                factor = np.float32(scales[path] / scales[learned[0]])
+                parts[paths.index(path)][:, end - size : end] = matrices[path][1][layer].T * factor
+            module = name.format(layer=layer)
+            up = entry.form.together(tuple(parts), base.backbone.arch)  # [out, R]
+            arrays[f"base_model.model.{module}.lora_A.weight"] = np.ascontiguousarray(down)
+            arrays[f"base_model.model.{module}.lora_B.weight"] = np.ascontiguousarray(up)
+            ranks[module] = int(ends[-1])
+            alphas[module] = float(scales[learned[0]] * ends[-1])
+    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    return arrays, {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {name: r for name, r in ranks.items() if r != rank},
+        "alpha_pattern": {name: a for name, a in alphas.items() if a != alpha},
+        "target_modules": _target_modules(list(ranks), modules),
+        "fan_in_fan_out": transposed,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "use_rslora": False,
+        "use_dora": False,
+        "modules_to_save": None,
+    }
+
+
+def stored_modules(base: Base) -> dict[str, tuple[Any, list[str]]]:
+    """The modules that hold a backbone's matrices in PyTorch, by name with `{layer}` in it.
+
+    Returns:
+      With each its `Stored`, and the paths of the matrices that are its parts, in order.
+    """
+    names = FAMILIES[base.config["model_type"]].names
+    parts: dict[str, dict[int, tuple[Any, str]]] = {}
+    for path in matrices_of(base.backbone):
+        entry = find_entry(names, path, base.backbone.arch)
+        parts.setdefault(entry.name, {})[entry.part] = entry, path
+    return {
+        name: (parts_of[0][0], [parts_of[part][1] for part in sorted(parts_of)])
+        for name, parts_of in parts.items()
+    }
+
+
+def _outputs(base: Base, path: str) -> int:
+    return matrices_of(base.backbone)[path].kernel.shape[-1]
+
+
+def _target_modules(names: Sequence[str], modules: Mapping[str, Any]) -> list[str]:
+    """The names' endings behind the layer's number, if these mean no other module."""
+
+    def ending(template: str) -> str:
+        return template.rpartition("{layer}.")[2]
+
+    endings = {ending(t) for t in modules if t.format(layer=0) in names}
+    meant = [t for t in modules if ending(t) in endings]
+    if all(t.format(layer=0) in names for t in meant):
+        return sorted(endings)
+    return sorted(names)

@@ -1,0 +1,259 @@
+"""Adapters made by `peft`, read from their safetensors; nothing of them is run or unpickled.
+
+Axis letters: P virtual tokens, D hidden, L layers, K key-value heads, h head size, R rank.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from softprompt.backbones.loading import Base
+from softprompt.backbones.names import WHOLE
+from softprompt.errors import UserError
+from softprompt.interop.peft_export import embedding_scale, stored_modules
+from softprompt.methods.lora import matrices_of
+
+_FILE = "adapter_model.safetensors"
+Learned = tuple[str, dict[str, Any], dict[str, float]]  # see `import_adapter`
+
+
+def import_adapter(folder: Path, base: Base) -> Learned:
+    """Read an adapter of kind PROMPT_TUNING, P_TUNING, PREFIX_TUNING or LORA.
+
+    Args:
+      folder: with `adapter_config.json` and `adapter_model.safetensors`.
+      base: the base model that it was trained on.
+
+    Returns:
+      The method's name, its arrays by name, and the scales of LoRA: see
+      `methods.making.method_of`.
+
+    Raises:
+      UserError: if a file is missing or malformed, or does not fit the base model.
+    """
+    config, tensors = _read_config(folder), _read_tensors(folder)
+    kind = config.get("peft_type")
+    try:
+        if kind in ("PROMPT_TUNING", "P_TUNING"):
+            return "prompt", _prompt(config, tensors, base), {}
+        if kind == "PREFIX_TUNING":
+            return "prefix", _prefix(config, tensors, base), {}
+        if kind == "LORA":
+            return "lora", *_lora(config, tensors, base)
+    except _Misfit as error:
+        raise UserError(f"{folder}: {error}") from None
+    raise UserError(
+        f"{folder}: adapters of kind {kind!r} are not read "
+        "(only PROMPT_TUNING, P_TUNING, PREFIX_TUNING and LORA)"
+    )
+
+
+def import_array(path: Path, base: Base) -> Learned:
+    """Read a prompt `[P, D]` of google-research/prompt-tuning, saved by NumPy.
+
+    Raises:
+      UserError: if it is no such array, or does not fit the base model.
+    """
+    try:
+        with path.open("rb") as file:
+            vectors = np.load(file, allow_pickle=False)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, EOFError) as error:
+        raise UserError(f"{path}: not an array of numbers ({str(error).splitlines()[0]})") from None
+    if not isinstance(vectors, np.ndarray) or vectors.ndim != 2 or vectors.dtype.kind != "f":
+        raise UserError(f"{path}: not a matrix of floating-point numbers")
+    try:
+        return "prompt", {"vectors": _vectors(vectors, base)}, {}
+    except _Misfit as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+class _Misfit(Exception):
+    """What does not fit in an adapter; its place is added by the caller."""
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "adapter_config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: not a JSON object")
+    return config
+
+
+def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
+    path = folder / _FILE
+    if not path.is_file():
+        pickled = folder / "adapter_model.bin"
+        if pickled.exists():
+            raise UserError(
+                f"{pickled}: pickled files are not read, for unpickling one can run any code: "
+                "save the adapter as safetensors"
+            )
+        raise UserError(f"{path}: no such file")
+    try:
+        with safe_open(path, framework="flax") as file:
+            tensors = {name: np.asarray(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise UserError(f"{path}: not a readable safetensors file ({error})") from None
+    for name, tensor in tensors.items():
+        if not jnp.issubdtype(tensor.dtype, jnp.floating):
+            raise UserError(f"{path}: {name} is of {tensor.dtype}, no floating-point numbers")
+        tensors[name] = tensor.astype(np.float32)
+        if not np.isfinite(tensors[name]).all():
+            raise UserError(f"{path}: {name} has values that are not finite")
+    return tensors
+
+
+def _number(config: Mapping[str, Any], key: str, default: Any = None) -> Any:
+    value = config.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e9:
+        raise _Misfit(f"adapter_config.json: {key} is {value!r}")
+    return value
+
+
+def _embeddings(tensors: Mapping[str, np.ndarray]) -> np.ndarray:
+    if "prompt_embeddings" not in tensors:
+        raise _Misfit(f"{_FILE}: no prompt_embeddings (it has {_listed(tensors)})")
+    if len(tensors) > 1:
+        raise _Misfit(f"{_FILE}: more than prompt_embeddings ({_listed(tensors)})")
+    embeddings = tensors["prompt_embeddings"]
+    if embeddings.ndim != 2:
+        raise _Misfit(f"{_FILE}: prompt_embeddings has shape {embeddings.shape}, no matrix")
+    return embeddings
+
+
+def _prompt(config, tensors, base: Base) -> dict[str, Any]:
+    embeddings, length = _embeddings(tensors), _number(config, "num_virtual_tokens")
+    modules = _number(config, "num_transformer_submodules", 1)
+    if len(embeddings) != length * modules:
+        raise _Misfit(
+            f"{_FILE}: prompt_embeddings has {len(embeddings)} rows, not the {length * modules} "
+            "that adapter_config.json says"
+        )
+    # Of an encoder-decoder's two halves the second is never read.
+    return {"vectors": _vectors(embeddings[:length], base)}
+
+
+def _vectors(embeddings: np.ndarray, base: Base) -> Any:
+    size = base.backbone.arch.hidden_size
+    if embeddings.shape[1] != size:
+        raise _Misfit(
+            f"its vectors have {embeddings.shape[1]} dimensions, those of the base model "
+            f"{base.name!r} {size}"
+        )
+    if not len(embeddings):
+        raise _Misfit("it has no vectors")
+    return jnp.asarray(embeddings, jnp.float32) * embedding_scale(base)
+
+
+def _prefix(config, tensors, base: Base) -> dict[str, Any]:
+    embeddings = _embeddings(tensors)
+    arch: Any = base.backbone.arch
+    if base.backbone.is_encoder_decoder:
+        layers, kv_heads = arch.num_decoder_layers, arch.num_heads
+    else:
+        layers, kv_heads = len(arch.layers), arch.num_kv_heads
+    shape = _number(config, "num_virtual_tokens"), layers, 2, kv_heads, arch.head_size
+    if _number(config, "num_transformer_submodules", 1) != 1:
+        raise _Misfit("adapter_config.json: num_transformer_submodules must be 1")
+    if embeddings.shape != (shape[0], math.prod(shape[1:])):
+        raise _Misfit(
+            f"{_FILE}: prompt_embeddings has shape {embeddings.shape}, but the base model "
+            f"{base.name!r} takes ({shape[0]}, {math.prod(shape[1:])})"
+        )
+    keys, values = embeddings.reshape(shape).transpose(2, 1, 0, 3, 4)
+    return {"keys": jnp.asarray(keys), "values": jnp.asarray(values)}
+
+
+def _lora(config, tensors, base: Base) -> tuple[dict[str, Any], dict[str, float]]:
+    for key, plain in (("use_dora", False), ("bias", "none"), ("lora_bias", False)):
+        if config.get(key, plain) not in (plain, None):
+            raise _Misfit(f"adapter_config.json: {key} {config[key]!r} is not supported")
+    left = dict(tensors)
+    arrays: dict[str, Any] = {}
+    scales: dict[str, float] = {}
+    linears = matrices_of(base.backbone)
+    for name, (entry, paths) in stored_modules(base).items():
+        layers = len(linears[paths[0]].kernel)
+        sides = [
+            _take_pair(left, name.format(layer=layer), linears, entry, paths, base)
+            for layer in range(layers)
+        ]
+        if not any(sides):
+            continue
+        factors = [_scale(config, name.format(layer=i), pair) for i, pair in enumerate(sides)]
+        scale = next(factor for factor in factors if factor)
+        for part, path in enumerate(paths):
+            _, inputs, outputs = linears[path].kernel.shape
+            rank = max(len(pair[0]) for pair in sides if pair)
+            down = np.zeros((layers, inputs, rank), np.float32)
+            up = np.zeros((layers, rank, outputs), np.float32)
+            for layer, pair in enumerate(sides):
+                if pair:
+                    r, factor = len(pair[0]), np.float32(factors[layer] / scale)
+                    down[layer, :, :r] = pair[0].T
+                    up[layer, :r] = pair[1][part].T * factor
+            if entry.form is not WHOLE:  # of a rank that the other parts share
+                used = up.any(axis=(0, 2))
+                down, up = down[:, :, used], up[:, used]
+            if up.size:
+                arrays[f"{path}.down"], arrays[f"{path}.up"] = jnp.asarray(down), jnp.asarray(up)
+                scales[path] = scale
+    if left:
+        raise _Misfit(f"{_FILE}: the base model {base.name!r} has no place for {_listed(left)}")
+    if not scales:
+        raise _Misfit(f"{_FILE}: no matrices")
+    return arrays, scales
+
+
+def _take_pair(left, module: str, linears, entry, paths, base: Base):
+    """A module's A `[R, in]` and the parts `[out, R]` of its B, or None if it has none."""
+    names = [f"base_model.model.{module}.lora_{side}.weight" for side in "AB"]
+    here = [name for name in names if name in left]
+    if not here:
+        return None
+    if len(here) == 1:
+        missing = names[1 - names.index(here[0])]
+        raise _Misfit(f"{_FILE}: {here[0]} is there, but not {missing}")
+    down, up = (left.pop(name) for name in names)
+    inputs = linears[paths[0]].kernel.shape[1]
+    outputs = sum(linears[path].kernel.shape[2] for path in paths)
+    if down.shape[1:] != (inputs,) or up.shape != (outputs, len(down)):
+        raise _Misfit(
+            f"{_FILE}: {module} has A {down.shape} and B {up.shape}, but in the base model "
+            f"{base.name!r} it is [{outputs}, {inputs}]"
+        )
+    return down, entry.form.apart(up, base.backbone.arch)
+
+
+def _scale(config, module: str, pair) -> float:
+    """The factor of a module's B·A."""
+    if pair is None:
+        return 0.0
+    alpha = _number(config, "lora_alpha")
+    patterns = config.get("alpha_pattern") or {}
+    for pattern in patterns:
+        if set(pattern) & set("\\^$*+?{}[]|()"):
+            raise _Misfit(f"adapter_config.json: alpha_pattern {pattern!r} is no plain name")
+        if f".{module}".endswith(f".{pattern}"):
+            alpha = _number(patterns, pattern)
+            break
+    rank = len(pair[0])
+    return float(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
+
+
+def _listed(tensors: Mapping[str, Any]) -> str:
+    names = sorted(tensors)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
