@@ -72,12 +72,12 @@ def embedding_scale(base: Base) -> float:
 
 def _prompt(base: Base, method: SoftPrompt) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     vectors = np.asarray(method.vectors[...], np.float32)
-    if np.asarray(method.head[...]).tolist() != [~i for i in range(len(vectors))]:
+    if not _in_front(method) or len(method.head[...]) > len(vectors):
         raise UserError(
             "peft puts virtual tokens in front of everything, and these stand elsewhere or are "
             "not all; what stands in front of every input can be had as --format peft-prefix"
         )
-    arch = base.backbone.arch
+    arch: Any = base.backbone.arch
     layers = arch.num_decoder_layers if base.backbone.is_encoder_decoder else len(arch.layers)
     return {"prompt_embeddings": vectors / np.float32(embedding_scale(base))}, {
         "peft_type": "PROMPT_TUNING",
@@ -92,6 +92,12 @@ def _prompt(base: Base, method: SoftPrompt) -> tuple[dict[str, np.ndarray], dict
     }
 
 
+def _in_front(method: SoftPrompt) -> bool:
+    """Whether all virtual tokens are part of what every row begins with."""
+    head = np.asarray(method.head[...])
+    return head[head < 0].tolist() == [~i for i in range(len(method.vectors[...]))]
+
+
 def _prefix(prompt: TrainedPrompt) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     prefix: Any = prompt.prefix
     if prefix is None or prefix.keys is None:
@@ -99,17 +105,23 @@ def _prefix(prompt: TrainedPrompt) -> tuple[dict[str, np.ndarray], dict[str, Any
             "nothing stands in front of every input as keys and values, which is what a "
             "prefix is in peft"
         )
-    if prompt.base.backbone.is_encoder_decoder and prefix.embeddings is not None:
+    encoder_decoder = prompt.base.backbone.is_encoder_decoder
+    if encoder_decoder and prefix.embeddings is not None:
         raise UserError("text in front of every input of an encoder has no form in peft")
-    if any(token is None for token in prompt.task.pieces):
+    if isinstance(prompt.method, SoftPrompt) and not _in_front(prompt.method):
         raise UserError("these virtual tokens stand in the inputs, not in front of them")
     stacked = np.stack([prefix.keys, prefix.values]).astype(np.float32)  # [2, L, P, K, h]
+    if encoder_decoder:
+        # Of two submodules peft gives layer 2i to layer i of the decoder, and drops the others;
+        # with one it would put the prefix in front of the encoder's output as well.
+        stacked = np.stack([stacked, np.zeros_like(stacked)], axis=2)
+        stacked = stacked.reshape(2, -1, *stacked.shape[3:])
     _, layers, length, kv_heads, size = stacked.shape
     return {"prompt_embeddings": stacked.transpose(2, 1, 0, 3, 4).reshape(length, -1).copy()}, {
         "peft_type": "PREFIX_TUNING",
         "num_virtual_tokens": length,
         "token_dim": kv_heads * size,
-        "num_transformer_submodules": 1,
+        "num_transformer_submodules": 2 if encoder_decoder else 1,
         "num_attention_heads": kv_heads,
         "num_layers": layers,
         "encoder_hidden_size": kv_heads * size,

@@ -161,19 +161,32 @@ def _vectors(embeddings: np.ndarray, base: Base) -> Any:
 def _prefix(config, tensors, base: Base) -> dict[str, Any]:
     embeddings = _embeddings(tensors)
     arch: Any = base.backbone.arch
+    modules = _number(config, "num_transformer_submodules", 1)
     if base.backbone.is_encoder_decoder:
         layers, kv_heads = arch.num_decoder_layers, arch.num_heads
+        stored = _number(config, "num_layers", layers)  # by default the encoder's
     else:
         layers, kv_heads = len(arch.layers), arch.num_kv_heads
-    shape = _number(config, "num_virtual_tokens"), layers, 2, kv_heads, arch.head_size
-    if _number(config, "num_transformer_submodules", 1) != 1:
-        raise _Misfit("adapter_config.json: num_transformer_submodules must be 1")
+        stored = layers
+        if modules != 1:
+            raise _Misfit(f"adapter_config.json: num_transformer_submodules is {modules}, not 1")
+    shape = _number(config, "num_virtual_tokens"), stored, 2, kv_heads, arch.head_size
+    if (heads := config.get("num_attention_heads", kv_heads)) != kv_heads:
+        raise _Misfit(
+            f"adapter_config.json: num_attention_heads is {heads}, but the base model "
+            f"{base.name!r} has keys and values of {kv_heads} heads"
+        )
     if embeddings.shape != (shape[0], math.prod(shape[1:])):
         raise _Misfit(
             f"{_FILE}: prompt_embeddings has shape {embeddings.shape}, but the base model "
             f"{base.name!r} takes ({shape[0]}, {math.prod(shape[1:])})"
         )
     keys, values = embeddings.reshape(shape).transpose(2, 1, 0, 3, 4)
+    if base.backbone.is_encoder_decoder:
+        if modules == 1 and stored < layers:
+            raise _Misfit(f"adapter_config.json: num_layers is {stored}, the decoder has {layers}")
+        used = np.arange(layers) * modules % stored  # see `peft_export`
+        keys, values = keys[used], values[used]
     return {"keys": jnp.asarray(keys), "values": jnp.asarray(values)}
 
 

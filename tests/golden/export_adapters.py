@@ -1,0 +1,113 @@
+"""Adapters exported by softprompt, with its logits, for `check_exports.py` to compare with peft's.
+
+Runs where softprompt is installed; `check_exports.py` where torch, transformers and peft are:
+
+    python tests/golden/export_adapters.py EXPORTS [MODEL_DIRECTORY ...]
+    python tests/golden/check_exports.py EXPORTS
+
+Writes EXPORTS/<variant>/<kind>/, an adapter of a random prompt, prefix, LoRA, or soft prompt as a
+prefix, and EXPORTS/<variant>/golden.npz with `tokens`, `lengths` (T5: `targets`,
+`target_lengths`) and `<kind>_logits`. A variant is the first of each family in families/, or a
+directory with a model, whose slashes are written as %.
+"""
+
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from softprompt.backbones.batch import Batch
+from softprompt.backbones.directory import ModelDirectory
+from softprompt.backbones.loading import Base, load_backbone
+from softprompt.config import Compute
+from softprompt.inference.prompt import TrainedPrompt
+from softprompt.interop.peft_export import export_adapter
+from softprompt.methods.lora import LoRA, find_targets, matrices_of
+from softprompt.methods.prefix import PrefixTuning
+from softprompt.methods.soft_prompt import SoftPrompt
+
+FAMILIES = Path(__file__).parent / "families"
+LENGTHS, TARGET_LENGTHS, VIRTUAL_TOKENS, RANK = (9, 6, 2), (4, 2, 1), 4, 3
+
+
+def methods(base: Base, random: np.random.Generator):
+    arch = base.backbone.arch
+    spread = float(jnp.std(base.backbone.embedding.table[...])) * base.backbone.embedding.scale
+    vectors = draw(random, VIRTUAL_TOKENS, arch.hidden_size) * spread
+    if base.backbone.is_encoder_decoder:
+        shape = arch.num_decoder_layers, VIRTUAL_TOKENS, arch.num_heads, arch.head_size
+    else:
+        shape = len(arch.layers), VIRTUAL_TOKENS, arch.num_kv_heads, arch.head_size
+        yield "soft-as-prefix", SoftPrompt(vectors)
+    yield "prompt", SoftPrompt(vectors)
+    yield "prefix", PrefixTuning(draw(random, *shape), draw(random, *shape))
+    paths = find_targets(base.backbone, ["*"])
+    linears = matrices_of(base.backbone)
+    shapes = {path: linears[path].kernel.shape for path in paths if "router" not in path}
+    matrices = {
+        path: (
+            draw(random, layers, inputs, RANK) * inputs**-0.5,
+            draw(random, layers, RANK, outputs) * 0.1,
+        )
+        for path, (layers, inputs, outputs) in shapes.items()
+    }
+    yield "lora", LoRA(matrices, dict.fromkeys(matrices, 5 / RANK))
+
+
+def draw(random, *shape):
+    return jnp.asarray(random.standard_normal(shape), jnp.float32)
+
+
+def logits_of(base, method, batch):
+    @jax.jit
+    def run(backbone):
+        backbone, prefix = method.apply(backbone)
+        return backbone.logits(backbone.target_states(batch, prefix))
+
+    return np.asarray(run(base.backbone))
+
+
+def batch_of(base, random):
+    size = min(base.backbone.arch.vocab_size, 50000)
+    tokens = np.zeros((len(LENGTHS), max(LENGTHS)), np.int32)
+    for row, length in enumerate(LENGTHS):
+        tokens[row, :length] = random.integers(5, size, length)
+    rows = {"tokens": tokens, "lengths": np.array(LENGTHS)}
+    if not base.backbone.is_encoder_decoder:
+        every = np.broadcast_to(np.arange(max(LENGTHS)), tokens.shape)
+        batch = Batch(tokens, rows["lengths"], tokens, tokens * 0, every, None, None)
+        return batch, rows
+    targets = np.zeros((len(TARGET_LENGTHS), max(TARGET_LENGTHS)), np.int32)
+    candidates = np.full_like(targets, -1)
+    for row, length in enumerate(TARGET_LENGTHS):
+        targets[row, :length] = random.integers(5, size, length)
+        candidates[row, :length] = 0
+    rows |= {"targets": targets, "target_lengths": np.array(TARGET_LENGTHS)}
+    return Batch(tokens, rows["lengths"], targets, candidates, None, None, None), rows
+
+
+def main(exports: Path, directories: list[str]) -> None:
+    variants = {}
+    for path in sorted(FAMILIES.iterdir()):
+        variants.setdefault(path.name.split("-")[0], path)
+    places = {path.name: path for path in variants.values()}
+    places |= {path.replace("/", "%"): Path(path) for path in directories}
+    for variant, path in places.items():
+        file = ModelDirectory(path)
+        random = np.random.default_rng(0)
+        base = Base(str(path), "", file.config, load_backbone(file)[0], None, Compute())
+        batch, arrays = batch_of(base, random)
+        for kind, method in methods(base, random):
+            (exports / variant / kind).mkdir(parents=True, exist_ok=True)
+            backbone = method.adapt(base.backbone)
+            prompt = TrainedPrompt(base, method, backbone, method.make_prefix(backbone), None, {})
+            export_adapter(prompt, exports / variant / kind, as_prefix=kind == "soft-as-prefix")
+            arrays[f"{kind}_logits"] = logits_of(base, method, batch)
+        np.savez(exports / variant / "golden.npz", **arrays)
+        print(variant)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
