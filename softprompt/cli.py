@@ -1,19 +1,14 @@
 """The command line: `softprompt train | eval | predict | inspect | export | import`."""
 
 import argparse
-import dataclasses
-import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
+from softprompt import commands
 from softprompt.errors import Stopped, UserError
-
-if TYPE_CHECKING:
-    from softprompt.data.records import Record
-    from softprompt.inference.prompt import TrainedPrompt
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -61,116 +56,6 @@ def _configure_jax() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
-def _train(options: argparse.Namespace) -> None:
-    from softprompt.experiment_file import load_experiment
-    from softprompt.training.loop import train
-
-    experiment = load_experiment(options.experiment, options.words)
-    folder = options.run_dir or Path("runs") / experiment.name
-    summary = train(experiment, folder)
-    print(json.dumps(summary, indent=2))
-    print(f"prompt: {folder / 'prompt'}", file=sys.stderr)
-
-
-def _eval(options: argparse.Namespace) -> None:
-    from softprompt.data.examples import make_examples
-    from softprompt.data.records import read_records
-    from softprompt.evaluation.evaluate import evaluate
-    from softprompt.experiment_file import load_experiment
-
-    config = options.run / "config.yaml"
-    if not config.is_file():
-        raise UserError(f"{options.run}: is no run's folder (it has no config.yaml)")
-    data = load_experiment(config).data.model_dump(exclude_none=True)
-    if options.split not in data:
-        raise UserError(f"{config}: has no data.{options.split}")
-    records = read_records(data[options.split])
-    prompt = _load_prompt(options)
-    examples = make_examples(prompt.task, records, options.split)
-    metrics = evaluate(prompt.backbone, prompt.prefix, examples, options.batch_size, options.split)
-    print(json.dumps({"split": options.split, "examples": len(examples), **metrics}))
-
-
-def _predict(options: argparse.Namespace) -> None:
-    if bool(options.words) == bool(options.input):
-        raise UserError("give either texts or --input FILE")
-    if options.jsonl and options.input != "-":
-        raise UserError("--jsonl is for standard input (--input -); a file's kind is in its name")
-    prompt = _load_prompt(options)
-    if options.input:
-        records = list(_read_inputs(prompt, options.input, options.jsonl))
-    else:
-        records = [prompt.record(text, f"text {i}") for i, text in enumerate(options.words, 1)]
-    for record, prediction in zip(
-        records, prompt.classify_records(records, options.batch_size), strict=True
-    ):
-        line = {"input": record.fields, **dataclasses.asdict(prediction)}
-        print(json.dumps(line, ensure_ascii=False))
-
-
-def _read_inputs(prompt: "TrainedPrompt", name: str, jsonl: bool) -> "Iterator[Record]":
-    from softprompt.data.records import parse_jsonl, read_records
-
-    if name.endswith((".jsonl", ".csv")):
-        yield from read_records(name)
-        return
-    where = "standard input" if name == "-" else name
-    try:
-        content = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-        lines = content.decode("utf-8-sig").split("\n")
-    except OSError as error:
-        raise UserError(f"{where}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{where}: not UTF-8 text") from None
-    if jsonl:
-        yield from parse_jsonl(lines, where)
-    else:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                yield prompt.record(line.removesuffix("\r"), f"{where}:{number}")
-
-
-def _inspect(options: argparse.Namespace) -> None:
-    from softprompt.inference.inspect import nearest_tokens
-
-    prompt = _load_prompt(options)
-    tokens = nearest_tokens(prompt, options.nearest)
-    about = {key: prompt.description[key] for key in ("experiment", "step", "validation")}
-    print(f"{len(tokens)} virtual tokens on {prompt.base.name}, {json.dumps(about)}")
-    print(f"{'':>4}  {'norm':>7}  nearest tokens (cosine similarity)")
-    for number, token in enumerate(tokens):
-        near = "  ".join(f"{text!r} {similarity:.2f}" for text, similarity in token.nearest)
-        print(f"{number:>4}  {token.norm:>7.3f}  {near}")
-
-
-def _export(options: argparse.Namespace) -> None:
-    from softprompt.interop.export import export, push
-
-    export(_load_prompt(options), options.folder, options.format)
-    print(options.folder)
-    if options.push:
-        print(push(options.folder, options.push))
-
-
-def _import(options: argparse.Namespace) -> None:
-    from softprompt.backbones.loading import load_base
-    from softprompt.experiment_file import load_experiment
-    from softprompt.interop.importing import import_prompt
-
-    experiment = load_experiment(options.experiment) if options.experiment else None
-    name = options.base or (experiment.base if experiment else None)
-    if name is None:
-        raise UserError("give the base model with --base, or an experiment that names it")
-    import_prompt(options.source, options.folder, load_base(name), experiment)
-    print(options.folder)
-
-
-def _load_prompt(options: argparse.Namespace) -> "TrainedPrompt":
-    from softprompt.inference.prompt import load_prompt
-
-    return load_prompt(options.run, options.base)
-
-
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")
@@ -190,12 +75,12 @@ examples:
 'softprompt COMMAND --help' says more about a command.""",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    chosen = parser.add_subparsers(metavar="COMMAND", required=True)
 
     train = _command(
-        commands,
+        chosen,
         "train",
-        _train,
+        commands.train,
         "learn a prompt, or go on with a run that was stopped",
         """\
 Trains what an experiment file says and leaves in the run's folder: prompt/ (for use),
@@ -214,28 +99,31 @@ examples:
     train.add_argument("--run-dir", type=Path, metavar="DIR", help="default: runs/NAME")
 
     evaluate = _command(
-        commands,
+        chosen,
         "eval",
-        _eval,
-        "measure a trained prompt on a split of its data",
+        commands.evaluate,
+        "measure a trained prompt, or several together, on a split of its data",
         """\
 Prints one line of JSON: the split, its number of examples, loss (nats per target token)
-and, where there are labels, accuracy.
+and, where there are labels, accuracy. Of several prompts of one task there is a line for
+each, evaluated in one pass, and for what they choose by vote and by mean probability.
 
 examples:
   softprompt eval runs/sentiment
-  softprompt eval runs/sentiment --split validation""",
+  softprompt eval runs/sentiment --split validation
+  softprompt eval runs/seed-0 runs/seed-1 runs/seed-2""",
     )
-    _add_run(evaluate, "a run's folder")
+    evaluate.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder")
+    _add_base(evaluate)
     _add_batch_size(evaluate)
     evaluate.add_argument(
         "--split", choices=("train", "validation", "test"), default="test", help="default: test"
     )
 
     predict = _command(
-        commands,
+        chosen,
         "predict",
-        _predict,
+        commands.predict,
         "label texts with a trained prompt",
         """\
 Prints one line of JSON for each text: input, label, and the probability of every label.
@@ -258,9 +146,9 @@ examples:
     )
 
     inspect = _command(
-        commands,
+        chosen,
         "inspect",
-        _inspect,
+        commands.inspect,
         "show each virtual token's norm and nearest vocabulary tokens",
         """\
 examples:
@@ -273,9 +161,9 @@ examples:
     )
 
     export = _command(
-        commands,
+        chosen,
         "export",
-        _export,
+        commands.export,
         "write what was learned in the form of another program",
         """\
 peft: an adapter (a soft prompt as PROMPT_TUNING, prefix tuning as PREFIX_TUNING, LoRA).
@@ -297,9 +185,9 @@ examples:
     export.add_argument("--push", metavar="OWNER/NAME", help="upload it to the hub as well")
 
     import_ = _command(
-        commands,
+        chosen,
         "import",
-        _import,
+        commands.import_,
         "make a prompt for use out of another program's",
         """\
 Reads a folder with an adapter of peft (PROMPT_TUNING, P_TUNING, PREFIX_TUNING or LORA, as
@@ -317,10 +205,8 @@ examples:
     return parser
 
 
-def _command(
-    commands: Any, name: str, run: Any, summary: str, text: str
-) -> argparse.ArgumentParser:
-    command = commands.add_parser(
+def _command(chosen: Any, name: str, run: Any, summary: str, text: str) -> argparse.ArgumentParser:
+    command = chosen.add_parser(
         name,
         help=summary,
         description=f"{summary[0].upper()}{summary[1:]}.\n\n{text}",
@@ -332,6 +218,10 @@ def _command(
 
 def _add_run(command: argparse.ArgumentParser, help: str) -> None:
     command.add_argument("run", type=Path, metavar="RUN", help=help)
+    _add_base(command)
+
+
+def _add_base(command: argparse.ArgumentParser) -> None:
     command.add_argument("--base", metavar="NAME", help="default: the base the prompt names")
 
 

@@ -7,8 +7,9 @@ from conftest import REPOSITORY
 
 # A package may import from those on its own line and on the lines below it.
 LAYERS = [
-    {"cli"},
-    {"training", "evaluation", "inference"},
+    {"__main__"},
+    {"cli", "commands", "compare"},
+    {"training", "evaluation", "inference", "interop"},
     {"methods", "data"},
     {"backbones"},
     {"experiment_file"},

@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from softprompt.backbones.architecture import Architecture, LayerKind
 from softprompt.backbones.attention import NOWHERE, Source, attend, behind, same_sequence
 from softprompt.backbones.batch import Batch
 from softprompt.backbones.flash import flash_attend
 from softprompt.backbones.layers import (
-    ACTIVATIONS,
     Attention,
     Embedding,
     Experts,
@@ -28,76 +28,7 @@ from softprompt.backbones.layers import (
     heads,
     join_heads,
 )
-from softprompt.backbones.rope import Rope, angles, rotate
-
-
-@dataclasses.dataclass(frozen=True)
-class LayerKind:
-    """What may change from layer to layer.
-
-    Attributes:
-      rope: its rotary embedding; None in a model that has none at all.
-      window: number of positions a token sees, its own included; None: all before it.
-    """
-
-    rope: Rope | None
-    window: int | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Architecture:
-    """Everything that tells one decoder from another, apart from its weights.
-
-    Defaults are Llama's. A field with its default value is no part of a base model's
-    fingerprint, so a new field must have the default of what was so far.
-    """
-
-    vocab_size: int  # V
-    hidden_size: int  # D
-    feed_forward_size: int  # F, of each expert if there are experts
-    num_heads: int  # H
-    num_kv_heads: int  # K
-    head_size: int  # h
-    context_length: int  # most tokens the model was made for, virtual tokens included
-    norm_epsilon: float
-    tied_head: bool
-    layers: tuple[LayerKind, ...]  # L of them
-    attention_scale: float | None = None  # of the scores; None: h ** -0.5
-    attention_softcap: float | None = None
-    query_key_norm: Literal["none", "head", "width"] = "none"  # over h, or over all heads at once
-    attention_bias: bool = False  # of queries, keys and values
-    output_bias: bool = False
-    activation: str = "silu"
-    gated: bool = True
-    feed_forward_bias: bool = False
-    norm: Literal["rms", "layer"] = "rms"
-    norm_before: bool = True  # attention and feed-forward
-    norm_behind: bool = False  # them, before adding back
-    parallel: bool = False  # attention and feed-forward read the same input
-    learned_positions: bool = False
-    embedding_scale: float = 1.0
-    residual_scale: float = 1.0  # of what a layer adds
-    logit_scale: float = 1.0
-    logit_softcap: float | None = None
-    num_experts: int = 0
-    experts_per_token: int = 0
-    normalized_experts: bool = False  # their shares sum to 1
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value, required = getattr(self, field.name), field.default is dataclasses.MISSING
-            wrong = field.type in (int, float, bool) and type(value) is not field.type
-            if wrong or (required and field.type in (int, float) and value <= 0):
-                raise ValueError(f"{field.name} {value!r}")
-        rotated = [2 * len(kind.rope.frequencies) for kind in self.layers if kind.rope]
-        if self.num_heads % self.num_kv_heads or max(rotated, default=0) > self.head_size:
-            raise ValueError("sizes of attention heads that do not fit one another")
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(f"activation {self.activation!r}")
-        if self.experts_per_token > self.num_experts:
-            raise ValueError(f"{self.experts_per_token} of {self.num_experts} experts")
-        if not self.layers:
-            raise ValueError("no layers")
+from softprompt.backbones.rope import angles, rotate
 
 
 @jax.tree_util.register_dataclass
@@ -105,15 +36,20 @@ class Architecture:
 class Prefix:
     """Keys (after rotary embedding) and values that every row of a batch attends to.
 
-    Both are `[L, P, K, h]`: there is no batch axis, so nothing is copied per row.
+    There is no batch axis, so nothing is copied per row.
+
+    Attributes:
+      keys, values: `[L, P, K, h]`.
+      used: how many of the P are there, the first ones, if it is not all of them.
     """
 
     keys: jax.Array
     values: jax.Array
+    used: jax.Array | None = None
 
     @property
     def length(self) -> int:
-        """Number of virtual tokens, P; a row's own first token has this position."""
+        """Number of virtual tokens, P."""
         return self.keys.shape[1]
 
 
@@ -345,10 +281,11 @@ class Decoder(nnx.Module):
     def _run(self, x, positions=None, segments=None, prefix=None, cache=None):
         arch = self.arch
         scale = arch.attention_scale or arch.head_size**-0.5
-        flash = self.attention == "cudnn" and positions is None and segments is None
+        masked = prefix is not None and prefix.used is not None
+        flash = self.attention == "cudnn" and positions is None and segments is None and not masked
         if positions is None:
             positions = jnp.arange(x.shape[1])[None]
-        start = prefix.length if prefix else 0
+        start = 0 if prefix is None else prefix.used if masked else prefix.length
         if arch.learned_positions:
             x = x + self.positions[...][positions + start]
 
@@ -357,11 +294,14 @@ class Decoder(nnx.Module):
             own = behind(positions, positions, kind.window)
             if segments is not None:
                 own &= same_sequence(segments)
-            virtual = jnp.arange(start)[None]
+            virtual = jnp.arange(prefix.length if prefix else 0)[None]
+            if masked:
+                virtual = jnp.where(virtual < start, virtual, NOWHERE)
+            hidden = prefix is not None and (masked or windows)
             return (
                 None if kind.rope is None else angles(kind.rope, positions + start),
                 own,
-                behind(positions + start, virtual, kind.window) if prefix and windows else None,
+                behind(positions + start, virtual, kind.window) if hidden else None,
                 behind(positions, cache.positions, kind.window) if cache else None,
             )
 

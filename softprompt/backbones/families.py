@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from softprompt.backbones import names as named
-from softprompt.backbones.decoder import Architecture, LayerKind
+from softprompt.backbones.architecture import Architecture, LayerKind
 from softprompt.backbones.rope import make_rope
 from softprompt.backbones.t5 import T5Architecture
 from softprompt.errors import UserError

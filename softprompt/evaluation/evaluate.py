@@ -24,7 +24,7 @@ def make_prefix(method, backbone):
 
 
 @partial(jax.jit, static_argnames="candidates")
-def _candidate_scores(backbone, prefix, batch: Batch, candidates: int) -> jax.Array:
+def candidate_scores(backbone, prefix, batch: Batch, candidates: int) -> jax.Array:
     """Log-probability of each row's candidates, `[B, C]`."""
     log_probabilities = target_log_probabilities(backbone, prefix, batch)  # [B, M]
     member = batch.target_candidates[..., None] == jnp.arange(candidates)[None, None]  # [B, M, C]
@@ -47,7 +47,7 @@ def score(
     candidates = len(examples[0].candidates)
     batches = evaluation_batches(examples, batch_size, encoder_decoder=backbone.is_encoder_decoder)
     for batch, numbers in batches:
-        scores = _candidate_scores(backbone, prefix, batch, candidates)
+        scores = candidate_scores(backbone, prefix, batch, candidates)
         yield numbers, np.asarray(scores)[: len(numbers)]
 
 

@@ -20,6 +20,18 @@ from softprompt.interop.peft_export import embedding_scale, stored_modules
 from softprompt.methods.lora import matrices_of
 
 _FILE = "adapter_model.safetensors"
+_OTHER_THAN_LORA = (  # settings of peft's LORA that make it something else
+    "alora_invocation_tokens",
+    "bias",
+    "layer_replication",
+    "lora_bias",
+    "modules_to_save",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_bdlora",
+    "use_dora",
+    "use_qalora",
+)
 Learned = tuple[str, dict[str, Any], dict[str, float]]  # see `import_adapter`
 
 
@@ -191,8 +203,8 @@ def _prefix(config, tensors, base: Base) -> dict[str, Any]:
 
 
 def _lora(config, tensors, base: Base) -> tuple[dict[str, Any], dict[str, float]]:
-    for key, plain in (("use_dora", False), ("bias", "none"), ("lora_bias", False)):
-        if config.get(key, plain) not in (plain, None):
+    for key in _OTHER_THAN_LORA:
+        if config.get(key) not in (None, False, "none", [], {}):
             raise _Misfit(f"adapter_config.json: {key} {config[key]!r} is not supported")
     left = dict(tensors)
     arrays: dict[str, Any] = {}

@@ -46,14 +46,18 @@ def check(folder: Path, exports: Path) -> bool:
     good = True
     for kind in sorted(kinds):
         found = difference(folder, exports / kind, golden, golden[kind + LOGITS])
-        good &= bool(found <= TOLERANCE)  # which NaN is not
-        print(f"{exports.name} {kind}: {found:.1e}{'' if found <= TOLERANCE else '  TOO MUCH'}")
+        close = bool(found <= TOLERANCE)  # which NaN is not
+        print(f"{exports.name} {kind}: {found:.1e}{'' if close else '  TOO MUCH'}")
+        good &= close
     return good
 
 
 def main(exports: Path, models: list[str]) -> bool:
-    folders = [FAMILIES / model for model in models or sorted(p.name for p in exports.iterdir())]
-    return all([check(folder, exports / folder.name) for folder in folders])
+    good = True
+    for model in models or sorted(path.name for path in exports.iterdir()):
+        folder = FAMILIES / model if (FAMILIES / model).is_dir() else Path(model).resolve()
+        good &= check(folder, exports / folder.name)
+    return good
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ Runs where softprompt is installed; `check_exports.py` where torch, transformers
 
 Writes EXPORTS/<variant>/<kind>/, an adapter of a random prompt, prefix, LoRA, or soft prompt as a
 prefix, and EXPORTS/<variant>/golden.npz with `tokens`, `lengths` (T5: `targets`,
-`target_lengths`) and `<kind>_logits`. A variant is the first of each family in families/, or a
-directory with a model, whose slashes are written as %.
+`target_lengths`) and `<kind>_logits`. A variant is the first of each family in families/, or has
+the name of a model's directory.
 """
 
 import sys
@@ -93,7 +93,7 @@ def main(exports: Path, directories: list[str]) -> None:
     for path in sorted(FAMILIES.iterdir()):
         variants.setdefault(path.name.split("-")[0], path)
     places = {path.name: path for path in variants.values()}
-    places |= {path.replace("/", "%"): Path(path) for path in directories}
+    places |= {Path(path).name: Path(path) for path in directories}
     for variant, path in places.items():
         file = ModelDirectory(path)
         random = np.random.default_rng(0)

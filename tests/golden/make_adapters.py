@@ -11,37 +11,34 @@ a right-padded batch of `tokens` of `lengths`, T5's `targets` of `target_lengths
 KIND_logits of the batch's own positions, T5's of the targets.
 
     prompt          at the embeddings' spread
-    p_tuning        the same by an encoder, of which the file has the output
+    p_tuning        the same by an encoder, whose output the file has
     prefix          of standard normal values
-    prefix-two      T5's as peft makes it by default, for two submodules; see below
-    prefix-wrapped  the same of as many layers as the decoder has
-    lora            of every matrix of attention and feed-forward; of Qwen3-MoE's attention alone
+    prefix-two      of T5's two submodules, which is peft's default there; see below
+    prefix-wrapped  the same with fewer layers, so that some are used twice
+    lora            of all matrices of attention and feed-forward; of Qwen3-MoE's attention alone
     lora-rslora     the same, scaled by alpha / sqrt(r)
-    lora-few        of few matrices, with a rank and an alpha that differ
+    lora-few        of few matrices, one with another rank, some with another alpha
 
-In adapter_config.json only base_model_name_or_path is changed, and lists that peft keeps as sets
-are sorted.
+In adapter_config.json only base_model_name_or_path is changed, and target_modules, which peft
+writes in any order, is sorted.
 
-A prompt lives where the embedding module's output does, before all else: behind the scaling of
-embeddings in Gemma, Gemma 2 and Gemma 3, whose embedding module does it, and before that in
-Granite, which multiplies inputs_embeds too.
+A prompt's vectors are like the output of the embedding module. In Gemma, Gemma 2 and Gemma 3 that
+has scaled the embeddings, so nothing scales the prompt; Granite multiplies what comes behind it,
+so a prompt is multiplied too.
 
-T5's prefix takes some care. A prefix of one submodule becomes a DynamicCache, which T5 uses for
-self-attention and cross-attention alike: the latter gets the prefix and the decoder's own tokens,
-later ones included, before the encoder's, which fails with an attention mask and leaks without.
-So peft itself cannot run `prefix`; its logits are of the same cache as the self-attention's part
-of an EncoderDecoderCache, whose cross-attention's part is empty. That is also what peft makes of a
-prefix of two submodules, except for the layers: of L = num_layers in the file, which peft sets to
-the encoder's, layer i of the decoder gets layer 2i mod L. (It repeats the L pairs of keys and
-values and deals them out by four, keys and values of self-attention and of cross-attention, and
-drops the latter.) With even L, half of the file is without use. Either way:
+T5's prefix is for the decoder's self-attention alone: the encoder and cross-attention do without.
+Of n virtual tokens, j stands at position j, and the decoder's token t at n + t: the relative bias
+of t for j is that of a distance of n + t - j, and that among the decoder's tokens is as ever.
+Every token sees all of the prefix.
 
-- Only the decoder's self-attention sees the prefix: not the encoder, nor cross-attention.
-- Positions go on behind it. Of n virtual tokens, j stands at position j and the decoder's token t
-  at n + t, so the relative bias of t for j is that of a distance of n + t - j, and the same as
-  ever among the decoder's tokens. Every token sees all of the prefix.
-- peft takes token_dim for d_model, which is wrong where d_kv is not d_model / num_heads; it is
-  given here.
+- Of two submodules, layer i of the decoder gets layer 2i mod L of the file, where L is num_layers,
+  which peft sets to the encoder's. For peft repeats the file's L pairs of keys and values and
+  deals out two pairs to each layer, the second of which, cross-attention's, it drops.
+- Of one submodule, layer i gets layer i, but peft cannot run it: it gives T5 a DynamicCache, and
+  cross-attention then sees the prefix and all of the decoder's tokens, later ones too, before the
+  encoder's. That fails if the batch has padding, and leaks if it has none. The results here are
+  of the same DynamicCache as the self-attention's in an EncoderDecoderCache.
+- peft takes the hidden size for token_dim, which is d_kv times the heads and so given here.
 
 Made with torch 2.13.0, transformers 5.23.0, peft 0.21.2.
 """
@@ -88,17 +85,19 @@ def configs(name: str) -> dict[str, peft.PeftConfig]:
     encoder_decoder = name.startswith("t5")
     common = dict(task_type="SEQ_2_SEQ_LM" if encoder_decoder else "CAUSAL_LM")
     virtual = common | dict(num_virtual_tokens=VIRTUAL_TOKENS, num_transformer_submodules=1)
-    prefix = virtual | (dict(token_dim=18) if encoder_decoder else {})
     lora = common | dict(r=3, lora_alpha=5, target_modules=TARGETS[name])
     made = dict(
         prompt=peft.PromptTuningConfig(**virtual, prompt_tuning_init="RANDOM"),
-        prefix=peft.PrefixTuningConfig(**prefix),
         lora=peft.LoraConfig(**lora),
     )
     if encoder_decoder:
-        two = prefix | dict(num_transformer_submodules=2)
-        made["prefix-two"] = peft.PrefixTuningConfig(**two)
-        made["prefix-wrapped"] = peft.PrefixTuningConfig(**two, num_layers=2)
+        single = virtual | dict(token_dim=18, num_layers=2)
+        double = single | dict(num_transformer_submodules=2)
+        made["prefix"] = peft.PrefixTuningConfig(**single)
+        made["prefix-two"] = peft.PrefixTuningConfig(**double | dict(num_layers=3))
+        made["prefix-wrapped"] = peft.PrefixTuningConfig(**double)
+    else:
+        made["prefix"] = peft.PrefixTuningConfig(**virtual)
     if name.startswith("llama"):
         made["p_tuning"] = peft.PromptEncoderConfig(**virtual, encoder_hidden_size=10)
         few = dict(

@@ -1,0 +1,144 @@
+"""What each command of the command line does; `cli.py` has their arguments."""
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from softprompt.errors import UserError
+
+if TYPE_CHECKING:
+    from softprompt.data.records import Record
+    from softprompt.inference.prompt import TrainedPrompt
+
+
+def train(options: argparse.Namespace) -> None:
+    """`softprompt train EXPERIMENT`."""
+    from softprompt.experiment_file import load_experiment
+    from softprompt.training.loop import train
+
+    experiment = load_experiment(options.experiment, options.words)
+    folder = options.run_dir or Path("runs") / experiment.name
+    summary = train(experiment, folder)
+    print(json.dumps(summary, indent=2))
+    print(f"prompt: {folder / 'prompt'}", file=sys.stderr)
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    """`softprompt eval RUN...`."""
+    from softprompt.data.examples import make_examples
+    from softprompt.data.records import read_records
+    from softprompt.evaluation.evaluate import evaluate
+    from softprompt.experiment_file import load_experiment
+    from softprompt.inference.ensemble import evaluate_ensemble
+    from softprompt.inference.prompt import load_prompt
+
+    first, *others = options.runs
+    config = first / "config.yaml"
+    if not config.is_file():
+        raise UserError(f"{first}: is no run's folder (it has no config.yaml)")
+    data = load_experiment(config).data.model_dump(exclude_none=True)
+    if options.split not in data:
+        raise UserError(f"{config}: has no data.{options.split}")
+    records = read_records(data[options.split])
+    prompt = load_prompt(first, options.base)
+    examples = make_examples(prompt.task, records, options.split)
+    about = {"split": options.split, "examples": len(examples)}
+    arguments = examples, options.batch_size, options.split
+    if not others:
+        metrics = evaluate(prompt.backbone, prompt.prefix, *arguments)
+        print(json.dumps({**about, **metrics}))
+        return
+    if not prompt.task.labels:
+        raise UserError("only prompts with labels can be evaluated together")
+    prompts = [prompt, *(load_prompt(run, prompt.base) for run in others)]
+    results = evaluate_ensemble(prompts, *arguments)
+    for name, metrics in zip([*options.runs, "vote", "mean"], results.values(), strict=True):
+        print(json.dumps({"run": str(name), **about, **metrics}))
+
+
+def predict(options: argparse.Namespace) -> None:
+    """`softprompt predict RUN`."""
+    if bool(options.words) == bool(options.input):
+        raise UserError("give either texts or --input FILE")
+    if options.jsonl and options.input != "-":
+        raise UserError("--jsonl is for standard input (--input -); a file's kind is in its name")
+    prompt = _load_prompt(options)
+    if options.input:
+        records = list(_read_inputs(prompt, options.input, options.jsonl))
+    else:
+        records = [prompt.record(text, f"text {i}") for i, text in enumerate(options.words, 1)]
+    for record, prediction in zip(
+        records, prompt.classify_records(records, options.batch_size), strict=True
+    ):
+        line = {"input": record.fields, **dataclasses.asdict(prediction)}
+        print(json.dumps(line, ensure_ascii=False))
+
+
+def _read_inputs(prompt: "TrainedPrompt", name: str, jsonl: bool) -> "Iterator[Record]":
+    from softprompt.data.records import parse_jsonl, read_records
+
+    if name.endswith((".jsonl", ".csv")):
+        yield from read_records(name)
+        return
+    where = "standard input" if name == "-" else name
+    try:
+        content = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+        lines = content.decode("utf-8-sig").split("\n")
+    except OSError as error:
+        raise UserError(f"{where}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{where}: not UTF-8 text") from None
+    if jsonl:
+        yield from parse_jsonl(lines, where)
+    else:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                yield prompt.record(line.removesuffix("\r"), f"{where}:{number}")
+
+
+def inspect(options: argparse.Namespace) -> None:
+    """`softprompt inspect RUN`."""
+    from softprompt.inference.inspect import nearest_tokens
+
+    prompt = _load_prompt(options)
+    tokens = nearest_tokens(prompt, options.nearest)
+    about = {key: prompt.description[key] for key in ("experiment", "step", "validation")}
+    print(f"{len(tokens)} virtual tokens on {prompt.base.name}, {json.dumps(about)}")
+    print(f"{'':>4}  {'norm':>7}  nearest tokens (cosine similarity)")
+    for number, token in enumerate(tokens):
+        near = "  ".join(f"{text!r} {similarity:.2f}" for text, similarity in token.nearest)
+        print(f"{number:>4}  {token.norm:>7.3f}  {near}")
+
+
+def export(options: argparse.Namespace) -> None:
+    """`softprompt export RUN DIR`."""
+    from softprompt.interop.export import export, push
+
+    export(_load_prompt(options), options.folder, options.format)
+    print(options.folder)
+    if options.push:
+        print(push(options.folder, options.push))
+
+
+def import_(options: argparse.Namespace) -> None:
+    """`softprompt import SOURCE DIR`."""
+    from softprompt.backbones.loading import load_base
+    from softprompt.experiment_file import load_experiment
+    from softprompt.interop.importing import import_prompt
+
+    experiment = load_experiment(options.experiment) if options.experiment else None
+    name = options.base or (experiment.base if experiment else None)
+    if name is None:
+        raise UserError("give the base model with --base, or an experiment that names it")
+    import_prompt(options.source, options.folder, load_base(name), experiment)
+    print(options.folder)
+
+
+def _load_prompt(options: argparse.Namespace) -> "TrainedPrompt":
+    from softprompt.inference.prompt import load_prompt
+
+    return load_prompt(options.run, options.base)

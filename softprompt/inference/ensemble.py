@@ -1,0 +1,105 @@
+"""Several trained prompts of one task, evaluated together.
+
+Axis letters: E prompts, N examples, C candidates, L layers, P virtual tokens, K key-value
+heads, h head size.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from softprompt.backbones.batch import Batch
+from softprompt.backbones.decoder import Prefix
+from softprompt.console import Bar
+from softprompt.data.batches import evaluation_batches
+from softprompt.data.examples import Example
+from softprompt.errors import UserError
+from softprompt.evaluation.evaluate import candidate_scores, target_metrics
+from softprompt.inference.prompt import TrainedPrompt
+
+
+def evaluate_ensemble(
+    prompts: Sequence[TrainedPrompt], examples: Sequence[Example], batch_size: int, label: str
+) -> dict[str, dict[str, float]]:
+    """Accuracy of prompts alone and together, each batch in one pass for all of them.
+
+    The base model reads a batch once for every prompt, side by side: their prefixes are
+    stacked. (Lester et al. 2021, section 6)
+
+    Args:
+      prompts: at least two, loaded on one `Base`.
+      examples: with their answers, made by the task of the first prompt.
+      batch_size: rows at a time.
+      label: what stands in front of the progress bar.
+
+    Returns:
+      By the prompts' numbers (`1`, `2`, …) what `target_metrics` says of each, and the
+      accuracy by `vote` (most prompts; of as many, the higher mean probability) and by
+      `mean` (of the probabilities).
+
+    Raises:
+      UserError: if they are not prompts of one task, or change the base model itself.
+    """
+    prefix, backbone = stack(prompts), prompts[0].base.backbone
+    scores = np.empty((len(prompts), len(examples), len(examples[0].candidates)), np.float32)
+    batches = evaluation_batches(examples, batch_size, encoder_decoder=backbone.is_encoder_decoder)
+    with Bar(label, len(examples), "examples") as bar:
+        for batch, numbers in batches:
+            of_batch = _scores(backbone, prefix, batch, scores.shape[-1])
+            scores[:, numbers] = np.asarray(of_batch)[:, : len(numbers)]
+            bar.advance(len(numbers))
+    answers = np.array([example.answer for example in examples])
+    results = {str(i): target_metrics(examples, one) for i, one in enumerate(scores, 1)}
+    for name, chosen in zip(("vote", "mean"), _choices(scores), strict=True):
+        results[name] = {"accuracy": float((chosen == answers).mean())}
+    return results
+
+
+def stack(prompts: Sequence[TrainedPrompt]) -> Prefix:
+    """The prefixes of several prompts as one, `[E, L, P, K, h]`, shorter ones padded.
+
+    Raises:
+      UserError: see `evaluate_ensemble`.
+    """
+    first = prompts[0]
+    for number, prompt in enumerate(prompts, 1):
+        if not isinstance(prompt.prefix, Prefix) or prompt.description["method"] not in (
+            "prompt",
+            "prefix",
+        ):
+            raise UserError(f"prompt {number}: nothing but its prefix may differ from the base")
+        if None in prompt.task.pieces:
+            raise UserError(f"prompt {number}: its virtual tokens stand in the inputs")
+        if (prompt.task.pieces, prompt.task.verbalizer) != (
+            first.task.pieces,
+            first.task.verbalizer,
+        ):
+            raise UserError(f"prompt {number}: of another task than the first")
+    prefixes = [prompt.prefix for prompt in prompts if isinstance(prompt.prefix, Prefix)]
+    longest = max(prefix.length for prefix in prefixes)
+
+    def padded(array: jax.Array) -> jax.Array:
+        return jnp.pad(array, [(0, 0), (0, longest - array.shape[1]), (0, 0), (0, 0)])
+
+    return Prefix(
+        jnp.stack([padded(prefix.keys) for prefix in prefixes]),
+        jnp.stack([padded(prefix.values) for prefix in prefixes]),
+        jnp.array([prefix.length for prefix in prefixes]),
+    )
+
+
+@partial(jax.jit, static_argnames="candidates")
+def _scores(backbone, prefix: Prefix, batch: Batch, candidates: int) -> jax.Array:
+    """Log-probabilities of a batch's candidates with each prompt, `[E, B, C]`."""
+    return jax.vmap(lambda one: candidate_scores(backbone, one, batch, candidates))(prefix)
+
+
+def _choices(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The candidates chosen by vote and by mean probability, `[N]` each, from `[E, N, C]`."""
+    probabilities = np.exp(scores - np.logaddexp.reduce(scores, axis=-1, keepdims=True))
+    mean = probabilities.mean(axis=0)  # [N, C]
+    votes = (scores.argmax(axis=-1)[..., None] == np.arange(scores.shape[-1])).sum(axis=0)
+    return (votes + mean / 2).argmax(axis=-1), mean.argmax(axis=-1)
