@@ -1,4 +1,4 @@
-"""The command line: `softprompt train | eval | predict | inspect | export | import`."""
+"""The command line: `softprompt train | eval | predict | inspect | compare | export | import`."""
 
 import argparse
 import os
@@ -160,6 +160,36 @@ examples:
         "--nearest", type=_count, default=5, metavar="N", help="tokens to show (default: 5)"
     )
 
+    compare = _command(
+        chosen,
+        "compare",
+        commands.compare,
+        "try several methods on one experiment, and print a table",
+        """\
+Trains what is missing in --folder (each method and seed in a run of its own), and prints
+what each method is worth and what it costs. The table is also written there, as Markdown
+and CSV. Methods: none (the base model alone), few-shot (with 4 solved examples as text, or
+as many as the experiment's shots), prompt, prefix, dept, lora, full.
+
+examples:
+  softprompt compare experiments/sentiment.yaml
+  softprompt compare experiments/sentiment.yaml --methods none,prompt,lora --seeds 0,1,2
+  softprompt compare experiments/sentiment.yaml training.steps=80 --folder runs/short""",
+    )
+    compare.add_argument("experiment", type=Path, metavar="EXPERIMENT", help="a YAML file")
+    compare.add_argument(
+        "words", nargs="*", default=[], metavar="key=value", help="for all methods"
+    )
+    compare.add_argument(
+        "--methods",
+        type=lambda text: text.split(","),
+        default=["none", "few-shot", "prompt", "prefix", "lora", "full"],
+        metavar="A,B",
+        help="default: none,few-shot,prompt,prefix,lora,full",
+    )
+    compare.add_argument("--seeds", type=_numbers, default=[0], metavar="N,M", help="default: 0")
+    compare.add_argument("--folder", type=Path, metavar="DIR", help="default: runs/compare/NAME")
+
     export = _command(
         chosen,
         "export",
@@ -229,6 +259,12 @@ def _add_batch_size(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--batch-size", type=_count, default=32, metavar="N", help="texts a pass (default: 32)"
     )
+
+
+def _numbers(text: str) -> list[int]:
+    if not all(part.isdecimal() for part in text.split(",")):
+        raise argparse.ArgumentTypeError("must be whole numbers with commas between them")
+    return [int(part) for part in text.split(",")]
 
 
 def _count(text: str) -> int:

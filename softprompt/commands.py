@@ -114,6 +114,18 @@ def inspect(options: argparse.Namespace) -> None:
         print(f"{number:>4}  {token.norm:>7.3f}  {near}")
 
 
+def compare(options: argparse.Namespace) -> None:
+    """`softprompt compare EXPERIMENT`."""
+    from softprompt.compare import compare, table
+    from softprompt.training.run_folder import write_file
+
+    folder = options.folder or Path("runs") / "compare" / options.experiment.stem
+    rows = compare(options.experiment, options.methods, options.seeds, options.words, folder)
+    for name, form in (("compare.md", "markdown"), ("compare.csv", "csv")):
+        write_file(folder / name, table(rows, form) + "\n")
+    print(table(rows, "text"))
+
+
 def export(options: argparse.Namespace) -> None:
     """`softprompt export RUN DIR`."""
     from softprompt.interop.export import export, push

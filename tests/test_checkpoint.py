@@ -100,12 +100,12 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
 
 
 def test_states_of_modules_and_optimizers_come_back_in_kind(tmp_path):
-    trainable = nnx.state(SoftPrompt(jnp.ones((3, 4))))
+    trainable = nnx.state(SoftPrompt(jnp.ones((3, 4))), SoftPrompt.trainable)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.1))
     state = (trainable, optimizer.init(trainable))
     save_arrays(tmp_path / "s", state, {}, "about.json")
     loaded, opt_state = load_arrays(tmp_path / "s", state)
-    gradients = nnx.state(SoftPrompt(jnp.ones((3, 4))))
+    gradients = nnx.state(SoftPrompt(jnp.ones((3, 4))), SoftPrompt.trainable)
     updates, _ = optimizer.update(gradients, opt_state, loaded)
     assert optax.apply_updates(loaded, updates)["vectors"][...].shape == (3, 4)
 

@@ -106,7 +106,7 @@ def test_inspect_shows_every_virtual_token(call, run):
         (["predict"], "the following arguments are required: RUN"),
         (["eval", "{run}", "--split", "dev"], "invalid choice: 'dev'"),
         (["eval", "{run}", "--fast"], "unknown argument '--fast'; see softprompt eval --help"),
-        (["eval", "{run}", "more"], "unknown argument 'more'"),
+        (["eval", "{run}", "more"], "more: no trained prompt there"),
         (["fit"], "invalid choice: 'fit'"),
         (["train"], "the following arguments are required: EXPERIMENT; see"),
         (["train", "/no/file.yaml"], "/no/file.yaml: cannot be read (No such file or directory)"),
