@@ -1,10 +1,13 @@
 """Models in GGUF files against llama.cpp, whose logits are in tests/golden/gguf."""
 
+import json
+
 import gguf
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import GOLDEN
+from transformers import AutoConfig
 
 from softprompt import UserError
 from softprompt.backbones.families import FAMILIES
@@ -28,6 +31,17 @@ def test_logits_are_those_of_llama_cpp(path):
     # llama.cpp looks GELU up in a table of float16.
     exact = 2e-3 if path.stem == "gemma3" else 1e-5
     assert np.abs(logits - golden["logits"]).max() < exact * golden["logits"].std()
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_transformers_reads_the_config_as_we_do(path, tmp_path):
+    config = GGUFFile(path).config
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    theirs = AutoConfig.from_pretrained(tmp_path).to_dict()
+    architecture = FAMILIES[config["model_type"]].architecture
+    assert architecture(theirs) == architecture(config)
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        assert theirs[key] == config[key]
 
 
 def write_tensor(path, kind):
@@ -82,6 +96,6 @@ def test_a_rope_scaling_that_is_not_supported_is_named(tmp_path):
     path = tmp_path / "model.gguf"
     path.write_bytes((GOLDEN / "gguf" / "llama.gguf").read_bytes())
     file = GGUFFile(path)
-    file.config["rope_parameters"] |= {"rope_type": "dynamic"}
+    file.config["rope_scaling"] = {"rope_type": "dynamic"}
     with pytest.raises(UserError, match="rope type 'dynamic' is not supported"):
         load_backbone(file)

@@ -55,54 +55,62 @@ class GGUFFile:
             return self._get(f"{kind}.{key}", default)
 
         embedding = self._tensors.get("token_embd.weight")
+        hidden_size, num_heads = get("embedding_length"), get("attention.head_count")
+        head_size = get("attention.key_length")
+        if head_size is None and hidden_size and num_heads:
+            head_size = hidden_size // num_heads
+        # Rotary embedding is told in the form of transformers 4, which 5 reads as well.
         config = {
             "model_type": _MODEL_TYPES.get(kind, kind),
             "vocab_size": embedding.shape[0] if embedding else None,
-            "hidden_size": get("embedding_length"),
+            "hidden_size": hidden_size,
             "intermediate_size": get("feed_forward_length"),
             "num_hidden_layers": get("block_count"),
-            "num_attention_heads": get("attention.head_count"),
-            "num_key_value_heads": get("attention.head_count_kv"),
-            "head_dim": get("attention.key_length"),
+            "num_attention_heads": num_heads,
+            "num_key_value_heads": get("attention.head_count_kv", num_heads),
+            "head_dim": head_size,
             "max_position_embeddings": get("context_length"),
-            "rope_parameters": self._rope(get),
+            "rope_theta": get("rope.freq_base", 10_000.0),
+            "rope_scaling": self._rope_scaling(get),
             "rms_norm_eps": get("attention.layer_norm_rms_epsilon"),
             "tie_word_embeddings": "output.weight" not in self._tensors,
+            # Even where there is none: what transformers takes for granted may be no token here.
+            "bos_token_id": self._get("tokenizer.ggml.bos_token_id"),
+            "eos_token_id": self._get("tokenizer.ggml.eos_token_id"),
+            "pad_token_id": self._get("tokenizer.ggml.padding_token_id"),
         }
+        if head_size and get("rope.dimension_count"):
+            config["partial_rotary_factor"] = get("rope.dimension_count") / head_size
         if kind in ("gemma3", "phi3"):
             config["sliding_window"] = get("attention.sliding_window")
+        if kind == "phi3":  # whose class in transformers does not look for it in `rope_scaling`
+            config["original_max_position_embeddings"] = self._original_length(get)
         if kind == "gemma3":
-            full = config.pop("rope_parameters")
-            near = {"rope_theta": get("rope.freq_base_swa", 10_000.0)}
-            config["rope_parameters"] = {"full_attention": full, "sliding_attention": near}
+            config["rope_local_base_freq"] = get("rope.freq_base_swa", 10_000.0)
             # The file does not say; only the largest model scales otherwise (Gemma 3 report).
             largest = config["num_hidden_layers"] == 62
-            across = config["hidden_size"] // config["num_attention_heads"]
-            config["query_pre_attn_scalar"] = across if largest else config["head_dim"]
+            config["query_pre_attn_scalar"] = hidden_size // num_heads if largest else head_size
         return config
 
-    def _rope(self, get: Any) -> dict[str, Any]:
-        """Rotary embedding as a `config.json` would say it."""
-        rope = {"rope_theta": get("rope.freq_base", 10_000.0)}
-        head_size = get("attention.key_length")
-        if head_size is None and get("embedding_length") and get("attention.head_count"):
-            head_size = get("embedding_length") // get("attention.head_count")
-        if head_size and get("rope.dimension_count"):
-            rope["partial_rotary_factor"] = get("rope.dimension_count") / head_size
+    def _rope_scaling(self, get: Any) -> dict[str, Any] | None:
+        """How rotary embedding is scaled, as a `config.json` would say it."""
         for name in ("rope_freqs.weight", "rope_factors_short.weight"):
             if name in self._tensors:  # what a scaling divides each frequency by
-                return rope | {
+                return {
                     "rope_type": "longrope",
                     "short_factor": self.read(name).tolist(),
+                    "long_factor": self.read(name.replace("short", "long")).tolist(),
                     "attention_factor": get("rope.scaling.attn_factor", 1.0),
-                    "original_max_position_embeddings": get(
-                        "rope.scaling.original_context_length", get("context_length")
-                    ),
+                    "original_max_position_embeddings": self._original_length(get),
                 }
         scaling = get("rope.scaling.type")
         if scaling in (None, "none"):
-            return rope
-        return rope | {"rope_type": scaling, "factor": get("rope.scaling.factor")}
+            return None
+        return {"rope_type": scaling, "factor": get("rope.scaling.factor")}
+
+    def _original_length(self, get: Any) -> int | None:
+        """Tokens that a model was made for before a scaling made them more."""
+        return get("rope.scaling.original_context_length", get("context_length"))
 
     @property
     def names(self) -> set[str]:
