@@ -2,8 +2,8 @@
 
 A table leads from a module of `Decoder` or `T5` to the tensors' name, `{layer}` and
 `{expert}` standing for numbers; `.weight` or `.bias` is added. Of several names the first
-that the file has counts. Where a file keeps more or something else than a module's own
-matrix, `Stored` says in which form.
+that the file has counts; what is written has the first if its layers have a gate. Where a
+file keeps more or something else than a module's own matrix, `Stored` says in which form.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ class Form:
     """How a tensor holds one or several modules' matrices, or something else than a matrix.
 
     All that these functions do is along the first axis, so that they serve matrices
-    `[out, in]` and biases `[out]` alike.
+    `[out, in]`, biases `[out]` and the `[out, R]` of LoRA alike.
 
     Attributes:
       apart: from the tensor, and the architecture, to its parts. `ValueError` if it cannot.
@@ -49,6 +49,14 @@ class Stored:
 
 
 Names = Mapping[str, str | tuple[str, ...] | Stored]
+
+
+def place_of(path: tuple[Any, ...]) -> tuple[str, str]:
+    """The module that a backbone's parameter belongs to, and what its tensor's name ends with."""
+    *module, last = map(str, path)
+    if last not in ("table", "kernel", "scale", "bias"):  # a parameter that is its own module
+        module.append(last)
+    return ".".join(module), ".bias" if last == "bias" else ".weight"
 
 
 def _query_key_value_apart(array: np.ndarray, arch: Any) -> Parts:

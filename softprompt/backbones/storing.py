@@ -1,5 +1,6 @@
 """The parameters of a backbone as the tensors of a model directory: the inverse of `weights.py`."""
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,13 +9,13 @@ import numpy as np
 from flax import nnx
 
 from softprompt.backbones.loading import Backbone
-from softprompt.backbones.names import WHOLE, Names, Stored
+from softprompt.backbones.names import WHOLE, Names, Stored, place_of
 
 
 def stored_tensors(backbone: Backbone, names: Names) -> Iterator[tuple[str, np.ndarray]]:
     """Every tensor by its name, its axes in PyTorch's order, made one at a time.
 
-    A tied head is not among them. Matrices held as int8 become float32.
+    A tied head is not among them. Each has its parameter's type, or float32 for int8.
 
     Args:
       backbone: the model, from whatever file.
@@ -24,24 +25,22 @@ def stored_tensors(backbone: Backbone, names: Names) -> Iterator[tuple[str, np.n
         tuple(map(str, path)): variable[...]
         for path, variable in nnx.to_flat_state(nnx.state(backbone, nnx.Param))
     }
-    parts: dict[tuple[str, Stored], dict[int, tuple[str, ...]]] = {}
+    tensors: dict[Stored, dict[int, tuple[str, ...]]] = {}  # and the parameters in each
     for path in parameters:
         if path[-1] == "scale" and (*path[:-1], "kernel") in parameters:
             continue  # belongs to its kernel
-        named = path[-1] in ("table", "kernel", "scale", "bias")
-        entry = find_entry(names, ".".join(path[:-1] if named else path), backbone.arch)
-        kind = "bias" if path[-1] == "bias" else "weight"
-        whole = Stored(f"{entry.name}.{kind}", entry.form, 0, entry.transposed)
-        parts.setdefault((whole.name, whole), {})[entry.part] = path
-    for (name, entry), paths in parts.items():
-        ordered = [paths[part] for part in sorted(paths)]
-        first = parameters[ordered[0]]
-        axes = [axis for axis in ("layer", "expert") if f"{{{axis}}}" in name]
-        for index in np.ndindex(first.shape[: len(axes)]):
-            arrays = tuple(_one(parameters, path, index) for path in ordered)
-            tensor = entry.form.together(arrays, backbone.arch)
-            numbered = name.format(**dict(zip(axes, index, strict=True)))
-            yield numbered, np.ascontiguousarray(tensor.T if entry.transposed else tensor)
+        module, ending = place_of(path)
+        entry = find_entry(names, module, backbone.arch)
+        tensor = dataclasses.replace(entry, name=entry.name + ending, part=0)
+        tensors.setdefault(tensor, {})[entry.part] = path
+    for tensor, parts in tensors.items():
+        paths = [parts[part] for part in sorted(parts)]
+        axes = [axis for axis in ("layer", "expert") if f"{{{axis}}}" in tensor.name]
+        for index in np.ndindex(parameters[paths[0]].shape[: len(axes)]):
+            arrays = tuple(_one(parameters, path, index) for path in paths)
+            array = tensor.form.together(arrays, backbone.arch)
+            numbered = tensor.name.format(**dict(zip(axes, index, strict=True)))
+            yield numbered, np.ascontiguousarray(array.T if tensor.transposed else array)
 
 
 def find_entry(names: Names, module: str, arch: Any) -> Stored:

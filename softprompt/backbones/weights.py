@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 
 from softprompt.backbones.directory import ModelFile
-from softprompt.backbones.names import Names, Stored
+from softprompt.backbones.names import Names, Stored, place_of
 from softprompt.errors import UserError
 
 # What older versions of transformers saved beside the weights, and nobody needs.
@@ -86,9 +86,9 @@ class _Reader:
     ) -> tuple[np.ndarray | None, np.ndarray | None]:
         """A parameter, all its layers and experts, and if it is quantised its scales."""
         is_kernel = path[-1] == "kernel"
-        module = path[:-1] if path[-1] in ("table", "kernel", "scale", "bias") else path
-        name, entry = self._where(".".join(map(str, module)))
-        name += ".bias" if path[-1] == "bias" else ".weight"
+        module, ending = place_of(path)
+        name, entry = self._where(module)
+        name += ending
         axes = [axis for axis in ("layer", "expert") if f"{{{axis}}}" in name]
         stack, one = shape[: len(axes)], shape[len(axes) :]
         values: Any = None
@@ -127,7 +127,7 @@ class _Reader:
         try:
             array = stored
             if entry:
-                array = stored.T if entry.transposed else stored
+                array = np.atleast_1d(stored.T if entry.transposed else stored)
                 array = entry.form.apart(array, self._arch)[entry.part]
         except ValueError:
             array = None
