@@ -14,7 +14,7 @@ import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
-from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from softprompt.backbones.families import FAMILIES
 from softprompt.backbones.loading import Base
@@ -25,6 +25,15 @@ from softprompt.inference.prompt import TrainedPrompt
 from softprompt.methods.lora import LoRA
 from softprompt.methods.method import FullFineTuning
 from softprompt.methods.soft_prompt import DecomposedPrompt, SoftPrompt
+
+# What transformers calls models whose name does not follow from their config's.
+_CLASSES = {
+    "gemma3_text": "Gemma3ForCausalLM",
+    "gpt2": "GPT2LMHeadModel",
+    "t5": "T5ForConditionalGeneration",
+}
+
+_LEFT_OUT = ("torch_dtype", "auto_map")  # the old name of `dtype`; code that is not exported
 
 
 def export_merged(prompt: TrainedPrompt, folder: Path) -> str:
@@ -108,11 +117,14 @@ def _unwritten(base: Base) -> int:
 
 def _config(base: Base, size: int, untied: bool) -> dict[str, Any]:
     kind = base.config["model_type"]
-    classes = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    if base.backbone.is_encoder_decoder:
-        classes = modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
-    config = {key: value for key, value in base.config.items() if value is not None}
-    config |= {"architectures": [classes[kind]], "vocab_size": size, "dtype": base.compute.dtype}
+    name = CONFIG_MAPPING_NAMES[kind].removesuffix("Config") + "ForCausalLM"
+    # Null is not the same as absent: Mistral's window would be 4096, Gemma 2's soft-caps 50 and 30.
+    config = {key: value for key, value in base.config.items() if key not in _LEFT_OUT}
+    config |= {
+        "architectures": [_CLASSES.get(kind, name)],
+        "vocab_size": size,
+        "dtype": base.compute.dtype,
+    }
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         config.setdefault(key, getattr(base.tokenizer, key))
     if untied:
