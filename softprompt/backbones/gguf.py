@@ -94,19 +94,19 @@ class GGUFFile:
 
     def _rope_scaling(self, get: Any) -> dict[str, Any] | None:
         """How rotary embedding is scaled, as a `config.json` would say it."""
+        original = {"original_max_position_embeddings": self._original_length(get)}
         for name in ("rope_freqs.weight", "rope_factors_short.weight"):
             if name in self._tensors:  # what a scaling divides each frequency by
-                return {
+                return original | {
                     "rope_type": "longrope",
                     "short_factor": self.read(name).tolist(),
                     "long_factor": self.read(name.replace("short", "long")).tolist(),
                     "attention_factor": get("rope.scaling.attn_factor", 1.0),
-                    "original_max_position_embeddings": self._original_length(get),
                 }
         scaling = get("rope.scaling.type")
         if scaling in (None, "none"):
             return None
-        return {"rope_type": scaling, "factor": get("rope.scaling.factor")}
+        return original | {"rope_type": scaling, "factor": get("rope.scaling.factor")}
 
     def _original_length(self, get: Any) -> int | None:
         """Tokens that a model was made for before a scaling made them more."""

@@ -24,6 +24,7 @@ VARIANTS = {
     "llama-3.1": dict(arch="llama", kv_heads=1, rope_freqs=True),
     "qwen2": dict(kv_heads=2, biases=True, tied=True),
     "qwen3": dict(kv_heads=2, head=16, head_norms=True),
+    "qwen3-yarn": dict(arch="qwen3", kv_heads=2, head=16, head_norms=True, yarn=True),
     "gemma3": dict(
         kv_heads=1, head=16, head_norms=True, norms_behind=True, tied=True, layers=7, window=4
     ),
@@ -61,6 +62,7 @@ def make(
     fused: bool = False,
     rope_freqs: bool = False,
     factors: bool = False,
+    yarn: bool = False,
     window: int | None = None,
 ) -> None:
     path, arch = FILES / f"{name}.gguf", arch or name
@@ -78,6 +80,10 @@ def make(
     writer.add_rope_freq_base(1_000_000.0 if arch == "gemma3" else 5_000.0)
     if arch in ("llama", "phi3"):
         writer.add_rope_dimension_count(head)
+    if yarn:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(4.0)
+        writer.add_rope_scaling_orig_ctx_len(128)
     if window:
         writer.add_sliding_window(window)
     writer.add_vocab_size(VOCABULARY)
