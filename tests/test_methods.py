@@ -1,14 +1,30 @@
 """Every method through the same run; and what each makes of the backbone, by plain arithmetic."""
 
+import dataclasses
 import json
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
-from conftest import write_experiment
+from conftest import golden_backbone, write_experiment
+from tokenizers import processors
+from transformers import PreTrainedTokenizerFast
 
-from softprompt import load_experiment, load_prompt, train
-from softprompt.data.examples import make_examples
-from softprompt.data.records import read_records
-from softprompt.evaluation.evaluate import evaluate
+from softprompt import Base, SoftPrompt, UserError, load_experiment, load_prompt, train
+from softprompt.config import LEARNING_RATES, Compute, Template
+from softprompt.data.batches import Layout
+from softprompt.data.examples import Example, make_examples
+from softprompt.data.records import Record, read_records
+from softprompt.data.task import make_task
+from softprompt.evaluation.evaluate import evaluate, make_prefix, score
+from softprompt.inference.ensemble import evaluate_ensemble
+from softprompt.methods.lora import LoRA, find_targets, first_matrices
+from softprompt.methods.making import make_method
+from softprompt.methods.method import Method
+from softprompt.methods.multitask import MultiTask
+from softprompt.methods.prefix import PrefixTuning, ReparametrizedPrefix
+from softprompt.methods.soft_prompt import DecomposedPrompt, Reparametrized
 
 D, P = 32, 3
 
@@ -47,3 +63,325 @@ def test_a_method_learns_and_is_loaded_as_it_was_measured(name, tmp_path):
     examples = make_examples(prompt.task, read_records(experiment.data.test), "test")
     measured = evaluate(prompt.backbone, prompt.prefix, examples, 32, "test")
     assert measured == summary["test"]
+
+
+def ids(base, text):
+    return base.tokenizer(text, add_special_tokens=False).input_ids
+
+
+def whole(base, *parts):
+    """Log-probability of the last part's tokens behind the others, vectors or texts, at once."""
+    *before, last = parts
+    embeddings = [
+        base.backbone.embedding(jnp.array(ids(base, part))) if isinstance(part, str) else part
+        for part in before
+    ]
+    targets = jnp.array(ids(base, last))
+    rows = jnp.concatenate([*embeddings, base.backbone.embedding(targets)])[None]
+    log_probabilities = jax.nn.log_softmax(base.backbone.logits(base.backbone(rows)))[0]
+    first = rows.shape[1] - len(targets) - 1
+    return float(sum(log_probabilities[first + i, t] for i, t in enumerate(targets)))
+
+
+VERBALIZER = {"one": " ab", "two": "xyz"}
+SHOWN = [("aa:", " ab"), ("bb:", "xyz")]
+VECTORS = jax.random.normal(jax.random.key(7), (P, D))
+
+
+def scores(base, method, task, record):
+    backbone = method.adapt(base.backbone)
+    example = task.example(Record(record, "here"), with_answer=False)
+    ((_, found),) = score(backbone, make_prefix(method, backbone), [example], 1)
+    return found[0]
+
+
+PLACES = {  # template, demonstrations, and the parts of an input
+    "front": ("{text}:", [], [VECTORS, "hello:"]),
+    "behind text": ("Say {prompt}{text}:", [], ["Say ", VECTORS, "hello:"]),
+    "in place": ("{text}{prompt}:", [], ["hello", VECTORS, ":"]),
+    "suffix": ("{text}:{prompt}", [], ["hello:", VECTORS]),
+    "front, shots": ("{text}:", SHOWN, [VECTORS, "aa: ab\n\nbb:xyz\n\n", "hello:"]),
+    "behind shots": ("{prompt}{text}:", SHOWN, ["aa: ab\n\nbb:xyz\n\n", VECTORS, "hello:"]),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_virtual_tokens_stand_where_the_template_says(tiny, place):
+    text, shown, parts = PLACES[place]
+    task = make_task(tiny, Template(input=text), VERBALIZER, shown, virtual_tokens=P)
+    found = scores(tiny, SoftPrompt(VECTORS, task.head), task, {"text": "hello"})
+    expected = [whole(tiny, *parts, target) for target in VERBALIZER.values()]
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    assert (~0 in task.head) == (place not in ("in place", "suffix"))
+
+
+def test_text_that_all_inputs_share_is_run_once(tiny):
+    task = make_task(tiny, Template(input="{text}:"), VERBALIZER, SHOWN)
+    assert task.head == ids(tiny, "aa: ab\n\nbb:xyz\n\n")
+    found = scores(tiny, Method(task.head), task, {"text": "hello"})
+    shown = "aa: ab\n\nbb:xyz\n\n"
+    expected = [whole(tiny, shown, "hello:", target) for target in VERBALIZER.values()]
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+def test_special_tokens_stand_around_the_pieces(smollm2, tmp_path):
+    """The beginning-of-text token stands behind a prompt in front, and before one in the text."""
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=smollm2.tokenizer.backend_tokenizer, bos_token="<|im_start|>"
+    )
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        "<|im_start|> $A <|im_end|>", special_tokens=[("<|im_start|>", 1), ("<|im_end|>", 2)]
+    )
+    base = dataclasses.replace(smollm2, tokenizer=tokenizer)
+    record = Record({"text": "hello"}, "here")
+    front = make_task(base, Template(input="{text}:"), VERBALIZER, virtual_tokens=2)
+    assert front.head == [~0, ~1]
+    assert front.example(record, with_answer=False).input == [1, *ids(base, "hello:"), 2]
+    behind = make_task(base, Template(input="{prompt}{text}:"), VERBALIZER, virtual_tokens=2)
+    assert behind.head == [1, ~0, ~1]
+    assert behind.example(record, with_answer=False).input == [*ids(base, "hello:"), 2]
+
+
+def test_a_chat_template_is_written_out(smollm2):
+    template = Template(input="{prompt}Say {text}", chat=True, system="Be {{kind}}.")
+    task = make_task(smollm2, template, VERBALIZER, SHOWN, virtual_tokens=2)
+    example = task.example(Record({"text": "{hello}"}, "here"), with_answer=False)
+    messages = [{"role": "system", "content": "Be {kind}."}]
+    for text, target in SHOWN:
+        messages.append({"role": "user", "content": text})
+        messages.append({"role": "assistant", "content": target})
+    messages.append({"role": "user", "content": "Say {hello}"})
+    written = smollm2.tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True
+    )
+    before, _, behind = written.partition("Say {hello}")
+    assert task.head == [*ids(smollm2, before), ~0, ~1]
+    assert example.input == ids(smollm2, "Say {hello}" + behind)
+
+
+def test_a_base_model_without_a_chat_template_is_named(tiny):
+    with pytest.raises(UserError, match=r"template\.chat: the base model's chat template"):
+        make_task(tiny, Template(input="{text}", chat=True), VERBALIZER)
+
+
+def test_a_field_named_prompt_is_refused_where_it_would_be_mistaken(tiny):
+    task = make_task(tiny, Template(input="{text}{prompt}"), VERBALIZER, virtual_tokens=1)
+    with pytest.raises(UserError, match="give the field 'prompt' another name"):
+        task.example(Record({"text": "a", "prompt": "b"}, "here"), with_answer=False)
+
+
+def test_every_task_of_several_has_a_prompt_of_its_own(tiny):
+    source = MultiTask(VECTORS, 2)
+    random = np.random.default_rng(0)
+    columns, rows = random.normal(size=(2, P)), random.normal(size=(2, D))
+    source.columns.set_value(jnp.asarray(columns, jnp.float32))
+    source.rows.set_value(jnp.asarray(rows, jnp.float32))
+    task = make_task(
+        tiny, Template(input="{text}:"), VERBALIZER, virtual_tokens=P, tasks=["film", "book"]
+    )
+    method = Reparametrized(source, task.head)
+    for number, name in enumerate(task.tasks):
+        found = scores(tiny, method, task, {"text": "hello", "task": name})
+        vectors = np.asarray(VECTORS) * np.outer(columns[number], rows[number])
+        expected = [whole(tiny, jnp.asarray(vectors), "hello:", t) for t in VERBALIZER.values()]
+        np.testing.assert_allclose(found, expected, rtol=1e-4)
+    with pytest.raises(UserError, match=r"task 'play' is none of prompt\.tasks \(film, book\)"):
+        scores(tiny, method, task, {"text": "hello", "task": "play"})
+
+
+def test_offsets_are_added_by_position(tiny):
+    random = np.random.default_rng(0)
+    down, up = (jnp.asarray(random.normal(size=s), jnp.float32) for s in ((4, 2), (2, D)))
+    task = make_task(tiny, Template(input="{text}"), VERBALIZER, virtual_tokens=P)
+    method = DecomposedPrompt(VECTORS, down, up, task.head)
+    found = scores(tiny, method, task, {"text": "hello"})  # 5 tokens, 4 offsets
+    read = tiny.backbone.embedding(jnp.array(ids(tiny, "hello")))
+    read = read.at[:4].add(down @ up)
+    expected = [whole(tiny, VECTORS, read, target) for target in VERBALIZER.values()]
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+def test_offsets_reach_generated_tokens(tiny):
+    """Written with a cache, as read at once."""
+    down, up = jnp.ones((9, 1)), 0.3 * jax.random.normal(jax.random.key(0), (1, D))
+    backbone = DecomposedPrompt(VECTORS, down, up).adapt(tiny.backbone)
+    tokens = jnp.array([ids(tiny, "hello, you")])
+    hidden, cache = backbone.start(tokens[:, :6], jnp.array([6]), None, 4)
+    for place in range(6, 10):
+        expected = backbone(backbone.embedding.with_offsets(tokens[:, :place]))[:, -1]
+        np.testing.assert_allclose(hidden, expected, atol=1e-4)
+        hidden, cache = backbone.decode(tokens[:, place], cache, None)
+
+
+def test_prefix_tuning_from_text_is_the_text(tiny, experiment_file):
+    overrides = ["method=prefix", "prefix.init=text", "prefix.init_text=Say", "prefix.length=3"]
+    method = make_method(load_experiment(experiment_file, overrides), tiny, [])
+    task = make_task(tiny, Template(input="{text}:"), VERBALIZER, before=3)
+    found = scores(tiny, method, task, {"text": "hello"})
+    expected = [whole(tiny, "Say", "hello:", target) for target in VERBALIZER.values()]
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+def test_a_network_of_a_prefix_starts_from_it_and_folds(tiny):
+    keys, values = jax.random.normal(jax.random.key(0), (2, 3, 4, 2, 8))
+    method = ReparametrizedPrefix(keys, values, 5, jax.random.key(1))
+    np.testing.assert_array_equal(method.folded().keys[...], keys)
+    random = np.random.default_rng(0)
+    up = random.normal(size=method.up.shape).astype(np.float32)
+    method.up.set_value(jnp.asarray(up))
+    inner = np.tanh(np.asarray(method.inputs[...]) @ np.asarray(method.down[...]))
+    change = (inner @ up).reshape(4, 2, 3, 2, 8)  # of each virtual token
+    folded = method.folded()
+    for got, first, side in ((folded.keys, keys, 0), (folded.values, values, 1)):
+        expected = np.asarray(first) + change[:, side].transpose(1, 0, 2, 3)
+        np.testing.assert_allclose(got[...], expected, atol=1e-5)
+    assert isinstance(folded, PrefixTuning)
+
+
+@pytest.mark.parametrize("name", ["mlp", "lstm", "residual", "low_rank", "multitask"])
+def test_folding_changes_no_logit(tiny, experiment_file, name):
+    tasks = ["prompt.tasks=[a, b]"] if name == "multitask" else ["prompt.size=3"]
+    overrides = [f"prompt.reparametrization={name}", *tasks]
+    method = make_method(load_experiment(experiment_file, overrides), tiny, [~0, ~1, ~2])
+    tokens = jnp.array([ids(tiny, "hello")])
+
+    @jax.jit
+    def logits(method):
+        backbone, prefix = method.apply(tiny.backbone)
+        return backbone.logits(backbone(backbone.embedding(tokens), prefix=prefix))
+
+    np.testing.assert_allclose(logits(method.folded()), logits(method), atol=1e-5)
+
+
+def lora_of(base, patterns=("*",), dropout=0.0):
+    paths = find_targets(base.backbone, patterns)
+    matrices = first_matrices(base.backbone, paths, 2, jax.random.key(0))
+    keys = jax.random.split(jax.random.key(1), len(paths))
+    matrices = {
+        path: (down, 0.3 * jax.random.normal(key, up.shape))
+        for key, (path, (down, up)) in zip(keys, matrices.items(), strict=True)
+    }
+    return LoRA(matrices, dict.fromkeys(paths, 1.5), dropout)
+
+
+def test_lora_starts_from_the_base_model(tiny, experiment_file):
+    method = make_method(load_experiment(experiment_file, ["method=lora"]), tiny, [])
+    rows = tiny.backbone.embedding(jnp.array([ids(tiny, "hello")]))
+    np.testing.assert_array_equal(method.adapt(tiny.backbone)(rows), tiny.backbone(rows))
+    assert sorted(method.matrices) == ["layers.attention.query", "layers.attention.value"]
+
+
+@pytest.mark.parametrize("variant", ["llama-biased", "gpt2-inner", "t5-gated", "qwen3_moe-normed"])
+def test_merged_lora_is_that_beside_the_matrices(variant):
+    base = Base(variant, "", {}, golden_backbone(variant), None, Compute())
+    method = lora_of(base)
+    before = [np.array(leaf) for leaf in jax.tree.leaves(base.backbone)]
+    examples = [Example([5, 6, 7], [[8, 9]], 0, "", False)]
+    batch = Layout.of(examples, base.backbone.is_encoder_decoder).batch(examples, 1)
+
+    @jax.jit
+    def states(backbone):
+        return backbone.target_states(batch, None)
+
+    beside, merged = states(method.adapt(base.backbone)), states(method.merge(base.backbone))
+    np.testing.assert_allclose(merged, beside, atol=1e-5 * float(jnp.abs(beside).max()))
+    assert float(jnp.abs(merged - states(base.backbone)).max()) > 1e-2
+    for one, other in zip(before, jax.tree.leaves(base.backbone), strict=True):
+        np.testing.assert_array_equal(one, other)  # there is nothing to unmerge
+
+
+def test_dropout_is_of_training_alone_and_keeps_the_mean(tiny):
+    method = lora_of(tiny, ["attention.query"], dropout=0.5)
+    x = jnp.ones((2000, D))
+
+    def addition(key):
+        backbone = method.adapt(tiny.backbone, key)
+        linear = jax.tree.map(lambda leaf: leaf[0], backbone.layers.attention.query)
+        return np.asarray(linear.low_rank(x))
+
+    plain, dropped = addition(None), addition(jax.random.key(3))
+    assert (plain == plain[:1]).all()
+    assert dropped.std(axis=0).min() > 0
+    np.testing.assert_allclose(dropped.mean(axis=0), plain[0], atol=0.1 * np.abs(plain).max())
+    assert (addition(jax.random.key(4)) != dropped).any()
+
+
+def test_a_pattern_that_names_no_matrix_is_refused(tiny):
+    with pytest.raises(UserError, match=r"lora\.targets: 'q_proj' names none of layers\.attention"):
+        find_targets(tiny.backbone, ["q_proj"])
+    named = find_targets(tiny.backbone, ["feed_forward.*", "value"])
+    assert named == [f"layers.{n}" for n in (
+        "attention.value", "feed_forward.down", "feed_forward.gate", "feed_forward.up"
+    )]  # fmt: skip
+
+
+def test_training_goes_on_from_trained_prompts(experiment_file, tmp_path):
+    runs = []
+    for seed in (0, 1):
+        runs.append(tmp_path / f"run-{seed}")
+        train(load_experiment(experiment_file, [f"seed={seed}"]), runs[-1])
+    listed = f"prompt.init_prompts=[{runs[0]}, {runs[1]}]"
+    overrides = ["prompt.init=prompts", listed, "optimizer.learning_rate=1e-12"]
+    train(load_experiment(experiment_file, overrides), tmp_path / "mean")
+    first, second, mean = (
+        np.asarray(load_prompt(run).method.vectors[...]) for run in (*runs, tmp_path / "mean")
+    )
+    np.testing.assert_allclose(mean, (first + second) / 2, atol=1e-6)
+    with pytest.raises(UserError, match="one has 3 virtual tokens, not 4 as asked for"):
+        train(load_experiment(experiment_file, [*overrides, "prompt.length=4"]), tmp_path / "x")
+    with pytest.raises(UserError, match="init: prompts and init_prompts need each other"):
+        load_experiment(experiment_file, ["prompt.init=prompts"])
+
+
+def test_the_base_model_alone_is_measured_with_and_without_examples(experiment_file, tmp_path):
+    for shots in (0, 2):
+        experiment = load_experiment(
+            experiment_file, ["method=none", f"shots={shots}", "template.max_tokens=40"]
+        )
+        summary = train(experiment, tmp_path / f"shots-{shots}")
+        assert (summary["trainable_parameters"], summary["steps"]) == (0, 0)
+        prompt = load_prompt(tmp_path / f"shots-{shots}")
+        assert len(prompt.task.demonstrations) == shots
+        shown = "".join(f"{text}{target}\n\n" for text, target in prompt.task.demonstrations)
+        (prediction,) = prompt.classify(["aaaa"])
+        low, high = (whole(prompt.base, f"{shown}", "aaaa is", t) if shown else
+                     whole(prompt.base, "aaaa is", t) for t in (" ab", " cd"))  # fmt: skip
+        expected = 1 / (1 + np.exp(high - low))
+        np.testing.assert_allclose(prediction.probabilities["low"], expected, rtol=1e-3)
+
+
+def test_prompts_together_score_as_each_alone(experiment_file, tmp_path):
+    """Also of different lengths; and votes are counted."""
+    runs = []
+    for seed, length in ((0, 3), (1, 5), (2, 3)):
+        runs.append(tmp_path / f"run-{seed}")
+        overrides = [f"seed={seed}", f"prompt.length={length}", "optimizer.learning_rate=0.5"]
+        train(load_experiment(experiment_file, overrides), runs[-1])
+    base = load_prompt(runs[0]).base
+    prompts = [load_prompt(run, base) for run in runs]
+    experiment = load_experiment(experiment_file)
+    examples = make_examples(prompts[0].task, read_records(experiment.data.train), "train")
+    together = evaluate_ensemble(prompts, examples, 8, "train")
+    every = []
+    for number, prompt in enumerate(prompts, 1):
+        alone = evaluate(prompt.backbone, prompt.prefix, examples, 8, "train")
+        np.testing.assert_allclose(together[str(number)]["loss"], alone["loss"], rtol=1e-5)
+        predictions = prompt.classify_records(read_records(experiment.data.train), 8)
+        every.append([[p.probabilities[label] for label in ("low", "high")] for p in predictions])
+    chances, answers = np.array(every), np.array([e.answer for e in examples])
+    votes = (chances.argmax(axis=-1).sum(axis=0) >= 2).astype(int)
+    assert together["vote"]["accuracy"] == (votes == answers).mean()
+    mean = chances.mean(axis=0).argmax(axis=-1)
+    assert together["mean"]["accuracy"] == (mean == answers).mean()
+
+
+def test_full_fine_tuning_in_int8_is_refused(experiment_file):
+    with pytest.raises(UserError, match=r"method: full cannot train compute\.int8 matrices"):
+        load_experiment(experiment_file, ["method=full", "compute.int8=true"])
+
+
+def test_a_method_has_its_own_learning_rate_where_none_is_given(experiment_file):
+    given = load_experiment(experiment_file, ["method=lora"])
+    assert given.optimizer.learning_rate == 0.1
+    default = load_experiment(experiment_file, ["method=lora", "optimizer.learning_rate=null"])
+    assert default.optimizer.learning_rate == LEARNING_RATES["lora"]

@@ -76,8 +76,9 @@ class FullFineTuning(Method):
 
 
 def copied(backbone: Backbone) -> Backbone:
-    """New modules that hold the same arrays, for a method to add to."""
-    return nnx.merge(*nnx.split(backbone))
+    """New modules and variables that hold the same arrays, for a method to change."""
+    graphdef, state = nnx.split(backbone)
+    return nnx.merge(graphdef, jax.tree.map(lambda array: array, state))
 
 
 def parameters_of(backbone: Backbone) -> dict[str, jax.Array]:
@@ -88,7 +89,7 @@ def parameters_of(backbone: Backbone) -> dict[str, jax.Array]:
 
 def with_parameters(backbone: Backbone, arrays: Mapping[str, jax.Array]) -> Backbone:
     """A backbone of the same structure that has other parameters, as `parameters_of` gives them."""
-    graphdef, state = nnx.split(backbone)
-    for path, variable in nnx.to_flat_state(state):
+    backbone = copied(backbone)
+    for path, variable in nnx.to_flat_state(nnx.state(backbone, nnx.Param)):
         variable.set_value(arrays[".".join(map(str, path))])
-    return nnx.merge(graphdef, state)
+    return backbone

@@ -1,0 +1,184 @@
+"""Exports by the command line: adapters, merged models, cards, and the way back."""
+
+import ast
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import yaml
+from conftest import GOLDEN, write_experiment
+from safetensors.numpy import load_file
+
+from softprompt import UserError, load_base, load_experiment, load_prompt, train
+from softprompt.cli import main
+from softprompt.inference.generate import greedy
+from softprompt.interop import export as exporting
+
+LONG = ["training.steps=12", "optimizer.learning_rate=0.3"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("export")
+    write_experiment(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(folder):
+    """The run of a method, made when first asked for."""
+
+    def run(name, *overrides):
+        path = folder / name
+        if not path.exists():
+            train(load_experiment(folder / "letters.yaml", [*LONG, *overrides]), path)
+        return path
+
+    return run
+
+
+def written(base, tokens, prefix=None, backbone=None):
+    """Ids that are written behind ids, greedily."""
+    tokens = jnp.array([tokens])
+    lengths = jnp.array([tokens.shape[1]])
+    end = base.tokenizer.eos_token_id
+    found = greedy(backbone or base.backbone, prefix, tokens, lengths, end, count=12)
+    return np.asarray(found)[0].tolist()
+
+
+MERGED = {
+    "prompt": [],
+    "behind-text": ["template.input='Say {prompt}{text} is'"],
+    "in-place": ["template.input='{text}{prompt} is'"],
+    "shots": ["shots=2", "template.max_tokens=40"],
+    "lora": ["method=lora"],
+    "full": ["method=full", "optimizer.learning_rate=3e-3"],
+}
+
+
+@pytest.mark.parametrize("name", MERGED)
+def test_a_merged_model_writes_what_the_prompt_does(run, tmp_path, name):
+    prompt = load_prompt(run(name, *MERGED[name]))
+    exporting.export(prompt, tmp_path / "merged", "merged")
+    merged = load_base(str(tmp_path / "merged"))
+    card = (tmp_path / "merged" / "README.md").read_text()
+    form = card.split("text = ")[1].split(".format(...)")[0]
+    form = ast.literal_eval(form)
+    for text in ("aaaa", "zz", "hello you"):
+        tokens = prompt.task.example(prompt.record(text, ""), with_answer=False).input
+        expected = written(prompt.base, tokens, prompt.prefix, prompt.backbone)
+        whole = merged.tokenizer(form.format(text=text), add_special_tokens=False).input_ids
+        assert written(merged, whole) == expected
+    assert len(set(expected)) > 2
+
+
+def test_new_tokens_of_a_merged_model_cannot_win(run, tmp_path):
+    prompt = load_prompt(run("prompt"))
+    exporting.export(prompt, tmp_path / "merged", "merged")
+    merged = load_base(str(tmp_path / "merged"))
+    size = prompt.base.backbone.arch.vocab_size
+    assert merged.backbone.arch.vocab_size == size + 3
+    hidden = jax.random.normal(jax.random.key(0), (500, 32))
+    logits = merged.backbone.logits(hidden)
+    assert int(logits.argmax(axis=-1).max()) < size
+    np.testing.assert_allclose(logits[:, :size], prompt.base.backbone.logits(hidden), atol=1e-5)
+    generation = json.loads((tmp_path / "merged" / "generation_config.json").read_text())
+    assert generation["suppress_tokens"] == [size, size + 1, size + 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "format", "message"),
+    [
+        ("prefix", ["method=prefix", "prefix.length=2"], "merged", "method prefix has no form"),
+        ("dept", ["method=dept"], "merged", "method dept has no form"),
+        ("none", ["method=none"], "merged", "method none has no form"),
+        ("none", ["method=none"], "peft", "method none has no form in peft"),
+        ("full", MERGED["full"], "peft", "method full has no form in peft"),
+        ("in-place", MERGED["in-place"], "peft", "stand elsewhere"),
+    ],
+)
+def test_what_has_no_such_form_is_refused_and_leaves_nothing(
+    run, tmp_path, capsys, name, overrides, format, message
+):
+    arguments = ["export", str(run(name, *overrides)), str(tmp_path / "out"), "--format", format]
+    assert main(arguments) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["prompt", "prefix", "lora"])
+def test_an_export_comes_back_as_the_same_prompt(run, folder, tmp_path, capsys, name):
+    overrides = {"prefix": ["method=prefix", "prefix.length=2"], "lora": ["method=lora"]}
+    source = run(name, *overrides.get(name, []))
+    assert main(["export", str(source), str(tmp_path / "adapter")]) == 0
+    arguments = ["import", str(tmp_path / "adapter"), str(tmp_path / "back")]
+    assert main([*arguments, "--experiment", str(folder / "letters.yaml")]) == 0
+    ours, back = load_prompt(source), load_prompt(tmp_path / "back")
+    texts = ["aaaa", "zzz"]
+    assert back.classify(texts) == ours.classify(texts)
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    head = yaml.safe_load(card.split("---")[1])
+    assert head["base_model"] == ours.base.name
+    assert head["library_name"] == "peft"
+    assert head["metrics"] == ["accuracy"]
+    (result,) = head["model-index"][0]["results"]
+    accuracy = ours.description["validation"]["accuracy"]
+    assert result["metrics"] == [{"type": "accuracy", "value": accuracy}]
+
+
+def test_an_array_of_the_original_becomes_a_prompt(folder, tmp_path, capsys):
+    vectors = np.random.default_rng(0).normal(size=(4, 32)).astype(np.float32)
+    np.save(tmp_path / "theirs.npy", vectors)
+    base = str(GOLDEN / "llama-grouped")
+    arguments = ["import", str(tmp_path / "theirs.npy"), str(tmp_path / "ours"), "--base", base]
+    assert main(arguments) == 0
+    prompt = load_prompt(tmp_path / "ours")
+    np.testing.assert_array_equal(prompt.method.vectors[...], vectors)
+    assert prompt.generate(["hello"], max_new_tokens=3)
+    assert main([*arguments]) == 1
+    assert "there is something in it" in capsys.readouterr().err
+
+
+def test_a_whole_folder_is_kept(run, tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    assert main(["export", str(run("prompt")), str(tmp_path / "mine")]) == 1
+    assert "there is something in it" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+def test_an_import_without_a_base_model_says_so(tmp_path, capsys):
+    assert main(["import", str(tmp_path), str(tmp_path / "out")]) == 1
+    assert "give the base model with --base" in capsys.readouterr().err
+
+
+def test_an_export_is_pushed_to_the_hub(run, tmp_path, capsys, monkeypatch):
+    asked = []
+
+    class Done:
+        commit_url = "https://hub/me/letters/commit/1"
+
+    monkeypatch.setattr(
+        exporting.huggingface_hub, "create_repo", lambda name, **_: asked.append(name)
+    )
+
+    def upload(repo_id, folder_path, commit_message):
+        asked.append((repo_id, sorted(path.name for path in folder_path.iterdir())))
+        return Done()
+
+    monkeypatch.setattr(exporting.huggingface_hub, "upload_folder", upload)
+    arguments = ["export", str(run("prompt")), str(tmp_path / "out"), "--push", "me/letters"]
+    assert main(arguments) == 0
+    files = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    assert asked == ["me/letters", ("me/letters", files)]
+    assert "https://hub/me/letters/commit/1" in capsys.readouterr().out
+
+    def refuse(*arguments, **settings):
+        raise OSError("no way to the hub")
+
+    monkeypatch.setattr(exporting.huggingface_hub, "create_repo", refuse)
+    with pytest.raises(UserError, match=r"me/letters: cannot be uploaded \(no way to the hub\)"):
+        exporting.push(tmp_path / "out", "me/letters")
+    assert load_file(tmp_path / "out" / "adapter_model.safetensors")
