@@ -179,9 +179,9 @@ Method = Literal["prompt", "prefix", "dept", "lora", "full", "none"]
 
 LEARNING_RATES = {  # by method, where the experiment says none; see docs/methods.md
     "prompt": 2e-2,
-    "prefix": 1e-2,
+    "prefix": 3e-2,
     "dept": 2e-2,
-    "lora": 1e-3,
+    "lora": 3e-3,
     "full": 5e-5,
 }
 
