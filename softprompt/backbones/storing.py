@@ -2,11 +2,13 @@
 
 import dataclasses
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from safetensors.numpy import save_file
 
 from softprompt.backbones.loading import Backbone
 from softprompt.backbones.names import WHOLE, Names, Stored, place_of
@@ -41,6 +43,14 @@ def stored_tensors(backbone: Backbone, names: Names) -> Iterator[tuple[str, np.n
             array = tensor.form.together(arrays, backbone.arch)
             numbered = tensor.name.format(**dict(zip(axes, index, strict=True)))
             yield numbered, np.ascontiguousarray(array.T if tensor.transposed else array)
+
+
+def save_tensors(tensors: dict[str, np.ndarray], path: Path) -> None:
+    """Write a safetensors file that others may read, as they may any new file."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, {"format": "pt"})
+    path.chmod(mode)
 
 
 def find_entry(names: Names, module: str, arch: Any) -> Stored:

@@ -84,7 +84,7 @@ def _adapter_card(prompt: TrainedPrompt) -> str:
 from peft import PeftModel
 from transformers import {model}
 
-model = {model}.from_pretrained("{prompt.base.name}")
+model = {model}.from_pretrained("{prompt.base.hub_name}")
 model = PeftModel.from_pretrained(model, "path/to/this/folder")
 ```
 
@@ -131,7 +131,7 @@ def _metadata(prompt: TrainedPrompt, library: str) -> str:
         "metrics": metrics,
     }
     head = {
-        "base_model": prompt.base.name,
+        "base_model": prompt.base.hub_name,
         "library_name": library,
         "tags": ["softprompt", about["method"]],
         "metrics": list(measured) or None,
@@ -146,7 +146,7 @@ def _about(prompt: TrainedPrompt) -> str:
     measured = ", ".join(f"{key} {value:.4f}" for key, value in about["validation"].items())
     return (
         f"Learned by softprompt {about['versions']['softprompt']}, method `{about['method']}`, "
-        f"on the base model `{prompt.base.name}`, whose licence holds for it. "
+        f"on the base model `{prompt.base.hub_name}`, whose licence holds for it. "
         f"Validation: {measured or 'not measured'}."
     )
 

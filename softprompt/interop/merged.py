@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from softprompt.backbones.families import FAMILIES
 from softprompt.backbones.loading import Base
-from softprompt.backbones.storing import stored_tensors
+from softprompt.backbones.storing import save_tensors, stored_tensors
 from softprompt.data.task import pieces_of
 from softprompt.errors import UserError
 from softprompt.inference.prompt import TrainedPrompt
@@ -75,7 +74,7 @@ def export_merged(prompt: TrainedPrompt, folder: Path) -> str:
         ids = tokenizer.convert_tokens_to_ids(names)
         size = max(size, max(ids) + 1)
         _add_tokens(tensors, base, vectors, ids, size)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    save_tensors(tensors, folder / "model.safetensors")
     config = _config(base, size, untied=bool(names))
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     generation = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}

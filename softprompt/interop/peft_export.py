@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from softprompt.backbones.families import FAMILIES
 from softprompt.backbones.loading import Base
-from softprompt.backbones.storing import find_entry
+from softprompt.backbones.storing import find_entry, save_tensors
 from softprompt.errors import UserError
 from softprompt.inference.prompt import TrainedPrompt
 from softprompt.methods.lora import LoRA, matrices_of
@@ -52,11 +51,11 @@ def export_adapter(prompt: TrainedPrompt, folder: Path, *, as_prefix: bool = Fal
     encoder_decoder = prompt.base.backbone.is_encoder_decoder
     shared = {
         "task_type": "SEQ_2_SEQ_LM" if encoder_decoder else "CAUSAL_LM",
-        "base_model_name_or_path": prompt.base.name,
+        "base_model_name_or_path": prompt.base.hub_name,
         "inference_mode": True,
         "revision": None,
     }
-    save_file(arrays, folder / "adapter_model.safetensors", {"format": "pt"})
+    save_tensors(arrays, folder / "adapter_model.safetensors")
     text = json.dumps(config | shared, indent=2, sort_keys=True)
     (folder / "adapter_config.json").write_text(text + "\n")
 

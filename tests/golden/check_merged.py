@@ -1,0 +1,43 @@
+"""Whether stock transformers writes from a merged model what softprompt does with the prompt.
+
+Needs torch and transformers, in an environment of its own: see `export_merged.py`.
+
+    python tests/golden/check_merged.py DIR
+"""
+
+import ast
+import json
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+
+
+def main(folder: Path) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    config = transformers.AutoConfig.from_pretrained(folder)
+    kind = getattr(transformers, config.architectures[0])
+    model = kind.from_pretrained(folder, dtype=torch.float32).eval()
+    form = (folder / "README.md").read_text().split("text = ")[1].split(".format(...)")[0]
+    same = []
+    for case in json.loads((folder / "expected.json").read_text()):
+        text = ast.literal_eval(form).format(text=case["text"])
+        inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt")
+        inputs.pop("token_type_ids", None)
+        count = len(case["written"])
+        output = model.generate(**inputs, do_sample=False, max_new_tokens=count)[0]
+        if not config.is_encoder_decoder:
+            output = output[inputs["input_ids"].shape[1] :]
+        else:
+            output = output[1:]
+        written = output.tolist()
+        written += [tokenizer.eos_token_id] * (count - len(written))
+        same.append(written == case["written"])
+        print("same" if same[-1] else f"differs: {written} not {case['written']}")
+    print(f"{sum(same)} of {len(same)} the same")
+    sys.exit(not all(same))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
