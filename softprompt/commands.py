@@ -43,18 +43,17 @@ def evaluate(options: argparse.Namespace) -> None:
     data = load_experiment(config).data.model_dump(exclude_none=True)
     if options.split not in data:
         raise UserError(f"{config}: has no data.{options.split}")
-    records = read_records(data[options.split])
     prompt = load_prompt(first, options.base)
-    examples = make_examples(prompt.task, records, options.split)
+    prompts = [prompt, *(load_prompt(run, prompt.base) for run in others)]
+    if others and not prompt.task.labels:
+        raise UserError("only prompts with labels can be evaluated together")
+    examples = make_examples(prompt.task, read_records(data[options.split]), options.split)
     about = {"split": options.split, "examples": len(examples)}
     arguments = examples, options.batch_size, options.split
     if not others:
         metrics = evaluate(prompt.backbone, prompt.prefix, *arguments)
         print(json.dumps({**about, **metrics}))
         return
-    if not prompt.task.labels:
-        raise UserError("only prompts with labels can be evaluated together")
-    prompts = [prompt, *(load_prompt(run, prompt.base) for run in others)]
     results = evaluate_ensemble(prompts, *arguments)
     for name, metrics in zip([*options.runs, "vote", "mean"], results.values(), strict=True):
         print(json.dumps({"run": str(name), **about, **metrics}))
