@@ -20,15 +20,10 @@ import peft
 import torch
 import transformers
 from make_adapters import logits, real
-from make_families import EAGER, FAMILIES, auto_class
+from make_families import FAMILIES, read
 
 TOLERANCE = 1e-4
 LOGITS = "_logits"
-
-
-def read(folder: Path) -> torch.nn.Module:
-    kind = auto_class(transformers.AutoConfig.from_pretrained(folder).model_type)
-    return kind.from_pretrained(folder, dtype=torch.float32, **EAGER).eval()
 
 
 def difference(folder: Path, adapter: Path, golden: dict, expected: np.ndarray) -> float:

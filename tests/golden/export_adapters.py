@@ -8,7 +8,7 @@ Runs where softprompt is installed; `check_exports.py` where torch, transformers
 Writes EXPORTS/<variant>/<kind>/, an adapter of a random prompt, prefix, LoRA, or soft prompt as a
 prefix, and EXPORTS/<variant>/golden.npz with `tokens`, `lengths` (T5: `targets`,
 `target_lengths`) and `<kind>_logits`. A variant is the first of each family in families/, or has
-the name of a model's directory.
+the name of a given directory of a trained model.
 """
 
 import sys
@@ -32,7 +32,7 @@ FAMILIES = Path(__file__).parent / "families"
 LENGTHS, TARGET_LENGTHS, VIRTUAL_TOKENS, RANK = (9, 6, 2), (4, 2, 1), 4, 3
 
 
-def methods(base: Base, random: np.random.Generator):
+def methods(base: Base, random: np.random.Generator, trained: bool):
     arch = base.backbone.arch
     spread = float(jnp.std(base.backbone.embedding.table[...])) * base.backbone.embedding.scale
     vectors = draw(random, VIRTUAL_TOKENS, arch.hidden_size) * spread
@@ -42,7 +42,12 @@ def methods(base: Base, random: np.random.Generator):
         shape = len(arch.layers), VIRTUAL_TOKENS, arch.num_kv_heads, arch.head_size
         yield "soft-as-prefix", SoftPrompt(vectors)
     yield "prompt", SoftPrompt(vectors)
-    yield "prefix", PrefixTuning(draw(random, *shape), draw(random, *shape))
+    if trained:  # to which random keys do what makes float32 itself err by 1e-3
+        tokens = jnp.asarray(random.integers(5, arch.vocab_size, VIRTUAL_TOKENS))
+        prefix = base.backbone.prefill(base.backbone.embedding(tokens))
+        yield "prefix", PrefixTuning(prefix.keys, prefix.values)
+    else:
+        yield "prefix", PrefixTuning(draw(random, *shape), draw(random, *shape))
     paths = find_targets(base.backbone, ["*"])
     linears = matrices_of(base.backbone)
     shapes = {path: linears[path].kernel.shape for path in paths if "router" not in path}
@@ -89,17 +94,15 @@ def batch_of(base, random):
 
 
 def main(exports: Path, directories: list[str]) -> None:
-    variants = {}
+    first = {}
     for path in sorted(FAMILIES.iterdir()):
-        variants.setdefault(path.name.split("-")[0], path)
-    places = {path.name: path for path in variants.values()}
-    places |= {Path(path).name: Path(path) for path in directories}
-    for variant, path in places.items():
-        file = ModelDirectory(path)
+        first.setdefault(path.name.split("-")[0], path)
+    for path in map(Path, directories or first.values()):
+        variant, file = path.name, ModelDirectory(path)
         random = np.random.default_rng(0)
         base = Base(str(path), "", file.config, load_backbone(file)[0], None, Compute())
         batch, arrays = batch_of(base, random)
-        for kind, method in methods(base, random):
+        for kind, method in methods(base, random, trained=path.parent != FAMILIES):
             (exports / variant / kind).mkdir(parents=True, exist_ok=True)
             backbone = method.adapt(base.backbone)
             prompt = TrainedPrompt(base, method, backbone, method.make_prefix(backbone), None, {})

@@ -4,15 +4,18 @@ Needs torch, transformers and peft, in an environment of its own; the tests need
 this writes. Run from anywhere, for all variants or for those named:
 
     python tests/golden/make_adapters.py [VARIANT ...]
+    python tests/golden/make_adapters.py DIR/smollm2 ADAPTERS    # for `check_imports.py`
 
-One variant of every family becomes a folder of adapters/. It has a folder of every kind of
+One variant of every family becomes a folder of adapters/, or any llama's directory one of the
+same name elsewhere. It has a folder of every kind of
 adapter, as save_pretrained writes it and read back for the results, and golden.npz with those:
 a right-padded batch of `tokens` of `lengths`, T5's `targets` of `target_lengths` too, and
 KIND_logits of the batch's own positions, T5's of the targets.
 
     prompt          at the embeddings' spread
     p_tuning        the same by an encoder, whose output the file has
-    prefix          of standard normal values
+    prefix          of standard normal values; for a trained model, to which these do what makes
+                    float32 itself err by 1e-3, what it makes of random tokens
     prefix-two      of T5's two submodules, which is peft's default there; see below
     prefix-wrapped  the same with fewer layers, so that some are used twice
     lora            of all matrices of attention and feed-forward; of Qwen3-MoE's attention alone
@@ -51,7 +54,7 @@ import numpy as np
 import peft
 import torch
 import transformers
-from make_families import LENGTHS, TARGET_LENGTHS, random_rows, read
+from make_families import FAMILIES, LENGTHS, TARGET_LENGTHS, random_rows, read
 
 ADAPTERS = Path(__file__).parent / "adapters"
 VIRTUAL_TOKENS = 4
@@ -80,12 +83,12 @@ TARGETS = {
 }
 
 
-def configs(name: str) -> dict[str, peft.PeftConfig]:
+def configs(name: str, model: torch.nn.Module) -> dict[str, peft.PeftConfig]:
     """The adapters of a variant, by their kind."""
-    encoder_decoder = name.startswith("t5")
+    family, encoder_decoder = model.config.model_type, model.config.is_encoder_decoder
     common = dict(task_type="SEQ_2_SEQ_LM" if encoder_decoder else "CAUSAL_LM")
     virtual = common | dict(num_virtual_tokens=VIRTUAL_TOKENS, num_transformer_submodules=1)
-    lora = common | dict(r=3, lora_alpha=5, target_modules=TARGETS[name])
+    lora = common | dict(r=3, lora_alpha=5, target_modules=TARGETS.get(name, LLAMA))
     made = dict(
         prompt=peft.PromptTuningConfig(**virtual, prompt_tuning_init="RANDOM"),
         lora=peft.LoraConfig(**lora),
@@ -98,27 +101,27 @@ def configs(name: str) -> dict[str, peft.PeftConfig]:
         made["prefix-wrapped"] = peft.PrefixTuningConfig(**double)
     else:
         made["prefix"] = peft.PrefixTuningConfig(**virtual)
-    if name.startswith("llama"):
+    if family == "llama":
         made["p_tuning"] = peft.PromptEncoderConfig(**virtual, encoder_hidden_size=10)
         few = dict(
             target_modules=["q_proj", "v_proj"],
             rank_pattern={"layers.1.self_attn.q_proj": 2},
             alpha_pattern={"v_proj": 7},
         )
-    if name.startswith("gpt2"):
+    if family == "gpt2":
         few = dict(
             target_modules=["c_attn"],
             rank_pattern={"h.1.attn.c_attn": 2},
             alpha_pattern={"h.2.attn.c_attn": 7},
         )
-    if name.startswith(("llama", "gpt2")):
+    if family in ("llama", "gpt2"):
         made["lora-rslora"] = peft.LoraConfig(**lora, use_rslora=True)
         made["lora-few"] = peft.LoraConfig(**lora | few)
     return made
 
 
 @torch.no_grad()
-def randomise(tuned: peft.PeftModel) -> None:
+def randomise(tuned: peft.PeftModel, trained: bool) -> None:
     """Give an adapter values that matter, where those that peft starts from do not."""
     spread = tuned.get_input_embeddings()(torch.arange(tuned.config.vocab_size)).std()
     match tuned.active_peft_config.peft_type:
@@ -129,14 +132,19 @@ def randomise(tuned: peft.PeftModel) -> None:
             factor = spread / encoder(torch.arange(VIRTUAL_TOKENS)).std()
             for parameter in encoder.mlp_head[-1].parameters():
                 parameter.mul_(factor)
+        case peft.PeftType.PREFIX_TUNING if trained:
+            model = tuned.get_base_model()
+            tokens = torch.randint(model.config.vocab_size, (1, VIRTUAL_TOKENS))
+            peft.initialize_kv_prefix_from_past_key_values(
+                tuned, past_key_values=model(tokens).past_key_values
+            )
         case peft.PeftType.LORA:
             for name, parameter in tuned.named_parameters():
                 if "lora_B" in name:
                     parameter.normal_(std=0.3)
 
 
-def write(name: str, kind: str, tuned: peft.PeftModel) -> Path:
-    folder = ADAPTERS / name / kind
+def write(folder: Path, name: str, tuned: peft.PeftModel) -> None:
     tuned.save_pretrained(folder)
     (folder / "README.md").unlink()
     path = folder / "adapter_config.json"
@@ -144,7 +152,6 @@ def write(name: str, kind: str, tuned: peft.PeftModel) -> Path:
     if "target_modules" in config:
         config["target_modules"].sort()
     path.write_text(json.dumps(config, indent=2, sort_keys=True))
-    return folder
 
 
 def real(lengths: np.ndarray, width: int) -> torch.Tensor:
@@ -172,19 +179,19 @@ def self_attention_logits(tuned: peft.PeftModel, golden: dict) -> torch.Tensor:
     return logits(tuned.get_base_model(), golden, past_key_values=cache)
 
 
-def make(name: str) -> None:
+def make(name: str, model_folder: Path, adapters: Path) -> None:
     torch.manual_seed(sum(map(ord, name)))
-    model = read(name)
+    model = read(model_folder)
     golden = dict(tokens=random_rows(model.config.vocab_size, LENGTHS)[0], lengths=LENGTHS)
     if model.config.is_encoder_decoder:
         targets, _ = random_rows(model.config.vocab_size, TARGET_LENGTHS)
         golden |= dict(targets=targets, target_lengths=TARGET_LENGTHS)
     plain, results = logits(model, golden), {}
-    for kind, config in configs(name).items():
-        tuned = peft.get_peft_model(read(name), config)
-        randomise(tuned)
-        folder = write(name, kind, tuned)
-        written = peft.PeftModel.from_pretrained(read(name), folder)
+    for kind, config in configs(name, model).items():
+        tuned = peft.get_peft_model(read(model_folder), config)
+        randomise(tuned, trained=name not in TARGETS)
+        write(adapters / kind, name, tuned)
+        written = peft.PeftModel.from_pretrained(read(model_folder), adapters / kind)
         by_hand = model.config.is_encoder_decoder and kind == "prefix"
         changed = (self_attention_logits if by_hand else logits)(written, golden)
         results[f"{kind}_logits"] = changed
@@ -192,12 +199,16 @@ def make(name: str) -> None:
         assert difference > DISTINCT, (name, kind, difference)
         print(f"{name} {kind}: changes the logits by {difference:.2f} of their spread")
     arrays = {key: np.asarray(value) for key, value in (golden | results).items()}
-    np.savez_compressed(ADAPTERS / name / "golden.npz", **arrays)
+    np.savez_compressed(adapters / "golden.npz", **arrays)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    for variant in sys.argv[1:] or TARGETS:
-        make(variant)
+    match [Path(word) for word in sys.argv[1:]]:
+        case [directory, adapters] if directory.is_dir():
+            make(directory.name, directory, adapters / directory.name)
+        case variants:
+            for variant in variants or map(Path, TARGETS):
+                make(variant.name, FAMILIES / variant, ADAPTERS / variant)
