@@ -25,12 +25,12 @@ def zero_shot():
     from softprompt import load_base, load_experiment
     from softprompt.data.examples import make_examples
     from softprompt.data.records import read_records
+    from softprompt.data.task import make_task
     from softprompt.evaluation.evaluate import evaluate
-    from softprompt.inference.prompt import make_task
 
     experiment = load_experiment(Path(EXPERIMENT))
     base = load_base(experiment.base)
-    task = make_task(base, experiment.template, experiment.verbalizer, 0)
+    task = make_task(base, experiment.template, experiment.verbalizer)
     examples = make_examples(task, read_records(experiment.data.test), "test")
     return evaluate(base.backbone, None, examples, 32, "zero-shot")
 

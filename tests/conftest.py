@@ -30,6 +30,10 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 jax.config.update("jax_compilation_cache_dir", _COMPILED)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
+# They run but a moment, and most of the tests' time goes into compiling them.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+jax.config.update("jax_disable_most_optimizations", True)
+
 
 @pytest.fixture(autouse=True, scope="module")
 def forget_programs():
@@ -82,14 +86,17 @@ evaluation: {{every: 4, metric: accuracy}}
 """
 
 
-def write_experiment(folder: Path) -> Path:
-    """An experiment on the tiny model that trains in seconds: is a letter early or late?"""
+def write_experiment(folder: Path, shortest: int = 1, longest: int = 11) -> Path:
+    """An experiment on the tiny model that trains in seconds: is a letter early or late?
+
+    Texts of one length are batches of one shape, for which less is compiled.
+    """
     random = np.random.default_rng(0)
     for split, count in (("train", 30), ("validation", 9), ("test", 7)):
         letters = random.integers(0, 26, count)
         records = [
             {
-                "text": chr(97 + n) * int(random.integers(1, 12)),
+                "text": chr(97 + n) * int(random.integers(shortest, longest + 1)),
                 "label": "low" if n < 13 else "high",
             }
             for n in letters

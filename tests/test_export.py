@@ -22,7 +22,7 @@ LONG = ["training.steps=12", "optimizer.learning_rate=0.3"]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("export")
-    write_experiment(folder)
+    write_experiment(folder, shortest=5, longest=5)
     return folder
 
 

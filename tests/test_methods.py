@@ -52,11 +52,11 @@ def test_a_method_learns_and_is_loaded_as_it_was_measured(name, tmp_path):
     overrides, count = METHODS[name]
     if "optimizer.learning_rate" not in str(overrides):
         overrides = [*overrides, "optimizer.learning_rate=0.03"]
-    path = write_experiment(tmp_path)
+    path = write_experiment(tmp_path, shortest=5, longest=5)
     experiment = load_experiment(path, ["training.steps=16", *overrides])
     summary = train(experiment, tmp_path / "run")
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    losses = [r["loss"] for r in map(json.loads, lines) if r["split"] == "train"]
+    losses = [r["loss"] for r in map(json.loads, lines) if r["split"] == "validation"]
     assert losses[-1] < losses[0]
     assert count is None or summary["trainable_parameters"] == count
     prompt = load_prompt(tmp_path / "run")
