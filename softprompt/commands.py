@@ -33,7 +33,7 @@ def evaluate(options: argparse.Namespace) -> None:
     from softprompt.data.records import read_records
     from softprompt.evaluation.evaluate import evaluate
     from softprompt.experiment_file import load_experiment
-    from softprompt.inference.ensemble import evaluate_ensemble
+    from softprompt.inference.ensemble import evaluate_ensemble, shared_task
     from softprompt.inference.prompt import load_prompt
 
     first, *others = options.runs
@@ -45,9 +45,8 @@ def evaluate(options: argparse.Namespace) -> None:
         raise UserError(f"{config}: has no data.{options.split}")
     prompt = load_prompt(first, options.base)
     prompts = [prompt, *(load_prompt(run, prompt.base) for run in others)]
-    if others and not prompt.task.labels:
-        raise UserError("only prompts with labels can be evaluated together")
-    examples = make_examples(prompt.task, read_records(data[options.split]), options.split)
+    task = shared_task(prompts) if others else prompt.task
+    examples = make_examples(task, read_records(data[options.split]), options.split)
     about = {"split": options.split, "examples": len(examples)}
     arguments = examples, options.batch_size, options.split
     if not others:
@@ -145,7 +144,8 @@ def import_(options: argparse.Namespace) -> None:
     name = options.base or (experiment.base if experiment else None)
     if name is None:
         raise UserError("give the base model with --base, or an experiment that names it")
-    import_prompt(options.source, options.folder, load_base(name), experiment)
+    base = load_base(name, **(experiment.compute.model_dump() if experiment else {}))
+    import_prompt(options.source, options.folder, base, experiment)
     print(options.folder)
 
 

@@ -68,7 +68,7 @@ def compare(
     own = load_experiment(file, overrides)
     rows = []
     for method in dict.fromkeys(methods):
-        of_method = [*_overrides(method, own), *overrides]
+        of_method = _overrides(method, own, overrides)
         runs = []
         for seed in seeds if method != "none" else seeds[:1]:
             run = folder / method / f"seed-{seed}"
@@ -115,11 +115,13 @@ def table(rows: Sequence[Row], form: str) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in [lines[0], rule, *lines[1:]])
 
 
-def _overrides(method: str, own: Experiment) -> list[str]:
+def _overrides(method: str, own: Experiment, given: Sequence[str]) -> list[str]:
+    """The given overrides and those that make the experiment one of the method."""
     if method in ("none", "few-shot"):
         shots = 0 if method == "none" else own.shots or _SHOTS
-        return ["method=none", f"shots={shots}"]
-    return [f"method={method}"] + ([] if method == own.method else ["optimizer.learning_rate=null"])
+        return [*given, "method=none", f"shots={shots}"]
+    rate = [] if method == own.method else ["optimizer.learning_rate=null"]
+    return [*rate, *given, f"method={method}"]
 
 
 def _train(file: Path, overrides: Sequence[str], run: Path) -> None:

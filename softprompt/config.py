@@ -110,7 +110,7 @@ class Prompt(Initial):
       reparametrization: what the vectors are made from while they are trained: `mlp` or
         `lstm` (P-tuning), `residual`, `low_rank`, or `multitask`, a prompt for each of
         several tasks: one that they share times a matrix of rank 1.
-      size: of the network's hidden layer, or the rank; by default that of the paper.
+      size: of the network's hidden layer, or the rank; see docs/methods.md.
       tasks: for `multitask`: what `task_field` of a record may say.
     """
 
@@ -282,6 +282,8 @@ class Experiment(Section):
             raise ValueError("template.target: with a verbalizer it must have one {field}")
         elif len(set(self.verbalizer.values())) < len(self.verbalizer):
             raise ValueError("verbalizer: two labels have the same text")
+        if self.method == "dept" and self.prompt.reparametrization:
+            raise ValueError("method: dept is not for a prompt.reparametrization")
         if self.method == "full" and self.compute.int8:
             raise ValueError("method: full cannot train compute.int8 matrices; lora can")
         return self

@@ -8,7 +8,8 @@ import dataclasses
 import difflib
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,10 +84,9 @@ def dump_experiment(experiment: Experiment, folder: Path) -> str:
     """YAML that `load_experiment` reads back as the same experiment from a file in `folder`."""
     tree = experiment.model_dump(exclude_none=True)
     for section, key in _PATH_KEYS:
-        value = tree[section].get(key) if section else tree.get(key)
-        if value is not None and os.path.isabs(value):
-            relative = os.path.join(".", os.path.relpath(value, os.path.abspath(folder)))
-            (tree[section] if section else tree)[key] = relative
+        part = tree[section] if section else tree
+        if part.get(key) is not None:
+            part[key] = _each(part[key], partial(_relative, folder=folder))
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
@@ -200,22 +200,46 @@ def _merge(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     return below
 
 
-_PATH_KEYS = (("data", "train"), ("data", "validation"), ("data", "test"), (None, "base"))
+_PATH_KEYS = (
+    (None, "base"),
+    ("data", "train"),
+    ("data", "validation"),
+    ("data", "test"),
+    ("prompt", "init_prompts"),
+    ("prefix", "init_prompts"),
+)
 
 
 def _resolve_paths(tree: dict[str, Any], origins: Mapping[Key, _Origin]) -> None:
     for section, key in _PATH_KEYS:
         part = tree.get(section) if section else tree
-        if not isinstance(part, dict) or not isinstance(value := part.get(key), str):
+        if not isinstance(part, dict) or key not in part:
             continue
         origin = origins.get((section, key) if section else (key,))
-        path = os.path.abspath((origin.folder if origin else Path()) / Path(value).expanduser())
-        if key == "base":  # else a short name, a file in a package, or a hub id
-            is_path = value.startswith((".", "/", "~")) or os.path.exists(path)
-        else:
-            is_path = not value.startswith("hub:")
-        if is_path:
-            part[key] = path
+        folder, is_base = origin.folder if origin else Path(), key == "base"
+        part[key] = _each(part[key], partial(_resolved, folder=folder, is_base=is_base))
+
+
+def _each(value: Any, change: Callable[[str], str]) -> Any:
+    """A text changed, or every text of a list; the rest is the schema's to refuse."""
+    if isinstance(value, list):
+        return [_each(item, change) for item in value]
+    return change(value) if isinstance(value, str) else value
+
+
+def _relative(value: str, folder: Path) -> str:
+    if not os.path.isabs(value):
+        return value
+    return os.path.join(".", os.path.relpath(value, os.path.abspath(folder)))
+
+
+def _resolved(value: str, folder: Path, *, is_base: bool) -> str:
+    path = os.path.abspath(folder / Path(value).expanduser())
+    if is_base:  # else a short name, a file in a package, or a hub id
+        is_path = value.startswith((".", "/", "~")) or os.path.exists(path)
+    else:
+        is_path = not value.startswith("hub:")
+    return path if is_path else value
 
 
 def _explain(error: Any, origins: Mapping[Key, _Origin], path: Path) -> str:

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from softprompt import SoftPrompt, UserError
-from softprompt.training.checkpoint import (
+from softprompt.checkpoint import (
     Checkpoints,
     DamagedError,
     load_arrays,
@@ -81,7 +81,7 @@ def test_saving_replaces_a_folder_and_leaves_nothing_beside_it(saved):
 
 
 def test_a_failed_save_leaves_the_old_one(saved, monkeypatch):
-    monkeypatch.setattr("softprompt.training.checkpoint._sha256", lambda path: 1 / 0)
+    monkeypatch.setattr("softprompt.checkpoint._sha256", lambda path: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         save_arrays(saved, ARRAYS | {"count": jnp.array(8)}, {}, "about.json")
     monkeypatch.undo()

@@ -69,6 +69,11 @@ def test_extends_puts_one_file_over_another(file):
     assert experiment.name == "child"
     assert (experiment.training.steps, experiment.training.batch_size) == (10, 4)
     assert experiment.data.train == str(file.parent / "sub" / "c.jsonl")
+    child.write_text(
+        "extends: ../case.yaml\nprompt: {init: prompts, init_prompts: [../runs/a, /runs/b]}\n"
+    )
+    prompts = load_experiment(child).prompt.init_prompts
+    assert prompts == [str(file.parent / "runs" / "a"), "/runs/b"]
     child.write_text("extends: child.yaml\n")
     assert "extends itself" in mistakes(child)[0]
     child.write_text("extends: other.yaml\n")

@@ -13,9 +13,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import PreTrainedTokenizerFast
 
 from softprompt import SoftPrompt, UserError, load_base, load_experiment, load_prompt, train
+from softprompt.backbones.batch import target_log_probabilities
 from softprompt.data.batches import Layout
 from softprompt.data.examples import Example
-from softprompt.training.step import target_log_probabilities
 
 VOCABULARY = 61  # of the golden model
 

@@ -71,7 +71,7 @@ def test_a_merged_model_writes_what_the_prompt_does(run, tmp_path, name):
         expected = written(prompt.base, tokens, prompt.prefix, prompt.backbone)
         whole = merged.tokenizer(form.format(text=text), add_special_tokens=False).input_ids
         assert written(merged, whole) == expected
-    assert len(set(expected)) > 2
+        assert len(set(expected)) > 1
 
 
 def test_new_tokens_of_a_merged_model_cannot_win(run, tmp_path):
@@ -176,7 +176,7 @@ def test_an_export_is_pushed_to_the_hub(run, tmp_path, capsys, monkeypatch):
     assert "https://hub/me/letters/commit/1" in capsys.readouterr().out
 
     def refuse(*arguments, **settings):
-        raise OSError("no way to the hub")
+        raise ConnectionError("no way to the hub")
 
     monkeypatch.setattr(exporting.huggingface_hub, "create_repo", refuse)
     with pytest.raises(UserError, match=r"me/letters: cannot be uploaded \(no way to the hub\)"):

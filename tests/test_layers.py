@@ -9,11 +9,13 @@ from conftest import REPOSITORY
 LAYERS = [
     {"__main__"},
     {"cli", "commands", "compare"},
-    {"training", "evaluation", "inference", "interop"},
+    {"training", "interop"},
+    {"inference"},
+    {"evaluation"},
     {"methods", "data"},
     {"backbones"},
     {"experiment_file"},
-    {"config", "console", "errors"},
+    {"config", "checkpoint", "console", "errors"},
 ]
 
 

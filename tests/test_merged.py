@@ -1,12 +1,16 @@
-"""A merged model is to transformers what it is here."""
+"""A merged model is to transformers what it is here, and new tokens are the vectors."""
 
+import json
 from types import SimpleNamespace
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from conftest import FAMILIES_GOLDEN, GOLDEN
 from transformers import AutoConfig
 
-from softprompt import Base
+from softprompt import Base, SoftPrompt
 from softprompt.backbones.directory import ModelDirectory
 from softprompt.backbones.families import FAMILIES
 from softprompt.backbones.gguf import GGUFFile
@@ -32,3 +36,34 @@ def test_the_config_means_the_same_architecture_to_transformers(path, tiny, tmp_
     if path.is_dir():
         assert theirs["architectures"] == file.config["architectures"]
     assert FAMILIES[file.config["model_type"]].architecture(theirs) == backbone.arch
+
+
+@pytest.mark.parametrize("variant", sorted(path.name for path in (GOLDEN / "adapters").iterdir()))
+def test_new_tokens_are_the_vectors_and_never_win(variant, tiny, tmp_path):
+    """Of a family: its embedding's factor, its head, tied or not, and what T5 starts from."""
+    file = ModelDirectory(FAMILIES_GOLDEN / variant)
+    backbone, _ = load_backbone(file)
+    base = Base(variant, "", file.config, backbone, tiny.tokenizer, Compute())
+    scale = float(backbone.embedding.table[...].std()) * backbone.embedding.scale
+    method = SoftPrompt(
+        scale * jax.random.normal(jax.random.key(0), (3, backbone.arch.hidden_size))
+    )
+    task = SimpleNamespace(template=Template(input="{text}"), demonstrations=(), tasks={})
+    about = {"method": "prompt"}
+    export_merged(TrainedPrompt(base, method, backbone, None, task, about), tmp_path)
+    merged, _ = load_backbone(ModelDirectory(tmp_path))
+    generation = json.loads((tmp_path / "generation_config.json").read_text())
+    new, size = generation["suppress_tokens"], backbone.arch.vocab_size
+    if backbone.is_encoder_decoder:
+        assert generation["decoder_start_token_id"] == backbone.arch.start_token
+    tokens = np.array([[5, 9, 7, 6]])
+
+    @jax.jit
+    def logits(backbone, tokens, prefix):
+        hidden, _ = backbone.start(tokens, jnp.array([tokens.shape[1]]), prefix, 1)
+        return backbone.logits(hidden)
+
+    expected = np.asarray(logits(backbone, tokens, method.make_prefix(method.adapt(backbone))))
+    found = np.asarray(logits(merged, np.concatenate([[new], tokens], axis=1), None))
+    np.testing.assert_allclose(found[:, :size], expected, rtol=0, atol=1e-4 * expected.std())
+    assert (found[:, new] <= found[:, :size].max()).all()

@@ -18,7 +18,7 @@ from softprompt.data.examples import Example, make_examples
 from softprompt.data.records import Record, read_records
 from softprompt.data.task import make_task
 from softprompt.evaluation.evaluate import evaluate, make_prefix, score
-from softprompt.inference.ensemble import evaluate_ensemble
+from softprompt.inference.ensemble import evaluate_ensemble, shared_task
 from softprompt.methods.lora import LoRA, find_targets, first_matrices
 from softprompt.methods.making import make_method
 from softprompt.methods.method import Method
@@ -35,6 +35,14 @@ METHODS = {  # overrides, and the number of parameters learned
     "residual": (["prompt.reparametrization=residual", "prompt.size=5"], None),
     "low_rank": (["prompt.reparametrization=low_rank", "prompt.size=2"], 2 * (P + D)),
     "dept": (["method=dept", "dept.rank=2", "dept.positions=7"], P * D + 2 * (7 + D)),
+    "multitask": (
+        [
+            "prompt.reparametrization=multitask",
+            "prompt.task_field=label",
+            "prompt.tasks=[low,high]",
+        ],
+        P * D + 2 * (P + D),
+    ),
     "prefix": (["method=prefix", "prefix.length=4"], 2 * 3 * 4 * 2 * 8),
     "prefix-network": (["method=prefix", "prefix.length=4", "prefix.size=6"], None),
     "lora": (["method=lora", "lora.rank=2", "lora.dropout=0.1"], None),
@@ -109,16 +117,16 @@ PLACES = {  # template, demonstrations, and the parts of an input
 def test_virtual_tokens_stand_where_the_template_says(tiny, place):
     text, shown, parts = PLACES[place]
     task = make_task(tiny, Template(input=text), VERBALIZER, shown, virtual_tokens=P)
-    found = scores(tiny, SoftPrompt(VECTORS, task.head), task, {"text": "hello"})
+    found = scores(tiny, SoftPrompt(VECTORS, task.opening), task, {"text": "hello"})
     expected = [whole(tiny, *parts, target) for target in VERBALIZER.values()]
     np.testing.assert_allclose(found, expected, rtol=1e-4)
-    assert (~0 in task.head) == (place not in ("in place", "suffix"))
+    assert (~0 in task.opening) == (place not in ("in place", "suffix"))
 
 
 def test_text_that_all_inputs_share_is_run_once(tiny):
     task = make_task(tiny, Template(input="{text}:"), VERBALIZER, SHOWN)
-    assert task.head == ids(tiny, "aa: ab\n\nbb:xyz\n\n")
-    found = scores(tiny, Method(task.head), task, {"text": "hello"})
+    assert task.opening == ids(tiny, "aa: ab\n\nbb:xyz\n\n")
+    found = scores(tiny, Method(task.opening), task, {"text": "hello"})
     shown = "aa: ab\n\nbb:xyz\n\n"
     expected = [whole(tiny, shown, "hello:", target) for target in VERBALIZER.values()]
     np.testing.assert_allclose(found, expected, rtol=1e-4)
@@ -135,10 +143,10 @@ def test_special_tokens_stand_around_the_pieces(smollm2, tmp_path):
     base = dataclasses.replace(smollm2, tokenizer=tokenizer)
     record = Record({"text": "hello"}, "here")
     front = make_task(base, Template(input="{text}:"), VERBALIZER, virtual_tokens=2)
-    assert front.head == [~0, ~1]
+    assert front.opening == [~0, ~1]
     assert front.example(record, with_answer=False).input == [1, *ids(base, "hello:"), 2]
     behind = make_task(base, Template(input="{prompt}{text}:"), VERBALIZER, virtual_tokens=2)
-    assert behind.head == [1, ~0, ~1]
+    assert behind.opening == [1, ~0, ~1]
     assert behind.example(record, with_answer=False).input == [*ids(base, "hello:"), 2]
 
 
@@ -155,7 +163,7 @@ def test_a_chat_template_is_written_out(smollm2):
         messages, tokenize=False, add_generation_prompt=True
     )
     before, _, behind = written.partition("Say {hello}")
-    assert task.head == [*ids(smollm2, before), ~0, ~1]
+    assert task.opening == [*ids(smollm2, before), ~0, ~1]
     assert example.input == ids(smollm2, "Say {hello}" + behind)
 
 
@@ -179,7 +187,7 @@ def test_every_task_of_several_has_a_prompt_of_its_own(tiny):
     task = make_task(
         tiny, Template(input="{text}:"), VERBALIZER, virtual_tokens=P, tasks=["film", "book"]
     )
-    method = Reparametrized(source, task.head)
+    method = Reparametrized(source, task.opening)
     for number, name in enumerate(task.tasks):
         found = scores(tiny, method, task, {"text": "hello", "task": name})
         vectors = np.asarray(VECTORS) * np.outer(columns[number], rows[number])
@@ -193,7 +201,7 @@ def test_offsets_are_added_by_position(tiny):
     random = np.random.default_rng(0)
     down, up = (jnp.asarray(random.normal(size=s), jnp.float32) for s in ((4, 2), (2, D)))
     task = make_task(tiny, Template(input="{text}"), VERBALIZER, virtual_tokens=P)
-    method = DecomposedPrompt(VECTORS, down, up, task.head)
+    method = DecomposedPrompt(VECTORS, down, up, task.opening)
     found = scores(tiny, method, task, {"text": "hello"})  # 5 tokens, 4 offsets
     read = tiny.backbone.embedding(jnp.array(ids(tiny, "hello")))
     read = read.at[:4].add(down @ up)
@@ -201,10 +209,21 @@ def test_offsets_are_added_by_position(tiny):
     np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
+def test_offsets_have_a_learning_rate_of_their_own(experiment_file, tmp_path):
+    experiment = load_experiment(
+        experiment_file, ["method=dept", "dept.learning_rate=0.01", "optimizer.learning_rate=1e-12"]
+    )
+    train(experiment, tmp_path / "run")
+    prompt = load_prompt(tmp_path / "run")
+    first = make_method(experiment, prompt.base, prompt.task.opening)
+    np.testing.assert_allclose(prompt.method.vectors[...], first.vectors[...], atol=1e-6)
+    assert float(jnp.abs(prompt.method.down[...] - first.down[...]).max()) > 1e-3
+
+
 def test_offsets_reach_generated_tokens(tiny):
     """Written with a cache, as read at once."""
     down, up = jnp.ones((9, 1)), 0.3 * jax.random.normal(jax.random.key(0), (1, D))
-    backbone = DecomposedPrompt(VECTORS, down, up).adapt(tiny.backbone)
+    backbone = DecomposedPrompt(VECTORS, down, up, ()).adapt(tiny.backbone)
     tokens = jnp.array([ids(tiny, "hello, you")])
     hidden, cache = backbone.start(tokens[:, :6], jnp.array([6]), None, 4)
     for place in range(6, 10):
@@ -373,6 +392,43 @@ def test_prompts_together_score_as_each_alone(experiment_file, tmp_path):
     assert together["vote"]["accuracy"] == (votes == answers).mean()
     mean = chances.mean(axis=0).argmax(axis=-1)
     assert together["mean"]["accuracy"] == (mean == answers).mean()
+    rooms = [prompt.task.max_tokens for prompt in prompts]
+    assert shared_task(prompts).max_tokens == min(rooms) < max(rooms)
+    template = prompts[1].task.template.model_copy(update={"target": "It is {label}"})
+    other = dataclasses.replace(
+        prompts[1], task=dataclasses.replace(prompts[1].task, template=template)
+    )
+    with pytest.raises(UserError, match="prompt 2: of another task than the first"):
+        shared_task([prompts[0], other])
+
+
+def test_a_prefix_of_a_decoder_takes_no_room_from_the_encoder(tiny):
+    for variant, taken in (("t5-gated", 0), ("llama-biased", 9)):
+        base = Base(variant, "", {}, golden_backbone(variant), tiny.tokenizer, Compute())
+        with_prefix, without = (
+            make_task(base, Template(input="{text}"), None, before=before) for before in (9, 0)
+        )
+        assert without.max_tokens - with_prefix.max_tokens == taken
+
+
+def test_dept_with_a_reparametrization_is_refused(experiment_file):
+    with pytest.raises(UserError, match=r"dept is not for a prompt\.reparametrization"):
+        load_experiment(experiment_file, ["method=dept", "prompt.reparametrization=mlp"])
+
+
+def test_initial_prompts_are_of_no_concern_to_other_methods(experiment_file, tmp_path):
+    overrides = ["prompt.init=prompts", "prompt.init_prompts=[nowhere]", "method=none"]
+    assert train(load_experiment(experiment_file, overrides), tmp_path / "run")["steps"] == 0
+
+
+def test_texts_without_tokens_give_no_first_vectors(experiment_file, tmp_path):
+    overrides = [
+        "prompt.init=labels",
+        "template.target='{label}.'",
+        "verbalizer={low: '', high: h}",
+    ]
+    with pytest.raises(UserError, match="init: the text '' has no tokens"):
+        train(load_experiment(experiment_file, overrides), tmp_path / "run")
 
 
 def test_full_fine_tuning_in_int8_is_refused(experiment_file):

@@ -18,6 +18,7 @@ from softprompt.config import Compute
 from softprompt.inference.prompt import TrainedPrompt
 from softprompt.interop.peft_export import export_adapter
 from softprompt.interop.peft_import import import_adapter, import_array
+from softprompt.methods.lora import LoRA
 from softprompt.methods.making import method_of
 from softprompt.methods.prefix import PrefixTuning
 from softprompt.methods.soft_prompt import DecomposedPrompt
@@ -34,13 +35,13 @@ def base_of(variant: str) -> Base:
 
 def imported(base, folder):
     name, arrays, scales = import_adapter(folder, base)
-    head = [~i for i in range(len(arrays.get("vectors", ())))]
-    return method_of(name, arrays, scales, head)
+    opening = [~i for i in range(len(arrays.get("vectors", ())))]
+    return method_of(name, arrays, scales, opening)
 
 
 def trained(base, method):
-    backbone = method.adapt(base.backbone)
-    return TrainedPrompt(base, method, backbone, method.make_prefix(backbone), None, {})
+    backbone, about = method.adapt(base.backbone), {"method": type(method).__name__}
+    return TrainedPrompt(base, method, backbone, method.make_prefix(backbone), None, about)
 
 
 @jax.jit
@@ -135,6 +136,12 @@ def rename(old, new):
     return lambda tensors: tensors.update({new: tensors.pop(old)})
 
 
+def rename_pair(tensors):
+    for side in "AB":
+        name = A.replace("lora_A", f"lora_{side}")
+        tensors[name.replace("q_proj", "x")] = tensors.pop(name)
+
+
 def drop_first(tensors):
     del tensors[min(tensors)]
 
@@ -148,7 +155,10 @@ MALFORMED = {
     "kind": ("prompt", None, {"peft_type": "IA3"}, "kind 'IA3' are not read"),
     "prefix": ("prefix", None, {"num_virtual_tokens": 2}, "takes (2, "),
     "half": ("lora", drop_first, {}, "but not base_model"),
-    "foreign": ("lora", rename(A, A.replace("q_proj", "x")), {}, "is there, but not"),
+    "foreign": ("lora", rename_pair, {}, "has no place for base_model.model.model.layers.0"),
+    "length fraction": ("prompt", None, {"num_virtual_tokens": 4.0}, "no positive whole number"),
+    "prefix fraction": ("prefix", None, {"num_virtual_tokens": 4.0}, "no positive whole number"),
+    "patterns": ("lora", None, {"alpha_pattern": ["q_proj"]}, "alpha_pattern is ['q_proj']"),
     "dora": ("lora", None, {"use_dora": True}, "use_dora True is not supported"),
     "bias": ("lora", None, {"bias": "all"}, "bias 'all' is not supported"),
     "alpha": ("lora", None, {"lora_alpha": None}, "lora_alpha is None"),
@@ -220,12 +230,15 @@ def test_what_peft_cannot_express_is_refused(tmp_path):
     base, vectors = base_of("llama-llama3"), jnp.ones((2, 16))
     in_place = trained(base, SoftPrompt(vectors, []))
     behind_text = trained(base, SoftPrompt(vectors, [5, ~0, ~1]))
-    offsets = trained(base, DecomposedPrompt(vectors, jnp.ones((3, 1)), jnp.ones((1, 16))))
+    offsets = DecomposedPrompt(vectors, jnp.ones((3, 1)), jnp.ones((1, 16)), [~0, ~1])
+    lora = LoRA({}, {})
     for prompt, as_prefix, message in (
         (in_place, False, "stand elsewhere"),
         (in_place, True, "nothing stands in front"),
         (behind_text, False, "stand elsewhere"),
-        (offsets, True, "DePT"),
+        (trained(base, offsets), False, "method DecomposedPrompt has no form in peft"),
+        (trained(base, offsets), True, "method DecomposedPrompt cannot be written as a prefix"),
+        (trained(base, lora), True, "method LoRA cannot be written as a prefix"),
     ):
         with pytest.raises(UserError, match=message):
             export_adapter(prompt, tmp_path, as_prefix=as_prefix)

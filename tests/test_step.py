@@ -8,11 +8,12 @@ import pytest
 from flax import nnx
 
 from softprompt import SoftPrompt
+from softprompt.backbones.batch import target_log_probabilities
 from softprompt.config import Optimizer
 from softprompt.data.batches import Layout
 from softprompt.data.examples import Example
 from softprompt.training.optimizers import make_optimizer, make_schedule
-from softprompt.training.step import target_log_probabilities, train_step
+from softprompt.training.step import train_step
 
 EXAMPLES = [
     Example([5, 6, 7, 8], [[20, 21, 22]], 0, "", False),

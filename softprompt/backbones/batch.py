@@ -1,9 +1,13 @@
-"""What a backbone reads, and is asked to predict. B batch, T tokens, M target positions."""
+"""What a backbone reads, and is asked to predict.
+
+Axis letters: B batch, T tokens, M target positions, D hidden, V vocabulary.
+"""
 
 import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 Array = Any  # NumPy's where it is made, JAX's in a compiled function, or None
 
@@ -44,3 +48,10 @@ class Batch:
     def padding(self) -> float:
         """Share of `tokens` that are padding."""
         return 1 - float(self.lengths.sum()) / self.tokens.size
+
+
+def target_log_probabilities(backbone, prefix, batch: Batch) -> jax.Array:
+    """Log-probability of every target token given what stands before it, `[B, M]` float32."""
+    hidden = backbone.target_states(batch, prefix)  # [B, M, D]
+    log_probabilities = jax.nn.log_softmax(backbone.logits(hidden))  # [B, M, V]
+    return jnp.take_along_axis(log_probabilities, batch.targets[..., None], axis=-1)[..., 0]

@@ -198,6 +198,11 @@ class Decoder(nnx.Module):
         """
         return self._run(embeddings, positions, segments, prefix)[0]
 
+    def prefix_shape(self, length: int) -> tuple[int, int, int, int]:
+        """That of the keys, and of the values, of so many virtual tokens: `[L, P, K, h]`."""
+        arch = self.arch
+        return len(arch.layers), length, arch.num_kv_heads, arch.head_size
+
     def prefix_of(self, keys: jax.Array, values: jax.Array) -> Prefix:
         """Keys and values `[L, P, K, h]` as a prefix."""
         return Prefix(keys, values)

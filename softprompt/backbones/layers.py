@@ -63,7 +63,7 @@ class Embedding(nnx.Module):
         return embeddings + offsets.at[positions].get(mode="fill", fill_value=0)
 
 
-class LowRank(nnx.Module):
+class LowRankAddition(nnx.Module):
     """What LoRA adds to a `Linear`: `dropout(x) @ down @ up * scale`.
 
     Attributes:
@@ -105,7 +105,7 @@ class Linear(nnx.Module):
         self.kernel = nnx.Param(jnp.zeros((*stack, inputs, outputs), jnp.int8 if int8 else None))
         self.scale = nnx.Param(jnp.zeros((*stack, outputs))) if int8 else None
         self.bias = nnx.Param(jnp.zeros(outputs)) if bias else None
-        self.low_rank: LowRank | None = nnx.data(None)
+        self.low_rank: LowRankAddition | None = nnx.data(None)
 
     def __call__(self, x: jax.Array, of_expert: jax.Array | None = None) -> jax.Array:
         """Apply to `[..., in]`.

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import importlib.util
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -62,6 +62,13 @@ class Base:
             return _HUB_NAMES[self.name]
         is_path = self.name.startswith((".", "/", "~")) or self.name.count("/") != 1
         return Path(self.name).name if is_path else self.name.partition("@")[0]
+
+    def require_embeddings(self, tokens: Iterable[int], where: str) -> None:
+        """Raise a `UserError` for ids of tokens, added ones, that the model does not know."""
+        for token in set(tokens):
+            if token >= self.backbone.arch.vocab_size:
+                text = self.tokenizer.convert_ids_to_tokens(token)
+                raise UserError(f"{where}: the base model has no embedding of {text!r}")
 
 
 def load_base(

@@ -182,6 +182,11 @@ class T5(nnx.Module):
         if not arch.tied_head:
             self.head = Linear(arch.hidden_size, arch.vocab_size, int8=int8)
 
+    def prefix_shape(self, length: int) -> tuple[int, int, int, int]:
+        """That of the keys, and of the values, of so many virtual tokens: `[L, P, H, h]`."""
+        arch = self.arch
+        return arch.num_decoder_layers, length, arch.num_heads, arch.head_size
+
     def prefix_of(self, keys: jax.Array, values: jax.Array) -> T5Prefix:
         """Keys and values `[L, P, H, h]` of the decoder as a prefix."""
         return T5Prefix(keys=keys, values=values)

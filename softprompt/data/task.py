@@ -27,35 +27,32 @@ class Task:
     """What turns a record into an example.
 
     An input is a sequence of pieces, which are tokenised apart. Those at the beginning that
-    have no field are the same in every row: they are the head, which a method runs once.
+    have no field are the same in every row: they are the opening, which a method runs once.
 
     Attributes:
+      base: the model that reads it.
       template: the experiment's.
       verbalizer: label -> text, or None for free text, whose target the end-of-text
         token closes.
       demonstrations: solved examples that stand in front of every input.
-      tokenizer: the base model's.
-      vocab_size: tokens that the base model has embeddings of.
-      max_tokens: most tokens of a row and its longest candidate together, or each if
-        `encoder_decoder`, whose model reads them apart.
+      max_tokens: most tokens of a row and its longest candidate together, or each of
+        them where an encoder-decoder reads them apart.
       virtual_tokens: number of them in an input.
       tasks, task_field: names of the tasks that have virtual tokens of their own, and the
         field of a record that says which one it is of; none if all have the same.
-      head: ids of what every row begins with.
+      opening: ids of what every row begins with.
       pieces: what follows.
     """
 
+    base: Base
     template: Template
     verbalizer: Mapping[str, str] | None
     demonstrations: Sequence[Demonstration]
-    tokenizer: PreTrainedTokenizerFast
-    vocab_size: int
     max_tokens: int
-    encoder_decoder: bool
     virtual_tokens: int
     tasks: Sequence[str]
     task_field: str
-    head: Sequence[int]
+    opening: Sequence[int]
     pieces: Sequence[Piece]
 
     @property
@@ -93,20 +90,17 @@ class Task:
             raise UserError(
                 f"{record.where}: its target has {longest} tokens, more than {self.max_tokens}"
             )
-        room = self.max_tokens - (0 if self.encoder_decoder else longest)
+        room = self.max_tokens - (0 if self.base.backbone.is_encoder_decoder else longest)
         tokens, truncated = self._input(record, room)
-        for token in {token for ids in (tokens, *candidates) for token in ids}:
-            if token >= self.vocab_size:
-                text = self.tokenizer.convert_ids_to_tokens(token)
-                raise UserError(f"{record.where}: the base model has no embedding of {text!r}")
+        self.base.require_embeddings(itertools.chain(tokens, *candidates), record.where)
         return Example(tokens, candidates, answer, record.where, truncated)
 
     def _candidate(self, text: str, record: Record) -> list[int]:
-        tokens = self.tokenizer(text, add_special_tokens=False).input_ids
+        tokens = self.base.tokenizer(text, add_special_tokens=False).input_ids
         if not self.verbalizer:
-            if self.tokenizer.eos_token_id is None:
+            if self.base.tokenizer.eos_token_id is None:
                 raise UserError("the base model's tokenizer has no end-of-text token for free text")
-            tokens = [*tokens, self.tokenizer.eos_token_id]
+            tokens = [*tokens, self.base.tokenizer.eos_token_id]
         if not tokens:
             raise UserError(f"{record.where}: the target {text!r} has no tokens")
         return tokens
@@ -120,7 +114,9 @@ class Task:
                 tokens += self._virtual_ids(record) if piece is None else piece
                 continue
             text, spans = _fill(piece, record)
-            encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+            encoded = self.base.tokenizer(
+                text, add_special_tokens=False, return_offsets_mapping=True
+            )
             starts, ends = np.array(encoded.offset_mapping or [(0, 0)]).T
             for begin, end in spans:
                 longest = max(longest, (end - begin, -len(fields)))
@@ -167,43 +163,45 @@ def make_task(
     Args:
       base, template, verbalizer, demonstrations, tasks, task_field: see `Task`.
       virtual_tokens: how many stand where the template says.
-      before: how many there are besides, in front of the head (those of prefix tuning).
+      before: how many tokens of a causal model's context stand in front of the opening
+        besides: those of prefix tuning.
 
     Raises:
       UserError: if the model's context is too short, or it has no chat template.
     """
+    if base.backbone.is_encoder_decoder:
+        before = 0
     pieces = pieces_of(template, demonstrations, base.tokenizer, virtual=virtual_tokens > 0)
     constant = list(itertools.takewhile(lambda piece: _is_constant(piece, tasks), pieces))
     while constant and isinstance(constant[-1], list):
         constant.pop()  # special tokens alone stay in the rows
-    head: list[int] = []
+    opening: list[int] = []
     for piece in constant:
         if piece is None:
-            head += [~i for i in range(virtual_tokens)]
+            opening += [~i for i in range(virtual_tokens)]
         elif isinstance(piece, str):
-            head += base.tokenizer(piece.format(), add_special_tokens=False).input_ids
+            opening += base.tokenizer(piece.format(), add_special_tokens=False).input_ids
         else:
-            head += piece
+            opening += piece
+    base.require_embeddings(opening, "template")
     context = base.backbone.arch.context_length
-    room = context - before - len(head)
+    room = context - before - len(opening)
     if room < 2 or (template.max_tokens or 0) > room:
         asked = f" and template.max_tokens {template.max_tokens}" if template.max_tokens else ""
         raise UserError(
             f"base {base.name!r} has a context of {context} tokens, too short for the "
-            f"{before + len(head)} that stand in front of every input{asked}"
+            f"{before + len(opening)} that stand in front of every input{asked}"
         )
     return Task(
+        base,
         template,
         verbalizer,
         demonstrations,
-        base.tokenizer,
-        base.backbone.arch.vocab_size,
         template.max_tokens or room,
-        base.backbone.is_encoder_decoder,
         virtual_tokens,
         tasks,
         task_field,
-        head,
+        opening,
         pieces[len(constant) :],
     )
 

@@ -10,11 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from softprompt.backbones.batch import Batch
+from softprompt.backbones.batch import Batch, target_log_probabilities
 from softprompt.console import Bar
 from softprompt.data.batches import evaluation_batches
 from softprompt.data.examples import Example
-from softprompt.training.step import target_log_probabilities
 
 
 @jax.jit

@@ -4,8 +4,10 @@ Axis letters: E prompts, N examples, C candidates, L layers, P virtual tokens, K
 heads, h head size.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,7 @@ from softprompt.backbones.decoder import Prefix
 from softprompt.console import Bar
 from softprompt.data.batches import evaluation_batches
 from softprompt.data.examples import Example
+from softprompt.data.task import Task
 from softprompt.errors import UserError
 from softprompt.evaluation.evaluate import candidate_scores, target_metrics
 from softprompt.inference.prompt import TrainedPrompt
@@ -31,7 +34,7 @@ def evaluate_ensemble(
 
     Args:
       prompts: at least two, loaded on one `Base`.
-      examples: with their answers, made by the task of the first prompt.
+      examples: with their answers, made by the `shared_task` of the prompts.
       batch_size: rows at a time.
       label: what stands in front of the progress bar.
 
@@ -41,8 +44,9 @@ def evaluate_ensemble(
       `mean` (of the probabilities).
 
     Raises:
-      UserError: if they are not prompts of one task, or change the base model itself.
+      UserError: see `shared_task`.
     """
+    shared_task(prompts)
     prefix, backbone = stack(prompts), prompts[0].base.backbone
     scores = np.empty((len(prompts), len(examples), len(examples[0].candidates)), np.float32)
     batches = evaluation_batches(examples, batch_size, encoder_decoder=backbone.is_encoder_decoder)
@@ -58,26 +62,35 @@ def evaluate_ensemble(
     return results
 
 
-def stack(prompts: Sequence[TrainedPrompt]) -> Prefix:
-    """The prefixes of several prompts as one, `[E, L, P, K, h]`, shorter ones padded.
+def shared_task(prompts: Sequence[TrainedPrompt]) -> Task:
+    """The task of all the prompts, with room for the longest.
 
     Raises:
-      UserError: see `evaluate_ensemble`.
+      UserError: if they are not prompts of one task with labels, or one is more than a
+        prefix of a causal model.
     """
-    first = prompts[0]
+    first = prompts[0].task
+
+    def rows(task: Task) -> tuple[Any, ...]:
+        return task.pieces, task.template.target, task.verbalizer
+
     for number, prompt in enumerate(prompts, 1):
-        if not isinstance(prompt.prefix, Prefix) or prompt.description["method"] not in (
-            "prompt",
-            "prefix",
-        ):
-            raise UserError(f"prompt {number}: nothing but its prefix may differ from the base")
-        if None in prompt.task.pieces:
+        task, method = prompt.task, prompt.description["method"]
+        if not task.labels:
+            raise UserError(f"prompt {number}: has no labels")
+        if method not in ("prompt", "prefix"):
+            raise UserError(f"prompt {number}: of method {method}, which is more than a prefix")
+        if not isinstance(prompt.prefix, Prefix):
+            raise UserError(f"prompt {number}: an encoder-decoder's cannot be evaluated together")
+        if None in task.pieces:
             raise UserError(f"prompt {number}: its virtual tokens stand in the inputs")
-        if (prompt.task.pieces, prompt.task.verbalizer) != (
-            first.task.pieces,
-            first.task.verbalizer,
-        ):
+        if rows(task) != rows(first):
             raise UserError(f"prompt {number}: of another task than the first")
+    return dataclasses.replace(first, max_tokens=min(prompt.task.max_tokens for prompt in prompts))
+
+
+def stack(prompts: Sequence[TrainedPrompt]) -> Prefix:
+    """The prefixes of several prompts as one, `[E, L, P, K, h]`, shorter ones padded."""
     prefixes = [prompt.prefix for prompt in prompts if isinstance(prompt.prefix, Prefix)]
     longest = max(prefix.length for prefix in prefixes)
 

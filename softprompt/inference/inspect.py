@@ -11,7 +11,6 @@ import jax.numpy as jnp
 
 from softprompt.errors import UserError
 from softprompt.inference.prompt import TrainedPrompt
-from softprompt.methods.soft_prompt import SoftPrompt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,9 +26,10 @@ class VirtualToken:
 
 def nearest_tokens(prompt: TrainedPrompt, count: int = 5) -> list[VirtualToken]:
     """The `count` nearest vocabulary tokens of each virtual token, by cosine similarity."""
-    if not isinstance(prompt.method, SoftPrompt):
+    virtual = prompt.backbone.embedding.virtual
+    if virtual is None:
         raise UserError(f"method {prompt.description['method']} has no vectors to look at")
-    vectors = prompt.method.vectors[...]  # [P, D]
+    vectors = virtual[...]  # [P, D]
     table = prompt.base.backbone.embedding.table[...].astype(jnp.float32)  # [V, D]
     norms = jnp.linalg.norm(vectors, axis=-1)
     table_norms = jnp.linalg.norm(table, axis=-1)

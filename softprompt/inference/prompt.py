@@ -61,10 +61,12 @@ class TrainedPrompt:
         Raises:
           UserError: if the prompt has no labels, or an input is empty or lacks a field.
         """
-        if isinstance(inputs, str):
-            raise UserError("classify takes a list of texts, not one text")
-        records = [self.record(text, f"input {i}") for i, text in enumerate(inputs, 1)]
-        return self.classify_records(records, batch_size)
+        return self.classify_records(self._records(inputs), batch_size)
+
+    def _records(self, inputs: Sequence[str | Mapping[str, Any]]) -> list[Record]:
+        if isinstance(inputs, str | Mapping):
+            raise UserError("give a list of inputs, not one")
+        return [self.record(text, f"input {i}") for i, text in enumerate(inputs, 1)]
 
     def record(self, text: str | Mapping[str, Any], where: str) -> Record:
         """An input as a record; a bare text is the one field of the template."""
@@ -114,10 +116,10 @@ class TrainedPrompt:
         arch, end = self.base.backbone.arch, self.base.tokenizer.eos_token_id
         if end is None:
             raise UserError("the base model's tokenizer has no end-of-text token to stop at")
-        records = [self.record(text, f"input {i}") for i, text in enumerate(inputs, 1)]
+        records = self._records(inputs)
         virtual = self.prefix.length if self.prefix else 0
         room = arch.context_length - virtual
-        if not self.task.encoder_decoder:
+        if not self.base.backbone.is_encoder_decoder:
             room -= max_new_tokens
         if room < 1 or max_new_tokens < 1:
             raise UserError(
@@ -132,7 +134,7 @@ class TrainedPrompt:
         say_truncated(examples, task, "inputs")
         texts = [""] * len(examples)
         for batch, numbers in evaluation_batches(
-            examples, batch_size, encoder_decoder=task.encoder_decoder
+            examples, batch_size, encoder_decoder=self.base.backbone.is_encoder_decoder
         ):
             written = greedy(
                 self.backbone,
@@ -163,7 +165,7 @@ def load_prompt(path: str | Path, base: Base | str | None = None) -> TrainedProm
     if not isinstance(base, Base):
         base = load_base(base or saved.name, **saved.compute.model_dump())
     task = saved.task(base)
-    method, arrays = saved.method(base, task.head)
+    method, arrays = saved.method(base, task.opening)
     trained_on = base.backbone
     if isinstance(method, FullFineTuning):
         trained_on = with_parameters(trained_on, arrays)

@@ -14,13 +14,13 @@ import jax
 import jax.numpy as jnp
 
 from softprompt.backbones.loading import Backbone, Base
+from softprompt.checkpoint import load_arrays, load_description, save_arrays
 from softprompt.config import Compute, Template
 from softprompt.data.task import Task, make_task
 from softprompt.errors import UserError
 from softprompt.methods.lora import LoRA
 from softprompt.methods.making import method_of
 from softprompt.methods.method import FullFineTuning, Method, parameters_of
-from softprompt.training.checkpoint import load_arrays, load_description, save_arrays
 
 _FILE = "prompt.json"
 _FORMAT = 2
@@ -128,7 +128,7 @@ class SavedPrompt:
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise self._malformed(self.folder, error) from error
 
-    def method(self, base: Base, head: Any) -> tuple[Method, dict[str, jax.Array]]:
+    def method(self, base: Base, opening: Any) -> tuple[Method, dict[str, jax.Array]]:
         """The method and its arrays.
 
         Raises:
@@ -147,7 +147,7 @@ class SavedPrompt:
                 shapes = self.description["arrays"].items()
                 like = {key: jax.ShapeDtypeStruct(shape, jnp.float32) for key, shape in shapes}
             arrays = load_arrays(self.folder, like)
-            return method_of(name, arrays, self.description.get("scales", {}), head), arrays
+            return method_of(name, arrays, self.description.get("scales", {}), opening), arrays
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise self._malformed(self.folder, error) from error
 

@@ -24,8 +24,11 @@ def import_prompt(
       experiment: says template and verbalizer; by default the input is the text alone.
 
     Raises:
-      UserError: if the source is damaged, of another kind, or does not fit the base model.
+      UserError: if the source is damaged, of another kind, or does not fit the base model,
+        or the experiment asks for what an adapter does not have.
     """
+    if experiment and (experiment.shots or experiment.prompt.tasks):
+        raise UserError(f"experiment {experiment.name}: shots and tasks cannot be imported to")
     read = import_array if source.suffix == ".npy" else import_adapter
     name, arrays, scales = read(source, base)
     template = experiment.template if experiment else Template(input="{text}")
@@ -39,7 +42,7 @@ def import_prompt(
         )
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
-    method = method_of(name, arrays, scales, task.head)
+    method = method_of(name, arrays, scales, task.opening)
     make_folder(folder)
     folder.rmdir()  # it is made anew, whole or not at all
     about = {"experiment": experiment.name if experiment else source.stem, "step": 0}

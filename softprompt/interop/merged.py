@@ -6,7 +6,6 @@ P virtual tokens.
 """
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,14 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from softprompt.backbones.families import FAMILIES
 from softprompt.backbones.loading import Base
 from softprompt.backbones.storing import save_tensors, stored_tensors
+from softprompt.backbones.t5 import T5Architecture
 from softprompt.data.task import pieces_of
 from softprompt.errors import UserError
 from softprompt.inference.prompt import TrainedPrompt
+from softprompt.interop.card import written_input
 from softprompt.methods.lora import LoRA
 from softprompt.methods.method import FullFineTuning
-from softprompt.methods.soft_prompt import DecomposedPrompt, SoftPrompt
+from softprompt.methods.soft_prompt import SoftPrompt
 
 # What transformers calls models whose name does not follow from their config's.
 _CLASSES = {
@@ -55,7 +56,7 @@ def export_merged(prompt: TrainedPrompt, folder: Path) -> str:
     backbone, vectors = prompt.backbone, np.zeros((0, base.backbone.arch.hidden_size), np.float32)
     if isinstance(method, LoRA):
         backbone = method.merge(base.backbone)
-    elif isinstance(method, SoftPrompt) and not isinstance(method, DecomposedPrompt):
+    elif isinstance(method, SoftPrompt):
         backbone, vectors = base.backbone, np.asarray(method.vectors[...], np.float32)
     elif not isinstance(method, FullFineTuning):
         name = prompt.description["method"]
@@ -78,10 +79,14 @@ def export_merged(prompt: TrainedPrompt, folder: Path) -> str:
     config = _config(base, size, untied=bool(names))
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     generation = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    if isinstance(base.backbone.arch, T5Architecture):
+        generation["decoder_start_token_id"] = base.backbone.arch.start_token
     if names:
         generation["suppress_tokens"] = tokenizer.convert_tokens_to_ids(names)
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
-    return "".join(_written(prompt, tokenizer, names))
+    task = prompt.task
+    pieces = pieces_of(task.template, task.demonstrations, tokenizer, virtual=bool(names))
+    return written_input(pieces, tokenizer, "".join(names))
 
 
 def _add_tokens(
@@ -107,7 +112,11 @@ def _add_tokens(
 
 
 def _unwritten(base: Base) -> int:
-    """A token that the model does not write: one that starts or pads texts, but ends none."""
+    """A token that the model does not write: one that starts or pads texts, but ends none.
+
+    Where the tokenizer has none, the first of the vocabulary must do: sampling may then
+    take a new token in its place, unless `suppress_tokens` is heeded.
+    """
     tokenizer, end = base.tokenizer, base.tokenizer.eos_token_id
     choices = [tokenizer.pad_token_id, tokenizer.bos_token_id, *tokenizer.all_special_ids]
     size = base.backbone.arch.vocab_size
@@ -130,16 +139,3 @@ def _config(base: Base, size: int, untied: bool) -> dict[str, Any]:
         config["tie_word_embeddings"] = False
         config.pop("scale_decoder_outputs", None)  # T5's name for it
     return config
-
-
-def _written(
-    prompt: TrainedPrompt, tokenizer: PreTrainedTokenizerFast, names: list[str]
-) -> Iterator[str]:
-    task = prompt.task
-    for piece in pieces_of(task.template, task.demonstrations, tokenizer, virtual=bool(names)):
-        if piece is None:
-            yield "".join(names)
-        elif isinstance(piece, str):
-            yield piece
-        else:
-            yield "".join(tokenizer.convert_ids_to_tokens(piece))

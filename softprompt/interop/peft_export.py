@@ -11,14 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from softprompt.backbones.families import FAMILIES
 from softprompt.backbones.loading import Base
-from softprompt.backbones.storing import find_entry, save_tensors
+from softprompt.backbones.storing import save_tensors
 from softprompt.errors import UserError
 from softprompt.inference.prompt import TrainedPrompt
+from softprompt.interop.peft_layout import peft_embedding_scale, stored_modules
 from softprompt.methods.lora import LoRA, matrices_of
 from softprompt.methods.prefix import PrefixTuning
-from softprompt.methods.soft_prompt import DecomposedPrompt, SoftPrompt
+from softprompt.methods.soft_prompt import SoftPrompt
 
 
 def export_adapter(prompt: TrainedPrompt, folder: Path, *, as_prefix: bool = False) -> None:
@@ -35,19 +35,17 @@ def export_adapter(prompt: TrainedPrompt, folder: Path, *, as_prefix: bool = Fal
     Raises:
       UserError: if `peft` has no form for it.
     """
-    method = prompt.method
-    if isinstance(method, DecomposedPrompt):
-        raise UserError("DePT's offsets of the inputs have no form in peft")
-    if isinstance(method, LoRA):
-        if prompt.prefix is not None:
-            raise UserError("LoRA behind text in front of every input has no form in peft")
-        arrays, config = _lora(prompt.base, method)
-    elif as_prefix or isinstance(method, PrefixTuning):
+    method, name = prompt.method, prompt.description["method"]
+    if isinstance(method, PrefixTuning) or (as_prefix and isinstance(method, SoftPrompt)):
         arrays, config = _prefix(prompt)
+    elif as_prefix:
+        raise UserError(f"method {name} cannot be written as a prefix")
     elif isinstance(method, SoftPrompt):
         arrays, config = _prompt(prompt.base, method)
+    elif isinstance(method, LoRA):
+        arrays, config = _lora(prompt.base, method)
     else:
-        raise UserError(f"method {prompt.description['method']} has no form in peft")
+        raise UserError(f"method {name} has no form in peft")
     encoder_decoder = prompt.base.backbone.is_encoder_decoder
     shared = {
         "task_type": "SEQ_2_SEQ_LM" if encoder_decoder else "CAUSAL_LM",
@@ -60,25 +58,16 @@ def export_adapter(prompt: TrainedPrompt, folder: Path, *, as_prefix: bool = Fal
     (folder / "adapter_config.json").write_text(text + "\n")
 
 
-def embedding_scale(base: Base) -> float:
-    """What the model multiplies vectors by that `peft` puts in front of its embeddings.
-
-    Granite does so to what it is given; Gemma inside its table, so that `peft`'s vectors
-    stand behind that factor, as those here.
-    """
-    return base.backbone.embedding.scale if base.config["model_type"] == "granite" else 1.0
-
-
 def _prompt(base: Base, method: SoftPrompt) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     vectors = np.asarray(method.vectors[...], np.float32)
-    if not _in_front(method) or len(method.head[...]) > len(vectors):
+    if not _in_front(method) or len(method.opening[...]) > len(vectors):
         raise UserError(
             "peft puts virtual tokens in front of everything, and these stand elsewhere or are "
             "not all; what stands in front of every input can be had as --format peft-prefix"
         )
     arch: Any = base.backbone.arch
     layers = arch.num_decoder_layers if base.backbone.is_encoder_decoder else len(arch.layers)
-    return {"prompt_embeddings": vectors / np.float32(embedding_scale(base))}, {
+    return {"prompt_embeddings": vectors / np.float32(peft_embedding_scale(base))}, {
         "peft_type": "PROMPT_TUNING",
         "num_virtual_tokens": len(vectors),
         "token_dim": vectors.shape[1],
@@ -93,8 +82,8 @@ def _prompt(base: Base, method: SoftPrompt) -> tuple[dict[str, np.ndarray], dict
 
 def _in_front(method: SoftPrompt) -> bool:
     """Whether all virtual tokens are part of what every row begins with."""
-    head = np.asarray(method.head[...])
-    return head[head < 0].tolist() == [~i for i in range(len(method.vectors[...]))]
+    opening = np.asarray(method.opening[...])
+    return opening[opening < 0].tolist() == [~i for i in range(len(method.vectors[...]))]
 
 
 def _prefix(prompt: TrainedPrompt) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -132,7 +121,7 @@ def _lora(base: Base, method: LoRA) -> tuple[dict[str, np.ndarray], dict[str, An
     arrays, ranks, alphas = {}, {}, {}
     scales = dict(method.scales)
     transposed = False
-    modules = stored_modules(base)
+    modules, linears = stored_modules(base), matrices_of(base.backbone)
     for name, (entry, paths) in modules.items():
         learned = [path for path in paths if path in scales]
         if not learned:
@@ -146,7 +135,9 @@ def _lora(base: Base, method: LoRA) -> tuple[dict[str, np.ndarray], dict[str, An
         ends = np.cumsum(sizes)
         for layer in range(len(matrices[learned[0]][0])):
             down = np.concatenate([matrices[path][0][layer].T for path in learned])  # [R, in]
-            parts = [np.zeros((_outputs(base, path), ends[-1]), np.float32) for path in paths]
+            parts = [
+                np.zeros((linears[path].kernel.shape[-1], ends[-1]), np.float32) for path in paths
+            ]
             for path, size, end in zip(learned, sizes, ends, strict=True):
                 factor = np.float32(scales[path] / scales[learned[0]])
                 parts[paths.index(path)][:, end - size : end] = matrices[path][1][layer].T * factor
@@ -171,27 +162,6 @@ def _lora(base: Base, method: LoRA) -> tuple[dict[str, np.ndarray], dict[str, An
         "use_dora": False,
         "modules_to_save": None,
     }
-
-
-def stored_modules(base: Base) -> dict[str, tuple[Any, list[str]]]:
-    """The modules that hold a backbone's matrices in PyTorch, by name with `{layer}` in it.
-
-    Returns:
-      With each its `Stored`, and the paths of the matrices that are its parts, in order.
-    """
-    names = FAMILIES[base.config["model_type"]].names
-    parts: dict[str, dict[int, tuple[Any, str]]] = {}
-    for path in matrices_of(base.backbone):
-        entry = find_entry(names, path, base.backbone.arch)
-        parts.setdefault(entry.name, {})[entry.part] = entry, path
-    return {
-        name: (parts_of[0][0], [parts_of[part][1] for part in sorted(parts_of)])
-        for name, parts_of in parts.items()
-    }
-
-
-def _outputs(base: Base, path: str) -> int:
-    return matrices_of(base.backbone)[path].kernel.shape[-1]
 
 
 def _target_modules(names: Sequence[str], modules: Mapping[str, Any]) -> list[str]:

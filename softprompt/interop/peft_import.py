@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from softprompt.backbones.loading import Base
 from softprompt.backbones.names import WHOLE
 from softprompt.errors import UserError
-from softprompt.interop.peft_export import embedding_scale, stored_modules
+from softprompt.interop.peft_layout import peft_embedding_scale, stored_modules
 from softprompt.methods.lora import matrices_of
 
 _FILE = "adapter_model.safetensors"
@@ -128,10 +128,17 @@ def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
     return tensors
 
 
-def _number(config: Mapping[str, Any], key: str, default: Any = None) -> Any:
+def _count(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
     value = config.get(key, default)
+    if type(value) is not int or not 0 < value < 1e9:
+        raise _Misfit(f"adapter_config.json: {key} is {value!r}, no positive whole number")
+    return value
+
+
+def _positive(config: Mapping[str, Any], key: str) -> float:
+    value = config.get(key)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e9:
-        raise _Misfit(f"adapter_config.json: {key} is {value!r}")
+        raise _Misfit(f"adapter_config.json: {key} is {value!r}, no positive number")
     return value
 
 
@@ -147,8 +154,8 @@ def _embeddings(tensors: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 def _prompt(config, tensors, base: Base) -> dict[str, Any]:
-    embeddings, length = _embeddings(tensors), _number(config, "num_virtual_tokens")
-    modules = _number(config, "num_transformer_submodules", 1)
+    embeddings, length = _embeddings(tensors), _count(config, "num_virtual_tokens")
+    modules = _count(config, "num_transformer_submodules", 1)
     if len(embeddings) != length * modules:
         raise _Misfit(
             f"{_FILE}: prompt_embeddings has {len(embeddings)} rows, not the {length * modules} "
@@ -167,22 +174,18 @@ def _vectors(embeddings: np.ndarray, base: Base) -> Any:
         )
     if not len(embeddings):
         raise _Misfit("it has no vectors")
-    return jnp.asarray(embeddings, jnp.float32) * embedding_scale(base)
+    return jnp.asarray(embeddings, jnp.float32) * peft_embedding_scale(base)
 
 
 def _prefix(config, tensors, base: Base) -> dict[str, Any]:
     embeddings = _embeddings(tensors)
-    arch: Any = base.backbone.arch
-    modules = _number(config, "num_transformer_submodules", 1)
+    layers, _, kv_heads, size = base.backbone.prefix_shape(0)
+    modules, stored = _count(config, "num_transformer_submodules", 1), layers
     if base.backbone.is_encoder_decoder:
-        layers, kv_heads = arch.num_decoder_layers, arch.num_heads
-        stored = _number(config, "num_layers", layers)  # by default the encoder's
-    else:
-        layers, kv_heads = len(arch.layers), arch.num_kv_heads
-        stored = layers
-        if modules != 1:
-            raise _Misfit(f"adapter_config.json: num_transformer_submodules is {modules}, not 1")
-    shape = _number(config, "num_virtual_tokens"), stored, 2, kv_heads, arch.head_size
+        stored = _count(config, "num_layers", layers)  # by default the encoder's
+    elif modules != 1:
+        raise _Misfit(f"adapter_config.json: num_transformer_submodules is {modules}, not 1")
+    shape = _count(config, "num_virtual_tokens"), stored, 2, kv_heads, size
     if (heads := config.get("num_attention_heads", kv_heads)) != kv_heads:
         raise _Misfit(
             f"adapter_config.json: num_attention_heads is {heads}, but the base model "
@@ -267,13 +270,15 @@ def _scale(config, module: str, pair) -> float:
     """The factor of a module's B·A."""
     if pair is None:
         return 0.0
-    alpha = _number(config, "lora_alpha")
+    alpha = _positive(config, "lora_alpha")
     patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise _Misfit(f"adapter_config.json: alpha_pattern is {patterns!r}, no object")
     for pattern in patterns:
         if set(pattern) & set("\\^$*+?{}[]|()"):
             raise _Misfit(f"adapter_config.json: alpha_pattern {pattern!r} is no plain name")
         if f".{module}".endswith(f".{pattern}"):
-            alpha = _number(patterns, pattern)
+            alpha = _positive(patterns, pattern)
             break
     rank = len(pair[0])
     return float(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))

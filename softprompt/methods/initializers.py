@@ -75,8 +75,7 @@ def random_vectors(
 
 def text_vectors(base: Base, length: int, text: str) -> jax.Array:
     """Embeddings of a text's tokens, special ones left out, repeated or cut to `length`."""
-    tokens = base.tokenizer(text, add_special_tokens=False).input_ids
-    return base.backbone.embedding(jnp.resize(jnp.asarray(tokens), (length,)))
+    return base.backbone.embedding(jnp.resize(_tokens(base, text), (length,)))
 
 
 def label_vectors(
@@ -87,12 +86,17 @@ def label_vectors(
     With fewer vectors than texts, the first texts have them. (Lester et al. 2021,
     section 3.2)
     """
-    labels = [
-        base.backbone.embedding(jnp.asarray(ids)).mean(axis=0)
-        for ids in base.tokenizer(list(texts), add_special_tokens=False).input_ids[:length]
-    ]
+    labels = [base.backbone.embedding(_tokens(base, t)).mean(axis=0) for t in texts[:length]]
     rest = sampled_vocabulary(base, length - len(labels), random, top)
     return jnp.concatenate([jnp.stack(labels), rest])
+
+
+def _tokens(base: Base, text: str) -> jax.Array:
+    tokens = base.tokenizer(text, add_special_tokens=False).input_ids
+    if not tokens:
+        raise UserError(f"init: the text {text!r} has no tokens")
+    base.require_embeddings(tokens, "init")
+    return jnp.asarray(tokens)
 
 
 def mean_vectors(trained: Sequence[jax.Array], length: int) -> jax.Array:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from softprompt.backbones.layers import Linear, LowRank
+from softprompt.backbones.layers import Linear, LowRankAddition
 from softprompt.backbones.loading import Backbone
 from softprompt.errors import UserError
 from softprompt.methods.method import Method, copied
@@ -24,7 +24,7 @@ class LoRA(Method):
       matrices: by the path of a `Linear`, `down` `[L, in, R]` and `up` `[L, R, out]`.
       scales: by path, the factor of `down @ up`.
       dropout: share of their inputs that are set to zero while `apply` is given a key.
-      head: see `Method`.
+      opening: see `Method`.
     """
 
     trainable = nnx.LoRAParam
@@ -34,9 +34,9 @@ class LoRA(Method):
         matrices: Mapping[str, tuple[jax.Array, jax.Array]],
         scales: Mapping[str, float],
         dropout: float = 0.0,
-        head: jax.Array | Sequence[int] = (),
+        opening: jax.Array | Sequence[int] = (),
     ):
-        super().__init__(head)
+        super().__init__(opening)
         self.matrices = nnx.Dict(
             {
                 path: nnx.Dict(down=nnx.LoRAParam(down), up=nnx.LoRAParam(up))
@@ -54,7 +54,7 @@ class LoRA(Method):
             keys = None
             if key is not None and self.dropout:
                 keys = jax.random.split(jax.random.fold_in(key, number), len(down))
-            linears[path].low_rank = LowRank(down, up, scale, self.dropout, keys)
+            linears[path].low_rank = LowRankAddition(down, up, scale, self.dropout, keys)
         return backbone
 
     def arrays(self, backbone: Backbone) -> dict[str, jax.Array]:
@@ -69,6 +69,9 @@ class LoRA(Method):
         """A backbone of the same function with no additions: new matrices in their place.
 
         The given one keeps its own, so there is nothing to undo.
+
+        Raises:
+          UserError: if its matrices are held as int8.
         """
         backbone = copied(backbone)
         linears = matrices_of(backbone)
@@ -94,6 +97,8 @@ def matrices_of(backbone: Backbone) -> dict[str, Linear]:
 def find_targets(backbone: Backbone, patterns: Sequence[str]) -> list[str]:
     """Paths of the matrices that patterns such as `attention.query` or `*` name.
 
+    Those of a mixture's experts are not among them, its router is.
+
     Raises:
       UserError: if a pattern names none.
     """
@@ -111,7 +116,10 @@ def find_targets(backbone: Backbone, patterns: Sequence[str]) -> list[str]:
 def first_matrices(
     backbone: Backbone, paths: Sequence[str], rank: int, key: jax.Array
 ) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """Matrices to start from: `down` uniform in ±in**-0.5, `up` zero."""
+    """Matrices to start from: `down` uniform in ±in**-0.5 as in `peft`, `up` zero.
+
+    (Hu et al. draw `down` from a normal distribution.)
+    """
     matrices, linears = {}, matrices_of(backbone)
     for path, one in zip(paths, jax.random.split(key, len(paths)), strict=True):
         layers, inputs, outputs = linears[path].kernel.shape

@@ -1,6 +1,6 @@
 """What a method is: it says what backbone and what prefix to run.
 
-Axis letters: S tokens of the head.
+Axis letters: S tokens of the opening.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,14 +21,14 @@ class Method(nnx.Module):
     """The base of all methods, and by itself the hard prompt, of which nothing is learned.
 
     Attributes:
-      head: `[S]`, ids that every row begins with, virtual tokens among them or not. They
+      opening: `[S]`, ids that every row begins with, virtual tokens among them or not. They
         are run once, and become the prefix or the end of it.
     """
 
     trainable: Any = False  # the filter for what the step updates
 
-    def __init__(self, head: jax.Array | Sequence[int] = ()):
-        self.head = Constant(jnp.asarray(head, jnp.int32))
+    def __init__(self, opening: jax.Array | Sequence[int] = ()):
+        self.opening = Constant(jnp.asarray(opening, jnp.int32))
 
     def apply(
         self, backbone: Backbone, key: jax.Array | None = None
@@ -48,9 +48,9 @@ class Method(nnx.Module):
 
     def make_prefix(self, backbone: Backbone) -> Prefix | None:
         """The second half of `apply`, given what the first half returned."""
-        if not self.head.size:
+        if not self.opening.size:
             return None
-        return backbone.prefill(backbone.embedding(self.head[...]))
+        return backbone.prefill(backbone.embedding(self.opening[...]))
 
     def folded(self) -> "Method":
         """The same function in the form that is saved."""

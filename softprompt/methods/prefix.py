@@ -19,22 +19,22 @@ class PrefixTuning(Method):
 
     Args:
       keys, values: `[L, P, K, h]`.
-      head: see `Method`; it is run behind them.
+      opening: see `Method`; it is run behind them.
     """
 
     trainable = PromptParam
 
-    def __init__(self, keys: jax.Array, values: jax.Array, head: jax.Array | Sequence[int] = ()):
-        super().__init__(head)
+    def __init__(self, keys: jax.Array, values: jax.Array, opening: jax.Array | Sequence[int] = ()):
+        super().__init__(opening)
         self.keys, self.values = PromptParam(keys), PromptParam(values)
 
     def make_prefix(self, backbone: Backbone) -> Prefix:
-        """The keys and values, and behind them the head's."""
+        """The keys and values, and behind them the opening's."""
         kind = backbone.embedding.table.dtype
         prefix: Any = backbone.prefix_of(self.keys[...].astype(kind), self.values[...].astype(kind))
-        if not self.head.size:
+        if not self.opening.size:
             return prefix
-        return backbone.prefill(backbone.embedding(self.head[...]), prefix)
+        return backbone.prefill(backbone.embedding(self.opening[...]), prefix)
 
     def arrays(self, backbone: Backbone) -> dict[str, jax.Array]:
         """`keys` and `values`."""
@@ -51,7 +51,7 @@ class ReparametrizedPrefix(Method):
       keys, values: `[L, P, K, h]`, the first ones.
       size: of the hidden layer.
       key: of the random first weights.
-      head: see `Method`.
+      opening: see `Method`.
     """
 
     trainable = PromptParam
@@ -62,9 +62,9 @@ class ReparametrizedPrefix(Method):
         values: jax.Array,
         size: int,
         key: jax.Array,
-        head: jax.Array | Sequence[int] = (),
+        opening: jax.Array | Sequence[int] = (),
     ):
-        super().__init__(head)
+        super().__init__(opening)
         length = keys.shape[1]
         self.first = Constant(jnp.stack([keys, values]))  # [2, L, P, K, h]
         drawn = jax.random.split(key)
@@ -83,4 +83,4 @@ class ReparametrizedPrefix(Method):
         first = self.first[...]
         change = (inner @ self.up[...]).reshape(first.shape[2], 2, first.shape[1], *first.shape[3:])
         keys, values = first + change.transpose(1, 2, 0, 3, 4)
-        return PrefixTuning(keys, values, self.head[...])
+        return PrefixTuning(keys, values, self.opening[...])

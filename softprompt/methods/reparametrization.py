@@ -41,9 +41,9 @@ class MLP(nnx.Module):
 class LSTM(nnx.Module):
     """P-tuning with an LSTM (Liu et al. 2021, arXiv:2103.10385), with the layers of peft's encoder.
 
-    `Linear(ReLU(Linear(BiLSTM(inputs))))`, where the LSTM has one layer and reads the
-    virtual tokens both from the first and from the last. There is no skip: the first output
-    is what a random network makes of the vectors.
+    `Linear(ReLU(Linear(BiLSTM(inputs))))`, where the LSTM has one layer (peft's two by
+    default) and reads the virtual tokens both from the first and from the last. There is
+    no skip: the first output is what a random network makes of the vectors.
 
     Args:
       vectors: `[P, D]`, float32, the first inputs of the network. They are learned too.
@@ -135,7 +135,9 @@ class _Linear(nnx.Module):
 
 
 class _Recurrence(nnx.Module):
-    """One direction of an LSTM, `[P, I]` to `[P, H]`, drawn as torch does.
+    """One direction of an LSTM, `[P, I]` to `[P, H]`, drawn uniformly in ±H**-0.5.
+
+    That is as in torch, but for one bias where torch has a sum of two.
 
     Columns of `kernel`, `recurrent` and `bias` are the gates input, forget, cell and output.
     """

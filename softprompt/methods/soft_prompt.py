@@ -30,13 +30,13 @@ class SoftPrompt(Method):
 
     Args:
       vectors: `[P, D]`.
-      head: `[S]`, see `Method`. Virtual tokens that are not in it stand in the rows.
+      opening: `[S]`, see `Method`. Virtual tokens that are not in it stand in the rows.
     """
 
     trainable = PromptParam
 
-    def __init__(self, vectors: jax.Array, head: jax.Array | Sequence[int] | None = None):
-        super().__init__(~jnp.arange(len(vectors)) if head is None else head)
+    def __init__(self, vectors: jax.Array, opening: jax.Array | Sequence[int] | None = None):
+        super().__init__(~jnp.arange(len(vectors)) if opening is None else opening)
         self.vectors = PromptParam(vectors)
 
     def __call__(self, embeddings: jax.Array) -> jax.Array:
@@ -61,13 +61,13 @@ class Reparametrized(Method):
 
     Args:
       source: a module whose call gives the vectors `[P, D]`.
-      head: see `SoftPrompt`.
+      opening: see `SoftPrompt`.
     """
 
     trainable = PromptParam
 
-    def __init__(self, source: Callable[[], jax.Array], head: jax.Array | Sequence[int]):
-        super().__init__(head)
+    def __init__(self, source: Callable[[], jax.Array], opening: jax.Array | Sequence[int]):
+        super().__init__(opening)
         self.source = source
 
     def adapt(self, backbone: Backbone, key: jax.Array | None = None) -> Backbone:
@@ -76,33 +76,38 @@ class Reparametrized(Method):
 
     def folded(self) -> SoftPrompt:
         """The plain soft prompt."""
-        return SoftPrompt(self.source(), self.head[...])
+        return SoftPrompt(self.source(), self.opening[...])
 
 
-class DecomposedPrompt(SoftPrompt):
+class DecomposedPrompt(Method):
     """DePT: a short prompt, and low-rank offsets of the input embeddings.
 
-    (Shi & Lipani 2023, arXiv:2309.05173, section 2.2) The offset `[D]` of an input's
-    token depends on its position alone; the tokens behind S have none.
+    (Shi & Lipani 2023, arXiv:2309.05173, section 2.2) The offset `[D]` of a row's token
+    depends on its position alone, counted behind the opening; the tokens behind S have
+    none. Virtual tokens that stand in the rows are among the tokens of these.
 
     Args:
-      vectors, head: see `SoftPrompt`.
+      vectors, opening: as of `SoftPrompt`.
       down, up: `[S, R]` and `[R, D]`, whose product are the offsets.
     """
+
+    trainable = PromptParam
 
     def __init__(
         self,
         vectors: jax.Array,
         down: jax.Array,
         up: jax.Array,
-        head: jax.Array | Sequence[int] | None = None,
+        opening: jax.Array | Sequence[int],
     ):
-        super().__init__(vectors, head)
+        super().__init__(opening)
+        self.vectors = PromptParam(vectors)
         self.down, self.up = OffsetParam(down), OffsetParam(up)
 
     def adapt(self, backbone: Backbone, key: jax.Array | None = None) -> Backbone:
-        """The backbone, which adds the offsets to what it reads behind the head."""
-        backbone = super().adapt(backbone)
+        """The backbone, which adds the offsets to what it reads behind the opening."""
+        backbone = copied(backbone)
+        backbone.embedding.virtual = nnx.Param(self.vectors[...])
         backbone.embedding.offsets = nnx.Param(self.down[...] @ self.up[...])
         return backbone
 

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from softprompt.checkpoint import Checkpoints, DamagedError
 from softprompt.config import Experiment
 from softprompt.console import Bar, say
 from softprompt.data.batches import TrainingBatches
@@ -27,7 +28,6 @@ from softprompt.evaluation.evaluate import evaluate, make_prefix
 from softprompt.inference.prompt import TrainedPrompt, load_prompt
 from softprompt.inference.saved import read_description, save_prompt
 from softprompt.methods.method import Method
-from softprompt.training.checkpoint import Checkpoints, DamagedError
 from softprompt.training.curves import draw_curves
 from softprompt.training.optimizers import make_optimizer, make_schedule
 from softprompt.training.preparation import prepare

@@ -64,15 +64,19 @@ def prepare(experiment: Experiment) -> Prepared:
         task_field=experiment.prompt.task_field,
     )
     examples = {split: make_examples(task, part, split) for split, part in records.items()}
-    method = make_method(experiment, base, task.head, _initial_prompts(experiment, base))
+    method = make_method(experiment, base, task.opening, _initial_prompts(experiment, base))
     return Prepared(base, task, examples, method)
 
 
 def _initial_prompts(experiment: Experiment, base: Base) -> list[jax.Array]:
     """The trained prompts that what is learned starts from."""
-    settings = experiment.prefix if experiment.method == "prefix" else experiment.prompt
+    settings = {
+        "prompt": experiment.prompt,
+        "dept": experiment.prompt,
+        "prefix": experiment.prefix,
+    }.get(experiment.method)
     vectors = []
-    for path in settings.init_prompts or ():
+    for path in settings.init_prompts or () if settings else ():
         trained = load_prompt(path, base).method
         if not isinstance(trained, SoftPrompt):
             raise UserError(f"init_prompts: {path} is no soft prompt")

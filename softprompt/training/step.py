@@ -14,14 +14,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from softprompt.backbones.batch import Batch
-
-
-def target_log_probabilities(backbone, prefix, batch: Batch) -> jax.Array:
-    """Log-probability of every target token given what stands before it, `[B, M]` float32."""
-    hidden = backbone.target_states(batch, prefix)  # [B, M, D]
-    log_probabilities = jax.nn.log_softmax(backbone.logits(hidden))  # [B, M, V]
-    return jnp.take_along_axis(log_probabilities, batch.targets[..., None], axis=-1)[..., 0]
+from softprompt.backbones.batch import Batch, target_log_probabilities
 
 
 def loss_sum(

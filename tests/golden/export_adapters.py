@@ -36,10 +36,8 @@ def methods(base: Base, random: np.random.Generator, trained: bool):
     arch = base.backbone.arch
     spread = float(jnp.std(base.backbone.embedding.table[...])) * base.backbone.embedding.scale
     vectors = draw(random, VIRTUAL_TOKENS, arch.hidden_size) * spread
-    if base.backbone.is_encoder_decoder:
-        shape = arch.num_decoder_layers, VIRTUAL_TOKENS, arch.num_heads, arch.head_size
-    else:
-        shape = len(arch.layers), VIRTUAL_TOKENS, arch.num_kv_heads, arch.head_size
+    shape = base.backbone.prefix_shape(VIRTUAL_TOKENS)
+    if not base.backbone.is_encoder_decoder:
         yield "soft-as-prefix", SoftPrompt(vectors)
     yield "prompt", SoftPrompt(vectors)
     if trained:  # to which random keys do what makes float32 itself err by 1e-3

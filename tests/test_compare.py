@@ -1,0 +1,64 @@
+"""Methods side by side by the command line; every run is a process of its own."""
+
+import csv
+import json
+import re
+
+import pytest
+from conftest import write_experiment
+
+from softprompt import UserError
+from softprompt.cli import main
+from softprompt.compare import compare, table
+from softprompt.experiment_file import load_experiment
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compare")
+    write_experiment(folder, shortest=5, longest=5)
+    return folder
+
+
+def test_what_is_missing_is_trained_and_summed_up(folder, capfd):
+    runs = folder / "runs"
+    arguments = ["compare", str(folder / "letters.yaml"), "template.max_tokens=60", "shots=1"]
+    assert main([*arguments, "--methods", "none,lora", "--folder", str(runs)]) == 0
+    capfd.readouterr()
+    arguments += ["--methods", "none,few-shot,lora", "--seeds", "0,1", "--folder", str(runs)]
+    first = (runs / "lora" / "seed-0" / "summary.json").stat().st_mtime_ns
+    assert main(arguments) == 0
+    assert (runs / "lora" / "seed-0" / "summary.json").stat().st_mtime_ns == first
+    printed = capfd.readouterr().out.splitlines()
+    assert [line.split()[0] for line in printed] == ["method", "none", "few-shot", "lora"]
+
+    def summaries(method):
+        found = [json.loads(p.read_text()) for p in sorted(runs.glob(f"{method}/*/summary.json"))]
+        assert len(found) == (1 if method == "none" else 2)
+        return found
+
+    rows = list(csv.DictReader((runs / "compare.csv").read_text().splitlines()))
+    for row, shots, line in zip(rows, (0, 1, 1), printed[1:], strict=True):
+        measured = summaries(row["method"])
+        accuracies = [summary["test"]["accuracy"] for summary in measured]
+        assert [float(text) for text in row["quality"].split()] == accuracies
+        assert int(row["trainable_parameters"]) == measured[0]["trainable_parameters"]
+        assert int(row["peak_memory_bytes"]) == max(s["peak_memory_bytes"] for s in measured)
+        assert f"{sum(accuracies) / len(accuracies):.3f}" in line
+        config = load_experiment(runs / row["method"] / "seed-0" / "config.yaml")
+        assert config.shots == shots
+        kept = (runs / row["method"] / "seed-0" / "prompt").rglob("*")
+        assert int(row["saved_bytes"]) == sum(p.stat().st_size for p in kept if p.is_file())
+    markdown = (runs / "compare.md").read_text().splitlines()
+    assert [re.split(r" *\| *", line)[1] for line in markdown[2:]] == ["none", "few-shot", "lora"]
+
+
+def test_runs_with_other_settings_are_not_mixed(folder):
+    file, runs = folder / "letters.yaml", folder / "mixed"
+    overrides = ["template.max_tokens=60"]
+    (row,) = compare(file, ["none"], [0], overrides, runs)
+    assert table([row], "text").splitlines()[1].split()[0] == "none"
+    with pytest.raises(UserError, match=r"other settings \(template.max_tokens.*--folder"):
+        compare(file, ["none"], [0], ["template.max_tokens=50"], runs)
+    with pytest.raises(UserError, match="method 'best' is none of none, few-shot"):
+        compare(file, ["best"], [0], [], runs)
