@@ -30,7 +30,10 @@ D, P = 32, 3
 
 METHODS = {  # overrides, and the number of parameters learned
     "prompt": ([], P * D),
-    "mlp": (["prompt.reparametrization=mlp", "prompt.size=5"], None),
+    "mlp": (
+        ["prompt.reparametrization=mlp", "prompt.size=5", "optimizer.learning_rate=3e-3"],
+        None,
+    ),
     "lstm": (["prompt.reparametrization=lstm", "prompt.size=5"], None),
     "residual": (["prompt.reparametrization=residual", "prompt.size=5"], None),
     "low_rank": (["prompt.reparametrization=low_rank", "prompt.size=2"], 2 * (P + D)),
