@@ -24,7 +24,7 @@ def make_prefix(method, backbone):
 
 @partial(jax.jit, static_argnames="candidates")
 def candidate_scores(backbone, prefix, batch: Batch, candidates: int) -> jax.Array:
-    """Log-probability of each row's candidates, `[B, C]`."""
+    """Log-probability of each row's candidates, `[B, C]`, summed over their tokens."""
     log_probabilities = target_log_probabilities(backbone, prefix, batch)  # [B, M]
     member = batch.target_candidates[..., None] == jnp.arange(candidates)[None, None]  # [B, M, C]
     return jnp.sum(log_probabilities[..., None], axis=1, where=member)
