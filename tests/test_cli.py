@@ -139,7 +139,9 @@ def test_a_damaged_prompt_is_refused_by_file(call, run, tmp_path):
     assert str(path) in err
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "predict", "inspect", "compare", "export", "import"])
+@pytest.mark.parametrize(
+    "command", ["train", "eval", "predict", "inspect", "compare", "export", "import"]
+)
 def test_help_teaches_by_example(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
