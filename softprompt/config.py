@@ -1,10 +1,12 @@
 """Experiments: the schema. `experiment_file.py` reads it from YAML."""
 
-from string import Formatter
 from typing import Annotated, Any, Literal, Self
 
 import pydantic
 from pydantic import Field
+
+from softprompt.metrics.named import LABEL_METRICS, MODEL_METRICS, metric_values
+from softprompt.templates import template_fields, template_pieces
 
 
 class Section(pydantic.BaseModel):
@@ -210,22 +212,98 @@ class Training(Section):
     log_every: Annotated[int, Field(ge=1)] = 10
 
 
+class Scoring(Section):
+    """How the label of an input is chosen, by the log-probabilities of the verbalizers.
+
+    Attributes:
+      normalize: divide each by its number of tokens.
+      calibrate: a text without content, such as `N/A`, in place of an input's fields; the
+        log-probabilities behind it are subtracted (Zhao et al. 2021, arXiv:2102.09690).
+    """
+
+    normalize: bool = False
+    calibrate: str | None = None
+
+
+class Generation(Section):
+    """How text is written.
+
+    Attributes:
+      max_new_tokens: where to stop if the end-of-text token does not come before.
+      temperature: tokens are drawn, their logits divided by it; None: the likeliest is taken.
+      top_k, top_p, min_p: draw only from the k likeliest tokens; from the likeliest that have
+        the share p together; from those with this share of the likeliest's probability.
+      repetition_penalty: makes tokens that were read or written less likely, if above 1.
+      beams: of beam search; 1: none.
+      length_penalty: of beam search: log-probabilities are divided by the length to this power.
+      samples: texts for each input: draws, or the best of the beams.
+      seed: of the draws.
+      stop: texts that end what is written, and are left out.
+    """
+
+    max_new_tokens: Annotated[int, Field(ge=1)] = 64
+    temperature: Annotated[float, Field(gt=0)] | None = None
+    top_k: Annotated[int, Field(ge=1)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    min_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0)] | None = None
+    beams: Annotated[int, Field(ge=1)] = 1
+    length_penalty: float = 1.0
+    samples: Annotated[int, Field(ge=1)] = 1
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    stop: list[Annotated[str, Field(min_length=1)]] = []
+
+    @pydantic.model_validator(mode="after")
+    def _parts_fit(self) -> Self:
+        if self.temperature is None:
+            for name in ("top_k", "top_p", "min_p"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name} needs a temperature")
+            if self.samples > self.beams:
+                raise ValueError("samples: more than one need a temperature, or as many beams")
+        elif self.beams > 1:
+            raise ValueError("beams: beam search takes no temperature")
+        return self
+
+
 class Evaluation(Section):
     """When to look at the validation data, and what decides which prompt is the best.
 
     Attributes:
       every: steps between evaluations; one more follows the last step.
       examples: how many validation examples to use, from the first on; all by default.
-      metric: `accuracy` (higher is better) or `loss` (lower is better).
+      metrics: more of them, of predicted labels or written texts; see `metrics/named.py`.
+      metric: the one that decides: `loss`, `accuracy`, or a value of one of `metrics`, such
+        as `rougeL.f1` or `bleu`.
+      stem: whether ROUGE compares English words without their endings.
+      samples: for free text: of how many validation examples, the first ones, texts are
+        written, measured and kept in `samples.jsonl`.
       patience: stop after so many evaluations without a better one.
       batch_size: examples a pass.
     """
 
     every: Annotated[int, Field(ge=1)] = 100
     examples: Annotated[int, Field(ge=1)] | None = None
-    metric: Literal["accuracy", "loss"] = "loss"
+    metrics: list[str] = []
+    metric: str = "loss"
+    stem: bool = False
+    samples: Annotated[int, Field(ge=0)] = 32
     patience: Annotated[int, Field(ge=1)] | None = None
     batch_size: Annotated[int, Field(ge=1)] = 32
+
+    @pydantic.field_validator("metrics")
+    @classmethod
+    def _are_known(cls, names: list[str]) -> list[str]:
+        for name in names:
+            metric_values(name)
+        return names
+
+    @pydantic.model_validator(mode="after")
+    def _metric_is_measured(self) -> Self:
+        measured = ["loss", "accuracy", *(v for name in self.metrics for v in metric_values(name))]
+        if self.metric not in measured:
+            raise ValueError(f"metric: {self.metric!r} is none of {', '.join(measured)}")
+        return self
 
 
 class Checkpoints(Section):
@@ -258,6 +336,8 @@ class Experiment(Section):
     optimizer: Optimizer = Optimizer()
     training: Training
     evaluation: Evaluation = Evaluation()
+    scoring: Scoring = Scoring()
+    generation: Generation = Generation()
     checkpoints: Checkpoints = Checkpoints()
 
     @pydantic.model_validator(mode="before")
@@ -273,8 +353,7 @@ class Experiment(Section):
     @pydantic.model_validator(mode="after")
     def _parts_fit(self) -> Self:
         if self.verbalizer is None:
-            if self.evaluation.metric == "accuracy":
-                raise ValueError("evaluation.metric: accuracy needs a verbalizer")
+            self._free_text_fits()
             for method in ("prompt", "prefix"):
                 if getattr(self, method).init == "labels":
                     raise ValueError(f"{method}.init: labels needs a verbalizer")
@@ -288,31 +367,11 @@ class Experiment(Section):
             raise ValueError("method: full cannot train compute.int8 matrices; lora can")
         return self
 
-
-def template_pieces(template: str) -> list[str]:
-    """A template's parts in front of and behind `{prompt}`, if it has it."""
-    pieces = [""]
-    for literal, field, _, _ in Formatter().parse(template):
-        pieces[-1] += literal.replace("{", "{{").replace("}", "}}")
-        if field == "prompt":
-            pieces.append("")
-        elif field is not None:
-            pieces[-1] += f"{{{field}}}"
-    return pieces
-
-
-def template_fields(template: str) -> list[str]:
-    """The fields of a template but `prompt`, in order; `ValueError` if it is malformed."""
-    try:
-        parts = list(Formatter().parse(template))
-    except ValueError as error:
-        raise ValueError(f"not a valid template ({error}); write {{{{ for a brace") from error
-    fields: list[str] = []
-    for _, field, spec, conversion in parts:
-        if field is None:
-            continue
-        if not field.isidentifier() or spec or conversion:
-            raise ValueError(f"{{{field}}} is not a field name; write {{{{ for a brace")
-        if field not in (*fields, "prompt"):
-            fields.append(field)
-    return fields
+    def _free_text_fits(self) -> None:
+        evaluation = self.evaluation
+        if of_labels := {evaluation.metric, *evaluation.metrics} & {*LABEL_METRICS}:
+            raise ValueError(f"evaluation: {min(of_labels)} needs a verbalizer")
+        if evaluation.metric not in MODEL_METRICS and not evaluation.samples:
+            raise ValueError(f"evaluation.metric: {evaluation.metric} needs evaluation.samples")
+        if self.scoring != Scoring():
+            raise ValueError("scoring needs a verbalizer")

@@ -12,10 +12,13 @@ LAYERS = [
     {"training", "interop"},
     {"inference"},
     {"evaluation"},
+    {"generation"},
     {"methods", "data"},
     {"backbones"},
     {"experiment_file"},
-    {"config", "checkpoint", "console", "errors"},
+    {"config"},
+    {"metrics"},
+    {"templates", "checkpoint", "console", "errors"},
 ]
 
 

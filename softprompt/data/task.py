@@ -13,10 +13,11 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from softprompt.backbones.loading import Base
-from softprompt.config import Template, template_fields, template_pieces
+from softprompt.config import Template
 from softprompt.data.examples import Example
 from softprompt.data.records import Record
 from softprompt.errors import UserError
+from softprompt.templates import template_fields, template_pieces
 
 Demonstration = tuple[str, str]  # an input and its target
 Piece = str | list[int] | None  # a template, ids, or the place of the virtual tokens

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from softprompt.backbones.batch import Batch
-from softprompt.backbones.decoder import Prefix
+from softprompt.backbones.prefix import Prefix
 from softprompt.console import Bar
 from softprompt.data.batches import evaluation_batches
 from softprompt.data.examples import Example
@@ -100,7 +100,7 @@ def stack(prompts: Sequence[TrainedPrompt]) -> Prefix:
     return Prefix(
         jnp.stack([padded(prefix.keys) for prefix in prefixes]),
         jnp.stack([padded(prefix.values) for prefix in prefixes]),
-        jnp.array([prefix.length for prefix in prefixes]),
+        jnp.array([[(0, prefix.length)] for prefix in prefixes]),
     )
 
 

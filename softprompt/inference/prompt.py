@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from softprompt.backbones.loading import Backbone, Base, Prefix, load_base
-from softprompt.config import template_fields
 from softprompt.data.batches import evaluation_batches
 from softprompt.data.examples import say_truncated
 from softprompt.data.records import Record
 from softprompt.data.task import Task
 from softprompt.errors import UserError
+from softprompt.templates import template_fields
 from softprompt.evaluation.evaluate import make_prefix, score
 from softprompt.inference.generate import greedy
 from softprompt.inference.saved import SavedPrompt

@@ -1,0 +1,89 @@
+"""Metrics by the names that experiments and the command line call them by."""
+
+import re
+from collections.abc import Sequence
+
+from softprompt.errors import UserError
+from softprompt.metrics.scores import Scores
+
+TEXT_METRICS = ("rouge", "bleu", "chrf", "ter", "exact_match", "token_f1")
+LABEL_METRICS = (
+    "accuracy",
+    "precision",
+    "recall",
+    "macro_f1",
+    "micro_f1",
+    "matthews",
+    "confusion",
+)
+MODEL_METRICS = ("loss", "perplexity")  # of the references' probabilities, not of predictions
+LOWER_IS_BETTER = ("loss", "perplexity", "ter")
+
+_ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
+
+
+def metric_values(name: str) -> list[str]:
+    """The names of a metric's values, those of `confusion` left out.
+
+    Raises:
+      ValueError: if there is no such metric.
+    """
+    if types := _rouge_types(name):
+        return [f"{kind}.{part}" for kind in types for part in ("precision", "recall", "f1")]
+    if name in (*TEXT_METRICS, *LABEL_METRICS, *MODEL_METRICS):
+        return [] if name == "confusion" else [name]
+    known = ", ".join([*TEXT_METRICS, "rougeN", "rougeL", "rougeLsum", *LABEL_METRICS])
+    raise ValueError(f"there is no metric {name!r}; known: {known}")
+
+
+def measure(
+    names: Sequence[str],
+    predictions: Sequence[str],
+    references: Sequence[str | Sequence[str]],
+    *,
+    stem: bool = False,
+) -> dict[str, Scores]:
+    """Score predictions by several metrics.
+
+    Args:
+      names: of the metrics: `rouge` (1, 2, L and Lsum), or `rouge` with any N, `L` or `Lsum`;
+        `bleu`, `chrf`, `ter`, `exact_match`, `token_f1`; and of labels `accuracy`,
+        `precision`, `recall`, `macro_f1`, `micro_f1`, `matthews`, `confusion`.
+      predictions: N texts, at least one.
+      references: N texts, or lists of texts of which any will do.
+      stem: whether ROUGE compares English words without their endings.
+
+    Returns:
+      Scores by the metrics' names.
+
+    Raises:
+      UserError: if there is no such metric, or it does not take such references.
+    """
+    from softprompt.metrics import labels, text
+
+    scores = {}
+    for name in names:
+        if types := _rouge_types(name):
+            scores[name] = text.rouge(predictions, references, types, stem)
+        elif name in TEXT_METRICS:
+            scores[name] = getattr(text, name)(predictions, references)
+        elif name in LABEL_METRICS:
+            scores[name] = labels.label_scores(name, predictions, references)
+        else:
+            raise UserError(_problem(name))
+    return scores
+
+
+def _rouge_types(name: str) -> Sequence[str]:
+    """The types of ROUGE that a name asks for; none if it is another metric's."""
+    if name == "rouge":
+        return _ROUGE
+    return (name,) if re.fullmatch("rouge([1-9]|L|Lsum)", name) else ()
+
+
+def _problem(name: str) -> str:
+    try:
+        metric_values(name)
+    except ValueError as error:
+        return str(error)
+    return f"metric {name!r} needs a model, not predictions"

@@ -1,0 +1,121 @@
+"""What a metric measured: numbers of each example, and what their sum comes to.
+
+All metrics have this form, those of a whole corpus too (BLEU sums counts of n-grams), so
+that resampling the examples costs one product of matrices and no second look at the texts.
+
+Axis letters: N examples, S statistics, R resamples.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from softprompt.errors import UserError
+
+_RESAMPLES = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """A metric on some examples.
+
+    Attributes:
+      statistics: `[N, S]`, of each example; N is at least 1.
+      combine: from the sum `[S]` of the statistics of so many examples, to values by name.
+      signature: how the metric was computed, as its reference implementation writes it.
+    """
+
+    statistics: np.ndarray
+    combine: Callable[[np.ndarray, int], dict[str, float]]
+    signature: str | None = None
+
+    def values(self) -> dict[str, float]:
+        """Of all examples together."""
+        return self.combine(self.statistics.sum(axis=0), len(self.statistics))
+
+    def each(self) -> list[dict[str, float]]:
+        """Of each example alone."""
+        return [self.combine(row, 1) for row in self.statistics]
+
+    def intervals(self, level: float = 0.95, seed: int = 0) -> dict[str, tuple[float, float]]:
+        """Bootstrap intervals: percentiles of the values of 1,000 resamples.
+
+        (Efron & Tibshirani 1993, chapter 13; for BLEU Koehn 2004, W04-3250)
+
+        Args:
+          level: share of the resamples inside the interval.
+          seed: of the resampling.
+        """
+        resampled = _resampled(self, seed)
+        tail = (1 - level) / 2
+        low, high = np.quantile(resampled, [tail, 1 - tail], axis=0)
+        return dict(zip(self.values(), zip(low.tolist(), high.tolist(), strict=True), strict=True))
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """One system's value less another's, and how often chance would make it as large."""
+
+    difference: float
+    p_value: float
+
+
+def paired_test(ours: Scores, theirs: Scores, seed: int = 0) -> dict[str, Difference]:
+    """Compare two systems on the same examples, by the paired bootstrap.
+
+    1,000 times the same examples are drawn for both. Were there no difference, the
+    resampled ones would spread around zero as they spread around the one measured; `p_value`
+    is the share of them that are at least so large. (Koehn 2004, W04-3250, as sacrebleu
+    computes it)
+
+    Args:
+      ours, theirs: one metric of both, their examples in the same order.
+      seed: of the resampling.
+
+    Raises:
+      UserError: if they have different numbers of examples, or different names.
+    """
+    if len(ours.statistics) != len(theirs.statistics):
+        raise UserError(
+            f"two systems are compared on the same examples, not on {len(ours.statistics)} "
+            f"and {len(theirs.statistics)}"
+        )
+    names = list(ours.values())
+    if names != list(theirs.values()):
+        raise UserError("two systems are compared by metrics of the same names")
+    measured = _array(ours.values()) - _array(theirs.values())
+    resampled = np.abs(_resampled(ours, seed) - _resampled(theirs, seed) - measured)
+    extreme = (resampled >= np.abs(measured)).sum(axis=0)
+    p_values = (extreme + 1) / (_RESAMPLES + 1)
+    return {
+        name: Difference(float(difference), float(p_value))
+        for name, difference, p_value in zip(names, measured, p_values, strict=True)
+    }
+
+
+def mean_of(names: Sequence[str], rows: Sequence[Sequence[float]]) -> Scores:
+    """A metric that is the mean over examples.
+
+    Args:
+      names: of its values.
+      rows: the values of each example.
+    """
+
+    def mean(total: np.ndarray, count: int) -> dict[str, float]:
+        return dict(zip(names, (total / count).tolist(), strict=True))
+
+    return Scores(np.array(rows, np.float64), mean)
+
+
+def _resampled(scores: Scores, seed: int) -> np.ndarray:
+    """Values `[R, names]` of examples drawn with repetition; of equal N, the same are drawn."""
+    count = len(scores.statistics)
+    shares = np.full(count, 1 / count)
+    drawn = np.random.default_rng(seed).multinomial(count, shares, size=_RESAMPLES)  # [R, N]
+    totals = drawn @ scores.statistics  # [R, S]
+    return np.array([_array(scores.combine(total, count)) for total in totals])
+
+
+def _array(values: dict[str, float]) -> np.ndarray:
+    return np.array(list(values.values()))
