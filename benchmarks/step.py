@@ -74,7 +74,7 @@ def main():
     print(f"base model loaded in {time.perf_counter() - began:.1f} s, on {jax.devices()[0]}")
     random = np.random.default_rng(0)
     tokens = random.integers(20, base.backbone.arch.vocab_size, (options.rows, options.tokens + 1))
-    rows = [Example(row[:-1].tolist(), [[int(row[-1])]], 0, "", False) for row in tokens]
+    rows = [Example(row[:-1].tolist(), [[int(row[-1])]], 0, RECORD, False) for row in tokens]
     batch = Layout.of(rows).lay_out(rows, options.rows, options.tokens, 1)
 
     print(f"{options.rows} rows of {options.tokens} tokens; median of {options.repeats} steps\n")

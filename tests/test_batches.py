@@ -14,7 +14,7 @@ def examples(count, seed=0):
     """Examples whose first input token is their number."""
     lengths = np.random.default_rng(seed).integers(1, 60, count)
     return [
-        Example([i, *range(1, n)], [[1000], [1001, 1002]], i % 2, "", False)
+        Example([i, *range(1, n)], [[1000], [1001, 1002]], i % 2, RECORD, False)
         for i, n in enumerate(lengths)
     ]
 
@@ -24,7 +24,7 @@ def numbers(batch):
 
 
 def test_a_row_is_the_input_and_then_its_candidates():
-    example = Example([5, 6, 7], [[10, 11, 12], [13], [14, 15]], 0, "", False)
+    example = Example([5, 6, 7], [[10, 11, 12], [13], [14, 15]], 0, RECORD, False)
     batch = Layout.of([example]).lay_out([example], 2, 8, 7)
     np.testing.assert_array_equal(batch.tokens[0], [5, 6, 7, 10, 11, 14, 0, 0])
     np.testing.assert_array_equal(batch.positions[0], [0, 1, 2, 3, 4, 3, 0, 0])
@@ -39,7 +39,7 @@ def test_a_row_is_the_input_and_then_its_candidates():
 
 
 def test_rows_of_one_sequence_each_need_no_mask():
-    some = [Example([5, 6], [[10, 11]], 0, "", False), Example([7], [[12], [13]], 0, "", False)]
+    some = [Example([5, 6], [[10, 11]], 0, RECORD, False), Example([7], [[12], [13]], 0, RECORD, False)]
     batch = Layout.of(some).lay_out(some, 2, 4, 2)
     assert batch.positions is None
     assert batch.segments is None
@@ -48,7 +48,7 @@ def test_rows_of_one_sequence_each_need_no_mask():
 
 
 def test_an_encoder_decoder_reads_no_candidate_behind_the_input():
-    example = Example([5, 6, 7], [[10, 11, 12], [13]], 0, "", False)
+    example = Example([5, 6, 7], [[10, 11, 12], [13]], 0, RECORD, False)
     batch = Layout.of([example], encoder_decoder=True).lay_out([example], 1, 4, 5)
     np.testing.assert_array_equal(batch.tokens, [[5, 6, 7, 0]])
     np.testing.assert_array_equal(batch.lengths, [3])
@@ -122,7 +122,7 @@ def test_bounds_waste_as_little_as_the_best_of_all_choices():
 
 
 def test_a_shape_takes_the_longest_target_of_its_length():
-    some = [Example([1] * 5, [[2] * 3], 0, "", False), Example([1] * 20, [[2]], 0, "", False)]
+    some = [Example([1] * 5, [[2] * 3], 0, RECORD, False), Example([1] * 20, [[2]], 0, RECORD, False)]
     assert Layout.of(some).shapes == [(8, 3), (24, 3)]
 
 

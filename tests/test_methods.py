@@ -298,7 +298,7 @@ def test_merged_lora_is_that_beside_the_matrices(variant):
     base = Base(variant, "", {}, golden_backbone(variant), None, Compute())
     method = lora_of(base)
     before = [np.array(leaf) for leaf in jax.tree.leaves(base.backbone)]
-    examples = [Example([5, 6, 7], [[8, 9]], 0, "", False)]
+    examples = [Example([5, 6, 7], [[8, 9]], 0, RECORD, False)]
     batch = Layout.of(examples, base.backbone.is_encoder_decoder).batch(examples, 1)
 
     @jax.jit

@@ -16,10 +16,10 @@ from softprompt.training.optimizers import make_optimizer, make_schedule
 from softprompt.training.step import train_step
 
 EXAMPLES = [
-    Example([5, 6, 7, 8], [[20, 21, 22]], 0, "", False),
-    Example([9, 10], [[23]], 0, "", False),
-    Example([11, 12, 13], [[24, 25]], 0, "", False),
-    Example([14], [[26, 27]], 0, "", False),
+    Example([5, 6, 7, 8], [[20, 21, 22]], 0, RECORD, False),
+    Example([9, 10], [[23]], 0, RECORD, False),
+    Example([11, 12, 13], [[24, 25]], 0, RECORD, False),
+    Example([14], [[26, 27]], 0, RECORD, False),
 ]
 BATCH = Layout.of(EXAMPLES).lay_out(EXAMPLES, rows=4, length=8, targets=3)
 KEY = jax.random.key(0)
@@ -126,12 +126,12 @@ def test_one_program_for_each_batch_shape(tiny):
 
 def test_candidates_side_by_side_score_as_each_alone(tiny):
     candidates = [[20, 21, 22], [23], [24, 25]]
-    example = Example([5, 6, 7, 8], candidates, 0, "", False)
+    example = Example([5, 6, 7, 8], candidates, 0, RECORD, False)
     together = Layout.of([example]).lay_out([example], 1, 8, 6)
     got = np.asarray(target_log_probabilities(tiny.backbone, None, together))[0]
     alone = []
     for candidate in candidates:
-        one = [Example([5, 6, 7, 8], [candidate], 0, "", False)]
+        one = [Example([5, 6, 7, 8], [candidate], 0, RECORD, False)]
         batch = Layout.of(one).lay_out(one, 1, 8, 3)
         scores = target_log_probabilities(tiny.backbone, None, batch)
         alone += np.asarray(scores)[0, : len(candidate)].tolist()

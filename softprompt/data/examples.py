@@ -21,14 +21,14 @@ class Example:
       input: ids of what the model reads, at least one.
       candidates: ids of each continuation: one for each label, or the one target.
       answer: which candidate is the right one; None if that is not known.
-      where: the place of its record.
+      record: what it was made from.
       truncated: whether the input was cut.
     """
 
     input: Sequence[int]
     candidates: Sequence[Sequence[int]]
     answer: int | None
-    where: str
+    record: Record
     truncated: bool
 
 

@@ -18,6 +18,7 @@ from softprompt.data.examples import Example
 from softprompt.data.records import Record
 from softprompt.errors import UserError
 from softprompt.templates import template_fields, template_pieces
+from softprompt.templates import template_fields, template_pieces
 
 Demonstration = tuple[str, str]  # an input and its target
 Piece = str | list[int] | None  # a template, ids, or the place of the virtual tokens
@@ -94,7 +95,41 @@ class Task:
         room = self.max_tokens - (0 if self.base.backbone.is_encoder_decoder else longest)
         tokens, truncated = self._input(record, room)
         self.base.require_embeddings(itertools.chain(tokens, *candidates), record.where)
-        return Example(tokens, candidates, answer, record.where, truncated)
+        return Example(tokens, candidates, answer, record, truncated)
+
+    def content_free(self, text: str) -> Example:
+        """An example of labels without an answer, with this text in place of all fields."""
+        fields = dict.fromkeys(template_fields(self.template.input), text)
+        return self.example(Record(fields, "scoring.calibrate"), with_answer=False)
+
+    def reference(self, record: Record) -> str:
+        """A record's target of free text, as written texts are compared with it."""
+        return _fill(self.template.target, record)[0].strip()
+
+    def input_fields(self, record: Record) -> dict[str, str]:
+        """The fields that a record's input is made of."""
+        return {field: record.text(field) for field in template_fields(self.template.input)}
+
+    def with_room(self, new_tokens: int, in_front: int) -> "Task":
+        """The task with inputs short enough for a model to write so many tokens behind them.
+
+        Args:
+          new_tokens: that shall be written.
+          in_front: tokens that stand in front of every row.
+
+        Raises:
+          UserError: if there is no room for an input at all.
+        """
+        context = self.base.backbone.arch.context_length
+        room = context - in_front
+        if not self.base.backbone.is_encoder_decoder:
+            room -= new_tokens
+        if room < 1:
+            raise UserError(
+                f"max_new_tokens {new_tokens}: the base model has room for {context} tokens, "
+                f"{in_front} of which stand in front of every input"
+            )
+        return dataclasses.replace(self, max_tokens=min(self.max_tokens, room))
 
     def _candidate(self, text: str, record: Record) -> list[int]:
         tokens = self.base.tokenizer(text, add_special_tokens=False).input_ids

@@ -1,91 +1,134 @@
-"""Scores of candidates, and what follows from them.
+"""A model measured on examples: what it gives the right targets, and what it answers.
 
-Axis letters: N examples, C candidates, B batch, M target positions.
+Axis letters: N examples, C candidates.
 """
 
-from collections.abc import Iterator, Sequence
-from functools import partial
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from softprompt.backbones.batch import Batch, target_log_probabilities
+from softprompt.config import Experiment
 from softprompt.console import Bar
-from softprompt.data.batches import evaluation_batches
 from softprompt.data.examples import Example
+from softprompt.data.task import Task
+from softprompt.evaluation.scoring import score, weighed
+from softprompt.generation.writer import Request, Writer
+from softprompt.metrics.named import MODEL_METRICS, measure
+from softprompt.metrics.scores import Scores
 
 
-@jax.jit
-def make_prefix(method, backbone):
-    """The prefix that a method gives on the backbone it adapted, once for many batches."""
-    return method.make_prefix(backbone)
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What `evaluate` found.
 
-
-@partial(jax.jit, static_argnames="candidates")
-def candidate_scores(backbone, prefix, batch: Batch, candidates: int) -> jax.Array:
-    """Log-probability of each row's candidates, `[B, C]`, summed over their tokens."""
-    log_probabilities = target_log_probabilities(backbone, prefix, batch)  # [B, M]
-    member = batch.target_candidates[..., None] == jnp.arange(candidates)[None, None]  # [B, M, C]
-    return jnp.sum(log_probabilities[..., None], axis=1, where=member)
-
-
-def score(
-    backbone, prefix, examples: Sequence[Example], batch_size: int
-) -> Iterator[tuple[list[int], np.ndarray]]:
-    """Score every candidate of every example, batch by batch.
-
-    Args:
-      backbone, prefix: the model, and what `make_prefix` gives, or None for no prefix.
-      examples: at least one, all with the same number C of candidates.
-      batch_size: rows at a time.
-
-    Yields:
-      Numbers of the examples done, and their candidates' log-probabilities `[n, C]`.
+    Attributes:
+      scores: by the metrics' names, `loss` first.
+      samples: of every example that was answered `input` (its fields by name), `reference`
+        and `prediction`.
     """
-    candidates = len(examples[0].candidates)
-    batches = evaluation_batches(examples, batch_size, encoder_decoder=backbone.is_encoder_decoder)
-    for batch, numbers in batches:
-        scores = candidate_scores(backbone, prefix, batch, candidates)
-        yield numbers, np.asarray(scores)[: len(numbers)]
+
+    scores: Mapping[str, Scores]
+    samples: Sequence[Mapping[str, Any]]
+
+    def values(self) -> dict[str, float]:
+        """All values of the metrics."""
+        return {key: v for scores in self.scores.values() for key, v in scores.values().items()}
+
+    def intervals(self) -> dict[str, tuple[float, float]]:
+        """Their bootstrap intervals."""
+        return {key: v for scores in self.scores.values() for key, v in scores.intervals().items()}
 
 
 def evaluate(
-    backbone, prefix, examples: Sequence[Example], batch_size: int, label: str
-) -> dict[str, float]:
-    """Score examples under a progress bar and sum up.
+    backbone,
+    prefix,
+    task: Task,
+    examples: Sequence[Example],
+    experiment: Experiment,
+    label: str,
+    *,
+    written: int | None = None,
+) -> Measured:
+    """Score examples and answer them, under progress bars.
 
     Args:
-      backbone, prefix, examples, batch_size: as for `score`; examples with their answers.
-      label: what stands in front of the bar.
+      backbone, prefix: the model, and what `make_prefix` gives.
+      task: what the examples were made by.
+      examples: N, with their answers.
+      experiment: whose metrics, scoring and settings of generation to use.
+      label: what stands in front of the bars.
+      written: behind how many of them to write, if they are of free text; None: all.
 
     Returns:
-      See `target_metrics`.
+      `loss`, the mean negative log-likelihood per token of the right targets in nats; of
+      labels `accuracy`; and the experiment's metrics, of free text those of what is written.
     """
+    settings = experiment.evaluation
     scores = np.empty((len(examples), len(examples[0].candidates)), np.float32)
     with Bar(label, len(examples), "examples") as bar:
-        for numbers, part in score(backbone, prefix, examples, batch_size):
+        for numbers, part in score(backbone, prefix, examples, settings.batch_size):
             scores[numbers] = part
             bar.advance(len(numbers))
-    return target_metrics(examples, scores)
+    of_model = dict.fromkeys(["loss", *(n for n in settings.metrics if n in MODEL_METRICS)])
+    measured = {name: likelihood(name, examples, scores) for name in of_model}
+    names = [name for name in settings.metrics if name not in MODEL_METRICS]
+    if task.labels:
+        answered = examples
+        names = list(dict.fromkeys(["accuracy", *names]))
+        chosen = weighed(scores, examples, backbone, prefix, task, experiment.scoring)
+        predictions = [task.labels[i] for i in chosen.argmax(axis=1)]
+        references = [task.labels[example.answer or 0] for example in examples]
+    else:
+        answered = examples[:written]
+        predictions = _write(backbone, prefix, task, answered, experiment, label)
+        references = [task.reference(example.record) for example in answered]
+    if answered:
+        measured |= measure(names, predictions, references, stem=settings.stem)
+    samples = [
+        {"input": task.input_fields(e.record), "reference": reference, "prediction": prediction}
+        for e, reference, prediction in zip(answered, references, predictions, strict=True)
+    ]
+    return Measured(measured, samples)
 
 
-def target_metrics(examples: Sequence[Example], scores: np.ndarray) -> dict[str, float]:
-    """Metrics of scored examples.
+def likelihood(name: str, examples: Sequence[Example], scores: np.ndarray) -> Scores:
+    """How likely the right targets are.
 
     Args:
+      name: `loss`, the mean negative log-likelihood per token in nats, or `perplexity`, e to
+        the power of it.
       examples: N, with their answers.
       scores: `[N, C]` log-probabilities.
-
-    Returns:
-      `loss`, the mean negative log-likelihood per token of the right candidates in nats,
-      and where there are several candidates `accuracy`, the share of examples whose
-      right candidate has the highest score.
     """
-    answers = np.array([e.answer for e in examples])
-    tokens = sum(len(e.candidates[e.answer or 0]) for e in examples)
-    right = scores[np.arange(len(examples)), answers]
-    metrics = {"loss": float(-right.sum(dtype=np.float64) / tokens)}
-    if scores.shape[1] > 1:
-        metrics["accuracy"] = float((scores.argmax(axis=1) == answers).mean())
-    return metrics
+    answers = [example.answer or 0 for example in examples]
+    right = scores[np.arange(len(examples)), answers].astype(np.float64)
+    tokens = [len(e.candidates[answer]) for e, answer in zip(examples, answers, strict=True)]
+
+    def combine(total: np.ndarray, count: int) -> dict[str, float]:
+        loss = float(total[0] / total[1])
+        return {name: loss if name == "loss" else math.exp(min(loss, 700))}
+
+    return Scores(np.stack([-right, tokens], axis=1), combine)
+
+
+def _write(
+    backbone,
+    prefix,
+    task: Task,
+    examples: Sequence[Example],
+    experiment: Experiment,
+    label: str,
+) -> list[str]:
+    """What is written behind examples, white space around it left out."""
+    settings = experiment.generation
+    task = task.with_room(settings.max_new_tokens, prefix.length if prefix else 0)
+    requests = [
+        Request(task.example(e.record, with_answer=False).input, prefix, task.opening)
+        for e in examples
+    ]
+    writer = Writer(backbone, task.base.tokenizer, settings)
+    written = writer.write(requests, experiment.evaluation.batch_size, f"{label}: write")
+    return [generated.text.strip() for generated in written]

@@ -43,7 +43,7 @@ def start(
     prefix,
     tokens: jax.Array,
     lengths: jax.Array,
-    keys: jax.Array,
+    seeds: jax.Array,
     seen: jax.Array | None,
     sampling: Sampling,
     ends: jax.Array,
@@ -58,7 +58,7 @@ def start(
       prefix: what stands in front of the rows, or None.
       tokens: `[B / samples, T]` ids, padded on the right.
       lengths: `[B / samples]`, real tokens of each; behind one of 0 nothing is written.
-      keys: `[B]`, of what is random in each row.
+      seeds: `[B]`, of what is random in each row.
       seen: `[B, V]` booleans, tokens that a repetition penalty is for, or None.
       sampling: how a token is chosen.
       ends: ids that end a row.
@@ -73,7 +73,7 @@ def start(
         written=jnp.zeros((len(number), room), jnp.int32),
         lengths=jnp.zeros(len(number), jnp.int32),
         done=lengths[number] == 0,
-        keys=keys,
+        keys=jax.vmap(jax.random.key)(seeds),
         seen=seen,
     )
     return _written(state, backbone.logits(hidden)[number], sampling, ends)

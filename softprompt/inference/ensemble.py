@@ -20,7 +20,9 @@ from softprompt.data.batches import evaluation_batches
 from softprompt.data.examples import Example
 from softprompt.data.task import Task
 from softprompt.errors import UserError
-from softprompt.evaluation.evaluate import candidate_scores, target_metrics
+from softprompt.config import Scoring
+from softprompt.evaluation.evaluate import likelihood
+from softprompt.evaluation.scoring import candidate_scores
 from softprompt.inference.prompt import TrainedPrompt
 
 
@@ -39,8 +41,7 @@ def evaluate_ensemble(
       label: what stands in front of the progress bar.
 
     Returns:
-      By the prompts' numbers (`1`, `2`, …) what `target_metrics` says of each, and the
-      accuracy by `vote` (most prompts; of as many, the higher mean probability) and by
+      By the prompts' numbers (`1`, `2`, …) loss and accuracy of each, and the accuracy by `vote` (most prompts; of as many, the higher mean probability) and by
       `mean` (of the probabilities).
 
     Raises:
@@ -56,9 +57,11 @@ def evaluate_ensemble(
             scores[:, numbers] = np.asarray(of_batch)[:, : len(numbers)]
             bar.advance(len(numbers))
     answers = np.array([example.answer for example in examples])
-    results = {str(i): target_metrics(examples, one) for i, one in enumerate(scores, 1)}
-    for name, chosen in zip(("vote", "mean"), _choices(scores), strict=True):
-        results[name] = {"accuracy": float((chosen == answers).mean())}
+    chosen = {str(i): one.argmax(axis=1) for i, one in enumerate(scores, 1)}
+    chosen |= zip(("vote", "mean"), _choices(scores), strict=True)
+    results = {name: {"accuracy": float((c == answers).mean())} for name, c in chosen.items()}
+    for i, one in enumerate(scores, 1):
+        results[str(i)] |= likelihood("loss", examples, one).values()
     return results
 
 
@@ -75,15 +78,18 @@ def shared_task(prompts: Sequence[TrainedPrompt]) -> Task:
         return task.pieces, task.template.target, task.verbalizer
 
     for number, prompt in enumerate(prompts, 1):
-        task, method = prompt.task, prompt.description["method"]
+        task = prompt.task
         if not task.labels:
             raise UserError(f"prompt {number}: has no labels")
-        if method not in ("prompt", "prefix"):
-            raise UserError(f"prompt {number}: of method {method}, which is more than a prefix")
+        if not prompt.is_prefix:
+            method = prompt.description["method"]
+            raise UserError(
+                f"prompt {number}: of method {method}, it is more than a prefix in front of inputs"
+            )
         if not isinstance(prompt.prefix, Prefix):
             raise UserError(f"prompt {number}: an encoder-decoder's cannot be evaluated together")
-        if None in task.pieces:
-            raise UserError(f"prompt {number}: its virtual tokens stand in the inputs")
+        if prompt.scoring != Scoring():
+            raise UserError(f"prompt {number}: has a scoring of its own")
         if rows(task) != rows(first):
             raise UserError(f"prompt {number}: of another task than the first")
     return dataclasses.replace(first, max_tokens=min(prompt.task.max_tokens for prompt in prompts))

@@ -1,25 +1,29 @@
 """What a method learned, in use."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pydantic
 
 from softprompt.backbones.loading import Backbone, Base, Prefix, load_base
-from softprompt.data.batches import evaluation_batches
+from softprompt.config import Generation, Scoring
 from softprompt.data.examples import say_truncated
 from softprompt.data.records import Record
 from softprompt.data.task import Task
 from softprompt.errors import UserError
 from softprompt.templates import template_fields
-from softprompt.evaluation.evaluate import make_prefix, score
-from softprompt.inference.generate import greedy
+from softprompt.evaluation.scoring import make_prefix, score, weighed
+from softprompt.generation.writer import Generated, Request, Writer
 from softprompt.inference.saved import SavedPrompt
 from softprompt.methods.method import FullFineTuning, Method, with_parameters
+from softprompt.methods.prefix import PrefixTuning
+from softprompt.methods.soft_prompt import SoftPrompt
+from softprompt.templates import template_fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +44,7 @@ class TrainedPrompt:
       backbone, prefix: what it says to run; the prefix is computed once.
       task: template, verbalizer and limits it was trained with.
       description: what `prompt.json` says.
+      scoring, generation: how it labels and writes, if nothing else is said.
     """
 
     base: Base
@@ -48,6 +53,14 @@ class TrainedPrompt:
     prefix: Prefix | None
     task: Task
     description: Mapping[str, Any]
+    scoring: Scoring = Scoring()
+    generation: Generation = Generation()
+
+    @property
+    def is_prefix(self) -> bool:
+        """Whether all that was learned is in the prefix, which the frozen model itself reads."""
+        in_rows = None in self.task.pieces
+        return type(self.method) in (Method, SoftPrompt, PrefixTuning) and not in_rows
 
     def classify(
         self, inputs: Sequence[str | Mapping[str, Any]], batch_size: int = 32
@@ -89,65 +102,107 @@ class TrainedPrompt:
         examples = [self.task.example(record, with_answer=False) for record in records]
         say_truncated(examples, self.task, "inputs")
         probabilities = np.empty((len(examples), len(labels)))
-        for numbers, scores in score(self.backbone, self.prefix, examples, batch_size):
-            probabilities[numbers] = jax.nn.softmax(jnp.asarray(scores), axis=-1)
+        model = self.backbone, self.prefix
+        for numbers, scores in score(*model, examples, batch_size):
+            chosen_by = weighed(scores, examples, *model, self.task, self.scoring)
+            probabilities[numbers] = jax.nn.softmax(jnp.asarray(chosen_by), axis=-1)
         return [
             Prediction(labels[row.argmax()], dict(zip(labels, row.tolist(), strict=True)))
             for row in probabilities
         ]
 
-    def generate(
+    def perplexity(
         self,
         inputs: Sequence[str | Mapping[str, Any]],
-        max_new_tokens: int = 64,
+        targets: Sequence[str],
         batch_size: int = 32,
-    ) -> list[str]:
-        """What the model writes behind each input, token by likeliest token.
+    ) -> list[float]:
+        """How unlikely the model finds each target behind its input.
+
+        Args:
+          inputs: as for `classify`.
+          targets: for each the text of the field of the template's target.
+          batch_size: pairs at a time.
+
+        Returns:
+          e to the power of the mean negative log-likelihood per token, at least 1. The
+          end-of-text token closes a target, as in training.
+
+        Raises:
+          UserError: if a text is empty, the prompt was trained on labels, or the template's
+            target has more than one field.
+        """
+        fields = template_fields(self.task.template.target)
+        if self.task.labels or len(fields) > 1:
+            raise UserError("perplexity is of free text, of which the target has one field")
+        if len(inputs) != len(targets):
+            raise UserError(f"{len(inputs)} inputs and {len(targets)} targets: give one for each")
+        if not inputs:
+            return []
+        examples = [
+            self.task.example(Record({**record.fields, fields[0]: target}, record.where))
+            for record, target in zip(self._records(inputs), targets, strict=True)
+        ]
+        say_truncated(examples, self.task, "inputs")
+        perplexities = np.empty(len(examples))
+        for numbers, scores in score(self.backbone, self.prefix, examples, batch_size):
+            tokens = [len(examples[i].candidates[0]) for i in numbers]
+            perplexities[numbers] = np.exp(-scores[:, 0] / tokens)
+        return perplexities.tolist()
+
+    def generate(
+        self, inputs: Sequence[str | Mapping[str, Any]], batch_size: int = 32, **settings: Any
+    ) -> list[Generated]:
+        """What the model writes behind each input.
 
         Args:
           inputs: texts, or fields by name where the template has more than one. One that
             leaves no room for the new tokens is cut as in training.
-          max_new_tokens: where to stop if the end-of-text token does not come before.
-          batch_size: texts at a time.
+          batch_size: texts at a time; fewer if the device has no memory for as many.
+          settings: instead of those that the prompt was trained with: see
+            `config.Generation`.
 
         Raises:
           UserError: if an input is empty or lacks a field, or the model has no such room.
         """
-        arch, end = self.base.backbone.arch, self.base.tokenizer.eos_token_id
-        if end is None:
-            raise UserError("the base model's tokenizer has no end-of-text token to stop at")
-        records = self._records(inputs)
-        virtual = self.prefix.length if self.prefix else 0
-        room = arch.context_length - virtual
-        if not self.base.backbone.is_encoder_decoder:
-            room -= max_new_tokens
-        if room < 1 or max_new_tokens < 1:
-            raise UserError(
-                f"max_new_tokens {max_new_tokens}: the base model has room for "
-                f"{arch.context_length} tokens, {virtual} of which stand in front of every input"
-            )
-        task = dataclasses.replace(self.task, max_tokens=min(self.task.max_tokens, room))
-        examples = [
-            dataclasses.replace(task.example(record, with_answer=False), candidates=[])
-            for record in records
-        ]
+        how = changed(self.generation, settings)
+        writer = Writer(self.backbone, self.base.tokenizer, how)
+        return writer.write(self.requests(self._records(inputs), how), batch_size)
+
+    def stream(self, text: str | Mapping[str, Any], **settings: Any) -> Iterator[str]:
+        """Pieces of what the model writes behind an input, as they are written."""
+        how = changed(self.generation, settings)
+        (request,) = self.requests(self._records([text]), how)
+        return Writer(self.backbone, self.base.tokenizer, how).stream(request)
+
+    def requests(self, records: Sequence[Record], settings: Generation) -> list[Request]:
+        """Records as what a `Writer` writes behind."""
+        task = self.task.with_room(
+            settings.max_new_tokens, self.prefix.length if self.prefix else 0
+        )
+        examples = [task.example(record, with_answer=False) for record in records]
         say_truncated(examples, task, "inputs")
-        texts = [""] * len(examples)
-        for batch, numbers in evaluation_batches(
-            examples, batch_size, encoder_decoder=self.base.backbone.is_encoder_decoder
-        ):
-            written = greedy(
-                self.backbone,
-                self.prefix,
-                batch.tokens,
-                batch.lengths,
-                end,
-                count=max_new_tokens,
-            )
-            for number, ids in zip(numbers, np.asarray(written), strict=False):
-                stop = np.append(np.flatnonzero(ids == end), len(ids))[0]
-                texts[number] = str(self.base.tokenizer.decode(ids[:stop]))
-        return texts
+        return [Request(example.input, self.prefix, task.opening) for example in examples]
+
+
+def changed(settings: Generation, changes: Mapping[str, Any]) -> Generation:
+    """The settings with some of them changed.
+
+    Raises:
+      UserError: if there are no such settings, or they do not fit.
+    """
+    try:
+        return Generation(**settings.model_dump() | dict(changes))
+    except pydantic.ValidationError as errors:
+        raise UserError("; ".join(map(_explained, errors.errors()))) from None
+
+
+def _explained(error: Any) -> str:
+    name = ".".join(map(str, error["loc"]))
+    if error["type"] == "extra_forbidden":
+        return f"{name}: no setting of generation ({', '.join(Generation.model_fields)})"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{name}: {message}, not {error['input']!r}" if name else message
 
 
 def load_prompt(path: str | Path, base: Base | str | None = None) -> TrainedPrompt:
@@ -171,4 +226,6 @@ def load_prompt(path: str | Path, base: Base | str | None = None) -> TrainedProm
         trained_on = with_parameters(trained_on, arrays)
     backbone = method.adapt(trained_on)
     prefix = make_prefix(method, backbone)
-    return TrainedPrompt(base, method, backbone, prefix, task, saved.description)
+    return TrainedPrompt(
+        base, method, backbone, prefix, task, saved.description, saved.scoring, saved.generation
+    )

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from softprompt.backbones.loading import Backbone, Base
 from softprompt.checkpoint import load_arrays, load_description, save_arrays
-from softprompt.config import Compute, Template
+from softprompt.config import Compute, Experiment, Generation, Scoring, Template
 from softprompt.data.task import Task, make_task
 from softprompt.errors import UserError
 from softprompt.methods.lora import LoRA
@@ -46,7 +46,8 @@ def save_prompt(
       backbone: the one it was trained on.
       name: the method's name in an experiment.
       base, task: what it was trained for.
-      about: `experiment`, `step`, `validation`: where it comes from, and how good it is.
+      about: `experiment`, `step`, `validation`: where it comes from, and how good it is; and
+        `usage`.
     """
     arrays = method.arrays(backbone)
     description = {
@@ -75,6 +76,11 @@ def save_prompt(
     save_arrays(folder, arrays, description, _FILE)
 
 
+def usage(experiment: Experiment) -> dict[str, Any]:
+    """What an experiment says of how a prompt labels and writes."""
+    return experiment.model_dump(include={"scoring", "generation"})
+
+
 @dataclasses.dataclass(frozen=True)
 class SavedPrompt:
     """What `prompt.json` says, checked for its form.
@@ -84,7 +90,7 @@ class SavedPrompt:
       description: all of it.
       name, fingerprint: of the base model.
       compute: how that was held and run in training.
-      template: the experiment's.
+      template, scoring, generation: the experiment's.
     """
 
     folder: Path
@@ -93,6 +99,8 @@ class SavedPrompt:
     fingerprint: str
     compute: Compute
     template: Template
+    scoring: Scoring
+    generation: Generation
 
     @classmethod
     def read(cls, path: Path) -> "SavedPrompt":
@@ -105,8 +113,16 @@ class SavedPrompt:
         description = read_description(folder)
         try:
             base = description["base"]
-            compute, template = Compute(**base["compute"]), Template(**description["template"])
-            return cls(folder, description, base["name"], base["fingerprint"], compute, template)
+            return cls(
+                folder,
+                description,
+                base["name"],
+                base["fingerprint"],
+                Compute(**base["compute"]),
+                Template(**description["template"]),
+                Scoring(**description.get("scoring", {})),
+                Generation(**description.get("generation", {})),
+            )
         except (KeyError, TypeError, ValueError) as error:
             raise cls._malformed(folder, error) from error
 

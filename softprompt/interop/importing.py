@@ -6,7 +6,7 @@ from softprompt.backbones.loading import Base
 from softprompt.config import Experiment, Template
 from softprompt.data.task import make_task
 from softprompt.errors import UserError
-from softprompt.inference.saved import save_prompt
+from softprompt.inference.saved import save_prompt, usage
 from softprompt.interop.export import make_folder
 from softprompt.interop.peft_import import import_adapter, import_array
 from softprompt.methods.making import method_of
@@ -45,5 +45,7 @@ def import_prompt(
     method = method_of(name, arrays, scales, task.opening)
     make_folder(folder)
     folder.rmdir()  # it is made anew, whole or not at all
-    about = {"experiment": experiment.name if experiment else source.stem, "step": 0}
-    save_prompt(folder, method, base.backbone, name, base, task, {**about, "validation": {}})
+    about = {"experiment": source.stem, "step": 0, "validation": {}}
+    if experiment:
+        about |= {"experiment": experiment.name, **usage(experiment)}
+    save_prompt(folder, method, base.backbone, name, base, task, about)
