@@ -19,6 +19,7 @@ from softprompt import SoftPrompt, load_base
 from softprompt.config import Optimizer
 from softprompt.data.batches import Layout
 from softprompt.data.examples import Example
+from softprompt.data.records import Record
 from softprompt.training.optimizers import make_optimizer
 from softprompt.training.step import train_step
 
@@ -74,7 +75,8 @@ def main():
     print(f"base model loaded in {time.perf_counter() - began:.1f} s, on {jax.devices()[0]}")
     random = np.random.default_rng(0)
     tokens = random.integers(20, base.backbone.arch.vocab_size, (options.rows, options.tokens + 1))
-    rows = [Example(row[:-1].tolist(), [[int(row[-1])]], 0, RECORD, False) for row in tokens]
+    record = Record({}, "random")
+    rows = [Example(row[:-1].tolist(), [[int(row[-1])]], 0, record, False) for row in tokens]
     batch = Layout.of(rows).lay_out(rows, options.rows, options.tokens, 1)
 
     print(f"{options.rows} rows of {options.tokens} tokens; median of {options.repeats} steps\n")

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from softprompt.config import Experiment
     from softprompt.errors import UserError
     from softprompt.experiment_file import load_experiment
+    from softprompt.generation.writer import Generated
+    from softprompt.inference.generator import Generator
     from softprompt.inference.prompt import Prediction, TrainedPrompt, load_prompt
     from softprompt.methods.soft_prompt import SoftPrompt
     from softprompt.training.loop import train
@@ -27,6 +29,8 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 _MODULES = {
     "Base": "backbones.loading",
     "Experiment": "config",
+    "Generated": "generation.writer",
+    "Generator": "inference.generator",
     "Prediction": "inference.prompt",
     "SoftPrompt": "methods.soft_prompt",
     "TrainedPrompt": "inference.prompt",
@@ -40,6 +44,8 @@ _MODULES = {
 __all__ = [
     "Base",
     "Experiment",
+    "Generated",
+    "Generator",
     "Prediction",
     "SoftPrompt",
     "TrainedPrompt",

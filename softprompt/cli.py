@@ -1,4 +1,4 @@
-"""The command line: `softprompt train | eval | predict | inspect | compare | export | import`."""
+"""The command line: what each command of `softprompt` takes; `commands.py` does the work."""
 
 import argparse
 import os
@@ -104,13 +104,15 @@ examples:
         commands.evaluate,
         "measure a trained prompt, or several together, on a split of its data",
         """\
-Prints one line of JSON: the split, its number of examples, loss (nats per target token)
-and, where there are labels, accuracy. Of several prompts of one task there is a line for
-each, evaluated in one pass, and for what they choose by vote and by mean probability.
+Prints one line of JSON: the split, its number of examples, loss (nats per target token),
+where there are labels accuracy, and the experiment's metrics or those of --metrics. Of
+several prompts of one task there is a line for each, evaluated in one pass, and for what
+they choose by vote and by mean probability.
 
 examples:
   softprompt eval runs/sentiment
-  softprompt eval runs/sentiment --split validation
+  softprompt eval runs/sentiment --split validation --metrics macro_f1,matthews
+  softprompt eval runs/summarize --output predictions.jsonl       (for softprompt score)
   softprompt eval runs/seed-0 runs/seed-1 runs/seed-2""",
     )
     evaluate.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder")
@@ -119,6 +121,11 @@ examples:
     evaluate.add_argument(
         "--split", choices=("train", "validation", "test"), default="test", help="default: test"
     )
+    evaluate.add_argument("--metrics", metavar="A,B", help="default: the experiment's")
+    evaluate.add_argument(
+        "--output", type=Path, metavar="FILE", help="write inputs, references and predictions"
+    )
+    _add_scoring(evaluate)
 
     predict = _command(
         chosen,
@@ -137,13 +144,58 @@ examples:
     )
     _add_run(predict, "a run's folder, or its prompt/")
     _add_batch_size(predict)
-    predict.add_argument("words", nargs="*", default=[], metavar="TEXT")
-    predict.add_argument(
-        "--input", metavar="FILE", help="a file of inputs, or - for standard input"
+    _add_inputs(predict)
+    _add_scoring(predict)
+
+    generate = _command(
+        chosen,
+        "generate",
+        commands.generate,
+        "write on from texts with a trained prompt",
+        """\
+Prints what the model writes behind each text, on a terminal as it is written. By default the
+likeliest token is taken each time, and settings are those that the prompt was trained with;
+in float32 on a CPU the output is that of stock transformers with the vectors in front.
+
+examples:
+  softprompt generate runs/summarize "A tool that shows the manual of a command."
+  softprompt generate runs/summarize --input texts.txt --json
+  softprompt generate runs/summarize --temperature 0.8 --top-p 0.9 --samples 3 --seed 1 "..."
+  softprompt generate runs/summarize --beams 4 --length-penalty 0.8 "..." """,
     )
-    predict.add_argument(
-        "--jsonl", action="store_true", help="standard input has a JSON object a line"
+    _add_run(generate, "a run's folder, or its prompt/")
+    _add_batch_size(generate)
+    _add_inputs(generate)
+    generate.add_argument("--json", action="store_true", help="a line of JSON for each text")
+    _add_generation(generate)
+
+    score = _command(
+        chosen,
+        "score",
+        commands.score,
+        "score a file of predictions, or compare two",
+        """\
+Reads lines of {"prediction": ..., "reference": ...}; a reference may be a list of texts of
+which any will do. Prints every value with its 95 % bootstrap interval. With --against, the
+two files answer the same examples, and p tells how often chance would make as large a
+difference (paired bootstrap).
+Metrics: rouge (1, 2, L, Lsum), rouge1 to rouge9, rougeL, rougeLsum, bleu, chrf, ter,
+exact_match, token_f1; of labels accuracy, precision, recall, macro_f1, micro_f1, matthews,
+confusion.
+
+examples:
+  softprompt score --metrics rouge,bleu predictions.jsonl
+  softprompt score --metrics rougeL --json predictions.jsonl
+  softprompt score --metrics rouge runs/a/predictions.jsonl --against runs/b/predictions.jsonl""",
     )
+    score.add_argument("file", metavar="FILE", help="a .jsonl file")
+    score.add_argument("--metrics", default="rouge,bleu", metavar="A,B", help="default: rouge,bleu")
+    score.add_argument(
+        "--stem", action="store_true", help="ROUGE compares English words without their endings"
+    )
+    score.add_argument("--json", action="store_true", help="one line of JSON")
+    score.add_argument("--each", action="store_true", help="a line of JSON for each prediction")
+    score.add_argument("--against", metavar="FILE", help="another's predictions")
 
     inspect = _command(
         chosen,
@@ -259,6 +311,44 @@ def _add_batch_size(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--batch-size", type=_count, default=32, metavar="N", help="texts a pass (default: 32)"
     )
+
+
+def _add_inputs(command: argparse.ArgumentParser) -> None:
+    command.add_argument("words", nargs="*", default=[], metavar="TEXT")
+    command.add_argument(
+        "--input", metavar="FILE", help="a file of inputs, or - for standard input"
+    )
+    command.add_argument(
+        "--jsonl", action="store_true", help="standard input has a JSON object a line"
+    )
+
+
+def _add_scoring(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--normalize", action="store_true", help="divide a label's log-probability by its tokens"
+    )
+    command.add_argument(
+        "--calibrate", metavar="TEXT", help="subtract what a text without content gives a label"
+    )
+
+
+def _add_generation(command: argparse.ArgumentParser) -> None:
+    kinds: dict[str, tuple[Any, str, str]] = {
+        "max_new_tokens": (_count, "N", "where to stop at the latest"),
+        "temperature": (float, "X", "draw tokens, more evenly the higher it is"),
+        "top_k": (_count, "N", "draw from so many tokens"),
+        "top_p": (float, "X", "draw from the likeliest tokens that have this share"),
+        "min_p": (float, "X", "draw from tokens with this share of the likeliest's"),
+        "repetition_penalty": (float, "X", "above 1: fewer tokens that were there before"),
+        "beams": (_count, "N", "beam search"),
+        "length_penalty": (float, "X", "of beam search; above 1: longer texts"),
+        "samples": (_count, "N", "texts for each input"),
+        "seed": (int, "N", "of the draws"),
+    }
+    for name, (kind, metavar, help) in kinds.items():
+        command.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=help)
+    command.add_argument("--stop", action="append", metavar="TEXT", help="ends a text, left out")
+    command.set_defaults(settings=[*kinds, "stop"])
 
 
 def _numbers(text: str) -> list[int]:

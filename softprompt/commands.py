@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from softprompt.errors import UserError
 
@@ -35,45 +35,135 @@ def evaluate(options: argparse.Namespace) -> None:
     from softprompt.experiment_file import load_experiment
     from softprompt.inference.ensemble import evaluate_ensemble, shared_task
     from softprompt.inference.prompt import load_prompt
+    from softprompt.training.run_folder import write_predictions
 
     first, *others = options.runs
     config = first / "config.yaml"
     if not config.is_file():
         raise UserError(f"{first}: is no run's folder (it has no config.yaml)")
-    data = load_experiment(config).data.model_dump(exclude_none=True)
+    if others and (options.metrics or options.output or options.calibrate or options.normalize):
+        raise UserError("--metrics, --output, --normalize and --calibrate are for one run")
+    overrides = [f"evaluation.batch_size={options.batch_size}"]
+    if options.metrics:
+        overrides.append(f"evaluation.metrics=[{options.metrics}]")
+    experiment = load_experiment(config, overrides)
+    data = experiment.data.model_dump(exclude_none=True)
     if options.split not in data:
         raise UserError(f"{config}: has no data.{options.split}")
-    prompt = load_prompt(first, options.base)
+    prompt = _with_scoring(load_prompt(first, options.base), options)
     prompts = [prompt, *(load_prompt(run, prompt.base) for run in others)]
     task = shared_task(prompts) if others else prompt.task
     examples = make_examples(task, read_records(data[options.split]), options.split)
     about = {"split": options.split, "examples": len(examples)}
-    arguments = examples, options.batch_size, options.split
     if not others:
-        metrics = evaluate(prompt.backbone, prompt.prefix, *arguments)
-        print(json.dumps({**about, **metrics}))
+        measured = evaluate(
+            prompt.backbone,
+            prompt.prefix,
+            task,
+            examples,
+            experiment.model_copy(update={"scoring": prompt.scoring}),
+            options.split,
+            written=None if options.output or experiment.evaluation.metrics else 0,
+        )
+        print(json.dumps({**about, **measured.values()}))
+        if options.output:
+            write_predictions(options.output, measured.samples)
         return
-    results = evaluate_ensemble(prompts, *arguments)
+    results = evaluate_ensemble(prompts, examples, options.batch_size, options.split)
     for name, metrics in zip([*options.runs, "vote", "mean"], results.values(), strict=True):
         print(json.dumps({"run": str(name), **about, **metrics}))
 
 
 def predict(options: argparse.Namespace) -> None:
     """`softprompt predict RUN`."""
+    prompt, records = _prompt_and_inputs(options)
+    prompt = _with_scoring(prompt, options)
+    for record, prediction in zip(
+        records, prompt.classify_records(records, options.batch_size), strict=True
+    ):
+        line = {"input": record.fields, **dataclasses.asdict(prediction)}
+        print(json.dumps(line, ensure_ascii=False))
+
+
+def generate(options: argparse.Namespace) -> None:
+    """`softprompt generate RUN`."""
+    given = {name: getattr(options, name) for name in options.settings}
+    settings = {name: value for name, value in given.items() if value is not None}
+    prompt, records = _prompt_and_inputs(options)
+    inputs = [record.fields for record in records]
+    if len(inputs) == 1 and not options.json and _can_stream(prompt, settings):
+        for piece in prompt.stream(inputs[0], **settings):
+            print(piece, end="", flush=True)
+        print()
+        return
+    for record, written in zip(
+        records, prompt.generate(inputs, options.batch_size, **settings), strict=True
+    ):
+        if options.json:
+            line = {"input": record.fields, **dataclasses.asdict(written)}
+            print(json.dumps(line, ensure_ascii=False))
+        else:
+            print("\n".join(written.texts))
+
+
+def _can_stream(prompt: "TrainedPrompt", settings: dict[str, Any]) -> bool:
+    from softprompt.inference.prompt import changed
+
+    how = changed(prompt.generation, settings)
+    return sys.stdout.isatty() and how.beams == how.samples == 1
+
+
+def score(options: argparse.Namespace) -> None:
+    """`softprompt score FILE`."""
+    from softprompt.metrics.named import measure
+    from softprompt.score import compare_answers, difference_table, read_answers, score_table
+
+    metrics = options.metrics.split(",")
+    answers = read_answers(options.file)
+    scores = measure(metrics, answers.predictions, answers.references, stem=options.stem)
+    values = {key: v for one in scores.values() for key, v in one.values().items()}
+    if options.against:
+        others = read_answers(options.against)
+        theirs, differences = compare_answers(answers, others, metrics, stem=options.stem)
+        if options.json:
+            found = {name: dataclasses.asdict(one) for name, one in differences.items()}
+            print(json.dumps({**values, "differences": found}))
+        else:
+            print(difference_table(scores, theirs, differences))
+    elif options.each:
+        each = zip(*(one.each() for one in scores.values()), strict=True)
+        for parts in each:
+            print(json.dumps({key: v for part in parts for key, v in part.items()}))
+    elif options.json:
+        intervals = {key: v for one in scores.values() for key, v in one.intervals().items()}
+        signatures = {name: one.signature for name, one in scores.items() if one.signature}
+        print(json.dumps({**values, "intervals": intervals, "signatures": signatures}))
+    else:
+        print(score_table(scores))
+
+
+def _prompt_and_inputs(options: argparse.Namespace) -> "tuple[TrainedPrompt, list[Record]]":
+    """The prompt of a command, and the inputs given to it as words or with --input."""
     if bool(options.words) == bool(options.input):
         raise UserError("give either texts or --input FILE")
     if options.jsonl and options.input != "-":
         raise UserError("--jsonl is for standard input (--input -); a file's kind is in its name")
     prompt = _load_prompt(options)
     if options.input:
-        records = list(_read_inputs(prompt, options.input, options.jsonl))
-    else:
-        records = [prompt.record(text, f"text {i}") for i, text in enumerate(options.words, 1)]
-    for record, prediction in zip(
-        records, prompt.classify_records(records, options.batch_size), strict=True
-    ):
-        line = {"input": record.fields, **dataclasses.asdict(prediction)}
-        print(json.dumps(line, ensure_ascii=False))
+        return prompt, list(_read_inputs(prompt, options.input, options.jsonl))
+    return prompt, [prompt.record(text, f"text {i}") for i, text in enumerate(options.words, 1)]
+
+
+def _with_scoring(prompt: "TrainedPrompt", options: argparse.Namespace) -> "TrainedPrompt":
+    """The prompt, labelling as --normalize and --calibrate say."""
+    given: dict[str, Any] = {}
+    if options.normalize:
+        given["normalize"] = True
+    if options.calibrate is not None:
+        given["calibrate"] = options.calibrate
+    if given and not prompt.task.labels:
+        raise UserError("--normalize and --calibrate are for a prompt of labels")
+    return dataclasses.replace(prompt, scoring=prompt.scoring.model_copy(update=given))
 
 
 def _read_inputs(prompt: "TrainedPrompt", name: str, jsonl: bool) -> "Iterator[Record]":

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from softprompt.config import Experiment
-from softprompt.console import say
+from softprompt.console import aligned, say
 from softprompt.errors import UserError
 from softprompt.experiment_file import differences, load_experiment
 
@@ -104,14 +104,10 @@ def table(rows: Sequence[Row], form: str) -> str:
             writer.writerow(dataclasses.asdict(row) | {"quality": quality})
         return written.getvalue().rstrip("\n")
     cells = [list(columns), *([of_row(row) for of_row in columns.values()] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [
-        [text.rjust(width) if i else text.ljust(width) for i, (text, width) in enumerate(pairs)]
-        for pairs in (zip(line, widths, strict=True) for line in cells)
-    ]
+    lines = aligned(cells)
     if form == "text":
         return "\n".join("  ".join(line).rstrip() for line in lines)
-    rule = [f"{'-' * (width - 1)}{':' if i else '-'}" for i, width in enumerate(widths)]
+    rule = [f"{'-' * (len(cell) - 1)}{':' if i else '-'}" for i, cell in enumerate(lines[0])]
     return "\n".join(f"| {' | '.join(line)} |" for line in [lines[0], rule, *lines[1:]])
 
 

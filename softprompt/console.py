@@ -5,6 +5,7 @@ All of it goes to standard error; standard output is for results.
 
 import sys
 import time
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
@@ -17,6 +18,15 @@ def say(line: str) -> None:
     """Print a line, above the bar if there is one."""
     tqdm.write(line, file=sys.stderr)
     sys.stderr.flush()
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Cells padded to columns: the first one's text to the left, the others' to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        [cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(pairs)]
+        for pairs in (zip(row, widths, strict=True) for row in rows)
+    ]
 
 
 class Bar:

@@ -14,6 +14,8 @@ from softprompt import Base
 from softprompt.backbones.directory import ModelDirectory
 from softprompt.backbones.loading import Backbone, load_backbone
 from softprompt.config import Experiment
+from softprompt.data.examples import Example
+from softprompt.data.records import Record
 from softprompt.experiment_file import load_experiment
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -72,6 +74,11 @@ def golden_backbone(variant: str, dtype: str = "float32", int8: bool = False) ->
     """A small model of `golden/families`, which have no tokenizers."""
     file = ModelDirectory(FAMILIES_GOLDEN / variant)
     return load_backbone(file, dtype=dtype, int8=int8)[0]
+
+
+def example_of(tokens: list[int], candidates: list[list[int]], answer: int) -> Example:
+    """An example of ids alone."""
+    return Example(tokens, candidates, answer, Record({}, "a test"), truncated=False)
 
 
 _EXPERIMENT = """\

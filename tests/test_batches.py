@@ -5,17 +5,16 @@ from itertools import combinations
 
 import numpy as np
 import pytest
+from conftest import example_of
 
 from softprompt.data.batches import Layout, TrainingBatches, _least_padding, evaluation_batches
-from softprompt.data.examples import Example
 
 
 def examples(count, seed=0):
     """Examples whose first input token is their number."""
     lengths = np.random.default_rng(seed).integers(1, 60, count)
     return [
-        Example([i, *range(1, n)], [[1000], [1001, 1002]], i % 2, RECORD, False)
-        for i, n in enumerate(lengths)
+        example_of([i, *range(1, n)], [[1000], [1001, 1002]], i % 2) for i, n in enumerate(lengths)
     ]
 
 
@@ -24,7 +23,7 @@ def numbers(batch):
 
 
 def test_a_row_is_the_input_and_then_its_candidates():
-    example = Example([5, 6, 7], [[10, 11, 12], [13], [14, 15]], 0, RECORD, False)
+    example = example_of([5, 6, 7], [[10, 11, 12], [13], [14, 15]], 0)
     batch = Layout.of([example]).lay_out([example], 2, 8, 7)
     np.testing.assert_array_equal(batch.tokens[0], [5, 6, 7, 10, 11, 14, 0, 0])
     np.testing.assert_array_equal(batch.positions[0], [0, 1, 2, 3, 4, 3, 0, 0])
@@ -39,7 +38,10 @@ def test_a_row_is_the_input_and_then_its_candidates():
 
 
 def test_rows_of_one_sequence_each_need_no_mask():
-    some = [Example([5, 6], [[10, 11]], 0, RECORD, False), Example([7], [[12], [13]], 0, RECORD, False)]
+    some = [
+        example_of([5, 6], [[10, 11]], 0),
+        example_of([7], [[12], [13]], 0),
+    ]
     batch = Layout.of(some).lay_out(some, 2, 4, 2)
     assert batch.positions is None
     assert batch.segments is None
@@ -48,7 +50,7 @@ def test_rows_of_one_sequence_each_need_no_mask():
 
 
 def test_an_encoder_decoder_reads_no_candidate_behind_the_input():
-    example = Example([5, 6, 7], [[10, 11, 12], [13]], 0, RECORD, False)
+    example = example_of([5, 6, 7], [[10, 11, 12], [13]], 0)
     batch = Layout.of([example], encoder_decoder=True).lay_out([example], 1, 4, 5)
     np.testing.assert_array_equal(batch.tokens, [[5, 6, 7, 0]])
     np.testing.assert_array_equal(batch.lengths, [3])
@@ -122,7 +124,10 @@ def test_bounds_waste_as_little_as_the_best_of_all_choices():
 
 
 def test_a_shape_takes_the_longest_target_of_its_length():
-    some = [Example([1] * 5, [[2] * 3], 0, RECORD, False), Example([1] * 20, [[2]], 0, RECORD, False)]
+    some = [
+        example_of([1] * 5, [[2] * 3], 0),
+        example_of([1] * 20, [[2]], 0),
+    ]
     assert Layout.of(some).shapes == [(8, 3), (24, 3)]
 
 

@@ -8,14 +8,13 @@ import string
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import FAMILIES_GOLDEN, write_experiment
+from conftest import FAMILIES_GOLDEN, example_of, write_experiment
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from softprompt import SoftPrompt, UserError, load_base, load_experiment, load_prompt, train
 from softprompt.backbones.batch import target_log_probabilities
 from softprompt.data.batches import Layout
-from softprompt.data.examples import Example
 
 VOCABULARY = 61  # of the golden model
 
@@ -57,19 +56,17 @@ def scores(base, prefix, examples):
 def test_candidates_side_by_side_score_as_each_alone(base):
     candidates = [[20, 21, 22], [23], [24, 25, 1]]
     prefix = base.backbone.prefill(jnp.ones((3, 16)))
-    together = scores(base, prefix, [Example([5, 6, 7, 1], candidates, 0, RECORD, False)])[0]
+    together = scores(base, prefix, [example_of([5, 6, 7, 1], candidates, 0)])[0]
     alone = []
     for candidate in candidates:
-        alone += scores(base, prefix, [Example([5, 6, 7, 1], [candidate], 0, RECORD, False)])[
-            0
-        ].tolist()
+        alone += scores(base, prefix, [example_of([5, 6, 7, 1], [candidate], 0)])[0].tolist()
     np.testing.assert_allclose(together, alone, atol=1e-5)
 
 
 def test_a_row_does_not_depend_on_its_padding(base):
     examples = [
-        Example([5, 6, 7, 8, 9, 10, 11, 1], [[20, 21, 22]], 0, RECORD, False),
-        Example([12, 1], [[23]], 0, RECORD, False),
+        example_of([5, 6, 7, 8, 9, 10, 11, 1], [[20, 21, 22]], 0),
+        example_of([12, 1], [[23]], 0),
     ]
     together = scores(base, None, examples)
     np.testing.assert_allclose(together[1, 0], scores(base, None, examples[1:])[0, 0], atol=1e-5)
@@ -77,7 +74,7 @@ def test_a_row_does_not_depend_on_its_padding(base):
 
 def test_a_target_is_predicted_from_those_before_it_alone(base):
     def states(targets):
-        example = Example([5, 6, 1], [targets], 0, RECORD, False)
+        example = example_of([5, 6, 1], [targets], 0)
         batch = Layout.of([example], encoder_decoder=True).batch([example], 1)
         return np.asarray(base.backbone.target_states(batch, None))[0]
 
@@ -91,7 +88,7 @@ def test_a_target_is_predicted_from_those_before_it_alone(base):
 
 def test_the_prompt_stands_in_front_of_the_encoder(base):
     vectors = jnp.asarray(np.random.default_rng(0).normal(size=(3, 16)), jnp.float32)
-    example = Example([5, 6, 1], [[20, 21]], 0, RECORD, False)
+    example = example_of([5, 6, 1], [[20, 21]], 0)
     backbone, prefix = SoftPrompt(vectors).apply(base.backbone)
     got = scores(base, prefix, [example])
 

@@ -3,10 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from conftest import example_of
 
 from softprompt import SoftPrompt
 from softprompt.config import Template
-from softprompt.data.examples import Example
 from softprompt.data.task import make_task
 from softprompt.evaluation.evaluate import evaluate, make_prefix, score, target_metrics
 from softprompt.inference.inspect import nearest_tokens
@@ -54,7 +54,7 @@ def test_no_text_gives_no_prediction(tiny):
 
 
 def test_metrics_of_known_scores():
-    examples = [Example([1], [[5, 6], [7]], answer, RECORD, False) for answer in (0, 1, 1)]
+    examples = [example_of([1], [[5, 6], [7]], answer) for answer in (0, 1, 1)]
     scores = np.log([[0.5, 0.1], [0.2, 0.4], [0.9, 0.3]])
     metrics = target_metrics(examples, scores)
     assert metrics["accuracy"] == 2 / 3
@@ -62,7 +62,7 @@ def test_metrics_of_known_scores():
 
 
 def test_the_base_model_alone_is_evaluated_without_a_prefix(tiny):
-    examples = [Example([9 + i, 8], [[20, 21], [22]], i % 2, RECORD, False) for i in range(5)]
+    examples = [example_of([9 + i, 8], [[20, 21], [22]], i % 2) for i in range(5)]
     whole = evaluate(tiny.backbone, None, examples, 5, "all")
     parts = [evaluate(tiny.backbone, None, [e], 1, "one") for e in examples]
     assert whole["accuracy"] == np.mean([p["accuracy"] for p in parts])

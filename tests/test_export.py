@@ -10,10 +10,10 @@ import pytest
 import yaml
 from conftest import GOLDEN, write_experiment
 from safetensors.numpy import load_file
+from softprompt.inference.generate import greedy
 
 from softprompt import UserError, load_base, load_experiment, load_prompt, train
 from softprompt.cli import main
-from softprompt.inference.generate import greedy
 from softprompt.interop import export as exporting
 
 LONG = ["training.steps=12", "optimizer.learning_rate=0.3"]

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import FAMILIES_GOLDEN, golden_backbone
+from softprompt.inference.generate import greedy
 
 from softprompt.backbones.batch import Batch
 from softprompt.backbones.families import FAMILIES
-from softprompt.inference.generate import greedy
 
 EXACT = 1e-4  # of the reference logits' spread, in float32
 VARIANTS = sorted(path.name for path in FAMILIES_GOLDEN.iterdir())

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import write_experiment
+from softprompt.inference.generate import greedy
 
 from softprompt import UserError, load_experiment, load_prompt, train
-from softprompt.inference.generate import greedy
 
 
 @pytest.fixture(scope="module")

@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import golden_backbone, write_experiment
+from conftest import example_of, golden_backbone, write_experiment
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from softprompt import Base, SoftPrompt, UserError, load_experiment, load_prompt, train
 from softprompt.config import LEARNING_RATES, Compute, Template
 from softprompt.data.batches import Layout
-from softprompt.data.examples import Example, make_examples
+from softprompt.data.examples import make_examples
 from softprompt.data.records import Record, read_records
 from softprompt.data.task import make_task
 from softprompt.evaluation.evaluate import evaluate, make_prefix, score
@@ -298,7 +298,7 @@ def test_merged_lora_is_that_beside_the_matrices(variant):
     base = Base(variant, "", {}, golden_backbone(variant), None, Compute())
     method = lora_of(base)
     before = [np.array(leaf) for leaf in jax.tree.leaves(base.backbone)]
-    examples = [Example([5, 6, 7], [[8, 9]], 0, RECORD, False)]
+    examples = [example_of([5, 6, 7], [[8, 9]], 0)]
     batch = Layout.of(examples, base.backbone.is_encoder_decoder).batch(examples, 1)
 
     @jax.jit

@@ -5,21 +5,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import example_of
 from flax import nnx
 
 from softprompt import SoftPrompt
 from softprompt.backbones.batch import target_log_probabilities
 from softprompt.config import Optimizer
 from softprompt.data.batches import Layout
-from softprompt.data.examples import Example
 from softprompt.training.optimizers import make_optimizer, make_schedule
 from softprompt.training.step import train_step
 
 EXAMPLES = [
-    Example([5, 6, 7, 8], [[20, 21, 22]], 0, RECORD, False),
-    Example([9, 10], [[23]], 0, RECORD, False),
-    Example([11, 12, 13], [[24, 25]], 0, RECORD, False),
-    Example([14], [[26, 27]], 0, RECORD, False),
+    example_of([5, 6, 7, 8], [[20, 21, 22]], 0),
+    example_of([9, 10], [[23]], 0),
+    example_of([11, 12, 13], [[24, 25]], 0),
+    example_of([14], [[26, 27]], 0),
 ]
 BATCH = Layout.of(EXAMPLES).lay_out(EXAMPLES, rows=4, length=8, targets=3)
 KEY = jax.random.key(0)
@@ -126,12 +126,12 @@ def test_one_program_for_each_batch_shape(tiny):
 
 def test_candidates_side_by_side_score_as_each_alone(tiny):
     candidates = [[20, 21, 22], [23], [24, 25]]
-    example = Example([5, 6, 7, 8], candidates, 0, RECORD, False)
+    example = example_of([5, 6, 7, 8], candidates, 0)
     together = Layout.of([example]).lay_out([example], 1, 8, 6)
     got = np.asarray(target_log_probabilities(tiny.backbone, None, together))[0]
     alone = []
     for candidate in candidates:
-        one = [Example([5, 6, 7, 8], [candidate], 0, RECORD, False)]
+        one = [example_of([5, 6, 7, 8], [candidate], 0)]
         batch = Layout.of(one).lay_out(one, 1, 8, 3)
         scores = target_log_probabilities(tiny.backbone, None, batch)
         alone += np.asarray(scores)[0, : len(candidate)].tolist()

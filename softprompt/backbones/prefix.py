@@ -6,6 +6,7 @@ K key-value heads, H heads, h head size, L layers.
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -120,7 +121,8 @@ class T5Prefix:
             )
         with_keys = [i for i, prefix in enumerate(prefixes) if prefix.keys is not None]
         if with_keys:
-            parts = [Prefix(prefixes[i].keys, prefixes[i].values) for i in with_keys]
+            some: list[Any] = [prefixes[i] for i in with_keys]
+            parts = [Prefix(prefix.keys, prefix.values) for prefix in some]
             places = [with_keys.index(i) if i in with_keys else None for i in rows]
             joined = Prefix.packed(parts, places)
             packed = dataclasses.replace(

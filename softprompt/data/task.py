@@ -18,7 +18,6 @@ from softprompt.data.examples import Example
 from softprompt.data.records import Record
 from softprompt.errors import UserError
 from softprompt.templates import template_fields, template_pieces
-from softprompt.templates import template_fields, template_pieces
 
 Demonstration = tuple[str, str]  # an input and its target
 Piece = str | list[int] | None  # a template, ids, or the place of the virtual tokens

@@ -25,7 +25,9 @@ class Sampling:
     @classmethod
     def of(cls, settings: Generation) -> "Sampling":
         """The rules of an experiment's or a caller's settings."""
-        return cls(**{field.name: getattr(settings, field.name) for field in dataclasses.fields(cls)})
+        return cls(
+            **{field.name: getattr(settings, field.name) for field in dataclasses.fields(cls)}
+        )
 
 
 def choose(
@@ -50,7 +52,7 @@ def choose(
 
 
 def penalised(logits: jax.Array, seen: jax.Array, penalty) -> jax.Array:
-    """Logits with those of seen tokens made less by a factor. (Keskar et al. 2019, 1909.05858)"""
+    """Logits with those of seen tokens made less by a factor (Keskar et al. 2019, 1909.05858)."""
     less = jnp.where(logits < 0, logits * penalty, logits / penalty)
     return jnp.where(seen, less, logits)
 
@@ -62,7 +64,7 @@ def filtered(logits: jax.Array, sampling: Sampling) -> jax.Array:
     have `top_p` (Holtzman et al. 2019, 1904.09751), then those that have at least `min_p`
     times the probability of the likeliest (Nguyen et al. 2024, 2407.01082).
     """
-    logits = logits / sampling.temperature
+    logits = logits / jnp.asarray(sampling.temperature)
     least = jnp.full_like(logits[:, :1], -jnp.inf)
     if sampling.top_k is not None or sampling.top_p is not None:
         ranked = -jnp.sort(-logits, axis=-1)

@@ -296,8 +296,8 @@ def _laid_out(requests: Sequence[Request], rows: int) -> tuple[Any, np.ndarray, 
     number = {key: i for i, key in enumerate(prefixes)}
     of_rows = [number.get(id(request.prefix)) for request in requests]
     of_rows += [of_rows[0]] * (rows - len(requests))
-    first, *_ = prefixes.values()
-    return type(first).packed(list(prefixes.values()), of_rows), tokens, lengths
+    all_of_them: list[Any] = list(prefixes.values())
+    return type(all_of_them[0]).packed(all_of_them, of_rows), tokens, lengths
 
 
 def _power_of_two(count: int) -> int:
@@ -305,6 +305,6 @@ def _power_of_two(count: int) -> int:
 
 
 def _rounded(length: int) -> int:
-    """The next of 16, 24, 32, 48, 64, 96, …"""
+    """The next of 16, 24, 32, 48, 64, 96 and so on."""
     power = max(_power_of_two(length), 16)
     return 3 * power // 4 if power > 16 and length <= 3 * power // 4 else power

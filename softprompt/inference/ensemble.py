@@ -15,12 +15,12 @@ import numpy as np
 
 from softprompt.backbones.batch import Batch
 from softprompt.backbones.prefix import Prefix
+from softprompt.config import Scoring
 from softprompt.console import Bar
 from softprompt.data.batches import evaluation_batches
 from softprompt.data.examples import Example
 from softprompt.data.task import Task
 from softprompt.errors import UserError
-from softprompt.config import Scoring
 from softprompt.evaluation.evaluate import likelihood
 from softprompt.evaluation.scoring import candidate_scores
 from softprompt.inference.prompt import TrainedPrompt
@@ -41,8 +41,9 @@ def evaluate_ensemble(
       label: what stands in front of the progress bar.
 
     Returns:
-      By the prompts' numbers (`1`, `2`, …) loss and accuracy of each, and the accuracy by `vote` (most prompts; of as many, the higher mean probability) and by
-      `mean` (of the probabilities).
+      By the prompts' numbers (`1`, `2`, …) loss and accuracy of each, and the accuracy by
+      `vote` (most prompts; of as many, the higher mean probability) and by `mean` (of the
+      probabilities).
 
     Raises:
       UserError: see `shared_task`.

@@ -70,7 +70,7 @@ class Generator:
     def generate(
         self,
         inputs: Sequence[str | Mapping[str, Any]],
-        prompts: str | None | Sequence[str | None],
+        prompts: str | Sequence[str | None] | None,
         batch_size: int = 32,
         **settings: Any,
     ) -> list[Generated]:

@@ -16,7 +16,6 @@ from softprompt.data.examples import say_truncated
 from softprompt.data.records import Record
 from softprompt.data.task import Task
 from softprompt.errors import UserError
-from softprompt.templates import template_fields
 from softprompt.evaluation.scoring import make_prefix, score, weighed
 from softprompt.generation.writer import Generated, Request, Writer
 from softprompt.inference.saved import SavedPrompt
@@ -53,8 +52,8 @@ class TrainedPrompt:
     prefix: Prefix | None
     task: Task
     description: Mapping[str, Any]
-    scoring: Scoring = Scoring()
-    generation: Generation = Generation()
+    scoring: Scoring = dataclasses.field(default_factory=Scoring)
+    generation: Generation = dataclasses.field(default_factory=Generation)
 
     @property
     def is_prefix(self) -> bool:

@@ -57,7 +57,9 @@ SUMMARIES: dict[str, Callable[[Table], float]] = {
 }
 
 
-def label_scores(name: str, predictions: Sequence[str], references: Sequence[str]) -> Scores:
+def label_scores(
+    name: str, predictions: Sequence[str], references: Sequence[str | Sequence[str]]
+) -> Scores:
     """A metric of `SUMMARIES`, or the table itself as `confusion`.
 
     The labels are those that occur among predictions or references. `confusion` counts as
@@ -70,18 +72,19 @@ def label_scores(name: str, predictions: Sequence[str], references: Sequence[str
     Raises:
       UserError: if a reference is a list of texts.
     """
-    if any(not isinstance(reference, str) for reference in references):
+    actual = [reference for reference in references if isinstance(reference, str)]
+    if len(actual) < len(references):
         raise UserError(f"metric {name}: a reference must be one label, not a list")
-    labels = sorted({*predictions, *references})
+    labels = sorted({*predictions, *actual})
     number = {label: i for i, label in enumerate(labels)}
     size = len(labels)
     statistics = np.zeros((len(predictions), size * size))
-    for row, reference, prediction in zip(statistics, references, predictions, strict=True):
+    for row, reference, prediction in zip(statistics, actual, predictions, strict=True):
         row[number[reference] * size + number[prediction]] = 1
 
     def combine(total: np.ndarray, count: int) -> dict[str, float]:
         if name == "confusion":
-            names = [f"confusion.{actual}.{predicted}" for actual in labels for predicted in labels]
+            names = [f"confusion.{row}.{column}" for row in labels for column in labels]
             return dict(zip(names, total.tolist(), strict=True))
         return {name: SUMMARIES[name](total.reshape(size, size))}
 

@@ -5,6 +5,7 @@ import re
 import string
 import unicodedata
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import regex
@@ -110,7 +111,7 @@ def _by_sacrebleu(
     """
     listed = _lists(references)
     most = max(map(len, listed))
-    streams = [[each[i] if i < len(each) else None for each in listed] for i in range(most)]
+    streams: Any = [[each[i] if i < len(each) else None for each in listed] for i in range(most)]
     statistics = metric._extract_corpus_statistics(list(predictions), streams)
 
     def combine(total: np.ndarray, count: int) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""`curves.png`: loss and accuracy of a run against its steps."""
+"""`curves.png`: loss and metrics of a run against its steps."""
 
 from pathlib import Path
 
@@ -7,10 +7,11 @@ from matplotlib.figure import Figure
 from softprompt.training.run_folder import read_metrics
 
 
-def draw_curves(folder: Path) -> None:
-    """Draw the metrics of a run's folder into `curves.png` there."""
+def draw_curves(folder: Path, metric: str) -> None:
+    """Draw loss, accuracy and the deciding metric of a run into `curves.png` in its folder."""
     records = read_metrics(folder)
-    keys = [key for key in ("loss", "accuracy") if any(key in r for r in records)]
+    candidates = dict.fromkeys(["loss", "accuracy", metric])
+    keys = [key for key in candidates if any(key in r for r in records)]
     if not keys:
         return
     figure = Figure(figsize=(5 * len(keys), 3.5), layout="constrained")

@@ -24,14 +24,23 @@ from softprompt.console import Bar, say
 from softprompt.data.batches import TrainingBatches
 from softprompt.data.examples import examples_digest
 from softprompt.errors import Stopped, UserError
-from softprompt.evaluation.evaluate import evaluate, make_prefix
+from softprompt.evaluation.evaluate import Measured, evaluate
+from softprompt.evaluation.scoring import make_prefix
 from softprompt.inference.prompt import TrainedPrompt, load_prompt
-from softprompt.inference.saved import read_description, save_prompt
+from softprompt.inference.saved import read_description, save_prompt, usage
 from softprompt.methods.method import Method
+from softprompt.metrics.named import LOWER_IS_BETTER
 from softprompt.training.curves import draw_curves
 from softprompt.training.optimizers import make_optimizer, make_schedule
 from softprompt.training.preparation import prepare
-from softprompt.training.run_folder import MetricsLog, open_run, write_config, write_file
+from softprompt.training.run_folder import (
+    MetricsLog,
+    open_run,
+    write_config,
+    write_file,
+    write_predictions,
+    write_samples,
+)
 from softprompt.training.step import train_step
 from softprompt.training.stop import StopSignals
 
@@ -181,9 +190,12 @@ class _Run:
         """Evaluate the best prompt on the test data and write the summary."""
         progress = self.progress
         trained = self._best_prompt()
-        test = {}
+        test: dict[str, float] = {}
+        intervals: dict[str, tuple[float, float]] = {}
         if "test" in self.examples:
-            test = self._measure(trained.backbone, trained.prefix, "test")
+            measured = self._measure(trained.backbone, trained.prefix, "test")
+            test, intervals = measured.values(), measured.intervals()
+            write_predictions(self.folder / "predictions.jsonl", measured.samples)
         seconds = time.monotonic() - self.began
         summary = {
             "experiment": self.experiment.name,
@@ -197,8 +209,9 @@ class _Run:
             "peak_memory_bytes": _peak_memory(),
             "validation": progress.best_metrics,
             "test": test,
+            "test_intervals": intervals,
         }
-        draw_curves(self.folder)
+        draw_curves(self.folder, self.experiment.evaluation.metric)
         write_file(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         return summary
 
@@ -297,10 +310,11 @@ class _Run:
         try:
             with self.stop.deferred(False):
                 adapted = method.adapt(backbone)
-                metrics = self._measure(adapted, make_prefix(method, adapted), "validation")
+                measured = self._measure(adapted, make_prefix(method, adapted), "validation")
         except Stopped:
             return
         progress, key = self.progress, self.experiment.evaluation.metric
+        metrics = measured.values()
         if not math.isfinite(metrics["loss"]):
             raise self._not_finite(f"the validation loss is {metrics['loss']}")
         best = not progress.best_metrics or (
@@ -311,7 +325,13 @@ class _Run:
         progress.stale = 0 if best else progress.stale + 1
         progress.evaluated = progress.step
         self.metrics.write(progress.step, "validation", metrics)
-        shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        if not self.task.labels:
+            write_samples(self.folder, progress.step, measured.samples)
+        shown = ", ".join(
+            f"{name} {value:.4f}"
+            for name, value in metrics.items()
+            if name == key or "." not in name or name.endswith(".f1")
+        )
         say(f"step {progress.step}: validation {shown}{' (the best so far)' if best else ''}")
         self._save()
         if best:
@@ -319,12 +339,17 @@ class _Run:
             self._save_prompt(method, backbone)
         self.mark = time.monotonic()
 
-    def _measure(self, backbone, prefix, split: str) -> dict[str, float]:
+    def _measure(self, backbone, prefix, split: str) -> Measured:
         settings = self.experiment.evaluation
         examples = self.examples[split]
+        written: int | None = settings.samples
         if split == "validation":
             examples = examples[: settings.examples]
-        return evaluate(backbone, prefix, examples, settings.batch_size, split)
+        elif settings.metrics:
+            written = None
+        return evaluate(
+            backbone, prefix, self.task, examples, self.experiment, split, written=written
+        )
 
     def _save(self) -> None:
         """Save a checkpoint of the state after the last step."""
@@ -345,6 +370,7 @@ class _Run:
             "experiment": self.experiment.name,
             "step": self.progress.best_step,
             "validation": self.progress.best_metrics,
+            **usage(self.experiment),
         }
         save_prompt(
             self.folder / "prompt",
@@ -373,8 +399,9 @@ class _Run:
 
 
 def _merit(metrics: dict[str, float], key: str) -> tuple[float, ...]:
-    """What is greater for a better prompt; of two with equal accuracy, the one of less loss."""
-    return (-metrics["loss"],) if key == "loss" else (metrics[key], -metrics["loss"])
+    """What is greater for a better prompt; of two as good by the metric, the one of less loss."""
+    value = -metrics[key] if key in LOWER_IS_BETTER else metrics[key]
+    return value, -metrics["loss"]
 
 
 def _rate(count: int, seconds: float) -> float:

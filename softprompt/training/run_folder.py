@@ -4,7 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,23 @@ def write_file(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     new.replace(path)
+
+
+def write_samples(folder: Path, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
+    """Add what was written at a step to `samples.jsonl`; later steps, to be done again, go."""
+    path = folder / "samples.jsonl"
+    kept = []
+    if path.exists():
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+        kept = [dict(record.fields) for record in parse_jsonl(lines, str(path))]
+        kept = [record for record in kept if record.get("step", step) < step]
+    write_predictions(path, [*kept, *({"step": step, **sample} for sample in samples)])
+
+
+def write_predictions(path: Path, samples: Sequence[Mapping[str, Any]]) -> None:
+    """Write a JSON object a line, as `softprompt score` reads it."""
+    lines = (json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
+    write_file(path, "".join(lines))
 
 
 class MetricsLog:
