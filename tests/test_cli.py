@@ -101,6 +101,13 @@ def test_inspect_shows_every_virtual_token(call, run):
             "trained on the base model",
         ),
         (["eval", "/no/run"], "/no/run: is no run's folder"),
+        (["eval", "{run}", "{run}", "--metrics", "bleu"], "--metrics, --output, --normalize"),
+        (["eval", "{run}", "--metrics", "rogue"], "there is no metric 'rogue'"),
+        (["generate", "{run}"], "give either texts or --input FILE"),
+        (["generate", "{run}", "a", "--top-k", "2"], "top_k needs a temperature"),
+        (["generate", "{run}", "a", "--temperature", "warm"], "invalid float value: 'warm'"),
+        (["generate", "{run}", "a", "--temperature", "-1"], "temperature: Input should be greater"),
+        (["generate", "/no/run", "a"], "/no/run: no trained prompt there"),
         (["predict", "{run}", "a", "--batch-size", "0"], "must be a whole number, 1 or more"),
         (["predict", "{run}", "--input", "f", "--jsonl"], "--jsonl is for standard input"),
         (["predict"], "the following arguments are required: RUN"),
@@ -140,7 +147,8 @@ def test_a_damaged_prompt_is_refused_by_file(call, run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "command", ["train", "eval", "predict", "inspect", "compare", "export", "import"]
+    "command",
+    ["train", "eval", "predict", "generate", "score", "inspect", "compare", "export", "import"],
 )
 def test_help_teaches_by_example(command, capsys):
     with pytest.raises(SystemExit) as stop:

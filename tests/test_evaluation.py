@@ -1,16 +1,22 @@
 """Scores, metrics and predictions, against plain arithmetic."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-from conftest import example_of
+import pytest
+from conftest import example_of, write_experiment
 
-from softprompt import SoftPrompt
-from softprompt.config import Template
+from softprompt import SoftPrompt, UserError, load_experiment
+from softprompt.config import Scoring, Template
+from softprompt.data.records import Record
 from softprompt.data.task import make_task
-from softprompt.evaluation.evaluate import evaluate, make_prefix, score, target_metrics
+from softprompt.evaluation.evaluate import evaluate, likelihood
+from softprompt.evaluation.scoring import make_prefix, score, weighed
 from softprompt.inference.inspect import nearest_tokens
 from softprompt.inference.prompt import TrainedPrompt
+from softprompt.metrics.named import measure
 
 
 def trained(base, vectors, verbalizer):
@@ -53,25 +59,120 @@ def test_no_text_gives_no_prediction(tiny):
     assert trained(tiny, jnp.ones((1, 32)), {"a": "a", "b": "b"}).classify([]) == []
 
 
-def test_metrics_of_known_scores():
+def test_the_loss_of_known_scores():
     examples = [example_of([1], [[5, 6], [7]], answer) for answer in (0, 1, 1)]
     scores = np.log([[0.5, 0.1], [0.2, 0.4], [0.9, 0.3]])
-    metrics = target_metrics(examples, scores)
-    assert metrics["accuracy"] == 2 / 3
-    np.testing.assert_allclose(metrics["loss"], -np.log(0.5 * 0.4 * 0.3) / (2 + 1 + 1))
+    loss = -np.log(0.5 * 0.4 * 0.3) / (2 + 1 + 1)
+    assert likelihood("loss", examples, scores).values() == pytest.approx({"loss": loss})
+    found = likelihood("perplexity", examples, scores).values()
+    assert found == pytest.approx({"perplexity": np.exp(loss)})
 
 
-def test_the_base_model_alone_is_evaluated_without_a_prefix(tiny):
-    examples = [example_of([9 + i, 8], [[20, 21], [22]], i % 2) for i in range(5)]
-    whole = evaluate(tiny.backbone, None, examples, 5, "all")
-    parts = [evaluate(tiny.backbone, None, [e], 1, "one") for e in examples]
-    assert whole["accuracy"] == np.mean([p["accuracy"] for p in parts])
-    tokens = [2, 1, 2, 1, 2]
-    np.testing.assert_allclose(
-        whole["loss"], np.average([p["loss"] for p in parts], weights=tokens), rtol=1e-5
-    )
+def letters_experiment(tmp_path, *overrides):
+    return load_experiment(write_experiment(tmp_path), overrides)
+
+
+def records(*pairs):
+    return [Record({"text": text, "label": label}, "a test") for text, label in pairs]
+
+
+PAIRS = [("aaa", "low"), ("zz", "high"), ("m", "low"), ("qqqq", "high"), ("b", "low")]
+
+
+def test_the_base_model_alone_is_evaluated_without_a_prefix(tiny, tmp_path):
+    experiment = letters_experiment(tmp_path, "evaluation.metrics=[macro_f1,matthews,perplexity]")
+    task = make_task(tiny, experiment.template, experiment.verbalizer)
+    examples = [task.example(record) for record in records(*PAIRS)]
+    whole = evaluate(tiny.backbone, None, task, examples, experiment, "all")
+    parts = [evaluate(tiny.backbone, None, task, [e], experiment, "one") for e in examples]
+    values = whole.values()
+    assert values["accuracy"] == np.mean([part.values()["accuracy"] for part in parts])
+    tokens = [len(e.candidates[e.answer]) for e in examples]
+    losses = [part.values()["loss"] for part in parts]
+    assert values["loss"] == pytest.approx(np.average(losses, weights=tokens), rel=1e-5)
+    assert values["perplexity"] == pytest.approx(np.exp(values["loss"]))
+    assert list(values) == ["loss", "perplexity", "accuracy", "macro_f1", "matthews"]
+    assert [sample["reference"] for sample in whole.samples] == [label for _, label in PAIRS]
+    assert [sample["input"] for sample in whole.samples] == [{"text": text} for text, _ in PAIRS]
+    right = [sample["prediction"] == sample["reference"] for sample in whole.samples]
+    assert np.mean(right) == values["accuracy"]
+    low, high = whole.intervals()["loss"]
+    assert low < values["loss"] < high
     seen = [n for numbers, _ in score(tiny.backbone, None, examples, 2) for n in numbers]
     assert sorted(seen) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("scoring", [{"normalize": True}, {"calibrate": "N/A"}, {}])
+def test_labels_are_chosen_as_the_scoring_says(tiny, scoring):
+    verbalizer = {"one": " ab", "two": " a", "three": "xyz"}
+    vectors = jax.random.normal(jax.random.key(0), (4, 32))
+    prompt = dataclasses.replace(trained(tiny, vectors, verbalizer), scoring=Scoring(**scoring))
+    texts = ["first", "a", "the second, which is longer"]
+
+    def scores(text):
+        found = [text_log_probability(tiny, vectors, f"{text}:", v) for v in verbalizer.values()]
+        return np.array(found)
+
+    for text, prediction in zip(texts, prompt.classify(texts, batch_size=2), strict=True):
+        expected = scores(text)
+        if "calibrate" in scoring:
+            expected = expected - scores("N/A")
+        if "normalize" in scoring:
+            expected = expected / [len(v) for v in verbalizer.values()]  # tokens are bytes
+        shares = np.exp(expected) / np.exp(expected).sum()
+        np.testing.assert_allclose(list(prediction.probabilities.values()), shares, rtol=1e-3)
+        assert prediction.label == list(verbalizer)[int(expected.argmax())]
+
+
+def test_both_forms_of_scoring_together(tiny):
+    """The example that shows the order: the difference is what is divided."""
+    scores = np.array([[-4.0, -1.5]])
+    example = example_of([1, 2], [[5, 6], [7]], 0)
+    task = make_task(tiny, Template(input="{text}"), {"a": "ab", "b": "c"})
+    both = Scoring(normalize=True, calibrate="x")
+    of_empty = weighed(0 * scores, [example], tiny.backbone, None, task, Scoring(calibrate="x"))
+    found = weighed(scores, [example], tiny.backbone, None, task, both)
+    np.testing.assert_allclose(found, (scores + of_empty) / [2, 1], rtol=1e-6)
+
+
+def test_perplexity_of_given_targets(tiny):
+    vectors = jax.random.normal(jax.random.key(0), (4, 32))
+    prompt = trained(tiny, vectors, None)
+    texts, targets = ["first", "a"], ["abc", "q"]
+    end = tiny.tokenizer.eos_token
+    for text, target, found in zip(texts, targets, prompt.perplexity(texts, targets), strict=True):
+        whole = text_log_probability(tiny, vectors, f"{text}:", target + end)
+        assert found == pytest.approx(np.exp(-whole / (len(target) + 1)), rel=1e-4)
+    assert prompt.perplexity([], []) == []
+    with pytest.raises(UserError, match="2 inputs and 1 targets"):
+        prompt.perplexity(texts, ["a"])
+    with pytest.raises(UserError, match="perplexity is of free text"):
+        trained(tiny, vectors, {"a": "a", "b": "b"}).perplexity(["a"], ["b"])
+
+
+FREE = ["verbalizer=null", "evaluation.metric=rouge1.f1", "evaluation.metrics=[rouge1,exact_match]"]
+
+
+def test_free_text_is_written_and_measured(tiny, tmp_path):
+    experiment = letters_experiment(tmp_path, *FREE, "generation.max_new_tokens=5")
+    vectors = jax.random.normal(jax.random.key(0), (3, 32))
+    task = make_task(tiny, experiment.template, None, virtual_tokens=3)
+    method = SoftPrompt(vectors, task.opening)
+    backbone = method.adapt(tiny.backbone)
+    prefix = make_prefix(method, backbone)
+    examples = [task.example(record) for record in records(*PAIRS)]
+    measured = evaluate(backbone, prefix, task, examples, experiment, "all", written=3)
+    texts = [text for text, _ in PAIRS[:3]]
+    prompt = TrainedPrompt(tiny, method, backbone, prefix, task, {})
+    expected = [written.text.strip() for written in prompt.generate(texts, max_new_tokens=5)]
+    assert [sample["prediction"] for sample in measured.samples] == expected
+    assert [sample["reference"] for sample in measured.samples] == ["low", "high", "low"]
+    assert list(measured.values())[:2] == ["loss", "rouge1.precision"]
+    again = measure(["rouge1", "exact_match"], expected, ["low", "high", "low"])
+    assert measured.values()["rouge1.f1"] == again["rouge1"].values()["rouge1.f1"]
+    nothing = evaluate(backbone, prefix, task, examples, experiment, "all", written=0)
+    assert list(nothing.values()) == ["loss"]
+    assert not nothing.samples
 
 
 def test_nearest_tokens_of_token_embeddings_are_these_tokens(tiny):

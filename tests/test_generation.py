@@ -1,0 +1,266 @@
+"""Generation, against stock transformers (golden files), and each row against itself alone."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import GOLDEN, golden_backbone
+
+from softprompt import UserError
+from softprompt.config import Generation
+from softprompt.generation import beams, decoding, writer
+from softprompt.generation.sampling import Sampling, filtered, penalised
+from softprompt.generation.writer import Request, Writer
+
+# As in golden/make_generation.py.
+SETTINGS = [
+    {"temperature": 0.7},
+    {"temperature": 1.3, "top_k": 5},
+    {"temperature": 1.0, "top_p": 0.6},
+    {"temperature": 0.8, "min_p": 0.1},
+    {"temperature": 1.5, "top_k": 20, "top_p": 0.8, "min_p": 0.05, "repetition_penalty": 1.3},
+    {"temperature": 1.0, "repetition_penalty": 0.8},
+]
+SEARCHES = [
+    {"beams": 2, "length_penalty": 1.0},
+    {"beams": 3, "length_penalty": 0.0},
+    {"beams": 4, "length_penalty": 2.0},
+    {"beams": 4, "length_penalty": -1.0},
+    {"beams": 3, "length_penalty": 1.0, "repetition_penalty": 1.5},
+]
+NEW_TOKENS = 12
+
+
+def sampling(**settings):
+    return Sampling.of(Generation(**settings))
+
+
+def prefill(backbone, vectors):
+    return jax.jit(lambda backbone, vectors: backbone.prefill(vectors))(backbone, vectors)
+
+
+def request(base, text, prefix=None):
+    return Request(base.tokenizer(text, add_special_tokens=False).input_ids, prefix)
+
+
+@pytest.fixture(scope="module")
+def prefix(tiny):
+    return prefill(tiny.backbone, jax.random.normal(jax.random.key(0), (3, 32)))
+
+
+@pytest.fixture
+def write(tiny, prefix):
+    """What is written behind texts with one prefix."""
+
+    def write(texts, batch_size=4, **settings):
+        how = Generation(**{"max_new_tokens": 10, **settings})
+        requests = [request(tiny, text, prefix) for text in texts]
+        return Writer(tiny.backbone, tiny.tokenizer, how).write(requests, batch_size)
+
+    return write
+
+
+def test_the_likeliest_64_tokens_are_those_of_stock_transformers(smollm2):
+    golden = np.load(GOLDEN / "smollm2_generation.npz")
+    inputs = np.split(golden["inputs"], np.cumsum(golden["lengths"])[:-1])
+    assert len(inputs) >= 20
+    prefix = prefill(smollm2.backbone, jnp.asarray(golden["vectors"]))
+    tokens = np.zeros((len(inputs), max(golden["lengths"])), np.int32)
+    for row, ids in zip(tokens, inputs, strict=True):
+        row[: len(ids)] = ids
+    never = np.array([-1])
+    packed = prefix.packed([prefix], [0] * len(inputs))
+    seeds = np.zeros(len(inputs), np.uint32)
+    how = sampling(), never
+    state = decoding.start(
+        smollm2.backbone, packed, tokens, golden["lengths"], seeds, None, *how, room=64
+    )
+    state = decoding.write_on(smollm2.backbone, packed, state, *how, np.array(64))
+    np.testing.assert_array_equal(state.written, golden["outputs"])
+
+    end = smollm2.tokenizer.eos_token_id
+    requests = [Request(smollm2.tokenizer(str(text)).input_ids, prefix) for text in golden["texts"]]
+    assert [list(each.tokens) for each in requests] == [ids.tolist() for ids in inputs]
+    generated = Writer(smollm2.backbone, smollm2.tokenizer, Generation()).write(requests, 24)
+    for written, ids in zip(generated, golden["outputs"].tolist(), strict=True):
+        ended = end in ids
+        expected = ids[: ids.index(end)] if ended else ids
+        assert written.text == smollm2.tokenizer.decode(expected)
+        assert written.ended == [ended]
+
+
+@pytest.mark.parametrize("number", range(len(SETTINGS)))
+def test_tokens_are_drawn_from_what_stock_processors_leave(number):
+    golden, how = np.load(GOLDEN / "choices.npz"), sampling(**SETTINGS[number])
+    logits = jnp.asarray(golden["logits"])
+    if how.repetition_penalty is not None:
+        seen = np.zeros(logits.shape, bool)
+        np.put_along_axis(seen, golden["seen"], True, axis=1)
+        logits = penalised(logits, jnp.asarray(seen), how.repetition_penalty)
+    np.testing.assert_allclose(filtered(logits, how), golden[str(number)], rtol=1e-5)
+
+
+def test_draws_follow_the_probabilities():
+    logits = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]])).repeat(4000, axis=0)
+    keys = jax.random.split(jax.random.key(0), 4000)
+    drawn = jax.vmap(jax.random.categorical)(keys, filtered(logits, sampling(temperature=0.5)))
+    squares = np.array([0.5, 0.3, 0.15, 0.05]) ** 2
+    np.testing.assert_allclose(
+        np.bincount(drawn, minlength=4) / 4000, squares / squares.sum(), atol=0.02
+    )
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+@pytest.mark.parametrize("number", range(len(SEARCHES)))
+def test_beams_are_those_of_stock_transformers(name, number, tiny):
+    golden, settings = np.load(GOLDEN / f"beams-{name}.npz"), SEARCHES[number]
+    backbone = tiny.backbone if name == "llama" else golden_backbone("t5-gated")
+    penalty, width = settings.get("repetition_penalty"), settings["beams"]
+    prefix = prefill(backbone, jnp.asarray(golden["vectors"]))
+    packed = prefix.packed([prefix], [0] * 5)
+    seen = None if penalty is None else np.zeros((5 * width, backbone.arch.vocab_size), bool)
+    how = (
+        sampling(repetition_penalty=penalty),
+        golden["end"][None],
+        np.float32(settings["length_penalty"]),
+        np.array(NEW_TOKENS),
+    )
+    tokens, lengths = golden["tokens"], np.full(5, 6)
+    state = beams.start(backbone, packed, tokens, lengths, seen, *how, room=16, beams=width)
+    state = beams.search_on(backbone, packed.repeated(width), state, *how)
+    expected = golden[f"{number} written"]
+    lengths = np.asarray(state.finished.lengths)
+    assert (lengths < NEW_TOKENS).any() or settings["length_penalty"] > 0  # some have ended
+    for row in range(5):
+        for beam in range(width):
+            found = state.finished.written[row, beam, : lengths[row, beam]]
+            np.testing.assert_array_equal(found, expected[row, beam, : lengths[row, beam]])
+    np.testing.assert_allclose(
+        state.finished.scores, golden[f"{number} scores"], rtol=1e-4, atol=1e-5
+    )
+
+
+def test_one_beam_more_is_never_a_worse_text(write):
+    """And the best of them is what the writer gives as the first sample."""
+    (two,) = write(["first"], beams=4, samples=2)
+    assert len(two.texts) == 2
+    (one,) = write(["first"], beams=4)
+    assert one.texts == two.texts[:1]
+
+
+TEXTS = ["aaaaaaa", "z", "mm and more", "the fourth", "z"]
+HOW = [
+    {},
+    {"temperature": 1.0, "top_k": 30},
+    {"temperature": 0.8, "samples": 3, "seed": 5},
+    {"repetition_penalty": 1.4},
+    {"beams": 3, "samples": 2},
+    {"stop": ["e", "xy"]},
+]
+
+
+@pytest.mark.parametrize("settings", HOW, ids=str)
+def test_a_row_is_written_as_alone(write, settings):
+    together = write(TEXTS, **settings)
+    assert together == [write([text], **settings)[0] for text in TEXTS]
+    assert together[1] == together[4]
+    assert all(len(each.texts) == settings.get("samples", 1) for each in together)
+    assert any(text for each in together for text in each.texts)
+
+
+def test_the_seed_decides_what_is_drawn(write):
+    settings = {"temperature": 1.0, "samples": 4}
+    first = write(TEXTS, seed=1, **settings)
+    assert write(TEXTS, seed=1, **settings) == first
+    assert write(TEXTS, seed=2, **settings) != first
+    assert len(set(first[0].texts)) > 1
+    assert first[0].texts[0] != first[3].texts[0]
+
+
+@pytest.mark.parametrize("penalty", [None, 1e6])
+def test_a_penalty_is_for_what_was_read_and_written(tiny, prefix, penalty):
+    """A great one leaves no token that was there before."""
+    how = Generation(max_new_tokens=40, repetition_penalty=penalty)
+    one = Writer(tiny.backbone, tiny.tokenizer, how)
+    asked = dataclasses.replace(request(tiny, "abcdefg", prefix), opening=[100, ~0])
+    packed, state = one._start([asked], 1)
+    (ids,) = one._ids(one._write_on(packed, state, 40))
+    again = [token for i, token in enumerate(ids) if token in [*ids[:i], *asked.tokens, 100]]
+    assert len(ids) == 40
+    assert bool(again) == (penalty is None)
+
+
+def test_a_stop_text_ends_a_row_and_is_left_out(write):
+    (free,) = write(["aaaaaaa"], max_new_tokens=30)
+    stop = free.text[4:7]
+    (stopped,) = write(["aaaaaaa"], max_new_tokens=30, stop=["never there", stop])
+    assert stopped.text == free.text[: free.text.index(stop)]
+    assert (free.ended, stopped.ended) == ([False], [True])
+    (searched,) = write(["aaaaaaa"], max_new_tokens=30, stop=[stop], beams=2)
+    assert stop not in searched.text
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 1.0}, {"stop": [" ", "e"]}], ids=str)
+def test_a_stream_is_the_text_in_pieces(tiny, prefix, write, settings):
+    how = Generation(max_new_tokens=20, **settings)
+    one = Writer(tiny.backbone, tiny.tokenizer, how)
+    pieces = list(one.stream(request(tiny, "the fourth", prefix)))
+    assert "".join(pieces) == write(["the fourth"], max_new_tokens=20, **settings)[0].text
+    assert len(pieces) > 1 or settings.get("stop")
+    with pytest.raises(UserError, match="cannot be shown as it is written"):
+        next(Writer(tiny.backbone, tiny.tokenizer, Generation(beams=2)).stream(request(tiny, "a")))
+
+
+def test_what_a_stop_text_may_begin_with_is_held_back(tiny):
+    one = Writer(tiny.backbone, tiny.tokenizer, Generation(stop=["\n\n", "END"]))
+    held = {"abc": 0, "abc\n": 1, "abc E": 1, "abc EN": 2, "ab\N{REPLACEMENT CHARACTER}": 1}
+    assert {text: one._uncertain(text) for text in held} == held
+
+
+def out_of_memory(most, function):
+    """The function, which has memory for so many rows."""
+
+    def start(backbone, prefix, tokens, *rest, **shape):
+        if len(tokens) > most:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating")
+        return function(backbone, prefix, tokens, *rest, **shape)
+
+    return start
+
+
+def test_a_batch_too_large_is_halved_until_it_fits(write, monkeypatch, capsys):
+    expected = write(TEXTS)
+    monkeypatch.setattr(writer.decoding, "start", out_of_memory(1, decoding.start))
+    assert write(TEXTS) == expected
+    said = capsys.readouterr().err
+    assert "no memory for 4 texts at a time: trying 2" in said
+    assert "no memory for 2 texts at a time: trying 1" in said
+    assert said.count("no memory") == 2
+    monkeypatch.setattr(writer.decoding, "start", out_of_memory(0, decoding.start))
+    with pytest.raises(UserError, match="no memory to write 10 tokens behind an input of"):
+        write(TEXTS)
+
+
+def test_other_errors_of_the_device_are_not_hidden(write, monkeypatch):
+    def fail(*_, **__):
+        raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+    monkeypatch.setattr(writer.decoding, "start", fail)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+        write(TEXTS)
+
+
+def test_rows_of_a_batch_are_of_few_shapes():
+    assert [writer._rounded(n) for n in (1, 16, 17, 24, 25, 33, 48, 49, 65, 97)] == [
+        *(16, 16, 24, 24, 32, 48, 48, 64, 96, 128)
+    ]
+
+
+def test_prefixes_of_a_batch_have_bounded_length(prefix):
+    long = dataclasses.replace(prefix, keys=jnp.zeros((3, 300, 2, 8)))
+    other = dataclasses.replace(long)
+    requests = [Request([1] * n, p) for n, p in ((1, long), (2, other), (3, long), (4, prefix))]
+    assert list(writer._batches(requests, 8)) == [[0], [1], [2, 3]]
+    assert list(writer._batches(requests[::2], 8)) == [[0, 1]]

@@ -1,0 +1,199 @@
+"""A bank of prompts on one base model: mixed batches, against each prompt alone."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import FAMILIES_GOLDEN, write_experiment
+from test_encoder_decoder import letters
+
+from softprompt import Generator, SoftPrompt, UserError, load_base, load_experiment, train
+from softprompt.config import Template
+from softprompt.data.task import make_task
+from softprompt.evaluation.scoring import make_prefix
+from softprompt.inference.prompt import TrainedPrompt
+from softprompt.methods.lora import LoRA
+from softprompt.methods.prefix import PrefixTuning
+
+NEW = {"max_new_tokens": 6}
+
+
+def trained(base, method, template="{text}:", length=0, before=0):
+    """A method with the prefix it gives."""
+    task = make_task(base, Template(input=template), None, virtual_tokens=length, before=before)
+    backbone = method(task.opening).adapt(base.backbone)
+    made = method(task.opening)
+    return TrainedPrompt(base, made, backbone, make_prefix(made, backbone), task, {})
+
+
+def soft_prompt(base, seed, length, template="{text}:"):
+    width = base.backbone.arch.hidden_size
+    vectors = jax.random.normal(jax.random.key(seed), (length, width))
+    return trained(base, lambda opening: SoftPrompt(vectors, opening), template, length)
+
+
+def prefix_tuning(base, seed, length):
+    shape = base.backbone.prefix_shape(length)
+    keys, values = jax.random.normal(jax.random.key(seed), (2, *shape))
+    return trained(base, lambda opening: PrefixTuning(keys, values, opening), before=length)
+
+
+def lora(base):
+    random = np.random.default_rng(0)
+    arch = base.backbone.arch
+    layers, width = len(arch.layers), arch.num_heads * arch.head_size
+    path = "layers.attention.query"
+    down, up = (
+        random.normal(size=(layers, arch.hidden_size, 2)),
+        random.normal(size=(layers, 2, width)),
+    )
+    matrices = {path: (jnp.asarray(down, jnp.float32), jnp.asarray(up, jnp.float32))}
+    return trained(base, lambda opening: LoRA(matrices, {path: 0.5}, opening=opening))
+
+
+@pytest.fixture(scope="module")
+def t5(tmp_path_factory):
+    import shutil
+
+    folder = tmp_path_factory.mktemp("t5")
+    for file in ("config.json", "model.safetensors"):
+        shutil.copy(FAMILIES_GOLDEN / "t5-gated" / file, folder)
+    letters().save_pretrained(folder)
+    return load_base(str(folder))
+
+
+@pytest.fixture(params=["llama", "t5"])
+def base(request, tiny, t5):
+    return tiny if request.param == "llama" else t5
+
+
+@pytest.fixture
+def bank(base):
+    """Prompts of several lengths and forms; one opens with text behind its virtual tokens."""
+    return {
+        "short": soft_prompt(base, 0, 2),
+        "long": soft_prompt(base, 1, 9),
+        "told": soft_prompt(base, 2, 3, "Letters {text}"),
+        "keys": prefix_tuning(base, 3, 4),
+        "inside": soft_prompt(base, 4, 2, "{text} {prompt}"),
+    }
+
+
+INPUTS = ["abc", "d", "efghijk", "abc", "lm", "abc", "abc", "no"]
+NAMES = ["short", "long", None, "told", "keys", "inside", "long", None]
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"temperature": 1.0, "samples": 2}, {"beams": 2}], ids=str
+)
+def test_rows_of_a_mixed_batch_are_those_of_each_prompt_alone(base, bank, settings):
+    how = NEW | settings
+    mixed = Generator(base, bank).generate(INPUTS, NAMES, **how)
+    for written, text, name in zip(mixed, INPUTS, NAMES, strict=True):
+        if name is not None:
+            assert written == bank[name].generate([text], **how)[0]
+        assert written == Generator(base, bank).generate([text], name, **how)[0]
+    assert len({each.text for each in mixed if each.text}) > 4
+
+
+def test_a_prompt_alone_is_the_model_with_its_vectors_in_front(tiny):
+    """Without a cache, a bank or padding."""
+    prompt = soft_prompt(tiny, 0, 5)
+    (written,) = Generator(tiny, {"one": prompt, "two": soft_prompt(tiny, 1, 3)}).generate(
+        ["hello"], "one", **NEW
+    )
+    tokens = tiny.tokenizer("hello:", add_special_tokens=False).input_ids
+    for _ in range(NEW["max_new_tokens"]):
+        embeddings = prompt.method(tiny.backbone.embedding(jnp.array([tokens])))
+        tokens.append(int(tiny.backbone.logits(tiny.backbone(embeddings))[0, -1].argmax()))
+    assert written.text == tiny.tokenizer.decode(tokens[-6:])
+
+
+def test_methods_that_change_the_model_have_batches_of_their_own(tiny):
+    bank = {"lora": lora(tiny), "soft": soft_prompt(tiny, 0, 2)}
+    names = ["lora", "soft", "lora", None]
+    texts = ["abc", "abc", "de", "abc"]
+    mixed = Generator(tiny, bank).generate(texts, names, **NEW)
+    for written, text, name in zip(mixed, texts, names, strict=True):
+        if name:
+            assert written == bank[name].generate([text], **NEW)[0]
+    assert len({mixed[i].text for i in (0, 1, 3)}) == 3
+
+
+def test_adding_and_removing_prompts_compiles_nothing(tiny):
+    generator = Generator(tiny, {"a": soft_prompt(tiny, 0, 2), "b": soft_prompt(tiny, 1, 100)})
+    others = [("c", soft_prompt(tiny, 2, 57)), ("d", prefix_tuning(tiny, 3, 11))]
+    texts = ["abc", "de", "fgh", "i"]
+    generator.generate(texts, ["a", "b", None, "a"], **NEW)
+    generator.generate(texts, "a", **NEW)
+    compiled = []
+
+    def listen(event, *_, **__):
+        if "backend_compile" in event:
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        jax.jit(lambda x: x + 3)(1.0)
+        assert compiled
+        compiled.clear()
+        for name, prompt in others:
+            generator.add(name, prompt)
+        mixed = generator.generate(texts, ["d", "b", "c", None], **NEW)
+        for name in "cd":
+            assert generator.generate(texts, name, **NEW) != mixed
+        generator.remove("a")
+        generator.generate(texts, ["b", "b", "c", None], **NEW)
+        assert not compiled
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_fields_by_name_and_streams(tiny):
+    prompt = soft_prompt(tiny, 0, 2, "{question} {text}:")
+    generator = Generator(tiny, {"qa": prompt})
+    fields = {"question": "ab", "text": "cd"}
+    (written,) = generator.generate([fields], "qa", **NEW)
+    assert "".join(generator.stream(fields, "qa", **NEW)) == written.text
+
+
+def test_what_cannot_be_is_refused(tiny, t5):
+    generator = Generator(tiny, {"a": soft_prompt(tiny, 0, 2)})
+    with pytest.raises(UserError, match="no prompt 'b' in the bank; it has 'a'"):
+        generator.generate(["x"], "b")
+    with pytest.raises(UserError, match="no prompt 'b' in the bank"):
+        generator.remove("b")
+    with pytest.raises(UserError, match="there is a prompt 'a' already"):
+        generator.add("a", soft_prompt(tiny, 0, 2))
+    with pytest.raises(UserError, match="prompt 'b': for the base model"):
+        generator.add("b", soft_prompt(t5, 0, 2))
+    with pytest.raises(UserError, match="input 2: field 'text' is empty"):
+        generator.generate(["x", " "], ["a", "a"])
+    with pytest.raises(UserError, match="2 inputs and 1 names of prompts"):
+        generator.generate(["x", "y"], ["a"])
+    with pytest.raises(UserError, match="give a list of inputs"):
+        generator.generate("x", "a")
+    with pytest.raises(UserError, match="temprature: no setting of generation"):
+        generator.generate(["x"], "a", temprature=1.0)
+    with pytest.raises(UserError, match="top_p needs a temperature"):
+        generator.generate(["x"], "a", top_p=0.5)
+    with pytest.raises(UserError, match="max_new_tokens 1000: the base model has room for 128"):
+        generator.generate(["x"], "a", max_new_tokens=1000)
+    assert generator.generate([], "a") == []
+    assert generator.prompts == ["a"]
+
+
+def test_a_long_input_is_cut_and_said(tiny, capsys):
+    generator = Generator(tiny, {"a": soft_prompt(tiny, 0, 2)})
+    (cut,) = generator.generate(["a" * 500], "a", max_new_tokens=20)
+    assert "inputs: 1 cut to 106 tokens" in capsys.readouterr().err
+    assert cut == generator.generate(["a" * 105], "a", max_new_tokens=20)[0]
+
+
+def test_runs_are_loaded_by_their_folders(tmp_path, tiny):
+    path = write_experiment(tmp_path)
+    text = path.read_text().replace('verbalizer: {low: " ab", high: " cd"}\n', "")
+    path.write_text(text.replace("metric: accuracy", "metric: loss, samples: 0"))
+    train(load_experiment(path, ["training.steps=1"]), tmp_path / "run")
+    generator = Generator(tiny, {"letters": tmp_path / "run"})
+    assert len(generator.generate(["abc"], "letters", **NEW)) == 1

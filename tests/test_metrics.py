@@ -1,0 +1,231 @@
+"""Metrics, against the packages that define them, scikit-learn, and plain arithmetic."""
+
+import numpy as np
+import pytest
+import sacrebleu
+import sklearn.metrics
+from rouge_score.rouge_scorer import RougeScorer
+from sacrebleu.metrics import BLEU, CHRF, TER
+
+from softprompt import UserError
+from softprompt.metrics.labels import label_scores
+from softprompt.metrics.named import measure, metric_values
+from softprompt.metrics.scores import mean_of, paired_test
+from softprompt.metrics.text import UnicodeTokenizer, rouge
+
+TEXT = "the a cat dogs was running quickly over under houses, small Tree isn't 42 well-known"
+WORDS = TEXT.split()
+
+
+def sentences(seed, count=40, most=14):
+    random = np.random.default_rng(seed)
+    return [" ".join(random.choice(WORDS, random.integers(1, most))) for _ in range(count)]
+
+
+PREDICTIONS, REFERENCES = sentences(0), sentences(1)
+
+
+def values(name, predictions, references, **options):
+    return measure([name], predictions, references, **options)[name].values()
+
+
+def test_rouge_of_a_known_pair():
+    found = values("rouge", ["that too is a test"], ["this is a test"])
+    expected = {
+        **{"rouge1.precision": 3 / 5, "rouge1.recall": 3 / 4, "rouge1.f1": 2 / 3},
+        **{"rouge2.precision": 2 / 4, "rouge2.recall": 2 / 3, "rouge2.f1": 4 / 7},
+        **{"rougeL.precision": 3 / 5, "rougeL.recall": 3 / 4, "rougeL.f1": 2 / 3},
+        **{"rougeLsum.precision": 3 / 5, "rougeLsum.recall": 3 / 4, "rougeLsum.f1": 2 / 3},
+    }
+    assert found == pytest.approx(expected)
+    assert list(found) == metric_values("rouge")
+
+
+@pytest.mark.parametrize("stem", [False, True])
+def test_rouge_of_english_is_that_of_the_reference_implementation(stem):
+    lines = [f"{a}\n{b}" for a, b in zip(PREDICTIONS, sentences(2), strict=True)]
+    scorer = RougeScorer(["rouge1", "rouge3", "rougeL", "rougeLsum"], use_stemmer=stem)
+    each = [scorer.score(r, p) for p, r in zip(lines, REFERENCES, strict=True)]
+    for name in ("rouge1", "rouge3", "rougeL", "rougeLsum"):
+        found = values(name, lines, REFERENCES, stem=stem)
+        expected = np.mean([score[name] for score in each], axis=0)
+        np.testing.assert_allclose(list(found.values()), expected, rtol=1e-12)
+    assert values("rouge1", ["running"], ["runs"], stem=True)["rouge1.f1"] == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("Съешь ещё, этих булок", ["съешь", "ещё", "этих", "булок"]),
+        ("नमस्ते दुनिया", ["नमस्ते", "दुनिया"]),
+        ("你好 world 2", ["你", "好", "world", "2"]),
+        ("Cafe\u0301 d'été", ["café", "d", "été"]),
+        ("snake_case", ["snake", "case"]),
+    ],
+)
+def test_words_of_any_script_count(text, words):
+    assert UnicodeTokenizer().tokenize(text) == words
+    assert rouge([text], [text], ["rouge1"]).values()["rouge1.f1"] == 1
+
+
+def test_of_several_references_the_best_counts():
+    found = measure(
+        ["rouge1", "exact_match", "token_f1"], ["a b c"], [["x y", "a b d", "The A, b c!"]]
+    )
+    assert found["rouge1"].values()["rouge1.f1"] == pytest.approx(6 / 7)
+    assert found["exact_match"].values() == {"exact_match": 1}
+    assert found["token_f1"].values() == {"token_f1": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "metric"), [("bleu", BLEU(effective_order=True)), ("chrf", CHRF()), ("ter", TER())]
+)
+def test_the_metrics_of_sacrebleu(name, metric):
+    pairs = zip(REFERENCES, sentences(3), strict=True)
+    several = [[r, o] if i % 2 else [r] for i, (r, o) in enumerate(pairs)]
+    scores = measure([name], PREDICTIONS, several)[name]
+    streams = [[r[0] for r in several], [r[1] if len(r) > 1 else None for r in several]]
+    expected = metric.corpus_score(PREDICTIONS, streams)
+    assert scores.values()[name] == pytest.approx(expected.score, rel=1e-12)
+    assert scores.signature == str(metric.get_signature())
+    for found, prediction, references in zip(scores.each(), PREDICTIONS, several, strict=True):
+        alone = metric.sentence_score(prediction, references).score
+        assert found[name] == pytest.approx(alone, rel=1e-12)
+
+
+def test_bleu_is_that_of_the_usual_settings():
+    expected = sacrebleu.corpus_bleu(PREDICTIONS, [REFERENCES]).score
+    assert values("bleu", PREDICTIONS, REFERENCES)["bleu"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "text", ["this is a test", "one word", "x", "eine längere Zeile, mit Komma"]
+)
+def test_bleu_of_identical_and_of_disjoint_texts(text):
+    assert values("bleu", [text], [text])["bleu"] == pytest.approx(100)
+    assert values("bleu", [text], ["nothing of it whatsoever here"])["bleu"] == 0
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference", "exact", "f1"),
+    [
+        ("The Eiffel Tower!", "eiffel tower", 1, 1),
+        ("tower of Eiffel", "Eiffel Tower", 0, 2 * (2 / 3) * 1 / (2 / 3 + 1)),
+        ("Paris", "London", 0, 0),
+        ("", "London", 0, 0),
+        ("the", "a", 1, 1),
+        ("well-known", "wellknown", 1, 1),
+        ("b b c", "b c c", 0, 2 / 3),
+    ],
+)
+def test_squad_rules(prediction, reference, exact, f1):
+    assert values("exact_match", [prediction], [reference])["exact_match"] == exact
+    assert values("token_f1", [prediction], [reference])["token_f1"] == pytest.approx(f1)
+
+
+def test_metrics_of_labels_are_those_of_scikit_learn():
+    random = np.random.default_rng(0)
+    references = random.choice(["a", "b", "c"], 200, p=[0.6, 0.3, 0.1]).tolist()
+    predictions = [
+        r if random.random() < 0.6 else str(random.choice(["a", "b", "d"])) for r in references
+    ]
+    found = {}
+    for name in ("accuracy", "precision", "recall", "macro_f1", "micro_f1", "matthews"):
+        found |= values(name, predictions, references)
+    arguments = {"zero_division": 0}
+    expected = {
+        "accuracy": sklearn.metrics.accuracy_score(references, predictions),
+        "precision": sklearn.metrics.precision_score(
+            references, predictions, average="macro", **arguments
+        ),
+        "recall": sklearn.metrics.recall_score(
+            references, predictions, average="macro", **arguments
+        ),
+        "macro_f1": sklearn.metrics.f1_score(references, predictions, average="macro"),
+        "micro_f1": sklearn.metrics.f1_score(references, predictions, average="micro"),
+        "matthews": sklearn.metrics.matthews_corrcoef(references, predictions),
+    }
+    assert found == pytest.approx(expected)
+    table = sklearn.metrics.confusion_matrix(references, predictions)
+    confusion = values("confusion", predictions, references)
+    assert list(confusion.values()) == table.reshape(-1).tolist()
+    assert confusion["confusion.c.d"] == table[2, 3]
+
+
+def test_matthews_of_constant_answers_is_zero():
+    assert label_scores("matthews", ["a", "a"], ["a", "b"]).values() == {"matthews": 0}
+
+
+@pytest.mark.parametrize("name", ["rouge1", "bleu", "chrf", "ter", "macro_f1"])
+def test_resampled_values_are_those_of_the_resampled_texts(name):
+    """What a bootstrap rests on: the sum of statistics stands for the examples."""
+    labels = name == "macro_f1"
+    predictions = [text[0] for text in PREDICTIONS] if labels else PREDICTIONS
+    references = [text[0] for text in REFERENCES] if labels else REFERENCES
+    scores = measure([name], predictions, references)[name]
+    drawn = np.random.default_rng(0).integers(0, 40, 40)
+    total = scores.statistics[drawn].sum(axis=0)
+    again = values(name, [predictions[i] for i in drawn], [references[i] for i in drawn])
+    if labels:  # of the labels of all examples, drawn or not
+        names = sorted({*predictions, *references})
+        expected = sklearn.metrics.f1_score(
+            [references[i] for i in drawn],
+            [predictions[i] for i in drawn],
+            average="macro",
+            labels=names,
+            zero_division=0,
+        )
+        again = {name: expected}
+    assert scores.combine(total, 40) == pytest.approx(again)
+
+
+def test_the_interval_of_a_mean_is_near_that_of_theory():
+    rows = np.random.default_rng(0).normal(5, 2, (400, 1))
+    low, high = mean_of(["m"], rows.tolist()).intervals()["m"]
+    half = 1.96 * rows.std() / np.sqrt(400)
+    assert low == pytest.approx(rows.mean() - half, abs=0.04)
+    assert high == pytest.approx(rows.mean() + half, abs=0.04)
+    narrow = mean_of(["m"], rows.tolist()).intervals(level=0.5)["m"]
+    assert low < narrow[0] < narrow[1] < high
+
+
+def test_the_paired_test_tells_chance_from_difference():
+    random = np.random.default_rng(0)
+    base = random.normal(0, 1, (200, 1))
+    same = mean_of(["m"], base.tolist())
+    assert paired_test(same, same)["m"].p_value == 1
+    better = mean_of(["m"], (base + random.normal(0.5, 0.5, base.shape)).tolist())
+    found = paired_test(better, same)["m"]
+    assert found.difference == pytest.approx(0.5, abs=0.1)
+    assert found.p_value == pytest.approx(1 / 1001)
+    p_values = [
+        paired_test(mean_of(["m"], random.normal(0, 1, (50, 1)).tolist()), null)["m"].p_value
+        for null in [mean_of(["m"], random.normal(0, 1, (50, 1)).tolist()) for _ in range(100)]
+    ]
+    assert np.mean(np.array(p_values) < 0.1) == pytest.approx(0.1, abs=0.08)
+
+
+def test_the_paired_test_of_bleu_agrees_with_sacrebleu():
+    from sacrebleu.significance import PairedTest
+
+    pairs = zip(PREDICTIONS, REFERENCES, strict=True)
+    others = [p if i % 3 else r for i, (p, r) in enumerate(pairs)]
+    ours = measure(["bleu"], others, REFERENCES)["bleu"]
+    theirs = measure(["bleu"], PREDICTIONS, REFERENCES)["bleu"]
+    systems = [("base", PREDICTIONS), ("new", others)]
+    metric = {"BLEU": BLEU(effective_order=True)}
+    test = PairedTest(systems, metric, [REFERENCES], test_type="bs", n_samples=1000, n_jobs=1)
+    expected = test()[1]["BLEU"][1].p_value
+    assert paired_test(ours, theirs)["bleu"].p_value == pytest.approx(expected, abs=0.01)
+
+
+def test_what_cannot_be_measured_is_refused():
+    with pytest.raises(UserError, match="no metric 'rogue'; known: rouge, bleu"):
+        measure(["rogue"], ["a"], ["a"])
+    with pytest.raises(UserError, match="'loss' needs a model"):
+        measure(["loss"], ["a"], ["a"])
+    with pytest.raises(UserError, match="one label, not a list"):
+        measure(["accuracy"], ["a"], [["a", "b"]])
+    one, two = mean_of(["m"], [[1.0]]), mean_of(["m"], [[1.0], [2.0]])
+    with pytest.raises(UserError, match="not on 1 and 2"):
+        paired_test(one, two)

@@ -1,0 +1,113 @@
+"""`softprompt score` as a person meets it."""
+
+import json
+
+import pytest
+
+from softprompt.cli import main
+from softprompt.metrics.named import measure
+
+ANSWERS = [
+    {"prediction": "that too is a test", "reference": "this is a test"},
+    {"prediction": "Съешь ещё булок", "reference": ["Съешь ещё", "ещё этих булок"]},
+    {"prediction": "", "reference": "an empty answer is an answer"},
+]
+
+
+def write(path, answers):
+    path.write_text("".join(json.dumps(answer) + "\n" for answer in answers))
+    return path
+
+
+@pytest.fixture
+def call(capsys):
+    def call(*arguments):
+        capsys.readouterr()
+        return main(["score", *map(str, arguments)]), *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def file(tmp_path):
+    return write(tmp_path / "predictions.jsonl", ANSWERS)
+
+
+def test_the_known_pair_as_json(call, tmp_path):
+    file = write(tmp_path / "one.jsonl", ANSWERS[:1])
+    status, out, _ = call("--metrics", "rouge,bleu", "--json", file)
+    found = json.loads(out)
+    assert status == 0
+    assert found["rouge1.recall"] == 3 / 4
+    assert found["rouge1.precision"] == 3 / 5
+    assert found["rouge2.recall"] == pytest.approx(2 / 3)
+    assert found["rougeL.f1"] == pytest.approx(2 / 3)
+    assert 0 < found["bleu"] < 100
+    assert "|eff:yes|tok:13a|" in found["signatures"]["bleu"]
+
+
+def test_the_table_has_values_and_intervals(call, file):
+    status, out, _ = call("--metrics", "rouge1,chrf", file)
+    answers = [a["prediction"] for a in ANSWERS], [a["reference"] for a in ANSWERS]
+    scores = measure(["rouge1", "chrf"], *answers)
+    first, *rows = out.splitlines()
+    assert (status, first.split()) == (0, ["metric", "value", "95", "%", "interval"])
+    assert [row.split()[0] for row in rows[:4]] == [
+        *("rouge1.precision", "rouge1.recall", "rouge1.f1", "chrf")
+    ]
+    low, high = scores["rouge1"].intervals()["rouge1.f1"]
+    value = scores["rouge1"].values()["rouge1.f1"]
+    assert rows[2].split() == ["rouge1.f1", f"{value:.4f}", f"{low:.4f}", "to", f"{high:.4f}"]
+    assert rows[4].startswith("chrf: nrefs:var|case:mixed")
+
+
+def test_each_prediction_alone(call, file):
+    _, out, _ = call("--metrics", "rougeL,exact_match", "--each", file)
+    each = [json.loads(line) for line in out.splitlines()]
+    assert [one["exact_match"] for one in each] == [0, 0, 0]
+    assert [round(one["rougeL.f1"], 3) for one in each] == [0.667, 0.8, 0]
+
+
+def test_two_systems_are_compared(call, file, tmp_path):
+    better = [{**answer, "prediction": "this is a test"} for answer in ANSWERS]
+    other = write(tmp_path / "other.jsonl", better)
+    status, out, _ = call("--metrics", "rouge1", "--json", other, "--against", file)
+    found = json.loads(out)["differences"]["rouge1.f1"]
+    first = measure(
+        ["rouge1"], [a["prediction"] for a in ANSWERS], [a["reference"] for a in ANSWERS]
+    )
+    ours = json.loads(out)["rouge1.f1"]
+    assert found["difference"] == pytest.approx(ours - first["rouge1"].values()["rouge1.f1"])
+    assert 0 < found["p_value"] <= 1
+    _, out, _ = call("--metrics", "rouge1", other, "--against", file)
+    assert out.splitlines()[0].split() == ["metric", "this", "the", "other", "difference", "p"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"prediction": "a"}', ":1: has no 'reference'"),
+        ('{"reference": "a"}', ":1: has no 'prediction'"),
+        ('{"prediction": 1, "reference": "a"}', ":1: 'prediction' is no text"),
+        ('{"prediction": "a", "reference": []}', ":1: 'reference' is neither a text nor a list"),
+        ('{"prediction": "a", "reference": [1]}', ":1: 'reference' is neither"),
+        ('{"prediction": "a", "reference": "b"}\n{', ":2: not valid JSON"),
+        ("", "has no records"),
+    ],
+)
+def test_a_mistake_is_one_line_with_its_place(call, tmp_path, content, message):
+    path = tmp_path / "bad.jsonl"
+    path.write_text(content)
+    status, out, err = call(path)
+    assert (status, out) == (1, "")
+    assert f"{path}" in err
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_wrong_words_are_refused(call, file, tmp_path):
+    assert "no metric 'rogue'; known: rouge, bleu" in call("--metrics", "rogue", file)[2]
+    assert "predictions are read from a .jsonl file" in call(tmp_path / "x.txt")[2]
+    assert "cannot be read" in call(tmp_path / "none.jsonl")[2]
+    other = write(tmp_path / "other.jsonl", ANSWERS[::-1])
+    assert "do not have the same references" in call(file, "--against", other)[2]
