@@ -1,7 +1,7 @@
-"""What `generation.py` times peft with, in an environment that has torch, peft and gguf.
+"""The other side of `generation.py`: peft and stock transformers, where torch is installed.
 
-Reads commands as lines of JSON, `{"tokens": [[...], ...], "new": N}`, and answers each with
-the seconds that `generate` took and what it wrote.
+Reads a line of JSON for each measurement, `{"how": "peft" or "transformers", "tokens":
+[[...], ...], "new": N}`, and answers with the seconds it took and the tokens written.
 
     python peft_generation.py MODEL.gguf PROMPT.npy
 """
@@ -18,30 +18,32 @@ import transformers
 
 
 def main() -> None:
-    path, prompt = Path(sys.argv[1]), torch.tensor(np.load(sys.argv[2]))
+    path, vectors = Path(sys.argv[1]), torch.from_numpy(np.load(sys.argv[2]))
     transformers.utils.logging.set_verbosity_error()
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.float32
-    )
-    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=len(prompt))
-    model = peft.get_peft_model(model, config).eval()
-    model.prompt_encoder.default.embedding.weight.data = prompt
-    print("ready", flush=True)
+    transformers.utils.logging.disable_progress_bar()
+    load = {"gguf_file": path.name, "dtype": torch.float32}
+    plain = transformers.AutoModelForCausalLM.from_pretrained(path.parent, **load).eval()
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=len(vectors))
+    tuned = peft.get_peft_model(plain, config).eval()
+    tuned.prompt_encoder.default.embedding.weight.data = vectors
+    print(json.dumps({"peft": peft.__version__, "transformers": transformers.__version__}))
+    sys.stdout.flush()
     for line in sys.stdin:
         command = json.loads(line)
-        tokens = torch.tensor(command["tokens"])
+        tokens, new = torch.tensor(command["tokens"]), command["new"]
+        how = {"do_sample": False, "max_new_tokens": new, "min_new_tokens": new}
         began = time.perf_counter()
         with torch.inference_mode():
-            written = model.generate(
-                input_ids=tokens,
-                attention_mask=torch.ones_like(tokens),
-                do_sample=False,
-                max_new_tokens=command["new"],
-                min_new_tokens=command["new"],
-            )
+            if command["how"] == "peft":
+                mask = torch.ones_like(tokens)
+                written = tuned.generate(input_ids=tokens, attention_mask=mask, **how)
+            else:
+                rows = vectors[None].expand(len(tokens), -1, -1)
+                inputs = torch.cat([rows, plain.get_input_embeddings()(tokens)], dim=1)
+                mask = torch.ones(inputs.shape[:2], dtype=torch.long)
+                written = plain.generate(inputs_embeds=inputs, attention_mask=mask, **how)
         seconds = time.perf_counter() - began
-        new = written[:, -command["new"] :].tolist()
-        print(json.dumps({"seconds": seconds, "written": new}), flush=True)
+        print(json.dumps({"seconds": seconds, "written": written[:, -new:].tolist()}), flush=True)
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def test_each_prediction_alone(call, file):
 def test_two_systems_are_compared(call, file, tmp_path):
     better = [{**answer, "prediction": "this is a test"} for answer in ANSWERS]
     other = write(tmp_path / "other.jsonl", better)
-    status, out, _ = call("--metrics", "rouge1", "--json", other, "--against", file)
+    _, out, _ = call("--metrics", "rouge1", "--json", other, "--against", file)
     found = json.loads(out)["differences"]["rouge1.f1"]
     first = measure(
         ["rouge1"], [a["prediction"] for a in ANSWERS], [a["reference"] for a in ANSWERS]

@@ -1,7 +1,7 @@
 """Metrics by the names that experiments and the command line call them by."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from softprompt.errors import UserError
 from softprompt.metrics.scores import Scores
@@ -17,7 +17,7 @@ LABEL_METRICS = (
     "confusion",
 )
 MODEL_METRICS = ("loss", "perplexity")  # of the references' probabilities, not of predictions
-LOWER_IS_BETTER = ("loss", "perplexity", "ter")
+_LOWER_IS_BETTER = ("loss", "perplexity", "ter")
 
 _ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 
@@ -61,17 +61,32 @@ def measure(
     """
     from softprompt.metrics import labels, text
 
+    for name in names:
+        try:
+            metric_values(name)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        if name in MODEL_METRICS:
+            raise UserError(f"metric {name!r} needs a model, not predictions")
     scores = {}
     for name in names:
         if types := _rouge_types(name):
             scores[name] = text.rouge(predictions, references, types, stem)
         elif name in TEXT_METRICS:
             scores[name] = getattr(text, name)(predictions, references)
-        elif name in LABEL_METRICS:
-            scores[name] = labels.label_scores(name, predictions, references)
         else:
-            raise UserError(_problem(name))
+            scores[name] = labels.label_scores(name, predictions, references)
     return scores
+
+
+def is_better(values: Mapping[str, float], others: Mapping[str, float], name: str) -> bool:
+    """Whether a model is better than another by a metric or, as good by it, by its loss."""
+
+    def merit(values: Mapping[str, float]) -> tuple[float, float]:
+        sign = -1 if name in _LOWER_IS_BETTER else 1
+        return sign * values[name], -values["loss"]
+
+    return merit(values) > merit(others)
 
 
 def _rouge_types(name: str) -> Sequence[str]:
@@ -79,11 +94,3 @@ def _rouge_types(name: str) -> Sequence[str]:
     if name == "rouge":
         return _ROUGE
     return (name,) if re.fullmatch("rouge([1-9]|L|Lsum)", name) else ()
-
-
-def _problem(name: str) -> str:
-    try:
-        metric_values(name)
-    except ValueError as error:
-        return str(error)
-    return f"metric {name!r} needs a model, not predictions"

@@ -8,8 +8,6 @@ seed and its number, and a checkpoint holds all else.
 import dataclasses
 import json
 import math
-import resource
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -29,7 +27,8 @@ from softprompt.evaluation.scoring import make_prefix
 from softprompt.inference.prompt import TrainedPrompt, load_prompt
 from softprompt.inference.saved import read_description, save_prompt, usage
 from softprompt.methods.method import Method
-from softprompt.metrics.named import LOWER_IS_BETTER
+from softprompt.metrics.named import is_better
+from softprompt.training.cost import peak_memory, rate
 from softprompt.training.curves import draw_curves
 from softprompt.training.optimizers import make_optimizer, make_schedule
 from softprompt.training.preparation import prepare
@@ -205,8 +204,8 @@ class _Run:
             "best_step": progress.best_step,
             "wall_seconds": round(seconds, 1),
             "train_seconds": round(progress.step_seconds, 1),
-            "examples_per_second": _rate(progress.step * self.rows, progress.step_seconds),
-            "peak_memory_bytes": _peak_memory(),
+            "examples_per_second": rate(progress.step * self.rows, progress.step_seconds),
+            "peak_memory_bytes": peak_memory(),
             "validation": progress.best_metrics,
             "test": test,
             "test_intervals": intervals,
@@ -280,7 +279,7 @@ class _Run:
                 "gradient_norm": norm,
                 "learning_rate": float(self.schedule(progress.step - 1)),
                 "padding": float(np.mean(progress.padding)),
-                "examples_per_second": _rate(len(progress.losses) * self.rows, seconds),
+                "examples_per_second": rate(len(progress.losses) * self.rows, seconds),
             }
             self.metrics.write(progress.step, "train", values)
             self.note = (
@@ -317,9 +316,7 @@ class _Run:
         metrics = measured.values()
         if not math.isfinite(metrics["loss"]):
             raise self._not_finite(f"the validation loss is {metrics['loss']}")
-        best = not progress.best_metrics or (
-            _merit(metrics, key) > _merit(progress.best_metrics, key)
-        )
+        best = not progress.best_metrics or is_better(metrics, progress.best_metrics, key)
         if best:
             progress.best_step, progress.best_metrics = progress.step, metrics
         progress.stale = 0 if best else progress.stale + 1
@@ -396,22 +393,3 @@ class _Run:
             arrays = self.checkpoints.load(best, (self.trainable, self.opt_state))
             self._save_prompt(*nnx.merge(self.graphdef, arrays[0], self.frozen))
         return load_prompt(self.folder / "prompt", self.base)
-
-
-def _merit(metrics: dict[str, float], key: str) -> tuple[float, ...]:
-    """What is greater for a better prompt; of two as good by the metric, the one of less loss."""
-    value = -metrics[key] if key in LOWER_IS_BETTER else metrics[key]
-    return value, -metrics["loss"]
-
-
-def _rate(count: int, seconds: float) -> float:
-    return round(count / seconds, 2) if seconds else 0.0
-
-
-def _peak_memory() -> int:
-    """Most bytes in use so far: of the accelerator, or on a CPU of this process."""
-    statistics = jax.devices()[0].memory_stats()
-    if statistics and "peak_bytes_in_use" in statistics:
-        return statistics["peak_bytes_in_use"]
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,144 @@
+"""Tokens per second and time to the first token, beside peft and stock transformers.
+
+Greedy, float32, a prompt of 100 vectors, inputs of 32 random tokens. Each contestant is warmed
+up, then they take turns. The others run in a Python of their own, which has torch, peft,
+transformers and gguf:
+
+    python benchmarks/generation.py --reference other/bin/python
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from softprompt import load_base
+from softprompt.backbones.loading import find_model
+from softprompt.config import Generation
+from softprompt.generation import decoding
+from softprompt.generation.sampling import Sampling
+
+BATCHES = (1, 8, 32)
+NEW_TOKENS = 64
+NEVER = np.array([-1])
+
+
+def generate(base, prefix, tokens, new):
+    """Write so many tokens behind each row, whatever they are; `[B, N]`."""
+    rows = len(tokens)
+    packed = prefix.packed([prefix], [0] * rows)
+    lengths, seeds = np.full(rows, tokens.shape[1]), np.zeros(rows, np.uint32)
+    how = Sampling.of(Generation()), NEVER
+    state = decoding.start(
+        base.backbone, packed, tokens, lengths, seeds, None, *how, room=NEW_TOKENS
+    )
+    state = decoding.write_on(base.backbone, packed, state, *how, np.array(new))
+    return np.asarray(state.written)[:, :new]
+
+
+def timed(function, *arguments):
+    began = time.perf_counter()
+    result = function(*arguments)
+    return time.perf_counter() - began, result
+
+
+class Reference:
+    """The process of `peft_generation.py`."""
+
+    def __init__(self, python, model, vectors):
+        script = Path(__file__).with_name("peft_generation.py")
+        folder = tempfile.mkdtemp()
+        np.save(f"{folder}/prompt.npy", vectors)
+        self.process = subprocess.Popen(
+            [python, script, model, f"{folder}/prompt.npy"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        self.versions = json.loads(self.process.stdout.readline())
+
+    def __call__(self, how, tokens, new):
+        """Seconds, and what was written."""
+        command = {"how": how, "tokens": tokens.tolist(), "new": new}
+        print(json.dumps(command), file=self.process.stdin, flush=True)
+        answer = json.loads(self.process.stdout.readline())
+        return answer["seconds"], np.array(answer["written"])
+
+
+def first_token(base, repeats):
+    """Milliseconds to the first token of one input, with 10 vectors and with 100, in turn."""
+    tokens = np.random.default_rng(1).integers(20, 40000, (1, 32))
+    prefixes = [prefill(base, length) for length in (10, 100)]
+    for prefix in prefixes:
+        generate(base, prefix, tokens, 1)
+    seconds = [[], []]
+    for _ in range(repeats):
+        for prefix, times in zip(prefixes, seconds, strict=True):
+            times.append(timed(generate, base, prefix, tokens, 1)[0])
+    ten, hundred = (1000 * statistics.median(times) for times in seconds)
+    print(
+        f"\nfirst token at batch 1: {ten:.0f} ms with 10 virtual tokens, {hundred:.0f} ms with 100"
+    )
+    print(f"ratio {hundred / ten:.2f}")
+
+
+def prefill(base, length):
+    embed = jax.jit(lambda backbone, ids: backbone.prefill(backbone.embedding(ids)))
+    return embed(base.backbone, jnp.arange(100, 100 + length))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--base", default="smollm2-135m-instruct", help="a GGUF file's")
+    parser.add_argument("--reference", metavar="PYTHON")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
+        "--peft-tokens", type=int, default=NEW_TOKENS, help="of peft at the largest batch"
+    )
+    options = parser.parse_args()
+
+    base = load_base(options.base)
+    prefix = prefill(base, 100)
+    vectors = np.asarray(base.backbone.embedding(jnp.arange(100, 200)))
+    reference = None
+    if options.reference:
+        reference = Reference(options.reference, find_model(options.base), vectors)
+        print(", ".join(f"{name} {version}" for name, version in reference.versions.items()))
+    print("| batch | softprompt | transformers | peft | against transformers | against peft |")
+    print("| ---: | ---: | ---: | ---: | ---: | ---: |")
+    for rows in BATCHES:
+        tokens = np.random.default_rng(rows).integers(20, 40000, (rows, 32))
+        generate(base, prefix, tokens, NEW_TOKENS)
+        ours, theirs, pefts = [], [], []
+        for _ in range(options.repeats):
+            seconds, written = timed(generate, base, prefix, tokens, NEW_TOKENS)
+            ours.append(rows * NEW_TOKENS / seconds)
+            if reference:
+                seconds, others = reference("transformers", tokens, NEW_TOKENS)
+                theirs.append(rows * NEW_TOKENS / seconds)
+                same = (others == written).mean()
+        if not reference:
+            print(f"| {rows} | {statistics.median(ours):.1f} | - | - | - | - |", flush=True)
+            continue
+        new = options.peft_tokens if rows == max(BATCHES) else NEW_TOKENS
+        seconds, others = reference("peft", tokens, new)
+        pefts.append(rows * new / seconds)
+        same_as_peft = (others == written[:, :new]).mean()
+        rates = [statistics.median(each) for each in (ours, theirs, pefts)]
+        cells = [*(f"{rate:.1f}" for rate in rates), *(f"{rates[0] / r:.2f}" for r in rates[1:])]
+        print(f"| {rows} | {' | '.join(cells)} |", flush=True)
+        print(f"tokens equal: {same:.1%}, {same_as_peft:.1%}", file=sys.stderr)
+    first_token(base, 5 * options.repeats)
+
+
+if __name__ == "__main__":
+    main()
