@@ -45,7 +45,7 @@ def evaluate(options: argparse.Namespace) -> None:
         raise UserError("--metrics, --output, --normalize and --calibrate are for one run")
     overrides = [f"evaluation.batch_size={options.batch_size}"]
     if options.metrics:
-        overrides.append(f"evaluation.metrics=[{options.metrics}]")
+        overrides += [f"evaluation.metrics=[{options.metrics}]", "evaluation.metric=loss"]
     experiment = load_experiment(config, overrides)
     data = experiment.data.model_dump(exclude_none=True)
     if options.split not in data:

@@ -184,6 +184,7 @@ def test_a_penalty_is_for_what_was_read_and_written(tiny, prefix, penalty):
     """A great one leaves no token that was there before."""
     how = Generation(max_new_tokens=40, repetition_penalty=penalty)
     one = Writer(tiny.backbone, tiny.tokenizer, how)
+    one._end = -1  # it would end before it repeats itself
     asked = dataclasses.replace(request(tiny, "abcdefg", prefix), opening=[100, ~0])
     packed, state = one._start([asked], 1)
     (ids,) = one._ids(one._write_on(packed, state, 40))
