@@ -13,10 +13,12 @@ import softprompt
 from softprompt import Base
 from softprompt.backbones.directory import ModelDirectory
 from softprompt.backbones.loading import Backbone, load_backbone
-from softprompt.config import Experiment
+from softprompt.config import Experiment, Generation
 from softprompt.data.examples import Example
 from softprompt.data.records import Record
 from softprompt.experiment_file import load_experiment
+from softprompt.generation import decoding
+from softprompt.generation.sampling import Sampling
 
 GOLDEN = Path(__file__).parent / "golden"
 FAMILIES_GOLDEN = GOLDEN / "families"
@@ -74,6 +76,16 @@ def golden_backbone(variant: str, dtype: str = "float32", int8: bool = False) ->
     """A small model of `golden/families`, which have no tokenizers."""
     file = ModelDirectory(FAMILIES_GOLDEN / variant)
     return load_backbone(file, dtype=dtype, int8=int8)[0]
+
+
+def greedy(backbone, prefix, tokens, lengths, end: int, *, count: int) -> np.ndarray:
+    """The likeliest `count` tokens behind each row, `[B, N]`; behind its end there is `end`."""
+    how = Sampling.of(Generation()), np.array([end])
+    seeds = np.zeros(len(tokens), np.uint32)
+    state = decoding.start(backbone, prefix, tokens, lengths, seeds, None, *how, room=count)
+    state = decoding.write_on(backbone, prefix, state, *how, np.array(count))
+    unwritten = np.arange(count)[None] >= np.asarray(state.lengths)[:, None]
+    return np.where(unwritten, end, np.asarray(state.written))
 
 
 def example_of(tokens: list[int], candidates: list[list[int]], answer: int) -> Example:

@@ -8,9 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
-from conftest import GOLDEN, write_experiment
+from conftest import GOLDEN, greedy, write_experiment
 from safetensors.numpy import load_file
-from softprompt.inference.generate import greedy
 
 from softprompt import UserError, load_base, load_experiment, load_prompt, train
 from softprompt.cli import main

@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import FAMILIES_GOLDEN, golden_backbone
-from softprompt.inference.generate import greedy
+from conftest import FAMILIES_GOLDEN, golden_backbone, greedy
 
 from softprompt.backbones.batch import Batch
 from softprompt.backbones.families import FAMILIES

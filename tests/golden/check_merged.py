@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 import transformers
 
+NEW_TOKENS = 32
+
 
 def main(folder: Path) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
@@ -25,16 +27,15 @@ def main(folder: Path) -> None:
         text = ast.literal_eval(form).format(text=case["text"])
         inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt")
         inputs.pop("token_type_ids", None)
-        count = len(case["written"])
-        output = model.generate(**inputs, do_sample=False, max_new_tokens=count)[0]
+        output = model.generate(**inputs, do_sample=False, max_new_tokens=NEW_TOKENS)[0]
         if not config.is_encoder_decoder:
             output = output[inputs["input_ids"].shape[1] :]
         else:
             output = output[1:]
-        written = output.tolist()
-        written += [tokenizer.eos_token_id] * (count - len(written))
-        same.append(written == case["written"])
-        print("same" if same[-1] else f"differs: {written} not {case['written']}")
+        ended = output[-1].item() == tokenizer.eos_token_id
+        written = tokenizer.decode(output[:-1] if ended else output)
+        same.append((written, ended) == (case["written"], case["ended"]))
+        print("same" if same[-1] else f"differs: {written!r} not {case['written']!r}")
     print(f"{sum(same)} of {len(same)} the same")
     sys.exit(not all(same))
 
