@@ -32,7 +32,7 @@ def zero_shot():
     base = load_base(experiment.base)
     task = make_task(base, experiment.template, experiment.verbalizer)
     examples = make_examples(task, read_records(experiment.data.test), "test")
-    return evaluate(base.backbone, None, examples, 32, "zero-shot")
+    return evaluate(base.backbone, None, task, examples, experiment, "zero-shot").values()
 
 
 def seconds_to_first_step(folder, environment):

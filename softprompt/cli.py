@@ -161,7 +161,7 @@ examples:
   softprompt generate runs/summarize "A tool that shows the manual of a command."
   softprompt generate runs/summarize --input texts.txt --json
   softprompt generate runs/summarize --temperature 0.8 --top-p 0.9 --samples 3 --seed 1 "..."
-  softprompt generate runs/summarize --beams 4 --length-penalty 0.8 "..." """,
+  softprompt generate runs/summarize --beams 4 --length-penalty 0.8 --input texts.txt""",
     )
     _add_run(generate, "a run's folder, or its prompt/")
     _add_batch_size(generate)

@@ -79,7 +79,7 @@ def predict(options: argparse.Namespace) -> None:
     prompt, records = _prompt_and_inputs(options)
     prompt = _with_scoring(prompt, options)
     for record, prediction in zip(
-        records, prompt.classify_records(records, options.batch_size), strict=True
+        records, prompt.classify(records, options.batch_size), strict=True
     ):
         line = {"input": record.fields, **dataclasses.asdict(prediction)}
         print(json.dumps(line, ensure_ascii=False))
@@ -90,14 +90,13 @@ def generate(options: argparse.Namespace) -> None:
     given = {name: getattr(options, name) for name in options.settings}
     settings = {name: value for name, value in given.items() if value is not None}
     prompt, records = _prompt_and_inputs(options)
-    inputs = [record.fields for record in records]
-    if len(inputs) == 1 and not options.json and _can_stream(prompt, settings):
-        for piece in prompt.stream(inputs[0], **settings):
+    if len(records) == 1 and not options.json and _can_stream(prompt, settings):
+        for piece in prompt.stream(records[0], **settings):
             print(piece, end="", flush=True)
         print()
         return
     for record, written in zip(
-        records, prompt.generate(inputs, options.batch_size, **settings), strict=True
+        records, prompt.generate(records, options.batch_size, **settings), strict=True
     ):
         if options.json:
             line = {"input": record.fields, **dataclasses.asdict(written)}

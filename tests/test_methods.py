@@ -17,7 +17,8 @@ from softprompt.data.batches import Layout
 from softprompt.data.examples import make_examples
 from softprompt.data.records import Record, read_records
 from softprompt.data.task import make_task
-from softprompt.evaluation.evaluate import evaluate, make_prefix, score
+from softprompt.evaluation.evaluate import evaluate
+from softprompt.evaluation.scoring import make_prefix, score
 from softprompt.inference.ensemble import evaluate_ensemble, shared_task
 from softprompt.methods.lora import LoRA, find_targets, first_matrices
 from softprompt.methods.making import make_method
@@ -72,8 +73,8 @@ def test_a_method_learns_and_is_loaded_as_it_was_measured(name, tmp_path):
     assert count is None or summary["trainable_parameters"] == count
     prompt = load_prompt(tmp_path / "run")
     examples = make_examples(prompt.task, read_records(experiment.data.test), "test")
-    measured = evaluate(prompt.backbone, prompt.prefix, examples, 32, "test")
-    assert measured == summary["test"]
+    model = prompt.backbone, prompt.prefix, prompt.task
+    assert evaluate(*model, examples, experiment, "test").values() == summary["test"]
 
 
 def ids(base, text):
@@ -386,9 +387,10 @@ def test_prompts_together_score_as_each_alone(experiment_file, tmp_path):
     together = evaluate_ensemble(prompts, examples, 8, "train")
     every = []
     for number, prompt in enumerate(prompts, 1):
-        alone = evaluate(prompt.backbone, prompt.prefix, examples, 8, "train")
+        model = prompt.backbone, prompt.prefix, prompt.task
+        alone = evaluate(*model, examples, experiment, "train").values()
         np.testing.assert_allclose(together[str(number)]["loss"], alone["loss"], rtol=1e-5)
-        predictions = prompt.classify_records(read_records(experiment.data.train), 8)
+        predictions = prompt.classify(read_records(experiment.data.train), 8)
         every.append([[p.probabilities[label] for label in ("low", "high")] for p in predictions])
     chances, answers = np.array(every), np.array([e.answer for e in examples])
     votes = (chances.argmax(axis=-1).sum(axis=0) >= 2).astype(int)

@@ -1,15 +1,16 @@
 """Many prompts on one base model: every row of a batch names its own."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from softprompt.backbones.loading import Base, load_base
 from softprompt.config import Generation, Template
+from softprompt.data.records import Record
 from softprompt.data.task import make_task
 from softprompt.errors import UserError
 from softprompt.generation.writer import Generated, Request, Writer
-from softprompt.inference.prompt import TrainedPrompt, changed, load_prompt
+from softprompt.inference.prompt import Input, TrainedPrompt, changed, load_prompt
 from softprompt.methods.method import Method
 
 
@@ -69,7 +70,7 @@ class Generator:
 
     def generate(
         self,
-        inputs: Sequence[str | Mapping[str, Any]],
+        inputs: Sequence[Input],
         prompts: str | Sequence[str | None] | None,
         batch_size: int = 32,
         **settings: Any,
@@ -87,7 +88,7 @@ class Generator:
           UserError: if there is no such prompt, an input is empty or lacks a field, or the
             model has no room.
         """
-        if isinstance(inputs, str | Mapping):
+        if isinstance(inputs, str | Mapping | Record):
             raise UserError("give a list of inputs, not one")
         names = [prompts] * len(inputs) if prompts is None or isinstance(prompts, str) else prompts
         if len(names) != len(inputs):
@@ -113,7 +114,7 @@ class Generator:
             results.update(zip(numbers, written, strict=True))
         return [results[i] for i in range(len(inputs))]
 
-    def stream(self, text: str | Mapping[str, Any], prompt: str | None, **settings: Any):
+    def stream(self, text: Input, prompt: str | None, **settings: Any) -> Iterator[str]:
         """Pieces of what the model writes behind an input, as they are written."""
         return self._prompt(prompt).stream(text, **changed(Generation(), settings).model_dump())
 

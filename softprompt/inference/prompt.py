@@ -24,6 +24,8 @@ from softprompt.methods.prefix import PrefixTuning
 from softprompt.methods.soft_prompt import SoftPrompt
 from softprompt.templates import template_fields
 
+Input = str | Mapping[str, Any] | Record  # a text, or fields by name where there are several
+
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
@@ -61,9 +63,7 @@ class TrainedPrompt:
         in_rows = None in self.task.pieces
         return type(self.method) in (Method, SoftPrompt, PrefixTuning) and not in_rows
 
-    def classify(
-        self, inputs: Sequence[str | Mapping[str, Any]], batch_size: int = 32
-    ) -> list[Prediction]:
+    def classify(self, inputs: Sequence[Input], batch_size: int = 32) -> list[Prediction]:
         """Label texts.
 
         Args:
@@ -73,27 +73,7 @@ class TrainedPrompt:
         Raises:
           UserError: if the prompt has no labels, or an input is empty or lacks a field.
         """
-        return self.classify_records(self._records(inputs), batch_size)
-
-    def _records(self, inputs: Sequence[str | Mapping[str, Any]]) -> list[Record]:
-        if isinstance(inputs, str | Mapping):
-            raise UserError("give a list of inputs, not one")
-        return [self.record(text, f"input {i}") for i, text in enumerate(inputs, 1)]
-
-    def record(self, text: str | Mapping[str, Any], where: str) -> Record:
-        """An input as a record; a bare text is the one field of the template."""
-        if isinstance(text, Mapping):
-            return Record(text, where)
-        if not isinstance(text, str):
-            raise UserError(f"{where}: neither a text nor fields by name")
-        fields = template_fields(self.task.template.input)
-        if len(fields) > 1:
-            raise UserError(f"{where}: give its fields by name ({', '.join(fields)})")
-        return Record({fields[0]: text}, where)
-
-    def classify_records(self, records: Sequence[Record], batch_size: int) -> list[Prediction]:
-        """As `classify`, of records."""
-        labels = self.task.labels
+        records, labels = self._records(inputs), self.task.labels
         if not labels:
             raise UserError("this prompt was trained on free text and has no labels")
         if not records:
@@ -110,9 +90,27 @@ class TrainedPrompt:
             for row in probabilities
         ]
 
+    def _records(self, inputs: Sequence[Input]) -> list[Record]:
+        if isinstance(inputs, str | Mapping | Record):
+            raise UserError("give a list of inputs, not one")
+        return [self.record(text, f"input {i}") for i, text in enumerate(inputs, 1)]
+
+    def record(self, text: Input, where: str) -> Record:
+        """An input as a record; a bare text is the one field of the template."""
+        if isinstance(text, Record):
+            return text
+        if isinstance(text, Mapping):
+            return Record(text, where)
+        if not isinstance(text, str):
+            raise UserError(f"{where}: neither a text nor fields by name")
+        fields = template_fields(self.task.template.input)
+        if len(fields) > 1:
+            raise UserError(f"{where}: give its fields by name ({', '.join(fields)})")
+        return Record({fields[0]: text}, where)
+
     def perplexity(
         self,
-        inputs: Sequence[str | Mapping[str, Any]],
+        inputs: Sequence[Input],
         targets: Sequence[str],
         batch_size: int = 32,
     ) -> list[float]:
@@ -150,7 +148,7 @@ class TrainedPrompt:
         return perplexities.tolist()
 
     def generate(
-        self, inputs: Sequence[str | Mapping[str, Any]], batch_size: int = 32, **settings: Any
+        self, inputs: Sequence[Input], batch_size: int = 32, **settings: Any
     ) -> list[Generated]:
         """What the model writes behind each input.
 
@@ -168,7 +166,7 @@ class TrainedPrompt:
         writer = Writer(self.backbone, self.base.tokenizer, how)
         return writer.write(self.requests(self._records(inputs), how), batch_size)
 
-    def stream(self, text: str | Mapping[str, Any], **settings: Any) -> Iterator[str]:
+    def stream(self, text: Input, **settings: Any) -> Iterator[str]:
         """Pieces of what the model writes behind an input, as they are written."""
         how = changed(self.generation, settings)
         (request,) = self.requests(self._records([text]), how)
