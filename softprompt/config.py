@@ -369,8 +369,10 @@ class Experiment(Section):
 
     def _free_text_fits(self) -> None:
         evaluation = self.evaluation
-        if of_labels := {evaluation.metric, *evaluation.metrics} & {*LABEL_METRICS}:
-            raise ValueError(f"evaluation: {min(of_labels)} needs a verbalizer")
+        for key, names in (("metric", [evaluation.metric]), ("metrics", evaluation.metrics)):
+            for name in names:
+                if name in LABEL_METRICS:
+                    raise ValueError(f"evaluation.{key}: {name} needs a verbalizer")
         if evaluation.metric not in MODEL_METRICS and not evaluation.samples:
             raise ValueError(f"evaluation.metric: {evaluation.metric} needs evaluation.samples")
         if self.scoring != Scoring():

@@ -130,9 +130,9 @@ def test_free_text_is_learned_and_written(model, tmp_path):
     train_losses = losses(tmp_path / "run")
     assert train_losses[-1] < train_losses[0] - 0.2
     prompt = load_prompt(tmp_path / "run")
-    texts = prompt.generate(["aaaa", "zz"], max_new_tokens=8)
-    for text, source in zip(texts, ["aaaa", "zz"], strict=True):
-        written = prompt.base.tokenizer(text).input_ids  # the end-of-text token is added
+    generated = prompt.generate(["aaaa", "zz"], max_new_tokens=8)
+    for one, source in zip(generated, ["aaaa", "zz"], strict=True):
+        written = prompt.base.tokenizer(one.text).input_ids  # the end-of-text token is added
         example = prompt.task.example(prompt.record(source, ""), with_answer=False)
         example = dataclasses.replace(example, candidates=[written])
         layout = Layout.of([example], encoder_decoder=True)

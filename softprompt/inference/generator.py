@@ -1,6 +1,6 @@
 """Many prompts on one base model: every row of a batch names its own."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,22 +94,16 @@ class Generator:
         if len(names) != len(inputs):
             raise UserError(f"{len(inputs)} inputs and {len(names)} names of prompts")
         how = changed(Generation(), settings)
+        bank = [self._prompt(name) for name in names]
         requests: dict[int, Request] = {}
-        of_prompt: dict[str | None, list[int]] = {}
-        for number, name in enumerate(names):
-            of_prompt.setdefault(name, []).append(number)
-        of_backbone: dict[int, list[int]] = {}
-        backbones = {}
-        for name, numbers in of_prompt.items():
-            prompt = self._prompt(name)
+        for numbers in _grouped(map(id, bank)):
+            prompt = bank[numbers[0]]
             records = [prompt.record(inputs[i], f"input {i + 1}") for i in numbers]
             requests.update(zip(numbers, prompt.requests(records, how), strict=True))
-            backbone = self.base.backbone if prompt.is_prefix else prompt.backbone
-            backbones[id(backbone)] = backbone
-            of_backbone.setdefault(id(backbone), []).extend(numbers)
+        backbones = [self.base.backbone if p.is_prefix else p.backbone for p in bank]
         results: dict[int, Generated] = {}
-        for key, numbers in of_backbone.items():
-            writer = Writer(backbones[key], self.base.tokenizer, how)
+        for numbers in _grouped(map(id, backbones)):
+            writer = Writer(backbones[numbers[0]], self.base.tokenizer, how)
             written = writer.write([requests[i] for i in numbers], batch_size)
             results.update(zip(numbers, written, strict=True))
         return [results[i] for i in range(len(inputs))]
@@ -125,3 +119,11 @@ class Generator:
             known = ", ".join(map(repr, self._bank)) or "none"
             raise UserError(f"there is no prompt {name!r} in the bank; it has {known}")
         return self._bank[name]
+
+
+def _grouped(keys: Iterable[int]) -> list[list[int]]:
+    """Numbers of the keys that are equal, group by group."""
+    groups: dict[int, list[int]] = {}
+    for number, key in enumerate(keys):
+        groups.setdefault(key, []).append(number)
+    return list(groups.values())
