@@ -177,8 +177,8 @@ examples:
         """\
 Reads lines of {"prediction": ..., "reference": ...}; a reference may be a list of texts of
 which any will do. Prints every value with its 95 % bootstrap interval. With --against, the
-two files answer the same examples, and p tells how often chance would make as large a
-difference (paired bootstrap).
+two files answer the same examples: it prints both values, their difference, and p, how often
+chance would make it as large (paired bootstrap).
 Metrics: rouge (1, 2, L, Lsum), rouge1 to rouge9, rougeL, rougeLsum, bleu, chrf, ter,
 exact_match, token_f1; of labels accuracy, precision, recall, macro_f1, micro_f1, matthews,
 confusion.
@@ -194,8 +194,9 @@ examples:
         "--stem", action="store_true", help="ROUGE compares English words without their endings"
     )
     score.add_argument("--json", action="store_true", help="one line of JSON")
-    score.add_argument("--each", action="store_true", help="a line of JSON for each prediction")
-    score.add_argument("--against", metavar="FILE", help="another's predictions")
+    form = score.add_mutually_exclusive_group()
+    form.add_argument("--each", action="store_true", help="a line of JSON for each prediction")
+    form.add_argument("--against", metavar="FILE", help="another's predictions")
 
     inspect = _command(
         chosen,
@@ -335,7 +336,7 @@ def _add_scoring(command: argparse.ArgumentParser) -> None:
 def _add_generation(command: argparse.ArgumentParser) -> None:
     kinds: dict[str, tuple[Any, str, str]] = {
         "max_new_tokens": (_count, "N", "where to stop at the latest"),
-        "temperature": (float, "X", "draw tokens, more evenly the higher it is"),
+        "temperature": (float, "X", "draw tokens, more evenly the higher it is; 0: the likeliest"),
         "top_k": (_count, "N", "draw from so many tokens"),
         "top_p": (float, "X", "draw from the likeliest tokens that have this share"),
         "min_p": (float, "X", "draw from tokens with this share of the likeliest's"),

@@ -114,10 +114,12 @@ def _can_stream(prompt: "TrainedPrompt", settings: dict[str, Any]) -> bool:
 
 def score(options: argparse.Namespace) -> None:
     """`softprompt score FILE`."""
-    from softprompt.metrics.named import measure
+    from softprompt.metrics.named import OF_A_TABLE, measure
     from softprompt.score import compare_answers, difference_table, read_answers, score_table
 
-    metrics = options.metrics.split(",")
+    metrics = [name.strip() for name in options.metrics.split(",")]
+    if options.each and (of_all := [name for name in metrics if name in OF_A_TABLE]):
+        raise UserError(f"--each: {of_all[0]} is of all examples together")
     answers = read_answers(options.file)
     scores = measure(metrics, answers.predictions, answers.references, stem=options.stem)
     values = {key: v for one in scores.values() for key, v in one.values().items()}
@@ -130,8 +132,7 @@ def score(options: argparse.Namespace) -> None:
         else:
             print(difference_table(scores, theirs, differences))
     elif options.each:
-        each = zip(*(one.each() for one in scores.values()), strict=True)
-        for parts in each:
+        for parts in zip(*(one.each() for one in scores.values()), strict=True):
             print(json.dumps({key: v for part in parts for key, v in part.items()}))
     elif options.json:
         intervals = {key: v for one in scores.values() for key, v in one.intervals().items()}

@@ -222,7 +222,7 @@ class Scoring(Section):
     """
 
     normalize: bool = False
-    calibrate: str | None = None
+    calibrate: Annotated[str, Field(pattern=r"\S")] | None = None
 
 
 class Generation(Section):
@@ -230,7 +230,7 @@ class Generation(Section):
 
     Attributes:
       max_new_tokens: where to stop if the end-of-text token does not come before.
-      temperature: tokens are drawn, their logits divided by it; None: the likeliest is taken.
+      temperature: tokens are drawn, their logits divided by it; None or 0: the likeliest is taken.
       top_k, top_p, min_p: draw only from the k likeliest tokens; from the likeliest that have
         the share p together; from those with this share of the likeliest's probability.
       repetition_penalty: makes tokens that were read or written less likely, if above 1.
@@ -242,16 +242,21 @@ class Generation(Section):
     """
 
     max_new_tokens: Annotated[int, Field(ge=1)] = 64
-    temperature: Annotated[float, Field(gt=0)] | None = None
-    top_k: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=1e-3)] | None = None
+    top_k: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     min_p: Annotated[float, Field(gt=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0)] | None = None
     beams: Annotated[int, Field(ge=1)] = 1
-    length_penalty: float = 1.0
+    length_penalty: Annotated[float, Field(ge=-4, le=4)] = 1.0
     samples: Annotated[int, Field(ge=1)] = 1
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     stop: list[Annotated[str, Field(min_length=1)]] = []
+
+    @pydantic.field_validator("temperature", mode="before")
+    @classmethod
+    def _zero_draws_nothing(cls, temperature: Any) -> Any:
+        return None if temperature == 0 else temperature
 
     @pydantic.model_validator(mode="after")
     def _parts_fit(self) -> Self:
@@ -361,6 +366,8 @@ class Experiment(Section):
             raise ValueError("template.target: with a verbalizer it must have one {field}")
         elif len(set(self.verbalizer.values())) < len(self.verbalizer):
             raise ValueError("verbalizer: two labels have the same text")
+        if self.scoring.calibrate and self.prompt.tasks:
+            raise ValueError("scoring.calibrate is not for a prompt of several tasks")
         if self.method == "dept" and self.prompt.reparametrization:
             raise ValueError("method: dept is not for a prompt.reparametrization")
         if self.method == "full" and self.compute.int8:

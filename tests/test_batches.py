@@ -134,7 +134,7 @@ def test_a_shape_takes_the_longest_target_of_its_length():
 @pytest.mark.parametrize("count", [1, 8, 13])
 def test_evaluation_takes_every_example_once(count):
     seen = []
-    for batch, which in evaluation_batches(examples(count), 4):
+    for which, batch in evaluation_batches(examples(count), 4, lambda batch: batch):
         assert batch.tokens.shape[0] == 4
         assert numbers(batch) == which
         seen += which

@@ -12,6 +12,7 @@ from softprompt import SoftPrompt, UserError, load_experiment
 from softprompt.config import Scoring, Template
 from softprompt.data.records import Record
 from softprompt.data.task import make_task
+from softprompt.evaluation import scoring
 from softprompt.evaluation.evaluate import evaluate, likelihood
 from softprompt.evaluation.scoring import make_prefix, score, weighed
 from softprompt.inference.inspect import nearest_tokens
@@ -102,11 +103,11 @@ def test_the_base_model_alone_is_evaluated_without_a_prefix(tiny, tmp_path):
     assert sorted(seen) == [0, 1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("scoring", [{"normalize": True}, {"calibrate": "N/A"}, {}])
-def test_labels_are_chosen_as_the_scoring_says(tiny, scoring):
+@pytest.mark.parametrize("how", [{"normalize": True}, {"calibrate": "N/A"}, {}])
+def test_labels_are_chosen_as_the_scoring_says(tiny, how):
     verbalizer = {"one": " ab", "two": " a", "three": "xyz"}
     vectors = jax.random.normal(jax.random.key(0), (4, 32))
-    prompt = dataclasses.replace(trained(tiny, vectors, verbalizer), scoring=Scoring(**scoring))
+    prompt = dataclasses.replace(trained(tiny, vectors, verbalizer), scoring=Scoring(**how))
     texts = ["first", "a", "the second, which is longer"]
 
     def scores(text):
@@ -115,13 +116,32 @@ def test_labels_are_chosen_as_the_scoring_says(tiny, scoring):
 
     for text, prediction in zip(texts, prompt.classify(texts, batch_size=2), strict=True):
         expected = scores(text)
-        if "calibrate" in scoring:
+        if "calibrate" in how:
             expected = expected - scores("N/A")
-        if "normalize" in scoring:
+        if "normalize" in how:
             expected = expected / [len(v) for v in verbalizer.values()]  # tokens are bytes
         shares = np.exp(expected) / np.exp(expected).sum()
         np.testing.assert_allclose(list(prediction.probabilities.values()), shares, rtol=1e-3)
         assert prediction.label == list(verbalizer)[int(expected.argmax())]
+
+
+def test_a_batch_too_large_is_halved(tiny, monkeypatch, capsys):
+    prompt = trained(tiny, jnp.ones((1, 32)), {"a": "a", "b": "bc"})
+    texts = ["first", "a", "the second, which is longer", "four", "5"]
+    expected, scores = prompt.classify(texts), scoring.candidate_scores
+
+    def limited(backbone, prefix, batch, candidates):
+        if len(batch.tokens) > 2:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+        return scores(backbone, prefix, batch, candidates)
+
+    monkeypatch.setattr(scoring, "candidate_scores", limited)
+    found = prompt.classify(texts, batch_size=5)
+    assert "no memory for 5 inputs at a time: trying 2" in capsys.readouterr().err
+    for one, other in zip(found, expected, strict=True):
+        assert one.probabilities == pytest.approx(other.probabilities)
+    with pytest.raises(UserError, match="batch_size 0: must be 1 or more"):
+        prompt.classify(texts, batch_size=0)
 
 
 def test_both_forms_of_scoring_together(tiny):

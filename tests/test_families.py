@@ -114,6 +114,23 @@ def test_greedy_generation_behind_a_prompt_is_that_of_transformers(variant):
     np.testing.assert_array_equal(written, expected)
 
 
+@pytest.mark.parametrize("variant", ["mistral-window", "gpt2-plain", "gemma3_text-old"])
+def test_rows_with_prefixes_of_their_own_are_those_of_each_alone(variant):
+    """Also where windows or learned positions count from the row's own virtual tokens."""
+    backbone = golden_backbone(variant)
+    random = np.random.default_rng(0)
+    width = backbone.arch.hidden_size
+    vectors = [random.normal(size=(n, width)).astype(np.float32) * 0.1 for n in (2, 7)]
+    prefixes = [backbone.prefill(jnp.asarray(each)) for each in vectors]
+    rows = [1, None, 0, 1]
+    embeddings = backbone.embedding(jnp.asarray(random.integers(3, 40, (4, 6))))
+    together = backbone(embeddings, prefix=prefixes[0].packed(prefixes, rows))
+    for row, number in enumerate(rows):
+        prefix = None if number is None else prefixes[number]
+        alone = backbone(embeddings[row : row + 1], prefix=prefix)
+        np.testing.assert_allclose(together[row], alone[0], atol=2e-5)
+
+
 def t5_batch(golden):
     real = np.arange(golden["targets"].shape[1])[None] < golden["target_lengths"][:, None]
     candidates = np.where(real, 0, -1)

@@ -1,5 +1,6 @@
 """Whole runs on free text: measured by what is written, kept as samples, used by command."""
 
+import dataclasses
 import json
 
 import pytest
@@ -7,6 +8,7 @@ from conftest import write_experiment
 
 from softprompt import UserError, load_experiment, load_prompt, train
 from softprompt.cli import main
+from softprompt.config import Generation
 from softprompt.metrics.named import measure
 from softprompt.training.run_folder import read_metrics, write_samples
 
@@ -95,6 +97,9 @@ def test_generate_writes_as_the_prompt_was_trained_to(run, call, tiny):
         {"input": {"text": text}, "texts": each.texts, "ended": each.ended}
         for text, each in zip(["aaa", "zz"], shorter, strict=True)
     ]
+    drawing = dataclasses.replace(prompt, generation=Generation(temperature=1.0, top_k=3))
+    greedy = prompt.generate(["aaa"], max_new_tokens=6, stop=[])
+    assert drawing.generate(["aaa"], max_new_tokens=6, temperature=0) == greedy
     drawn = ["--temperature", "1", "--samples", "2", "--seed", "3", "--stop", "a", "--stop", "b"]
     _, out, _ = call("generate", folder, "--json", *drawn, "aaa")
     settings = {"temperature": 1.0, "samples": 2, "seed": 3, "stop": ["a", "b"]}
@@ -129,6 +134,7 @@ def test_samples_of_steps_to_be_done_again_go(tmp_path):
         (["scoring.normalize=true"], "scoring needs a verbalizer"),
         (["generation.top_k=4"], "top_k needs a temperature"),
         (["generation.samples=4"], "samples: more than one need a temperature"),
+        (["scoring.calibrate=' '", "verbalizer={low: a, high: b}"], "should match pattern"),
         (["generation.beams=4", "generation.temperature=1.0"], "beam search takes no temperature"),
     ],
 )

@@ -102,6 +102,19 @@ def test_tokens_are_drawn_from_what_stock_processors_leave(number):
     np.testing.assert_allclose(filtered(logits, how), golden[str(number)], rtol=1e-5)
 
 
+def test_a_share_of_all_takes_nothing_from_top_k():
+    logits = jax.random.normal(jax.random.key(0), (50, 1000))
+    kept = filtered(logits, sampling(temperature=1.0, top_k=5, top_p=1.0))
+    np.testing.assert_array_equal((kept > -jnp.inf).sum(axis=1), 5)
+
+
+def test_beams_may_be_many_and_penalties_low(write, tiny):
+    many = write(["ab"], beams=200, samples=200, max_new_tokens=2)[0]
+    assert len(set(many.texts)) > 100
+    short = write(["ab"], beams=3, samples=3, length_penalty=-4.0, max_new_tokens=60)[0]
+    assert any(short.texts)
+
+
 def test_draws_follow_the_probabilities():
     logits = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]])).repeat(4000, axis=0)
     keys = jax.random.split(jax.random.key(0), 4000)
@@ -158,6 +171,8 @@ HOW = [
     {"repetition_penalty": 1.4},
     {"beams": 3, "samples": 2},
     {"stop": ["e", "xy"]},
+    {"temperature": 1.0, "samples": 2, "stop": ["e", "xy"]},
+    {"max_new_tokens": 1},
 ]
 
 
@@ -199,8 +214,20 @@ def test_a_stop_text_ends_a_row_and_is_left_out(write):
     (stopped,) = write(["aaaaaaa"], max_new_tokens=30, stop=["never there", stop])
     assert stopped.text == free.text[: free.text.index(stop)]
     assert (free.ended, stopped.ended) == ([False], [True])
-    (searched,) = write(["aaaaaaa"], max_new_tokens=30, stop=[stop], beams=2)
-    assert stop not in searched.text
+    (searched,) = write(["aaaaaaa"], max_new_tokens=30, beams=2)
+    stop = searched.text[3:6]
+    (cut,) = write(["aaaaaaa"], max_new_tokens=30, beams=2, stop=[stop])
+    assert cut.text == searched.text[: searched.text.index(stop)]
+
+
+def test_of_overlapping_stop_texts_the_one_complete_first_counts(tiny, prefix, write):
+    (free,) = write(["aaaaaaa"], max_new_tokens=30)
+    long, short = free.text[3:12], free.text[6:8]
+    settings = {"max_new_tokens": 30, "stop": [long, short]}
+    (stopped,) = write(["aaaaaaa"], **settings)
+    assert stopped.text == free.text[: free.text.index(short)]
+    one = Writer(tiny.backbone, tiny.tokenizer, Generation(**settings))
+    assert "".join(one.stream(request(tiny, "aaaaaaa", prefix))) == stopped.text
 
 
 @pytest.mark.parametrize("settings", [{}, {"temperature": 1.0}, {"stop": [" ", "e"]}], ids=str)
@@ -236,11 +263,11 @@ def test_a_batch_too_large_is_halved_until_it_fits(write, monkeypatch, capsys):
     monkeypatch.setattr(writer.decoding, "start", out_of_memory(1, decoding.start))
     assert write(TEXTS) == expected
     said = capsys.readouterr().err
-    assert "no memory for 4 texts at a time: trying 2" in said
-    assert "no memory for 2 texts at a time: trying 1" in said
+    assert "no memory for 4 inputs at a time: trying 2" in said
+    assert "no memory for 2 inputs at a time: trying 1" in said
     assert said.count("no memory") == 2
     monkeypatch.setattr(writer.decoding, "start", out_of_memory(0, decoding.start))
-    with pytest.raises(UserError, match="no memory to write 10 tokens behind an input of"):
+    with pytest.raises(UserError, match="no memory for a single input"):
         write(TEXTS)
 
 
@@ -263,5 +290,6 @@ def test_prefixes_of_a_batch_have_bounded_length(prefix):
     long = dataclasses.replace(prefix, keys=jnp.zeros((3, 300, 2, 8)))
     other = dataclasses.replace(long)
     requests = [Request([1] * n, p) for n, p in ((1, long), (2, other), (3, long), (4, prefix))]
-    assert list(writer._batches(requests, 8)) == [[0], [1], [2, 3]]
-    assert list(writer._batches(requests[::2], 8)) == [[0, 1]]
+    assert list(writer._groups(requests)) == [[0, 2], [1, 3]]
+    assert list(writer._groups(requests[2:])) == [[0, 1]]
+    assert list(writer._groups([Request([1], None), *requests[::2]])) == [[0, 1, 2]]

@@ -18,7 +18,7 @@ LAYERS = [
     {"experiment_file"},
     {"config"},
     {"metrics"},
-    {"templates", "checkpoint", "console", "errors"},
+    {"templates", "checkpoint", "memory", "console", "errors"},
 ]
 
 

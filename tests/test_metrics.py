@@ -59,6 +59,7 @@ def test_rouge_of_english_is_that_of_the_reference_implementation(stem):
         ("Съешь ещё, этих булок", ["съешь", "ещё", "этих", "булок"]),
         ("नमस्ते दुनिया", ["नमस्ते", "दुनिया"]),
         ("你好 world 2", ["你", "好", "world", "2"]),
+        ("3つのTシャツabc", ["3", "つ", "の", "t", "シ", "ャ", "ツ", "abc"]),
         ("Cafe\u0301 d'été", ["café", "d", "été"]),
         ("snake_case", ["snake", "case"]),
     ],
@@ -150,6 +151,13 @@ def test_metrics_of_labels_are_those_of_scikit_learn():
     confusion = values("confusion", predictions, references)
     assert list(confusion.values()) == table.reshape(-1).tolist()
     assert confusion["confusion.c.d"] == table[2, 3]
+
+
+def test_labels_by_the_thousand_are_counted_or_refused():
+    texts = [str(i) for i in range(5000)]
+    assert values("accuracy", texts, texts[:2500] + texts[:2500]) == {"accuracy": 0.5}
+    with pytest.raises(UserError, match="5000 different labels; is this free text"):
+        measure(["macro_f1"], texts, texts)
 
 
 def test_matthews_of_constant_answers_is_zero():

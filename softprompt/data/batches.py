@@ -5,13 +5,14 @@ Axis letters: B batch, T tokens, M target positions.
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import grain
 import numpy as np
 
 from softprompt.backbones.batch import Batch
 from softprompt.data.examples import Example
+from softprompt.memory import Result, run_batches
 
 _WINDOW = 32  # batches whose examples are sorted by length together
 _MULTIPLE = 8  # lengths are rounded up to this
@@ -186,11 +187,27 @@ class TrainingBatches:
 
 
 def evaluation_batches(
-    examples: Sequence[Example], batch_size: int, *, encoder_decoder: bool = False
-) -> Iterator[tuple[Batch, list[int]]]:
-    """All examples once, those of like length together, each batch with their numbers."""
+    examples: Sequence[Example],
+    batch_size: int,
+    run: Callable[[Batch], Result],
+    *,
+    encoder_decoder: bool = False,
+) -> Iterator[tuple[list[int], Result]]:
+    """Run all examples once, those of like length together.
+
+    Args:
+      examples: at least one.
+      batch_size: the most in a batch; fewer if there is no memory for as many.
+      run: what to do with a batch.
+      encoder_decoder: whether they are for an encoder-decoder.
+
+    Yields:
+      The examples' numbers in the rows of each batch, and what `run` gave.
+    """
     layout = Layout.of(examples, encoder_decoder)
     order = sorted(range(len(examples)), key=lambda i: layout.length(examples[i]))
-    for begin in range(0, len(order), batch_size):
-        numbers = order[begin : begin + batch_size]
-        yield layout.batch([examples[i] for i in numbers], batch_size), numbers
+    return run_batches(
+        [order],
+        batch_size,
+        lambda numbers, rows: run(layout.batch([examples[i] for i in numbers], rows)),
+    )

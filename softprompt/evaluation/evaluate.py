@@ -15,7 +15,7 @@ from softprompt.console import Bar
 from softprompt.data.examples import Example
 from softprompt.data.task import Task
 from softprompt.evaluation.scoring import score, weighed
-from softprompt.generation.writer import Request, Writer
+from softprompt.generation.writer import Writer, requests_of
 from softprompt.metrics.named import MODEL_METRICS, measure
 from softprompt.metrics.scores import Scores
 
@@ -124,11 +124,7 @@ def _write(
 ) -> list[str]:
     """What is written behind examples, white space around it left out."""
     settings = experiment.generation
-    task = task.with_room(settings.max_new_tokens, prefix.length if prefix else 0)
-    requests = [
-        Request(task.example(e.record, with_answer=False).input, prefix, task.opening)
-        for e in examples
-    ]
+    requests = requests_of([e.record for e in examples], task, prefix, settings)
     writer = Writer(backbone, task.base.tokenizer, settings)
     written = writer.write(requests, experiment.evaluation.batch_size, f"{label}: write")
     return [generated.text.strip() for generated in written]

@@ -45,10 +45,13 @@ def score(
       Numbers of the examples done, and their candidates' log-probabilities `[n, C]`.
     """
     candidates = len(examples[0].candidates)
-    batches = evaluation_batches(examples, batch_size, encoder_decoder=backbone.is_encoder_decoder)
-    for batch, numbers in batches:
-        scores = candidate_scores(backbone, prefix, batch, candidates)
-        yield numbers, np.asarray(scores)[: len(numbers)]
+    for numbers, scores in evaluation_batches(
+        examples,
+        batch_size,
+        lambda batch: np.asarray(candidate_scores(backbone, prefix, batch, candidates)),
+        encoder_decoder=backbone.is_encoder_decoder,
+    ):
+        yield numbers, scores[: len(numbers)]
 
 
 def weighed(

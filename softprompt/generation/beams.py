@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from softprompt.generation.sampling import Sampling, penalised
 
-_NEVER = -1e9  # the score of what shall not be chosen
+_NEVER = -jnp.inf  # the score of what shall not be chosen
 
 
 @jax.tree_util.register_dataclass
@@ -130,9 +130,10 @@ def _searched(state: State, logits, sampling: Sampling, ends, length_penalty, un
     if state.seen is not None:
         log_probabilities = penalised(log_probabilities, state.seen, sampling.repetition_penalty)
     total = log_probabilities.reshape(rows, beams, -1) + running.scores[..., None]
-    of_beam, token = jax.lax.top_k(total, 2 * beams)  # [B, K, 2K]
+    each = min(2 * beams, total.shape[-1])
+    of_beam, token = jax.lax.top_k(total, each)  # [B, K, 2K]
     scores, place = jax.lax.top_k(of_beam.reshape(rows, -1), 2 * beams)  # [B, 2K]
-    parent = place // (2 * beams)
+    parent = place // each
     token = jnp.take_along_axis(token.reshape(rows, -1), place, axis=1)
 
     count = state.count + 1

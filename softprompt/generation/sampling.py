@@ -75,6 +75,7 @@ def filtered(logits: jax.Array, sampling: Sampling) -> jax.Array:
         if sampling.top_p is not None:
             shares = jax.nn.softmax(ranked, axis=-1)
             kept = jnp.cumsum(shares, axis=-1) - shares < sampling.top_p  # of those before it
+            kept &= ranked > -jnp.inf
             least = jnp.min(ranked, axis=-1, keepdims=True, where=kept, initial=jnp.inf)
     if sampling.min_p is not None:
         best = logits.max(axis=-1, keepdims=True)

@@ -8,7 +8,6 @@ import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from transformers import PreTrainedTokenizerFast
@@ -16,10 +15,14 @@ from transformers import PreTrainedTokenizerFast
 from softprompt.backbones.loading import Backbone, Prefix
 from softprompt.backbones.prefix import MOST_MIXED
 from softprompt.config import Generation
-from softprompt.console import Bar, say
+from softprompt.console import Bar
+from softprompt.data.examples import say_truncated
+from softprompt.data.records import Record
+from softprompt.data.task import Task
 from softprompt.errors import UserError
 from softprompt.generation import beams, decoding
 from softprompt.generation.sampling import Sampling
+from softprompt.memory import run_batches
 
 _CHUNK = 8  # tokens after which the host looks for stop texts
 
@@ -58,6 +61,20 @@ class Generated:
         return self.texts[0]
 
 
+def requests_of(
+    records: Sequence[Record], task: Task, prefix: Prefix | None, settings: Generation
+) -> list[Request]:
+    """Records as what to write behind; says how many were cut.
+
+    Raises:
+      UserError: if a record does not fit the template, or there is no room.
+    """
+    task = task.with_room(settings.max_new_tokens, prefix.length if prefix else 0)
+    examples = [task.example(record, with_answer=False) for record in records]
+    say_truncated(examples, task, "inputs")
+    return [Request(example.input, prefix, task.opening) for example in examples]
+
+
 class Writer:
     """Writes on from inputs.
 
@@ -89,38 +106,21 @@ class Writer:
     ) -> list[Generated]:
         """Write on from all requests, those of like length together.
 
-        A batch that the device has no memory for is halved, and tried again.
-
         Args:
           requests: in any order, which the results are in too.
-          batch_size: the most at a time.
+          batch_size: the most at a time; fewer if there is no memory for as many.
           label: what stands in front of the progress bar.
 
         Raises:
-          UserError: if there is no memory for a single one.
+          UserError: see `memory.run_batches`.
         """
         results: dict[int, Generated] = {}
-        waiting = list(_batches(requests, batch_size))[::-1]
         with Bar(label, len(requests), "texts") as bar:
-            while waiting:
-                numbers = waiting.pop()
-                if len(numbers) > batch_size:
-                    waiting.append(numbers[batch_size:])
-                    numbers = numbers[:batch_size]
-                try:
-                    written = self._write_batch([requests[i] for i in numbers], batch_size)
-                except jax.errors.JaxRuntimeError as error:
-                    if "RESOURCE_EXHAUSTED" not in str(error):
-                        raise
-                    if len(numbers) == 1:
-                        raise UserError(
-                            f"no memory to write {self._settings.max_new_tokens} tokens behind "
-                            f"an input of {len(requests[numbers[0]].tokens)}; shorten either"
-                        ) from None
-                    batch_size = len(numbers) // 2
-                    say(f"no memory for {len(numbers)} texts at a time: trying {batch_size}")
-                    waiting.append(numbers)
-                    continue
+            for numbers, written in run_batches(
+                _groups(requests),
+                batch_size,
+                lambda numbers, most: self._write_batch([requests[i] for i in numbers], most),
+            ):
                 results.update(zip(numbers, written, strict=True))
                 bar.advance(len(numbers))
         return [results[i] for i in range(len(requests))]
@@ -230,10 +230,9 @@ class Writer:
         """The text of what was written, and whether it has come to its end."""
         ended = bool(ids) and ids[-1] == self._end
         text = str(self._tokenizer.decode(ids[:-1] if ended else ids))
-        places = [text.find(stop) for stop in self._settings.stop]
-        if found := [place for place in places if place >= 0]:
-            return text[: min(found)], True
-        return text, ended
+        places = [(text.find(stop), len(stop)) for stop in self._settings.stop]
+        complete = [(place + size, place) for place, size in places if place >= 0]
+        return (text[: min(complete)[1]], True) if complete else (text, ended)
 
     def _uncertain(self, text: str) -> int:
         """How many characters at the end of an unfinished text may still change."""
@@ -265,22 +264,30 @@ class Writer:
         return seen.repeat(copies, axis=0)
 
 
-def _batches(requests: Sequence[Request], batch_size: int) -> Iterator[list[int]]:
-    """Numbers of the requests, in batches whose prefixes can be read together."""
-    batch: list[int] = []
+def _groups(requests: Sequence[Request]) -> Iterator[list[int]]:
+    """Numbers of the requests, in groups whose prefixes can be read together."""
+    lengths = {id(r.prefix): r.prefix.length for r in requests if r.prefix is not None}
+    order = list(lengths) if sum(lengths.values()) > MOST_MIXED else []
+
+    def place(number: int) -> tuple[int, int]:
+        """By length; but those of one prefix together if not all prefixes can be."""
+        key = id(requests[number].prefix)
+        return order.index(key) if key in order else -1, len(requests[number].tokens)
+
+    group: list[int] = []
     prefixes: dict[int, int] = {}  # lengths, by identity
-    for number in sorted(range(len(requests)), key=lambda i: len(requests[i].tokens)):
+    for number in sorted(range(len(requests)), key=place):
         prefix = requests[number].prefix
         own = {} if prefix is None else {id(prefix): prefix.length}
         together = prefixes | own
         fits = len(together) == 1 or sum(together.values()) <= MOST_MIXED
-        if batch and (len(batch) == batch_size or not fits):
-            yield batch
-            batch, together = [], own
-        batch.append(number)
+        if group and not fits:
+            yield group
+            group, together = [], own
+        group.append(number)
         prefixes = together
-    if batch:
-        yield batch
+    if group:
+        yield group
 
 
 def _laid_out(requests: Sequence[Request], rows: int) -> tuple[Any, np.ndarray, np.ndarray]:

@@ -51,11 +51,14 @@ def evaluate_ensemble(
     shared_task(prompts)
     prefix, backbone = stack(prompts), prompts[0].base.backbone
     scores = np.empty((len(prompts), len(examples), len(examples[0].candidates)), np.float32)
-    batches = evaluation_batches(examples, batch_size, encoder_decoder=backbone.is_encoder_decoder)
+    batches = evaluation_batches(
+        examples,
+        batch_size,
+        lambda batch: np.asarray(_scores(backbone, prefix, batch, scores.shape[-1])),
+    )
     with Bar(label, len(examples), "examples") as bar:
-        for batch, numbers in batches:
-            of_batch = _scores(backbone, prefix, batch, scores.shape[-1])
-            scores[:, numbers] = np.asarray(of_batch)[:, : len(numbers)]
+        for numbers, of_batch in batches:
+            scores[:, numbers] = of_batch[:, : len(numbers)]
             bar.advance(len(numbers))
     answers = np.array([example.answer for example in examples])
     chosen = {str(i): one.argmax(axis=1) for i, one in enumerate(scores, 1)}

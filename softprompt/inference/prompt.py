@@ -17,7 +17,7 @@ from softprompt.data.records import Record
 from softprompt.data.task import Task
 from softprompt.errors import UserError
 from softprompt.evaluation.scoring import make_prefix, score, weighed
-from softprompt.generation.writer import Generated, Request, Writer
+from softprompt.generation.writer import Generated, Request, Writer, requests_of
 from softprompt.inference.saved import SavedPrompt
 from softprompt.methods.method import FullFineTuning, Method, with_parameters
 from softprompt.methods.prefix import PrefixTuning
@@ -80,11 +80,12 @@ class TrainedPrompt:
             return []
         examples = [self.task.example(record, with_answer=False) for record in records]
         say_truncated(examples, self.task, "inputs")
-        probabilities = np.empty((len(examples), len(labels)))
+        scores = np.empty((len(examples), len(labels)), np.float32)
         model = self.backbone, self.prefix
-        for numbers, scores in score(*model, examples, batch_size):
-            chosen_by = weighed(scores, examples, *model, self.task, self.scoring)
-            probabilities[numbers] = jax.nn.softmax(jnp.asarray(chosen_by), axis=-1)
+        for numbers, part in score(*model, examples, batch_size):
+            scores[numbers] = part
+        scores = weighed(scores, examples, *model, self.task, self.scoring)
+        probabilities = np.asarray(jax.nn.softmax(jnp.asarray(scores), axis=-1))
         return [
             Prediction(labels[row.argmax()], dict(zip(labels, row.tolist(), strict=True)))
             for row in probabilities
@@ -174,12 +175,7 @@ class TrainedPrompt:
 
     def requests(self, records: Sequence[Record], settings: Generation) -> list[Request]:
         """Records as what a `Writer` writes behind."""
-        task = self.task.with_room(
-            settings.max_new_tokens, self.prefix.length if self.prefix else 0
-        )
-        examples = [task.example(record, with_answer=False) for record in records]
-        say_truncated(examples, task, "inputs")
-        return [Request(example.input, self.prefix, task.opening) for example in examples]
+        return requests_of(records, self.task, self.prefix, settings)
 
 
 def changed(settings: Generation, changes: Mapping[str, Any]) -> Generation:
@@ -188,8 +184,11 @@ def changed(settings: Generation, changes: Mapping[str, Any]) -> Generation:
     Raises:
       UserError: if there are no such settings, or they do not fit.
     """
+    kept = settings.model_dump()
+    if "temperature" in changes and not changes["temperature"]:  # and what is only for draws
+        kept |= dict.fromkeys(("top_k", "top_p", "min_p"))
     try:
-        return Generation(**settings.model_dump() | dict(changes))
+        return Generation(**kept | dict(changes))
     except pydantic.ValidationError as errors:
         raise UserError("; ".join(map(_explained, errors.errors()))) from None
 

@@ -8,7 +8,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from softprompt.errors import UserError
-from softprompt.metrics.scores import Scores
+from softprompt.metrics.scores import Scores, mean_of
+
+_MOST_LABELS = 1000
 
 Table = np.ndarray  # [C, C], counts of references (rows) that were predicted (columns)
 
@@ -70,23 +72,30 @@ def label_scores(
       predictions, references: N labels each.
 
     Raises:
-      UserError: if a reference is a list of texts.
+      UserError: if a reference is a list of texts, or there are too many labels for a table.
     """
     actual = [reference for reference in references if isinstance(reference, str)]
     if len(actual) < len(references):
         raise UserError(f"metric {name}: a reference must be one label, not a list")
+    if name in ("accuracy", "micro_f1"):
+        pairs = zip(actual, predictions, strict=True)
+        return mean_of([name], [[float(label == other)] for label, other in pairs])
     labels = sorted({*predictions, *actual})
-    number = {label: i for i, label in enumerate(labels)}
-    size = len(labels)
-    statistics = np.zeros((len(predictions), size * size))
-    for row, reference, prediction in zip(statistics, actual, predictions, strict=True):
-        row[number[reference] * size + number[prediction]] = 1
+    if len(labels) > _MOST_LABELS:
+        raise UserError(f"metric {name}: {len(labels)} different labels; is this free text?")
+    number, size = {label: i for i, label in enumerate(labels)}, len(labels)
+    cells = [number[a] * size + number[p] for a, p in zip(actual, predictions, strict=True)]
+    used, columns = np.unique(cells, return_inverse=True)  # most cells of a table are empty
+    statistics = np.zeros((len(cells), len(used)))
+    statistics[np.arange(len(cells)), columns] = 1
 
     def combine(total: np.ndarray, count: int) -> dict[str, float]:
+        table = np.zeros(size * size)
+        table[used] = total
         if name == "confusion":
             names = [f"confusion.{row}.{column}" for row in labels for column in labels]
-            return dict(zip(names, total.tolist(), strict=True))
-        return {name: SUMMARIES[name](total.reshape(size, size))}
+            return dict(zip(names, table.tolist(), strict=True))
+        return {name: SUMMARIES[name](table.reshape(size, size))}
 
     return Scores(statistics, combine)
 

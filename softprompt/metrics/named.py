@@ -4,18 +4,12 @@ import re
 from collections.abc import Mapping, Sequence
 
 from softprompt.errors import UserError
+from softprompt.metrics.labels import SUMMARIES, label_scores
 from softprompt.metrics.scores import Scores
 
 TEXT_METRICS = ("rouge", "bleu", "chrf", "ter", "exact_match", "token_f1")
-LABEL_METRICS = (
-    "accuracy",
-    "precision",
-    "recall",
-    "macro_f1",
-    "micro_f1",
-    "matthews",
-    "confusion",
-)
+LABEL_METRICS = (*SUMMARIES, "confusion")
+OF_A_TABLE = tuple(name for name in LABEL_METRICS if name not in ("accuracy", "micro_f1"))
 MODEL_METRICS = ("loss", "perplexity")  # of the references' probabilities, not of predictions
 _LOWER_IS_BETTER = ("loss", "perplexity", "ter")
 
@@ -59,7 +53,7 @@ def measure(
     Raises:
       UserError: if there is no such metric, or it does not take such references.
     """
-    from softprompt.metrics import labels, text
+    from softprompt.metrics import text
 
     for name in names:
         try:
@@ -75,7 +69,7 @@ def measure(
         elif name in TEXT_METRICS:
             scores[name] = getattr(text, name)(predictions, references)
         else:
-            scores[name] = labels.label_scores(name, predictions, references)
+            scores[name] = label_scores(name, predictions, references)
     return scores
 
 

@@ -110,11 +110,12 @@ def mean_of(names: Sequence[str], rows: Sequence[Sequence[float]]) -> Scores:
 
 def _resampled(scores: Scores, seed: int) -> np.ndarray:
     """Values `[R, names]` of examples drawn with repetition; of equal N, the same are drawn."""
-    count = len(scores.statistics)
-    shares = np.full(count, 1 / count)
-    drawn = np.random.default_rng(seed).multinomial(count, shares, size=_RESAMPLES)  # [R, N]
-    totals = drawn @ scores.statistics  # [R, S]
-    return np.array([_array(scores.combine(total, count)) for total in totals])
+    random, count = np.random.default_rng(seed), len(scores.statistics)
+    values = []
+    for _ in range(_RESAMPLES):
+        times = np.bincount(random.integers(0, count, count), minlength=count)  # [N]
+        values.append(_array(scores.combine(times @ scores.statistics, count)))
+    return np.array(values)
 
 
 def _array(values: dict[str, float]) -> np.ndarray:

@@ -18,7 +18,10 @@ from softprompt.metrics.scores import Scores, mean_of
 References = Sequence[str | Sequence[str]]
 
 # Ideographs and kana are words of their own; elsewhere a word is letters, marks and digits.
-_WORD = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}]|[\p{L}\p{M}\p{N}--\p{Han}]+", regex.V1)
+_WORD = regex.compile(
+    r"[\p{Han}\p{Hiragana}\p{Katakana}]|[\p{L}\p{M}\p{N}--[\p{Han}\p{Hiragana}\p{Katakana}]]+",
+    regex.V1,
+)
 
 
 class UnicodeTokenizer:

@@ -342,7 +342,7 @@ class _Run:
         written: int | None = settings.samples
         if split == "validation":
             examples = examples[: settings.examples]
-        elif settings.metrics:
+        elif settings.samples:
             written = None
         return evaluate(
             backbone, prefix, self.task, examples, self.experiment, split, written=written

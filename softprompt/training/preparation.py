@@ -64,6 +64,8 @@ def prepare(experiment: Experiment) -> Prepared:
         task_field=experiment.prompt.task_field,
     )
     examples = {split: make_examples(task, part, split) for split, part in records.items()}
+    if not task.labels and experiment.evaluation.samples:
+        task.with_room(experiment.generation.max_new_tokens, before + len(task.opening))
     method = make_method(experiment, base, task.opening, _initial_prompts(experiment, base))
     return Prepared(base, task, examples, method)
 

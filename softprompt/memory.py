@@ -1,0 +1,50 @@
+"""What to do when the device has no memory for a batch: halve it, and try again."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+import jax
+
+from softprompt.console import say
+from softprompt.errors import UserError
+
+Result = TypeVar("Result")
+
+
+def run_batches(
+    groups: Iterable[list[int]], batch_size: int, run: Callable[[list[int], int], Result]
+) -> Iterator[tuple[list[int], Result]]:
+    """Run groups in batches, one after another; from one that is too large on, all are smaller.
+
+    Args:
+      groups: numbers of inputs, of which those of one group may be in a batch.
+      batch_size: the most in a batch.
+      run: what to do with a batch, given the numbers and the most that are in one now.
+
+    Yields:
+      The numbers of each batch that was run, and what `run` gave.
+
+    Raises:
+      UserError: if there is no memory for one alone, or the batch size is no positive number.
+    """
+    if batch_size < 1:
+        raise UserError(f"batch_size {batch_size}: must be 1 or more")
+    for group in groups:
+        left = group
+        while left:
+            part = left[:batch_size]
+            try:
+                result = run(part, batch_size)
+            except jax.errors.JaxRuntimeError as error:
+                if "RESOURCE_EXHAUSTED" not in str(error):
+                    raise
+                if len(part) == 1:
+                    raise UserError(
+                        "the device has no memory for a single input; shorten it or what is to "
+                        "be written, or ask for fewer beams or samples"
+                    ) from None
+                batch_size = len(part) // 2
+                say(f"no memory for {len(part)} inputs at a time: trying {batch_size}")
+                continue
+            yield part, result
+            left = left[batch_size:]
