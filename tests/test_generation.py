@@ -110,7 +110,8 @@ def test_a_share_of_all_takes_nothing_from_top_k():
 
 def test_beams_may_be_many_and_penalties_low(write, tiny):
     many = write(["ab"], beams=200, samples=200, max_new_tokens=2)[0]
-    assert len(set(many.texts)) > 100
+    assert len(many.texts) == 200
+    assert len(set(many.texts)) > 50  # of bytes, which do not all decode
     short = write(["ab"], beams=3, samples=3, length_penalty=-4.0, max_new_tokens=60)[0]
     assert any(short.texts)
 

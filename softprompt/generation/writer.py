@@ -79,8 +79,8 @@ class Writer:
     """Writes on from inputs.
 
     Programs are compiled for rows, input lengths and room rounded up, so for few shapes.
-    What is written behind an input depends on the input, the settings and the seed in them,
-    not on what else is in its batch.
+    What is written behind an input depends, up to rounding, on the input, the settings and the
+    seed in them, not on what else is in its batch.
 
     Args:
       backbone: what writes.

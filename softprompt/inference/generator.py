@@ -18,9 +18,10 @@ class Generator:
     """Writes on from inputs with the prompts of a bank, or with none.
 
     Rows whose prompts are prefixes (soft prompts and prefix tuning) share batches on the one
-    frozen model; the results are those of each row alone. Rows of methods that change the
-    model (LoRA, DePT, full fine-tuning), or whose virtual tokens stand in the text, are run in
-    batches of their own. To add or remove a prompt compiles nothing.
+    frozen model; up to rounding the results are those of each row alone. Rows of methods that
+    change the model (LoRA, DePT, full fine-tuning), or whose virtual tokens stand in the text,
+    are run in batches of their own. Programs are compiled by the shapes of batches, whatever is
+    in the bank: to add or remove a prompt compiles nothing.
 
     Args:
       base: the base model, or its name.
