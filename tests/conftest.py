@@ -3,11 +3,15 @@
 import functools
 import json
 import os
+import shutil
+import string
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
 import softprompt
 from softprompt import Base
@@ -91,6 +95,30 @@ def greedy(backbone, prefix, tokens, lengths, end: int, *, count: int) -> np.nda
 def example_of(tokens: list[int], candidates: list[list[int]], answer: int) -> Example:
     """An example of ids alone."""
     return Example(tokens, candidates, answer, Record({}, "a test"), truncated=False)
+
+
+def letter_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of single characters, that closes every text as T5's does."""
+    characters = f" {string.ascii_lowercase}{string.ascii_uppercase}{string.digits}"
+    tokens = ["<pad>", "</s>", "<unk>", *characters][:61]  # as many as the golden model has
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    inner.decoder = decoders.Fuse()
+    inner.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    )
+
+
+@pytest.fixture(scope="session")
+def t5_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small T5 of random weights."""
+    folder = tmp_path_factory.mktemp("t5")
+    for file in ("config.json", "model.safetensors"):
+        shutil.copy(FAMILIES_GOLDEN / "t5-gated" / file, folder)
+    letter_tokenizer().save_pretrained(folder)
+    return folder
 
 
 _EXPERIMENT = """\

@@ -2,49 +2,20 @@
 
 import dataclasses
 import json
-import shutil
-import string
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import FAMILIES_GOLDEN, example_of, write_experiment
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from conftest import example_of, write_experiment
 
 from softprompt import SoftPrompt, UserError, load_base, load_experiment, load_prompt, train
 from softprompt.backbones.batch import target_log_probabilities
 from softprompt.data.batches import Layout
 
-VOCABULARY = 61  # of the golden model
-
-
-def letters() -> PreTrainedTokenizerFast:
-    """A tokenizer of single characters, that closes every text as T5's does."""
-    characters = f" {string.ascii_lowercase}{string.ascii_uppercase}{string.digits}"
-    tokens = ["<pad>", "</s>", "<unk>", *characters][:VOCABULARY]
-    vocabulary = {token: i for i, token in enumerate(tokens)}
-    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    inner.decoder = decoders.Fuse()
-    inner.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner, eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
-    )
-
 
 @pytest.fixture(scope="session")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("t5")
-    for file in ("config.json", "model.safetensors"):
-        shutil.copy(FAMILIES_GOLDEN / "t5-gated" / file, folder)
-    letters().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def base(model):
-    return load_base(str(model))
+def base(t5_folder):
+    return load_base(str(t5_folder))
 
 
 def scores(base, prefix, examples):
@@ -104,8 +75,8 @@ def losses(folder):
     return [record["loss"] for record in map(json.loads, lines) if record["split"] == "train"]
 
 
-def test_training_evaluation_and_prediction_are_those_of_causal_models(model, tmp_path):
-    overrides = [f"base={model}", "training.steps=40", "evaluation.every=40"]
+def test_training_evaluation_and_prediction_are_those_of_causal_models(t5_folder, tmp_path):
+    overrides = [f"base={t5_folder}", "training.steps=40", "evaluation.every=40"]
     summary = train(load_experiment(write_experiment(tmp_path), overrides), tmp_path / "run")
     assert summary["trainable_parameters"] == 3 * 16
     train_losses = losses(tmp_path / "run")
@@ -120,12 +91,12 @@ def test_training_evaluation_and_prediction_are_those_of_causal_models(model, tm
     )
 
 
-def test_free_text_is_learned_and_written(model, tmp_path):
+def test_free_text_is_learned_and_written(t5_folder, tmp_path):
     path = write_experiment(tmp_path)
     text = path.read_text().replace('verbalizer: {low: " ab", high: " cd"}\n', "")
     text = text.replace("metric: accuracy", "metric: loss")
     path.write_text(text)
-    overrides = [f"base={model}", "training.steps=40", "evaluation.every=40"]
+    overrides = [f"base={t5_folder}", "training.steps=40", "evaluation.every=40"]
     train(load_experiment(path, overrides), tmp_path / "run")
     train_losses = losses(tmp_path / "run")
     assert train_losses[-1] < train_losses[0] - 0.2
@@ -141,8 +112,8 @@ def test_free_text_is_learned_and_written(model, tmp_path):
         assert likeliest[: len(written) - 1] == written[:-1]
 
 
-def test_a_target_longer_than_the_model_takes_is_refused(model, tmp_path):
+def test_a_target_longer_than_the_model_takes_is_refused(t5_folder, tmp_path):
     path = write_experiment(tmp_path)
-    overrides = [f"base={model}", "template.max_tokens=2"]
+    overrides = [f"base={t5_folder}", "template.max_tokens=2"]
     with pytest.raises(UserError, match="its target has 3 tokens, more than 2"):
         train(load_experiment(path, overrides), tmp_path / "run")

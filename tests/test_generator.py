@@ -4,8 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import FAMILIES_GOLDEN, write_experiment
-from test_encoder_decoder import letters
+from conftest import write_experiment
 
 from softprompt import Generator, SoftPrompt, UserError, load_base, load_experiment, train
 from softprompt.config import Template
@@ -52,14 +51,8 @@ def lora(base):
 
 
 @pytest.fixture(scope="module")
-def t5(tmp_path_factory):
-    import shutil
-
-    folder = tmp_path_factory.mktemp("t5")
-    for file in ("config.json", "model.safetensors"):
-        shutil.copy(FAMILIES_GOLDEN / "t5-gated" / file, folder)
-    letters().save_pretrained(folder)
-    return load_base(str(folder))
+def t5(t5_folder):
+    return load_base(str(t5_folder))
 
 
 @pytest.fixture(params=["llama", "t5"])

@@ -83,7 +83,11 @@ def evaluate(
         references = [task.labels[example.answer or 0] for example in examples]
     else:
         answered = examples[:written]
-        predictions = _write(backbone, prefix, task, answered, experiment, label)
+        how = experiment.generation
+        requests = requests_of([e.record for e in answered], task, prefix, how)
+        writer = Writer(backbone, task.base.tokenizer, how)
+        generated = writer.write(requests, settings.batch_size, f"{label}: write")
+        predictions = [each.text.strip() for each in generated]
         references = [task.reference(example.record) for example in answered]
     if answered:
         measured |= measure(names, predictions, references, stem=settings.stem)
@@ -112,19 +116,3 @@ def likelihood(name: str, examples: Sequence[Example], scores: np.ndarray) -> Sc
         return {name: loss if name == "loss" else math.exp(min(loss, 700))}
 
     return Scores(np.stack([-right, tokens], axis=1), combine)
-
-
-def _write(
-    backbone,
-    prefix,
-    task: Task,
-    examples: Sequence[Example],
-    experiment: Experiment,
-    label: str,
-) -> list[str]:
-    """What is written behind examples, white space around it left out."""
-    settings = experiment.generation
-    requests = requests_of([e.record for e in examples], task, prefix, settings)
-    writer = Writer(backbone, task.base.tokenizer, settings)
-    written = writer.write(requests, experiment.evaluation.batch_size, f"{label}: write")
-    return [generated.text.strip() for generated in written]
