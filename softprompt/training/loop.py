@@ -190,10 +190,11 @@ class _Run:
         progress = self.progress
         trained = self._best_prompt()
         test: dict[str, float] = {}
-        intervals: dict[str, tuple[float, float]] = {}
+        intervals: dict[str, list[float]] = {}
         if "test" in self.examples:
             measured = self._measure(trained.backbone, trained.prefix, "test")
-            test, intervals = measured.values(), measured.intervals()
+            test = measured.values()
+            intervals = {name: list(bounds) for name, bounds in measured.intervals().items()}
             write_predictions(self.folder / "predictions.jsonl", measured.samples)
         seconds = time.monotonic() - self.began
         summary = {
