@@ -67,8 +67,8 @@ def test_a_run_leaves_what_the_readme_says(experiment, tmp_path):
     folder = tmp_path / "run"
     summary = train(experiment, folder)
     assert {p.name for p in folder.iterdir() if not p.name.startswith(".")} == {
-        "checkpoints", "config.yaml", "curves.png", "metrics.jsonl", "prompt", "summary.json",
-        "tensorboard",
+        "checkpoints", "config.yaml", "curves.png", "metrics.jsonl", "predictions.jsonl",
+        "prompt", "summary.json", "tensorboard",
     }  # fmt: skip
     assert summary == json.loads((folder / "summary.json").read_text())
     assert (summary["steps"], summary["trainable_parameters"]) == (12, 3 * 32)
