@@ -178,7 +178,7 @@ examples:
 Reads lines of {"prediction": ..., "reference": ...}; a reference may be a list of texts of
 which any will do. Prints every value with its 95 % bootstrap interval. With --against, the
 two files answer the same examples, and each value is printed for both, with the difference,
-and p, how often chance would make it as large (paired bootstrap).
+its interval, and p, how often chance would make it as large (paired bootstrap).
 Metrics: rouge (1, 2, L, Lsum), rouge1 to rouge9, rougeL, rougeLsum, bleu, chrf, ter,
 exact_match, token_f1; of labels accuracy, precision, recall, macro_f1, micro_f1, matthews,
 confusion.

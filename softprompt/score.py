@@ -79,11 +79,12 @@ def difference_table(
     ours: dict[str, Scores], theirs: dict[str, Scores], differences: dict[str, Difference]
 ) -> str:
     """Values of two systems, and their differences, as text."""
-    rows = [("metric", "this", "the other", "difference", "p")]
+    rows = [("metric", "this", "the other", "difference", "95 % interval", "p")]
     for name in ours:
         values, others = ours[name].values(), theirs[name].values()
         for key, value in values.items():
             found = differences[key]
             cells = f"{value:.4f}", f"{others[key]:.4f}", f"{found.difference:+.4f}"
-            rows.append((key, *cells, f"{found.p_value:.3f}"))
+            low, high = found.interval
+            rows.append((key, *cells, f"{low:+.4f} to {high:+.4f}", f"{found.p_value:.3f}"))
     return "\n".join("  ".join(line) for line in aligned(rows))

@@ -206,6 +206,9 @@ def test_the_paired_test_tells_chance_from_difference():
     found = paired_test(better, same)["m"]
     assert found.difference == pytest.approx(0.5, abs=0.1)
     assert found.p_value == pytest.approx(1 / 1001)
+    gains = (better.statistics - same.statistics)[:, 0]
+    half = 1.96 * gains.std() / np.sqrt(200)
+    assert found.interval == pytest.approx((gains.mean() - half, gains.mean() + half), abs=0.02)
     p_values = [
         paired_test(mean_of(["m"], random.normal(0, 1, (50, 1)).tolist()), null)["m"].p_value
         for null in [mean_of(["m"], random.normal(0, 1, (50, 1)).tolist()) for _ in range(100)]

@@ -80,7 +80,9 @@ def test_two_systems_are_compared(call, file, tmp_path):
     assert found["difference"] == pytest.approx(ours - first["rouge1"].values()["rouge1.f1"])
     assert 0 < found["p_value"] <= 1
     _, out, _ = call("--metrics", "rouge1", other, "--against", file)
-    assert out.splitlines()[0].split() == ["metric", "this", "the", "other", "difference", "p"]
+    assert out.splitlines()[0].split() == [
+        *("metric", "this", "the", "other", "difference", "95", "%", "interval", "p")
+    ]
 
 
 @pytest.mark.parametrize(

@@ -55,9 +55,16 @@ class Scores:
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """One system's value less another's, and how often chance would make it as large."""
+    """One system's value less another's.
+
+    Attributes:
+      difference: the one measured.
+      interval: its 95 % bootstrap interval.
+      p_value: how often chance would make it as large.
+    """
 
     difference: float
+    interval: tuple[float, float]
     p_value: float
 
 
@@ -85,13 +92,13 @@ def paired_test(ours: Scores, theirs: Scores, seed: int = 0) -> dict[str, Differ
     if names != list(theirs.values()):
         raise UserError("two systems are compared by metrics of the same names")
     measured = _array(ours.values()) - _array(theirs.values())
-    resampled = np.abs(_resampled(ours, seed) - _resampled(theirs, seed) - measured)
-    extreme = (resampled >= np.abs(measured)).sum(axis=0)
+    resampled = _resampled(ours, seed) - _resampled(theirs, seed)
+    low, high = np.quantile(resampled, [0.025, 0.975], axis=0).tolist()
+    extreme = (np.abs(resampled - measured) >= np.abs(measured)).sum(axis=0)
     p_values = (extreme + 1) / (_RESAMPLES + 1)
-    return {
-        name: Difference(float(difference), float(p_value))
-        for name, difference, p_value in zip(names, measured, p_values, strict=True)
-    }
+    intervals = zip(low, high, strict=True)
+    found = map(Difference, measured.tolist(), intervals, p_values.tolist())
+    return dict(zip(names, found, strict=True))
 
 
 def mean_of(names: Sequence[str], rows: Sequence[Sequence[float]]) -> Scores:
