@@ -35,6 +35,7 @@ def evaluate(options: argparse.Namespace) -> None:
     from softprompt.experiment_file import load_experiment
     from softprompt.inference.ensemble import evaluate_ensemble, shared_task
     from softprompt.inference.prompt import load_prompt
+    from softprompt.metrics.named import MODEL_METRICS
     from softprompt.training.run_folder import write_predictions
 
     first, *others = options.runs
@@ -56,6 +57,7 @@ def evaluate(options: argparse.Namespace) -> None:
     examples = make_examples(task, read_records(data[options.split]), options.split)
     about = {"split": options.split, "examples": len(examples)}
     if not others:
+        answers = options.output or set(experiment.evaluation.metrics) - {*MODEL_METRICS}
         measured = evaluate(
             prompt.backbone,
             prompt.prefix,
@@ -63,7 +65,7 @@ def evaluate(options: argparse.Namespace) -> None:
             examples,
             experiment.model_copy(update={"scoring": prompt.scoring}),
             options.split,
-            written=None if options.output or experiment.evaluation.metrics else 0,
+            written=None if answers else 0,
         )
         print(json.dumps({**about, **measured.values()}))
         if options.output:
@@ -115,6 +117,7 @@ def _can_stream(prompt: "TrainedPrompt", settings: dict[str, Any]) -> bool:
 def score(options: argparse.Namespace) -> None:
     """`softprompt score FILE`."""
     from softprompt.metrics.named import OF_A_TABLE, measure
+    from softprompt.metrics.scores import all_intervals, all_values
     from softprompt.score import compare_answers, difference_table, read_answers, score_table
 
     metrics = [name.strip() for name in options.metrics.split(",")]
@@ -122,7 +125,7 @@ def score(options: argparse.Namespace) -> None:
         raise UserError(f"--each: {of_all[0]} is of all examples together")
     answers = read_answers(options.file)
     scores = measure(metrics, answers.predictions, answers.references, stem=options.stem)
-    values = {key: v for one in scores.values() for key, v in one.values().items()}
+    values = all_values(scores)
     if options.against:
         others = read_answers(options.against)
         theirs, differences = compare_answers(answers, others, metrics, stem=options.stem)
@@ -135,7 +138,7 @@ def score(options: argparse.Namespace) -> None:
         for parts in zip(*(one.each() for one in scores.values()), strict=True):
             print(json.dumps({key: v for part in parts for key, v in part.items()}))
     elif options.json:
-        intervals = {key: v for one in scores.values() for key, v in one.intervals().items()}
+        intervals = all_intervals(scores)
         signatures = {name: one.signature for name, one in scores.items() if one.signature}
         print(json.dumps({**values, "intervals": intervals, "signatures": signatures}))
     else:

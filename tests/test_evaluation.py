@@ -190,6 +190,8 @@ def test_free_text_is_written_and_measured(tiny, tmp_path):
     assert list(measured.values())[:2] == ["loss", "rouge1.precision"]
     again = measure(["rouge1", "exact_match"], expected, ["low", "high", "low"])
     assert measured.values()["rouge1.f1"] == again["rouge1"].values()["rouge1.f1"]
+    too_much = experiment.generation.model_copy(update={"max_new_tokens": 1000})
+    experiment = experiment.model_copy(update={"generation": too_much})
     nothing = evaluate(backbone, prefix, task, examples, experiment, "all", written=0)
     assert list(nothing.values()) == ["loss"]
     assert not nothing.samples

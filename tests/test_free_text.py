@@ -9,6 +9,7 @@ from conftest import write_experiment
 from softprompt import UserError, load_experiment, load_prompt, train
 from softprompt.cli import main
 from softprompt.config import Generation
+from softprompt.generation.writer import Writer
 from softprompt.metrics.named import measure
 from softprompt.training.run_folder import read_metrics, write_samples
 
@@ -82,6 +83,13 @@ def test_eval_agrees_with_the_summary_and_writes_answers(run, call, tmp_path):
     assert lines(tmp_path / "answers.jsonl") == lines(folder / "predictions.jsonl")
     _, out, _ = call("eval", folder, "--metrics", "exact_match")
     assert set(json.loads(out)) == {"split", "examples", "loss", "exact_match"}
+
+
+def test_eval_writes_nothing_that_nobody_measures(run, call, monkeypatch):
+    folder, _ = run
+    monkeypatch.setattr(Writer, "_write_batch", None)
+    _, out, _ = call("eval", folder, "--metrics", "perplexity")
+    assert set(json.loads(out)) == {"split", "examples", "loss", "perplexity"}
 
 
 def test_generate_writes_as_the_prompt_was_trained_to(run, call, tiny):

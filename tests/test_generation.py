@@ -259,7 +259,7 @@ def out_of_memory(most, function):
     return start
 
 
-def test_a_batch_too_large_is_halved_until_it_fits(write, monkeypatch, capsys):
+def test_a_batch_too_large_is_halved_until_it_fits(tiny, write, monkeypatch, capsys):
     expected = write(TEXTS)
     monkeypatch.setattr(writer.decoding, "start", out_of_memory(1, decoding.start))
     assert write(TEXTS) == expected
@@ -270,6 +270,9 @@ def test_a_batch_too_large_is_halved_until_it_fits(write, monkeypatch, capsys):
     monkeypatch.setattr(writer.decoding, "start", out_of_memory(0, decoding.start))
     with pytest.raises(UserError, match="no memory for a single input"):
         write(TEXTS)
+    one = Writer(tiny.backbone, tiny.tokenizer, Generation())
+    with pytest.raises(UserError, match="no memory for a single input"):
+        next(one.stream(request(tiny, "a")))
 
 
 def test_other_errors_of_the_device_are_not_hidden(write, monkeypatch):

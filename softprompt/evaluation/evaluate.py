@@ -17,7 +17,7 @@ from softprompt.data.task import Task
 from softprompt.evaluation.scoring import score, weighed
 from softprompt.generation.writer import Writer, requests_of
 from softprompt.metrics.named import MODEL_METRICS, measure
-from softprompt.metrics.scores import Scores
+from softprompt.metrics.scores import Scores, all_intervals, all_values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,11 +35,11 @@ class Measured:
 
     def values(self) -> dict[str, float]:
         """All values of the metrics."""
-        return {key: v for scores in self.scores.values() for key, v in scores.values().items()}
+        return all_values(self.scores)
 
     def intervals(self) -> dict[str, tuple[float, float]]:
         """Their bootstrap intervals."""
-        return {key: v for scores in self.scores.values() for key, v in scores.intervals().items()}
+        return all_intervals(self.scores)
 
 
 def evaluate(
@@ -82,9 +82,10 @@ def evaluate(
         predictions = [task.labels[i] for i in chosen.argmax(axis=1)]
         references = [task.labels[example.answer or 0] for example in examples]
     else:
-        answered = examples[:written]
-        how = experiment.generation
-        requests = requests_of([e.record for e in answered], task, prefix, how)
+        answered, how = examples[:written], experiment.generation
+        requests = []
+        if answered:  # else there need not be room to write anything
+            requests = requests_of([e.record for e in answered], task, prefix, how)
         writer = Writer(backbone, task.base.tokenizer, how)
         generated = writer.write(requests, settings.batch_size, f"{label}: write")
         predictions = [each.text.strip() for each in generated]

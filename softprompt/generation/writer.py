@@ -129,13 +129,15 @@ class Writer:
         """Write on from one input; yields pieces of the text as soon as they are certain.
 
         Raises:
-          UserError: for beam search or several samples, where nothing is certain before the end.
+          UserError: for beam search or several samples, where nothing is certain before the
+            end; and see `memory.run_batches`.
         """
         settings = self._settings
         if settings.beams > 1 or settings.samples > 1:
             raise UserError("a text cannot be shown as it is written with beams or samples")
         shown = 0
-        prefix, state = self._start([request], 1)
+        started = run_batches([[0]], 1, lambda numbers, most: self._start([request], 1))
+        ((_, (prefix, state)),) = started
         while True:
             ids, done = self._ids(state)[0], bool(state.done[0])
             text, ended = self._text(ids)

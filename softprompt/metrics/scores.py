@@ -7,7 +7,7 @@ Axis letters: N examples, S statistics, R resamples.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -99,6 +99,16 @@ def paired_test(ours: Scores, theirs: Scores, seed: int = 0) -> dict[str, Differ
     intervals = zip(low, high, strict=True)
     found = map(Difference, measured.tolist(), intervals, p_values.tolist())
     return dict(zip(names, found, strict=True))
+
+
+def all_values(scores: Mapping[str, Scores]) -> dict[str, float]:
+    """The values of several metrics, by the values' own names."""
+    return {name: value for one in scores.values() for name, value in one.values().items()}
+
+
+def all_intervals(scores: Mapping[str, Scores]) -> dict[str, tuple[float, float]]:
+    """Their bootstrap intervals."""
+    return {name: pair for one in scores.values() for name, pair in one.intervals().items()}
 
 
 def mean_of(names: Sequence[str], rows: Sequence[Sequence[float]]) -> Scores:
