@@ -20,8 +20,8 @@ from softprompt.config import Optimizer
 from softprompt.data.batches import Layout
 from softprompt.data.examples import Example
 from softprompt.data.records import Record
-from softprompt.training.optimizers import make_optimizer
-from softprompt.training.step import train_step
+from softprompt.training.optimizers import UpdateRule, hyperparameters
+from softprompt.training.step import split, train_step
 
 LENGTHS = (1, 10, 20, 50, 100)
 
@@ -46,10 +46,9 @@ class _PrependingBackbone(nnx.Module):
 
 def stepper(base, method, batch):
     """A function that runs one training step and waits for it."""
-    optimizer = make_optimizer(Optimizer(), 1000)
-    graphdef, *state = nnx.split((method, base.backbone), method.trainable, ...)
-    trainable, frozen = state
-    opt_state = optimizer.init(trainable)
+    optimizer = UpdateRule.of(Optimizer())
+    graphdef, trainable, frozen = split(method, base.backbone)
+    opt_state = optimizer.init(trainable, hyperparameters(Optimizer(), 1000))
     key = jax.random.key(0)
 
     def step():

@@ -6,14 +6,13 @@ import numpy as np
 import optax
 import pytest
 from conftest import example_of
-from flax import nnx
 
 from softprompt import SoftPrompt
 from softprompt.backbones.batch import target_log_probabilities
 from softprompt.config import Optimizer
 from softprompt.data.batches import Layout
-from softprompt.training.optimizers import make_optimizer, make_schedule
-from softprompt.training.step import train_step
+from softprompt.training.optimizers import UpdateRule, hyperparameters, learning_rate
+from softprompt.training.step import split, train_step
 
 EXAMPLES = [
     example_of([5, 6, 7, 8], [[20, 21, 22]], 0),
@@ -26,13 +25,14 @@ KEY = jax.random.key(0)
 VECTORS = np.random.default_rng(0).normal(size=(5, 32)).astype(np.float32)
 
 
-def setup(base, optimizer=None):
-    optimizer = optimizer or make_optimizer(Optimizer(), 10)
-    graphdef, trainable, frozen = nnx.split(
-        (SoftPrompt(jnp.array(VECTORS)), base.backbone), SoftPrompt.trainable, ...
-    )
-    fixed = {"graphdef": graphdef, "optimizer": optimizer}
-    return trainable, optimizer.init(trainable), frozen, fixed
+ADAMW = Optimizer()
+
+
+def setup(base, settings=ADAMW, steps=10):
+    graphdef, trainable, frozen = split(SoftPrompt(jnp.array(VECTORS)), base.backbone)
+    optimizer = UpdateRule.of(settings)
+    opt_state = optimizer.init(trainable, hyperparameters(settings, steps))
+    return trainable, opt_state, frozen, {"graphdef": graphdef, "optimizer": optimizer}
 
 
 def one_by_one(base, vectors):
@@ -59,7 +59,8 @@ def expected(tiny):
 @pytest.mark.parametrize("accumulate", [1, 2, 4])
 def test_one_step_is_that_of_the_mean_loss_over_target_tokens(tiny, expected, accumulate):
     """Also in several passes, although these have different numbers of targets."""
-    trainable, opt_state, frozen, fixed = setup(tiny, optax.sgd(0.5))
+    plain = Optimizer(name="sgd", learning_rate=0.5, schedule="constant", clip_norm=None)
+    trainable, opt_state, frozen, fixed = setup(tiny, plain)
     loss, gradient = expected
     after, _, measured = train_step(
         trainable, opt_state, frozen, BATCH, KEY, accumulate=accumulate, **fixed
@@ -84,8 +85,8 @@ def test_only_the_prompt_changes(tiny):
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "sgd", "lion"])
 def test_every_optimizer_lowers_the_loss_and_keeps_only_the_prompts_shape(tiny, name):
     rate = 1.0 if name == "sgd" else 0.1
-    optimizer = make_optimizer(Optimizer(name=name, learning_rate=rate, weight_decay=1e-4), 30)
-    trainable, opt_state, frozen, fixed = setup(tiny, optimizer)
+    settings = Optimizer(name=name, learning_rate=rate, weight_decay=1e-4)
+    trainable, opt_state, frozen, fixed = setup(tiny, settings, 30)
     shapes = {leaf.shape for leaf in jax.tree.leaves(opt_state)}
     assert shapes <= {VECTORS.shape, (), (1,)}
     losses = []
@@ -118,7 +119,7 @@ def test_one_program_for_each_batch_shape(tiny):
     trainable, opt_state, frozen, fixed = setup(tiny)
     before = train_step._cache_size()
     for _ in range(3):
-        for length in (8, 12):
+        for length in (16, 20):
             batch = Layout.of(EXAMPLES).lay_out(EXAMPLES, 4, length, 3)
             trainable, opt_state, _ = train_step(trainable, opt_state, frozen, batch, KEY, **fixed)
     assert train_step._cache_size() == before + 2
@@ -147,15 +148,35 @@ def test_candidates_side_by_side_score_as_each_alone(tiny):
     ],
 )
 def test_schedules_warm_up_and_fall(schedule, expected):
-    rate = make_schedule(Optimizer(schedule=schedule, learning_rate=1.0, warmup_steps=2), 6)
-    np.testing.assert_allclose([rate(i) for i in range(6)], expected, atol=1e-6)
-    no_warmup = make_schedule(Optimizer(schedule=schedule, learning_rate=1.0), 6)
-    assert no_warmup(0) == 1
+    warm = hyperparameters(Optimizer(learning_rate=1.0, warmup_steps=2), 6)
+    rates = [learning_rate(schedule, warm, i) for i in range(6)]
+    np.testing.assert_allclose(rates, expected, atol=1e-6)
+    assert learning_rate(schedule, hyperparameters(Optimizer(learning_rate=1.0), 6), 0) == 1
+
+
+def test_an_update_rule_is_optax_with_plain_numbers():
+    """Its numbers are in the state; the reference has them in its program."""
+    settings = Optimizer(learning_rate=0.3, warmup_steps=3, weight_decay=0.05, clip_norm=0.5)
+    schedule = optax.warmup_cosine_decay_schedule(0.1, 0.3, 2, 12)  # it has no step of rate 0
+    schedule = optax.join_schedules([schedule, optax.cosine_decay_schedule(0.3, 9)], [3])
+    reference = optax.chain(
+        optax.clip_by_global_norm(0.5), optax.adamw(schedule, weight_decay=0.05)
+    )
+    ours, theirs = jnp.array(VECTORS), jnp.array(VECTORS)
+    rule, numbers = UpdateRule.of(settings), hyperparameters(settings, 12)
+    state, their_state = rule.init(ours, numbers), reference.init(theirs)
+    for i in range(12):
+        gradient = jnp.cos(ours * (i + 1))
+        updates, state = rule.update(gradient, state, ours)
+        ours = optax.apply_updates(ours, updates)
+        updates, their_state = reference.update(jnp.cos(theirs * (i + 1)), their_state, theirs)
+        theirs = optax.apply_updates(theirs, updates)
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
 def test_clipping_bounds_the_update(tiny):
     settings = Optimizer(name="sgd", learning_rate=1.0, schedule="constant", clip_norm=1e-3)
-    trainable, opt_state, frozen, fixed = setup(tiny, make_optimizer(settings, 10))
+    trainable, opt_state, frozen, fixed = setup(tiny, settings)
     after, _, measured = train_step(trainable, opt_state, frozen, BATCH, KEY, **fixed)
     assert measured["gradient_norm"] > 1e-2
     change = jnp.linalg.norm(jax.tree.leaves(after)[0] - VECTORS)

@@ -3,6 +3,7 @@
 Axis letters: S tokens of the opening.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,12 +24,15 @@ class Method(nnx.Module):
     Attributes:
       opening: `[S]`, ids that every row begins with, virtual tokens among them or not. They
         are run once, and become the prefix or the end of it.
+      span: `[1, 2]`, from which of these up to which there are any, or None: all. The others
+        are padding, see `SoftPrompt.padded`.
     """
 
     trainable: Any = False  # the filter for what the step updates
 
     def __init__(self, opening: jax.Array | Sequence[int] = ()):
         self.opening = Constant(jnp.asarray(opening, jnp.int32))
+        self.span: Constant | None = nnx.data(None)
 
     def apply(
         self, backbone: Backbone, key: jax.Array | None = None
@@ -50,7 +54,8 @@ class Method(nnx.Module):
         """The second half of `apply`, given what the first half returned."""
         if not self.opening.size:
             return None
-        return backbone.prefill(backbone.embedding(self.opening[...]))
+        prefix = backbone.prefill(backbone.embedding(self.opening[...]))
+        return prefix if self.span is None else dataclasses.replace(prefix, spans=self.span[...])
 
     def folded(self) -> "Method":
         """The same function in the form that is saved."""

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from softprompt.backbones.loading import Backbone
-from softprompt.methods.method import Method, copied
+from softprompt.methods.method import Constant, Method, copied
 
 
 class PromptParam(nnx.Param):
@@ -44,6 +44,18 @@ class SoftPrompt(Method):
         vectors = self.vectors[...].astype(embeddings.dtype)
         rows = jnp.broadcast_to(vectors, (embeddings.shape[0], *vectors.shape))
         return jnp.concatenate([rows, embeddings], axis=1)
+
+    def padded(self, length: int) -> "SoftPrompt":
+        """The same prompt with `length` vectors and an opening that is longer by as many.
+
+        What is added stands at the end, and no row attends to it, so that prompts of several
+        lengths can be of one shape. All vectors must be in the opening of a causal model.
+        """
+        more = (0, length - len(self.vectors[...]))
+        opening = self.opening[...]
+        padded = SoftPrompt(jnp.pad(self.vectors[...], (more, (0, 0))), jnp.pad(opening, more))
+        padded.span = Constant(jnp.array([[0, opening.size]]))
+        return padded
 
     def adapt(self, backbone: Backbone, key: jax.Array | None = None) -> Backbone:
         """The backbone, to which the ids of virtual tokens mean these vectors."""

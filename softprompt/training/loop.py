@@ -1,81 +1,18 @@
-"""The training loop: data in; metrics, checkpoints and at the end a prompt out.
+"""The training of one experiment, from its data to a prompt."""
 
-A run that was stopped at any moment goes on from its newest intact checkpoint and ends
-as it would have ended without the stop, bit for bit: every batch is a function of the
-seed and its number, and a checkpoint holds all else.
-"""
-
-import dataclasses
 import json
-import math
-import time
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
-from flax import nnx
-
-from softprompt.checkpoint import Checkpoints, DamagedError
 from softprompt.config import Experiment
 from softprompt.console import Bar, say
-from softprompt.data.batches import TrainingBatches
-from softprompt.data.examples import examples_digest
 from softprompt.errors import Stopped, UserError
-from softprompt.evaluation.evaluate import Measured, evaluate
-from softprompt.evaluation.scoring import make_prefix
-from softprompt.inference.prompt import TrainedPrompt, load_prompt
-from softprompt.inference.saved import read_description, save_prompt, usage
-from softprompt.methods.method import Method
-from softprompt.metrics.named import is_better
-from softprompt.training.cost import peak_memory, rate
-from softprompt.training.curves import draw_curves
-from softprompt.training.optimizers import make_optimizer, make_schedule
-from softprompt.training.preparation import prepare
-from softprompt.training.run_folder import (
-    MetricsLog,
-    open_run,
-    write_config,
-    write_file,
-    write_predictions,
-    write_samples,
-)
+from softprompt.inference.saved import read_description
+from softprompt.training.preparation import Preparation
+from softprompt.training.run import Run
+from softprompt.training.run_folder import open_run
 from softprompt.training.step import train_step
 from softprompt.training.stop import StopSignals
-
-
-@dataclasses.dataclass
-class Progress:
-    """Where a run stands, apart from its arrays; part of every checkpoint.
-
-    Attributes:
-      base, examples: digests of the base model and of all tokenised data, which must be
-        the same when the run goes on.
-      step: updates made.
-      data: state of the iterator over training batches.
-      evaluated: the last step whose prompt was evaluated; -1 if none was.
-      best_step, best_metrics: of the best prompt so far.
-      stale: evaluations since then.
-      records: written to the metrics.
-      losses, padding: of each step since the last record of the metrics.
-      seconds: spent on this run; `step_seconds`, on its steps alone; `logged_seconds`,
-        `step_seconds` at the last record of the metrics.
-    """
-
-    base: str
-    examples: str
-    step: int = 0
-    data: dict[str, Any] = dataclasses.field(default_factory=dict)
-    evaluated: int = -1
-    best_step: int = 0
-    best_metrics: dict[str, float] = dataclasses.field(default_factory=dict)
-    stale: int = 0
-    records: int = 0
-    losses: list[float] = dataclasses.field(default_factory=list)
-    padding: list[float] = dataclasses.field(default_factory=list)
-    seconds: float = 0.0
-    step_seconds: float = 0.0
-    logged_seconds: float = 0.0
 
 
 def train(experiment: Experiment, folder: str | Path) -> dict[str, Any]:
@@ -88,19 +25,19 @@ def train(experiment: Experiment, folder: str | Path) -> dict[str, Any]:
     """
     folder = Path(folder)
     with StopSignals() as stop, open_run(folder, experiment):
-        if summary := _finished(folder):
+        if summary := finished(folder):
             say(f"{folder}: this run is finished; for another one set --run-dir (make: RUN=DIR)")
             return summary
         try:
-            run = _Run(experiment, folder, stop)
-            run.train()
+            run = Run(experiment, folder, stop, Preparation().prepare(experiment))
+            _train(run, stop)
             return run.finish()
         except OSError as error:
             where = error.filename or folder
             raise UserError(f"{where}: cannot be read or written ({error.strerror})") from error
 
 
-def _finished(folder: Path) -> dict[str, Any] | None:
+def finished(folder: Path) -> dict[str, Any] | None:
     """The summary of a finished run whose prompt is intact."""
     try:
         read_description(folder / "prompt")
@@ -109,288 +46,28 @@ def _finished(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-class _Run:
-    """One process's share of a run."""
-
-    def __init__(self, experiment: Experiment, folder: Path, stop: StopSignals):
-        began = time.monotonic()
-        self.experiment, self.folder, self.stop = experiment, folder, stop
-        prepared = prepare(experiment)
-        self.base, self.task, self.examples = prepared.base, prepared.task, prepared.examples
-        self.rows = experiment.training.batch_size * experiment.training.accumulate
-        if len(self.examples["train"]) < self.rows:
-            raise UserError(
-                f"{experiment.data.train}: {len(self.examples['train'])} examples do not fill a "
-                f"batch of {self.rows}; set a smaller training.batch_size"
-            )
-        self.batches = TrainingBatches(
-            self.examples["train"],
-            self.rows,
-            experiment.seed,
-            encoder_decoder=self.base.backbone.is_encoder_decoder,
-        ).iterate()
-
-        method = prepared.method
-        self.graphdef, *states = nnx.split((method, self.base.backbone), method.trainable, ...)
-        self.trainable, self.frozen = states
-        self.steps = experiment.training.steps if jax.tree.leaves(self.trainable) else 0
-        update = experiment.optimizer, experiment.training.steps
-        offsets = experiment.dept.learning_rate if experiment.method == "dept" else None
-        self.schedule, self.optimizer = make_schedule(*update), make_optimizer(*update, offsets)
-        self.opt_state = self.optimizer.init(self.trainable)
-        self.key = jax.random.key(experiment.seed)
-
-        write_config(folder, experiment)
-        self.checkpoints = Checkpoints(folder / "checkpoints", experiment.checkpoints.keep)
-        self.progress = Progress(self.base.fingerprint, examples_digest(self.examples))
-        self._resume()
-        self.metrics = MetricsLog(folder, self.progress.step, self.progress.records)
-        self.saved_step = self.progress.step
-        self.pending: tuple[dict[str, jax.Array], float] | None = None  # of the last step
-        self.began = began - self.progress.seconds
-        self.mark = time.monotonic()
-        self.note = ""
-
-    def train(self) -> None:
-        """Steps, evaluations and checkpoints, up to the last step or an early stop."""
-        progress = self.progress
-        patience, every = self.experiment.evaluation.patience, self.experiment.checkpoints.every
-        try:
-            with (
-                self.stop.deferred(),
-                Bar("train", self.steps, "steps", done=progress.step) as bar,
-            ):
-                while not self.stop.requested:
-                    last = progress.step == self.steps
-                    due = progress.step and progress.step % self.experiment.evaluation.every == 0
-                    if progress.evaluated < progress.step and (last or due):
-                        self._evaluate()
-                    elif every and progress.step % every == 0 and self.saved_step < progress.step:
-                        self._save()
-                    stale = patience is not None and progress.stale >= patience
-                    if last or stale:
-                        if stale and not last:
-                            say(f"no better prompt in {progress.stale} evaluations: stopping early")
-                        break
-                    self._step()
-                    bar.advance(note=self.note)
-                if self.stop.requested and self.saved_step != progress.step:
-                    self._save()
-                self.checkpoints.wait()
-        finally:
-            self.metrics.close()
-        if self.stop.requested:
-            raise Stopped(
-                self.stop.requested,
-                f"stopped at step {progress.step}, all saved; the same command goes on from there",
-            )
-
-    def finish(self) -> dict[str, Any]:
-        """Evaluate the best prompt on the test data and write the summary."""
-        progress = self.progress
-        trained = self._best_prompt()
-        test: dict[str, float] = {}
-        intervals: dict[str, list[float]] = {}
-        if "test" in self.examples:
-            measured = self._measure(trained.backbone, trained.prefix, "test")
-            test = measured.values()
-            intervals = {name: list(bounds) for name, bounds in measured.intervals().items()}
-            write_predictions(self.folder / "predictions.jsonl", measured.samples)
-        seconds = time.monotonic() - self.began
-        summary = {
-            "experiment": self.experiment.name,
-            "method": self.experiment.method,
-            "trainable_parameters": sum(x.size for x in jax.tree.leaves(self.trainable)),
-            "steps": progress.step,
-            "best_step": progress.best_step,
-            "wall_seconds": round(seconds, 1),
-            "train_seconds": round(progress.step_seconds, 1),
-            "examples_per_second": rate(progress.step * self.rows, progress.step_seconds),
-            "peak_memory_bytes": peak_memory(),
-            "validation": progress.best_metrics,
-            "test": test,
-            "test_intervals": intervals,
-        }
-        draw_curves(self.folder, self.experiment.evaluation.metric)
-        write_file(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-        return summary
-
-    def _resume(self) -> None:
-        """Go on from the newest intact checkpoint whose best prompt is intact as well."""
-        found = dict(self.checkpoints.read_descriptions())
-        damage = [problem for problem in found.values() if isinstance(problem, DamagedError)]
-        intact = {step: d for step, d in found.items() if not isinstance(d, DamagedError)}
-        for problem in damage:
-            say(f"{problem}; not using this checkpoint")
-        bests = {0, *intact, self._saved_prompt_step()}
-        for step, description in intact.items():
-            for key, what in (("base", "base model"), ("examples", "data")):
-                if description[key] != getattr(self.progress, key):
-                    raise UserError(
-                        f"{self.folder}: its {what} has changed since the run began; put it back, "
-                        "or choose another folder with --run-dir (make: RUN=DIR)"
-                    )
-            if description["best_step"] in bests:
-                arrays = self.checkpoints.load(step, (self.trainable, self.opt_state))
-                self.trainable, self.opt_state = arrays
-                self.progress = Progress(**description)
-                self.batches.set_state(self.progress.data)
-                say(f"going on from step {step}")
-                return
-        if found:
-            say("no checkpoint can be used: starting from the beginning")
-
-    def _step(self) -> None:
-        """Dispatch a step, and while it runs take in the measurements of the one before."""
-        batch = next(self.batches)
-        self.trainable, self.opt_state, measured = train_step(
-            self.trainable,
-            self.opt_state,
-            self.frozen,
-            batch,
-            jax.random.fold_in(self.key, self.progress.step),
-            graphdef=self.graphdef,
-            optimizer=self.optimizer,
-            accumulate=self.experiment.training.accumulate,
+def _train(run: Run, stop: StopSignals) -> None:
+    """Steps, evaluations and checkpoints, up to the last step or an early stop."""
+    program = {
+        "graphdef": run.graphdef,
+        "optimizer": run.optimizer,
+        "accumulate": run.accumulate,
+    }
+    try:
+        with stop.deferred(), Bar("train", run.steps, "steps", done=run.progress.step) as bar:
+            while not stop.requested and run.attend() and not stop.requested:
+                batch, key = run.inputs()
+                results = train_step(
+                    run.trainable, run.opt_state, run.frozen, batch, key, **program
+                )
+                run.take(*results, padding=batch.padding)
+                bar.advance(note=run.note)
+            if stop.requested:
+                run.save()
+    finally:
+        run.close()
+    if stop.requested:
+        raise Stopped(
+            stop.requested,
+            f"stopped at step {run.progress.step}, all saved; the same command goes on from there",
         )
-        self._take_in()
-        self.pending = (measured, batch.padding)
-        self.progress.step += 1
-
-    def _take_in(self) -> None:
-        """Wait for the pending step's measurements, check them, and log when it is time."""
-        if self.pending is None:
-            return
-        measured, padding = self.pending
-        self.pending = None
-        loss, norm = float(measured["loss"]), float(measured["gradient_norm"])
-        progress = self.progress
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise self._not_finite(f"the loss is {loss} and its gradient's norm {norm}")
-        now = time.monotonic()
-        progress.step_seconds += now - self.mark
-        self.mark = now
-        progress.losses.append(loss)
-        progress.padding.append(padding)
-        training = self.experiment.training
-        if progress.step % training.log_every == 0 or progress.step == self.steps:
-            seconds = progress.step_seconds - progress.logged_seconds
-            values = {
-                "loss": float(np.mean(progress.losses)),
-                "gradient_norm": norm,
-                "learning_rate": float(self.schedule(progress.step - 1)),
-                "padding": float(np.mean(progress.padding)),
-                "examples_per_second": rate(len(progress.losses) * self.rows, seconds),
-            }
-            self.metrics.write(progress.step, "train", values)
-            self.note = (
-                f"loss {values['loss']:.4f}, {values['examples_per_second']:.1f} examples/s, "
-                f"{values['padding']:.0%} padding"
-            )
-            progress.losses, progress.padding = [], []
-            progress.logged_seconds = progress.step_seconds
-
-    def _not_finite(self, what: str) -> UserError:
-        self.checkpoints.wait()
-        newest = self.checkpoints.steps[-1:]
-        kept = f"checkpoint {self.checkpoints.path(newest[0])} is kept" if newest else ""
-        return UserError(
-            f"step {self.progress.step}: {what}; lower optimizer.learning_rate, in another "
-            "folder with --run-dir (make: RUN=DIR); "
-            f"{kept or 'there is no checkpoint yet'}"
-        )
-
-    def _evaluate(self) -> None:
-        """Evaluate the prompt as it is, keep it if it is the best so far, save the state.
-
-        Cut short by a signal, it leaves no trace and is done again when the run goes on.
-        """
-        self._take_in()
-        method, backbone = nnx.merge(self.graphdef, self.trainable, self.frozen)
-        try:
-            with self.stop.deferred(False):
-                adapted = method.adapt(backbone)
-                measured = self._measure(adapted, make_prefix(method, adapted), "validation")
-        except Stopped:
-            return
-        progress, key = self.progress, self.experiment.evaluation.metric
-        metrics = measured.values()
-        if not math.isfinite(metrics["loss"]):
-            raise self._not_finite(f"the validation loss is {metrics['loss']}")
-        best = not progress.best_metrics or is_better(metrics, progress.best_metrics, key)
-        if best:
-            progress.best_step, progress.best_metrics = progress.step, metrics
-        progress.stale = 0 if best else progress.stale + 1
-        progress.evaluated = progress.step
-        self.metrics.write(progress.step, "validation", metrics)
-        if not self.task.labels:
-            write_samples(self.folder, progress.step, measured.samples)
-        shown = ", ".join(
-            f"{name} {value:.4f}"
-            for name, value in metrics.items()
-            if name == key or "." not in name or name.endswith(".f1")
-        )
-        say(f"step {progress.step}: validation {shown}{' (the best so far)' if best else ''}")
-        self._save()
-        if best:
-            self.checkpoints.wait()
-            self._save_prompt(method, backbone)
-        self.mark = time.monotonic()
-
-    def _measure(self, backbone, prefix, split: str) -> Measured:
-        settings = self.experiment.evaluation
-        examples = self.examples[split]
-        written: int | None = settings.samples
-        if split == "validation":
-            examples = examples[: settings.examples]
-        elif settings.samples:
-            written = None
-        return evaluate(
-            backbone, prefix, self.task, examples, self.experiment, split, written=written
-        )
-
-    def _save(self) -> None:
-        """Save a checkpoint of the state after the last step."""
-        self._take_in()
-        progress = self.progress
-        if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(self.trainable)):
-            raise self._not_finite("the update made what is learned infinite")
-        progress.data = self.batches.get_state()
-        progress.records = self.metrics.records
-        progress.seconds = time.monotonic() - self.began
-        arrays = (self.trainable, self.opt_state)
-        best = progress.best_step
-        self.checkpoints.save(progress.step, arrays, dataclasses.asdict(progress), best)
-        self.saved_step = progress.step
-
-    def _save_prompt(self, method: Method, backbone) -> None:
-        about = {
-            "experiment": self.experiment.name,
-            "step": self.progress.best_step,
-            "validation": self.progress.best_metrics,
-            **usage(self.experiment),
-        }
-        save_prompt(
-            self.folder / "prompt",
-            method.folded(),
-            backbone,
-            self.experiment.method,
-            self.base,
-            self.task,
-            about,
-        )
-
-    def _saved_prompt_step(self) -> int:
-        """The step that `prompt/` is of; -1 if there is none, or it is damaged."""
-        try:
-            return read_description(self.folder / "prompt")["step"]
-        except UserError:
-            return -1
-
-    def _best_prompt(self) -> TrainedPrompt:
-        """The prompt of the best step, from `prompt/` or else from its checkpoint."""
-        best = self.progress.best_step
-        if self._saved_prompt_step() != best:
-            arrays = self.checkpoints.load(best, (self.trainable, self.opt_state))
-            self._save_prompt(*nnx.merge(self.graphdef, arrays[0], self.frozen))
-        return load_prompt(self.folder / "prompt", self.base)

@@ -1,6 +1,15 @@
-"""Optax optimizers and schedules by name."""
+"""Update rules: Optax's, with the numbers of an experiment in their state.
+
+Learning rate, warm-up, length of the schedule and weight decay are arrays beside Optax's
+own, so that one compiled program serves experiments that differ in them.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
@@ -8,43 +17,118 @@ from softprompt.config import Optimizer
 from softprompt.methods.soft_prompt import OffsetParam
 
 
-def make_schedule(settings: Optimizer, steps: int) -> optax.Schedule:
-    """Learning rate by step: linear warm-up to the peak, then constant or down to 0 at `steps`."""
-    peak, rest = settings.learning_rate, max(1, steps - settings.warmup_steps)
-    after = {
-        "constant": lambda: optax.constant_schedule(peak),
-        "linear": lambda: optax.linear_schedule(peak, 0.0, rest),
-        "cosine": lambda: optax.cosine_decay_schedule(peak, rest),
-    }[settings.schedule]()
-    # A warm-up of n steps uses 1/n, 2/n, … of the peak, so that no step is wasted on 0.
-    warmup = optax.linear_schedule(
-        peak / max(1, settings.warmup_steps), peak, max(1, settings.warmup_steps - 1)
-    )
-    return optax.join_schedules([warmup, after], [settings.warmup_steps])
+class Hyperparameters(NamedTuple):
+    """The numbers of an update rule, float32 scalars.
+
+    Attributes:
+      learning_rate: the peak.
+      offsets_learning_rate: the same of DePT's offsets, or None.
+      warmup_steps: until the peak.
+      steps: where the schedule ends.
+      weight_decay: a step shrinks what is learned by this times the learning rate.
+    """
+
+    learning_rate: Any
+    offsets_learning_rate: Any
+    warmup_steps: Any
+    steps: Any
+    weight_decay: Any
 
 
-def make_optimizer(
-    settings: Optimizer, steps: int, offsets_learning_rate: float | None = None
-) -> optax.GradientTransformation:
-    """The update rule of an experiment.
+@dataclasses.dataclass(frozen=True)
+class UpdateRule:
+    """What of an optimizer is part of the program; see `config.Optimizer`.
 
-    In all of them a step shrinks what is learned by learning rate times weight decay.
     Adafactor is set as in Lester et al. 2021, section 3: no scaling by the size of the
     parameter.
+    """
+
+    name: str
+    schedule: str
+    clip_norm: float | None
+
+    @classmethod
+    def of(cls, settings: Optimizer) -> "UpdateRule":
+        """That of an experiment."""
+        return cls(settings.name, settings.schedule, settings.clip_norm)
+
+    def init(self, trainable: Any, numbers: Hyperparameters) -> tuple[Hyperparameters, Any]:
+        """The first state."""
+        return numbers, self._rule(numbers).init(trainable)
+
+    def update(
+        self, gradients: Any, state: tuple[Hyperparameters, Any], trainable: Any
+    ) -> tuple[Any, tuple[Hyperparameters, Any]]:
+        """As an Optax transformation's: the updates to be added, and the next state."""
+        numbers, inner = state
+        updates, inner = self._rule(numbers).update(gradients, inner, trainable)
+        return updates, (numbers, inner)
+
+    def _rule(self, numbers: Hyperparameters) -> optax.GradientTransformation:
+        rule = self._unclipped(numbers)
+        if numbers.offsets_learning_rate is not None:
+            of_offsets = numbers._replace(learning_rate=numbers.offsets_learning_rate)
+            rules = {"offsets": self._unclipped(of_offsets), "others": rule}
+            rule = optax.multi_transform(rules, _labels)
+        if self.clip_norm is None:
+            return rule
+        return optax.chain(optax.clip_by_global_norm(self.clip_norm), rule)
+
+    def _unclipped(self, numbers: Hyperparameters) -> optax.GradientTransformation:
+        def rate(step: jax.Array) -> jax.Array:
+            return learning_rate(self.schedule, numbers, step)
+
+        decay = numbers.weight_decay
+        rules = {
+            "adamw": lambda: optax.adamw(rate, weight_decay=decay),
+            "adafactor": lambda: optax.chain(
+                optax.scale_by_factored_rms(),
+                optax.clip_by_block_rms(1.0),
+                optax.add_decayed_weights(decay),
+                optax.scale_by_learning_rate(rate),
+            ),
+            "sgd": lambda: optax.chain(
+                optax.add_decayed_weights(decay), optax.sgd(rate, momentum=0.9)
+            ),
+            "lion": lambda: optax.lion(rate, weight_decay=decay),
+        }
+        return rules[self.name]()
+
+
+def hyperparameters(
+    settings: Optimizer, steps: int, offsets_learning_rate: float | None = None
+) -> Hyperparameters:
+    """The numbers of an experiment.
 
     Args:
-      settings: the experiment's.
+      settings: its section.
       steps: where the schedule ends.
       offsets_learning_rate: of DePT's offsets, if they have one of their own.
     """
-    rule = _rule(settings, steps)
-    if offsets_learning_rate is not None:
-        of_offsets = settings.model_copy(update={"learning_rate": offsets_learning_rate})
-        rules = {"offsets": _rule(of_offsets, steps), "others": rule}
-        rule = optax.multi_transform(rules, _labels)
-    if settings.clip_norm is None:
-        return rule
-    return optax.chain(optax.clip_by_global_norm(settings.clip_norm), rule)
+    of_offsets = offsets_learning_rate
+    return Hyperparameters(
+        learning_rate=np.float32(settings.learning_rate),
+        offsets_learning_rate=None if of_offsets is None else np.float32(of_offsets),
+        warmup_steps=np.float32(settings.warmup_steps),
+        steps=np.float32(steps),
+        weight_decay=np.float32(settings.weight_decay),
+    )
+
+
+def learning_rate(schedule: str, numbers: Hyperparameters, step: jax.Array | int) -> jax.Array:
+    """That of a step, counted from 0: a linear warm-up, then constant or down to 0 at `steps`.
+
+    A warm-up of n steps uses 1/n, 2/n, … of the peak, so that no step is wasted on 0.
+    """
+    warmup = numbers.warmup_steps
+    done = jnp.clip((step - warmup) / jnp.maximum(1, numbers.steps - warmup), 0, 1)
+    after = {
+        "constant": jnp.ones_like(done),
+        "linear": 1 - done,
+        "cosine": (1 + jnp.cos(jnp.pi * done)) / 2,
+    }[schedule]
+    warm = (step + 1) / jnp.maximum(1, warmup)
+    return numbers.learning_rate * jnp.where(step < warmup, warm, after)
 
 
 def _labels(trainable):
@@ -54,19 +138,3 @@ def _labels(trainable):
         trainable,
         is_leaf=lambda node: isinstance(node, nnx.Variable),
     )
-
-
-def _rule(settings: Optimizer, steps: int) -> optax.GradientTransformation:
-    rate, decay = make_schedule(settings, steps), settings.weight_decay
-    rules = {
-        "adamw": lambda: optax.adamw(rate, weight_decay=decay),
-        "adafactor": lambda: optax.chain(
-            optax.scale_by_factored_rms(),
-            optax.clip_by_block_rms(1.0),
-            optax.add_decayed_weights(decay),
-            optax.scale_by_learning_rate(rate),
-        ),
-        "sgd": lambda: optax.chain(optax.add_decayed_weights(decay), optax.sgd(rate, momentum=0.9)),
-        "lion": lambda: optax.lion(rate, weight_decay=decay),
-    }
-    return rules[settings.name]()

@@ -3,6 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 
@@ -10,7 +11,7 @@ from softprompt.backbones.loading import Base, load_base
 from softprompt.config import Experiment
 from softprompt.console import say
 from softprompt.data.examples import Example, make_examples
-from softprompt.data.records import read_records
+from softprompt.data.records import Record, read_records
 from softprompt.data.task import Task, draw_demonstrations, make_task
 from softprompt.errors import UserError
 from softprompt.inference.prompt import load_prompt
@@ -21,53 +22,97 @@ from softprompt.methods.soft_prompt import SoftPrompt
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """What `prepare` made of an experiment.
+    """What `Preparation` made of an experiment.
 
     Attributes:
       base: the base model.
       task: what turns records into examples.
       examples: by split, of all data that the experiment names.
       method: as it is before training.
+      seconds: that it took.
     """
 
     base: Base
     task: Task
     examples: Mapping[str, Sequence[Example]]
     method: Method
+    seconds: float
 
 
-def prepare(experiment: Experiment) -> Prepared:
-    """Read an experiment's data, load its base model, and make its method.
+class Preparation:
+    """Prepares experiments; what follows one another in several is read once.
 
-    Raises:
-      UserError: if the experiment, its data or its base model will not do.
+    Of base models the last one is kept, and of data the last examples of each split.
     """
-    began = time.monotonic()
-    sources = experiment.data.model_dump(exclude_none=True)
-    records = {split: read_records(source) for split, source in sources.items()}
-    base = load_base(experiment.base, **experiment.compute.model_dump())
-    compute = base.compute
-    say(
-        f"base {base.name}: loaded in {time.monotonic() - began:.1f} s, {compute.dtype}"
-        f"{', int8 matrices' if compute.int8 else ''}, {compute.attention} attention"
-    )
-    texts = experiment.template, experiment.verbalizer
-    shown = draw_demonstrations(*texts, records["train"], experiment.shots, experiment.seed)
-    virtual, before = virtual_tokens(experiment)
-    task = make_task(
-        base,
-        *texts,
-        shown,
-        virtual_tokens=virtual,
-        before=before,
-        tasks=experiment.prompt.tasks or () if virtual else (),
-        task_field=experiment.prompt.task_field,
-    )
-    examples = {split: make_examples(task, part, split) for split, part in records.items()}
-    if not task.labels and experiment.evaluation.samples:
-        task.with_room(experiment.generation.max_new_tokens, before + len(task.opening))
-    method = make_method(experiment, base, task.opening, _initial_prompts(experiment, base))
-    return Prepared(base, task, examples, method)
+
+    def __init__(self) -> None:
+        self._bases: dict[str, Base] = {}
+        self._records: dict[str, Sequence[Record]] = {}
+        self._examples: dict[str, tuple[Any, Any, Sequence[Example]]] = {}
+
+    def prepare(self, experiment: Experiment) -> Prepared:
+        """Read an experiment's data, load its base model, and make its method.
+
+        Raises:
+          UserError: if the experiment, its data or its base model will not do.
+        """
+        began = time.monotonic()
+        sources = experiment.data.model_dump(exclude_none=True)
+        self._records = {
+            source: self._records.get(source) or read_records(source) for source in sources.values()
+        }
+        records = {split: self._records[source] for split, source in sources.items()}
+        base = self._base(experiment)
+        texts = experiment.template, experiment.verbalizer
+        shown = draw_demonstrations(*texts, records["train"], experiment.shots, experiment.seed)
+        virtual, before = virtual_tokens(experiment)
+        task = make_task(
+            base,
+            *texts,
+            shown,
+            virtual_tokens=virtual,
+            before=before,
+            tasks=experiment.prompt.tasks or () if virtual else (),
+            task_field=experiment.prompt.task_field,
+        )
+        examples = {split: self._examples_of(task, part, split) for split, part in records.items()}
+        if not task.labels and experiment.evaluation.samples:
+            task.with_room(experiment.generation.max_new_tokens, before + len(task.opening))
+        method = make_method(experiment, base, task.opening, _initial_prompts(experiment, base))
+        return Prepared(base, task, examples, method, time.monotonic() - began)
+
+    def _base(self, experiment: Experiment) -> Base:
+        wanted = experiment.model_dump_json(include={"base", "compute"})
+        if wanted not in self._bases:
+            self._bases.clear()  # before another takes its place in memory
+            self._examples.clear()
+            began = time.monotonic()
+            base = load_base(experiment.base, **experiment.compute.model_dump())
+            say(
+                f"base {base.name}: loaded in {time.monotonic() - began:.1f} s, "
+                f"{base.compute.dtype}{', int8 matrices' if base.compute.int8 else ''}, "
+                f"{base.compute.attention} attention"
+            )
+            self._bases[wanted] = base
+        return self._bases[wanted]
+
+    def _examples_of(self, task: Task, records: Sequence[Record], split: str) -> Sequence[Example]:
+        """The examples, as they were made before if nothing that they depend on has changed.
+
+        A longer opening leaves less room, which matters if there is not enough.
+        """
+        about = dataclasses.replace(task, opening=(), max_tokens=0, virtual_tokens=0)
+        before, source, examples = self._examples.get(split, (None, None, []))
+        in_rows = any(piece is None for piece in task.pieces)
+        fit = all(not e.truncated and _size(e) <= task.max_tokens for e in examples)
+        if before != about or source is not records or in_rows or not fit:
+            examples = make_examples(task, records, split)
+            self._examples[split] = about, records, examples
+        return examples
+
+
+def _size(example: Example) -> int:
+    return len(example.input) + max(map(len, example.candidates))
 
 
 def _initial_prompts(experiment: Experiment, base: Base) -> list[jax.Array]:

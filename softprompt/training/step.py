@@ -6,7 +6,6 @@ kept in the optimizer's state. The frozen rest is an argument, so that it is no 
 of the compiled program, and it is not donated, so that it stays as it is.
 """
 
-from functools import partial
 from typing import Any
 
 import jax
@@ -15,42 +14,48 @@ import optax
 from flax import nnx
 
 from softprompt.backbones.batch import Batch, target_log_probabilities
+from softprompt.methods.method import Constant, Method
+from softprompt.training.optimizers import UpdateRule
+
+Frozen = tuple[nnx.State, nnx.State]  # the method's constants, and the rest: the backbone
+
+
+def split(method: Method, backbone: Any) -> tuple[Any, nnx.State, Frozen]:
+    """The structure of `(method, backbone)`, the part that is trained, and the frozen one."""
+    graphdef, trainable, *rest = nnx.split((method, backbone), method.trainable, Constant, ...)
+    return graphdef, trainable, (rest[0], rest[1])
 
 
 def loss_sum(
-    trainable: nnx.State, frozen: nnx.State, graphdef: Any, batch: Batch, key: jax.Array
+    trainable: nnx.State, frozen: Frozen, graphdef: Any, batch: Batch, key: jax.Array
 ) -> jax.Array:
     """Negative log-likelihood of the batch's targets, in nats, summed."""
-    method, backbone = nnx.merge(graphdef, trainable, frozen)
+    method, backbone = nnx.merge(graphdef, trainable, *frozen)
     backbone, prefix = method.apply(backbone, key)
     log_probabilities = target_log_probabilities(backbone, prefix, batch)
     return -jnp.sum(log_probabilities, where=batch.target_candidates >= 0)
 
 
-@partial(
-    jax.jit,
-    static_argnames=("graphdef", "optimizer", "accumulate"),
-    donate_argnames=("trainable", "opt_state"),
-)
-def train_step(
+def update(
     trainable: nnx.State,
-    opt_state: optax.OptState,
-    frozen: nnx.State,
+    opt_state: Any,
+    frozen: Frozen,
     batch: Batch,
     key: jax.Array,
     *,
     graphdef: Any,
-    optimizer: optax.GradientTransformation,
+    optimizer: UpdateRule,
     accumulate: int = 1,
-) -> tuple[nnx.State, optax.OptState, dict[str, jax.Array]]:
+) -> tuple[nnx.State, Any, dict[str, jax.Array]]:
     """One update from the mean loss per target token of a batch.
 
     Args:
-      trainable, frozen, graphdef: the two parts and the structure of `(method, backbone)`.
-      opt_state: the optimizer's state; it and `trainable` are donated.
+      trainable, frozen, graphdef: the parts and the structure of `(method, backbone)`, as
+        `split` gives them.
+      opt_state: the optimizer's state.
       batch: its rows are run in `accumulate` passes of equal size.
       key: for what is random in the method.
-      optimizer: any Optax transformation.
+      optimizer: what makes updates of gradients.
 
     Returns:
       The new trainable part and optimizer state, and `loss` and `gradient_norm`.
@@ -69,3 +74,9 @@ def train_step(
     updates, opt_state = optimizer.update(gradients, opt_state, trainable)
     measured = {"loss": loss, "gradient_norm": optax.tree.norm(gradients)}
     return optax.apply_updates(trainable, updates), opt_state, measured
+
+
+PROGRAM = ("graphdef", "optimizer", "accumulate")  # what a program is compiled for
+
+train_step = jax.jit(update, static_argnames=PROGRAM, donate_argnames=("trainable", "opt_state"))
+"""`update`, compiled; `trainable` and `opt_state` are donated."""
