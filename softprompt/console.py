@@ -33,11 +33,13 @@ class Bar:
     """Progress of `total` units, of which `done` were done before, as a context manager.
 
     On a terminal a bar with the rate and the time left; elsewhere a line every ten
-    seconds, so that short work is silent.
+    seconds, so that short work is silent, and none of a `part` of the work that another
+    bar is of.
     """
 
-    def __init__(self, label: str, total: int, unit: str, *, done: int = 0):
+    def __init__(self, label: str, total: int, unit: str, *, done: int = 0, part: bool = False):
         self._label, self._total, self._unit = label, total, unit
+        self._part = part
         self._done = self._first = done
         self._start = self._said = time.monotonic()
         self._bar = tqdm(
@@ -61,13 +63,20 @@ class Bar:
     ) -> None:
         self._bar.close()
 
+    def drop(self, count: int) -> None:
+        """So many units will not be done."""
+        self._total -= count
+        if not self._bar.disable:
+            self._bar.total = self._total
+            self._bar.refresh()
+
     def advance(self, count: int = 1, note: str = "") -> None:
         """Count units as done; `note` stands behind the bar, or at the end of the line."""
         self._done += count
         self._bar.set_postfix_str(note, refresh=False)
         self._bar.update(count)
         now = time.monotonic()
-        if self._bar.disable and now - self._said >= _SECONDS:
+        if self._bar.disable and not self._part and now - self._said >= _SECONDS:
             self._said = now
             rate = (self._done - self._first) / (now - self._start)
             left = tqdm.format_interval((self._total - self._done) / rate)

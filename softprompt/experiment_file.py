@@ -4,6 +4,7 @@ A mistake is reported with file, line and key, all mistakes of a file at once. P
 a file are relative to that file; paths on the command line, to the current folder.
 """
 
+import copy
 import dataclasses
 import difflib
 import os
@@ -11,7 +12,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pydantic
 import yaml
@@ -20,6 +21,7 @@ from softprompt.config import Experiment
 from softprompt.errors import UserError
 
 Key = tuple[str, ...]
+Settings = TypeVar("Settings", bound=pydantic.BaseModel)
 
 _DEEPEST = 10  # levels of an experiment file, so that an alias inside itself ends
 
@@ -55,29 +57,88 @@ class _Dumper(yaml.SafeDumper):
 _Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
 
 
+class ExperimentFile:
+    """An experiment file as it is written, with `key=value` overrides such as `prompt.length=50`.
+
+    Args:
+      path: the file.
+      overrides: instead of what it says.
+
+    Raises:
+      UserError: if it is no YAML or an override is malformed, one line for each mistake.
+    """
+
+    def __init__(self, path: str | Path, overrides: Sequence[str] = ()):
+        self.path = Path(path)
+        self._tree, self._origins = _read(self.path, ())
+        mistakes = []
+        for override in overrides:
+            try:
+                _apply(override, self._tree, self._origins)
+            except UserError as error:
+                mistakes.append(str(error))
+        if mistakes:
+            raise UserError("\n".join(mistakes))
+        self._tree.setdefault("name", self.path.stem)
+        self.sweep = self._tree.pop("sweep", None)
+
+    def experiment(self, parameters: Mapping[str, Any] | None = None) -> Experiment:
+        """The experiment, with the parameters of a trial by their keys.
+
+        Raises:
+          UserError: one line for each mistake, with file, line and key.
+        """
+        tree, origins = copy.deepcopy(self._tree), dict(self._origins)
+        for name, value in (parameters or {}).items():
+            _set(tuple(name.split(".")), value, self._sweep_origin(name), tree, origins)
+        _resolve_paths(tree, origins)
+        return self._validated(Experiment, tree, origins, ())
+
+    def settings(
+        self, schema: type[Settings], tree: Mapping[str, Any], name: str | None = None
+    ) -> Settings:
+        """The section `sweep`, of which `tree` was made, or a key of it, by its schema.
+
+        Raises:
+          UserError: one line for each mistake, with file, line and key.
+        """
+        section = ("sweep",) if name is None else ("sweep", name)
+        return self._validated(schema, tree, self._origins, section)
+
+    def where(self, name: str) -> str:
+        """Where the section `sweep` has a key."""
+        return self._sweep_origin(name).where
+
+    def _sweep_origin(self, name: str) -> _Origin:
+        for key in (("sweep", *name.split(".")), ("sweep", name), ("sweep",)):
+            if key in self._origins:
+                return self._origins[key]
+        return _Origin(str(self.path), self.path.parent)
+
+    def _validated(
+        self,
+        schema: type[Settings],
+        tree: Mapping[str, Any],
+        origins: Mapping[Key, _Origin],
+        section: Key,
+    ) -> Settings:
+        try:
+            return schema.model_validate(tree)
+        except pydantic.ValidationError as errors:
+            lines = [_explain(e, schema, section, origins, self.path) for e in errors.errors()]
+            raise UserError("\n".join(lines)) from None
+
+
 def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
     """Read an experiment file, with `key=value` overrides such as `prompt.length=50`.
 
     Raises:
       UserError: one line for each mistake, with file, line and key.
     """
-    path = Path(path)
-    tree, origins = _read(path, ())
-    mistakes = []
-    for override in overrides:
-        try:
-            _apply(override, tree, origins)
-        except UserError as error:
-            mistakes.append(str(error))
-    if mistakes:
-        raise UserError("\n".join(mistakes))
-    tree.setdefault("name", path.stem)
-    _resolve_paths(tree, origins)
-    try:
-        return Experiment.model_validate(tree)
-    except pydantic.ValidationError as errors:
-        lines = [_explain(error, origins, path) for error in errors.errors()]
-        raise UserError("\n".join(lines)) from None
+    file = ExperimentFile(path, overrides)
+    if file.sweep is not None:
+        raise UserError(f"{file.where('')}: sweep: a file of many trials, for softprompt sweep")
+    return file.experiment()
 
 
 def dump_experiment(experiment: Experiment, folder: Path) -> str:
@@ -163,8 +224,14 @@ def _apply(override: str, tree: dict[str, Any], origins: dict[Key, _Origin]) -> 
     name, equals, text = override.partition("=")
     if not equals or not name:
         raise UserError(f"{override!r}: an override is written key=value")
-    key, origin = tuple(name.split(".")), _Origin(f"command line: {override}", Path())
-    value, place = _parse_value(override, text), tree
+    origin = _Origin(f"command line: {override}", Path())
+    _set(tuple(name.split(".")), _parse_value(override, text), origin, tree, origins)
+
+
+def _set(
+    key: Key, value: Any, origin: _Origin, tree: dict[str, Any], origins: dict[Key, _Origin]
+) -> None:
+    place = tree
     for depth, section in enumerate(key[:-1], 1):
         if not isinstance(place.get(section), dict):
             place[section] = {}
@@ -242,20 +309,26 @@ def _resolved(value: str, folder: Path, *, is_base: bool) -> str:
     return path if is_path else value
 
 
-def _explain(error: Any, origins: Mapping[Key, _Origin], path: Path) -> str:
+def _explain(
+    error: Any,
+    schema: type[pydantic.BaseModel],
+    section: Key,
+    origins: Mapping[Key, _Origin],
+    path: Path,
+) -> str:
     """One line for one of pydantic's errors: where, which key, what is wrong."""
-    key = tuple(map(str, error["loc"]))
+    key = (*section, *map(str, error["loc"]))
     written = key
     while written and written not in origins:
         written = written[:-1]
     where = origins[written].where if written in origins else str(path)
     message = str(error["msg"]).removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":
-        section: Any = Experiment
-        for part in key[:-1]:
-            section = section.model_fields[part].annotation
-        known = list(section.model_fields)
-        if section is Experiment and not where.startswith("command line"):
+        model: Any = schema
+        for part in error["loc"][:-1]:
+            model = model.model_fields[part].annotation
+        known = list(model.model_fields)
+        if model is Experiment and not where.startswith("command line"):
             known.append("extends")
         close = difflib.get_close_matches(key[-1], known, 1)
         hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"

@@ -171,6 +171,10 @@ class TrainingBatches:
         window, place = divmod(number, _WINDOW)
         return self._layout.batch(self._window(epoch, window)[place], self._batch_size)
 
+    def largest(self) -> Batch:
+        """An empty batch of the largest shape."""
+        return self._layout.lay_out([], self._batch_size, *self._layout.shapes[-1])
+
     def iterate(self) -> "grain.DatasetIterator[Batch]":
         """A Grain iterator, whose `get_state` and `set_state` give and take the position."""
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
@@ -184,6 +188,25 @@ class TrainingBatches:
         indices.sort(key=lambda i: self._layout.length(self._examples[i]))
         order = np.random.default_rng([self._seed, epoch, window]).permutation(batches)
         return [[self._examples[i] for i in indices[b * size : (b + 1) * size]] for b in order]
+
+
+def side_by_side(batches: Sequence[Batch]) -> Batch:
+    """Batches of as many rows with a new leading axis, shorter ones padded."""
+
+    def stacked(name: str, empty: int) -> np.ndarray | None:
+        arrays = [getattr(batch, name) for batch in batches]
+        if arrays[0] is None:
+            return None
+        width = max(array.shape[-1] for array in arrays)
+        more = [[(0, 0)] * (a.ndim - 1) + [(0, width - a.shape[-1])] for a in arrays]
+        return np.stack(
+            [np.pad(a, m, constant_values=empty) for a, m in zip(arrays, more, strict=True)]
+        )
+
+    lengths = np.stack([batch.lengths for batch in batches])
+    padding = {"target_candidates": -1, "segments": -1}
+    names = [field.name for field in dataclasses.fields(Batch) if field.name != "lengths"]
+    return Batch(lengths=lengths, **{name: stacked(name, padding.get(name, 0)) for name in names})
 
 
 def evaluation_batches(

@@ -11,7 +11,6 @@ TEXT_METRICS = ("rouge", "bleu", "chrf", "ter", "exact_match", "token_f1")
 LABEL_METRICS = (*SUMMARIES, "confusion")
 OF_A_TABLE = tuple(name for name in LABEL_METRICS if name not in ("accuracy", "micro_f1"))
 MODEL_METRICS = ("loss", "perplexity")  # of the references' probabilities, not of predictions
-_LOWER_IS_BETTER = ("loss", "perplexity", "ter")
 
 _ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 
@@ -75,12 +74,18 @@ def measure(
 
 def is_better(values: Mapping[str, float], others: Mapping[str, float], name: str) -> bool:
     """Whether a model is better than another by a metric or, as good by it, by its loss."""
+    return merit(values, name) > merit(others, name)
 
-    def merit(values: Mapping[str, float]) -> tuple[float, float]:
-        sign = -1 if name in _LOWER_IS_BETTER else 1
-        return sign * values[name], -values["loss"]
 
-    return merit(values) > merit(others)
+def merit(values: Mapping[str, float], name: str) -> tuple[float, float]:
+    """What is higher the better a model is by a metric or, as good by it, by its loss."""
+    sign = -1 if lower_is_better(name) else 1
+    return sign * values[name], -values["loss"]
+
+
+def lower_is_better(name: str) -> bool:
+    """Whether a metric is the lower the better a model is."""
+    return name in ("loss", "perplexity", "ter")
 
 
 def _rouge_types(name: str) -> Sequence[str]:

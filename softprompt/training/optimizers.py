@@ -54,6 +54,7 @@ class UpdateRule:
 
     def init(self, trainable: Any, numbers: Hyperparameters) -> tuple[Hyperparameters, Any]:
         """The first state."""
+        numbers = jax.tree.map(jnp.asarray, numbers)
         return numbers, self._rule(numbers).init(trainable)
 
     def update(

@@ -10,7 +10,7 @@ import json
 import math
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ import numpy as np
 from flax import nnx
 
 from softprompt.backbones.batch import Batch
+from softprompt.backbones.loading import Backbone
 from softprompt.checkpoint import Checkpoints, DamagedError
 from softprompt.config import Experiment
 from softprompt.console import say
@@ -28,6 +29,7 @@ from softprompt.evaluation.evaluate import Measured, evaluate
 from softprompt.evaluation.scoring import make_prefix
 from softprompt.inference.prompt import TrainedPrompt, load_prompt
 from softprompt.inference.saved import read_description, save_prompt, usage
+from softprompt.methods.method import Method
 from softprompt.methods.soft_prompt import SoftPrompt
 from softprompt.metrics.named import is_better
 from softprompt.training.cost import peak_memory, rate
@@ -116,7 +118,8 @@ class Run:
             self.rows,
             experiment.seed,
             encoder_decoder=self.base.backbone.is_encoder_decoder,
-        ).iterate()
+        )
+        self.iterator = self.batches.iterate()
 
         offsets = experiment.dept.learning_rate if experiment.method == "dept" else None
         steps = experiment.training.steps
@@ -126,7 +129,7 @@ class Run:
         graphdef, trainable, frozen = split(method, backbone)
         # What is saved has the method's own shapes.
         self.own = graphdef, jax.eval_shape(lambda: trainable), frozen
-        if room is not None and isinstance(method, SoftPrompt):
+        if room is not None and _can_be_padded(method, backbone):
             graphdef, trainable, frozen = split(method.padded(room), backbone)
         self.graphdef, self.trainable, self.frozen = graphdef, trainable, frozen
         self.opt_state = self.optimizer.init(trainable, self.numbers)
@@ -165,7 +168,7 @@ class Run:
 
     def inputs(self) -> tuple[Batch, jax.Array]:
         """What the next step reads: its batch and its random key."""
-        return next(self.batches), jax.random.fold_in(self.key, self.progress.step)
+        return next(self.iterator), jax.random.fold_in(self.key, self.progress.step)
 
     def take(
         self,
@@ -198,7 +201,7 @@ class Run:
         progress = self.progress
         if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(self.trainable)):
             raise self._not_finite("the update made what is learned infinite")
-        progress.data = self.batches.get_state()
+        progress.data = self.iterator.get_state()
         progress.records = self.metrics.records
         progress.seconds = time.monotonic() - self.began
         arrays = resized((self.trainable, self.opt_state), self._saved_form())
@@ -260,7 +263,7 @@ class Run:
                 arrays = self.checkpoints.load(step, self._saved_form())
                 self.trainable, self.opt_state = resized(arrays, (self.trainable, self.opt_state))
                 self.progress = Progress(**description)
-                self.batches.set_state(self.progress.data)
+                self.iterator.set_state(self.progress.data)
                 self._say(f"going on from step {step}")
                 return
         if found:
@@ -357,8 +360,9 @@ class Run:
             examples = examples[: settings.examples]
         elif settings.samples:
             written = None
+        label = f"{self.name}: {split}" if self.name else split
         return evaluate(
-            backbone, prefix, self.task, examples, self.experiment, split, written=written
+            backbone, prefix, self.task, examples, self.experiment, label, written=written
         )
 
     def _save_prompt(self, trainable: nnx.State) -> None:
@@ -396,6 +400,13 @@ class Run:
 
     def _say(self, line: str) -> None:
         say(f"{self.name}: {line}" if self.name else line)
+
+
+def _can_be_padded(method: Method, backbone: Backbone) -> TypeGuard[SoftPrompt]:
+    """Whether it is a soft prompt all of whose vectors stand in the opening of a causal model."""
+    if backbone.is_encoder_decoder or not isinstance(method, SoftPrompt):
+        return False
+    return int((method.opening[...] < 0).sum()) == len(method.vectors[...])
 
 
 def resized(tree: Any, like: Any) -> Any:

@@ -19,6 +19,10 @@ from softprompt.experiment_file import differences, dump_experiment, load_experi
 _METRICS = "metrics.jsonl"
 
 
+class InUseError(UserError):
+    """A process that is still running has the folder."""
+
+
 @contextlib.contextmanager
 def open_run(folder: Path, experiment: Experiment) -> Iterator[None]:
     """Make a run's folder, or find it as this experiment left it, and hold its lock.
@@ -43,7 +47,7 @@ def open_run(folder: Path, experiment: Experiment) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise UserError(f"{folder}: another process is training there") from None
+            raise InUseError(f"{folder}: another process is training there") from None
         if any(folder.glob("checkpoints/*")):  # else there is nothing to mix up
             changed = differences(load_experiment(config), experiment)
             if changed:

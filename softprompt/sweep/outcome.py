@@ -1,0 +1,54 @@
+"""How a trial ended: `trial.json` in the folder of its run."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Literal
+
+from softprompt.errors import UserError
+from softprompt.training.run_folder import read_metrics, write_file
+
+_FILE = "trial.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """The end of a trial, that is not run again.
+
+    Attributes:
+      state: `finished`; `pruned`, worse than others at a rung; or `failed`.
+      step: of the end; None if it failed before the first.
+      error: why it failed.
+    """
+
+    state: Literal["finished", "pruned", "failed"]
+    step: int | None
+    error: str | None = None
+
+    def write(self, folder: Path) -> None:
+        """Keep it in a trial's folder."""
+        folder.mkdir(parents=True, exist_ok=True)
+        write_file(folder / _FILE, json.dumps(dataclasses.asdict(self)) + "\n")
+
+    @classmethod
+    def read(cls, folder: Path) -> "Outcome | None":
+        """That of a trial, or None if it has not ended.
+
+        Raises:
+          UserError: if the file is damaged.
+        """
+        path = folder / _FILE
+        try:
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, TypeError):
+            raise UserError(f"{path}: damaged; delete it to go on with the trial") from None
+
+
+def validation_at(folder: Path, step: int) -> dict[str, float] | None:
+    """What a run's evaluation after a step measured, or None if there was none."""
+    for record in read_metrics(folder):
+        if record["step"] == step and record["split"] == "validation":
+            return record
+    return None

@@ -1,0 +1,207 @@
+"""The places in which trials train side by side.
+
+A trial that ends leaves its place to the next one.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import jax
+
+from softprompt.console import Bar, say
+from softprompt.errors import UserError
+from softprompt.sweep.outcome import Outcome, validation_at
+from softprompt.sweep.program import fitting, parts, step_together
+from softprompt.sweep.space import Trial
+from softprompt.training.loop import finished
+from softprompt.training.preparation import Preparation
+from softprompt.training.run import Run
+from softprompt.training.run_folder import InUseError, open_run
+from softprompt.training.stop import StopSignals
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A trial whose folder this process has locked; `close` gives it back."""
+
+    trial: Trial
+    close: Callable[[], None]
+
+    @classmethod
+    def of(cls, trial: Trial) -> "Opened | None":
+        """Lock a trial's folder; None if another process has it.
+
+        Raises:
+          UserError: if the folder cannot be had for another reason.
+        """
+        stack = contextlib.ExitStack()
+        try:
+            stack.enter_context(open_run(trial.folder, trial.experiment))
+        except InUseError:
+            return None
+        return cls(trial, stack.close)
+
+
+class Source(Protocol):
+    """Where trials come from."""
+
+    def next(self) -> Opened | None:
+        """The next one, or None if there are no more for now."""
+
+    def goes_on(self, trial: Trial, step: int, measured: Mapping[str, float]) -> bool:
+        """Whether a trial goes on after an evaluation, given what it measured."""
+
+    def ended(self, trial: Trial, outcome: Outcome) -> None:
+        """A trial has ended, and that is written to its folder."""
+
+
+@dataclasses.dataclass
+class _Place:
+    opened: Opened
+    run: Run
+    bar: Bar
+    judged: int = -1
+    error: UserError | None = None
+
+
+class Places:
+    """Runs trials, as many side by side as there are places.
+
+    Args:
+      stop: ends the work where it does no harm.
+      bar: of all steps of all trials.
+      at_once: the number of places; None: as many as there is memory for.
+      longest: virtual tokens that a prompt has room for while it is trained.
+    """
+
+    def __init__(self, stop: StopSignals, bar: Bar, at_once: int | None, longest: int):
+        self._stop, self._bar, self._at_once, self._longest = stop, bar, at_once, longest
+        self._preparation = Preparation()
+        self._seen: set[int] = set()  # trials whose earlier steps are off the bar
+
+    def train(self, source: Source, count: int, until: int | None = None) -> None:
+        """Run trials until there are no more, or a signal has come and all is saved.
+
+        Args:
+          source: of trials; the next one is asked for when a place is free.
+          count: how many they are at most.
+          until: the step to stop each at, one with an evaluation; None: their end.
+        """
+        places: list[_Place] = []
+        at_once = self._at_once or 0
+        try:
+            while True:
+                places = [each for each in places if self._goes_on(each, source, until)]
+                while not self._stop.requested and len(places) < max(at_once, 1):
+                    opened = source.next()
+                    if opened is None:
+                        break
+                    place = self._start(opened, source)
+                    if place is None or not self._goes_on(place, source, until):
+                        continue
+                    places.append(place)
+                    if not at_once:
+                        at_once = fitting(place.run, count)
+                        say(f"{at_once} of {count} trials at once")
+                if self._stop.requested or not places:
+                    return
+                self._step(places)
+        finally:
+            for place in places:
+                if self._stop.requested and place.error is None:
+                    place.run.save()
+                self._leave(place)
+
+    def _start(self, opened: Opened, source: Source) -> _Place | None:
+        trial = opened.trial
+        steps = trial.experiment.training.steps
+        try:
+            if finished(trial.folder):  # and stopped before it could say so
+                self._bar.drop(steps)
+                self._end(opened, source, Outcome("finished", steps))
+                return None
+            prepared = self._preparation.prepare(trial.experiment)
+            run = Run(
+                trial.experiment,
+                trial.folder,
+                self._stop,
+                prepared,
+                room=self._longest,
+                name=trial.name,
+            )
+        except UserError as error:
+            self._bar.drop(steps)
+            self._end(opened, source, Outcome("failed", None, str(error)))
+            return None
+        if trial.number not in self._seen:
+            self._seen.add(trial.number)
+            self._bar.drop(run.progress.step)
+        bar = Bar(trial.name, run.steps, "steps", done=run.progress.step, part=True)
+        return _Place(opened, run, bar)
+
+    def _goes_on(self, place: _Place, source: Source, until: int | None) -> bool:
+        """Do what is due in a place; False if its trial left it."""
+        run, trial = place.run, place.opened.trial
+        step = run.progress.step
+        outcome = None
+        try:
+            if place.error is not None:
+                raise place.error
+            another = run.attend()
+            if self._stop.requested:
+                return True
+            if not another:
+                run.close()
+                run.finish()
+                outcome = Outcome("finished", step)
+            elif run.progress.evaluated == step and step not in (place.judged, until):
+                place.judged = step
+                measured = validation_at(trial.folder, step)
+                if measured and not source.goes_on(trial, step, measured):
+                    outcome = Outcome("pruned", step)
+        except UserError as error:
+            outcome = Outcome("failed", step, str(error))
+        if outcome is None and (step != until or run.progress.evaluated < step):
+            return True
+        self._leave(place, close=outcome is None)
+        if outcome is not None:
+            self._bar.drop(trial.experiment.training.steps - step)
+            self._end(place.opened, source, outcome)
+        return False
+
+    def _step(self, places: list[_Place]) -> None:
+        by_run = {id(place.run): place for place in places}
+        for runs in parts([place.run for place in places]):
+            try:
+                results = step_together(runs)
+            except jax.errors.JaxRuntimeError as error:
+                if "RESOURCE_EXHAUSTED" not in str(error):
+                    raise
+                raise UserError(
+                    f"the device has no memory for {len(runs)} trials at once; set a smaller "
+                    "sweep.at_once: what was done is kept"
+                ) from None
+            for run, (result, padding) in zip(runs, results, strict=True):
+                place = by_run[id(run)]
+                try:
+                    run.take(*result, padding=padding, beside=len(places))
+                except UserError as error:
+                    place.error = error
+                place.bar.advance(note=run.note)
+                self._bar.advance(note=f"{len(places)} at once")
+
+    def _leave(self, place: _Place, *, close: bool = True) -> None:
+        place.run.close()
+        place.bar.__exit__(None, None, None)
+        if close:
+            place.opened.close()
+
+    def _end(self, opened: Opened, source: Source, outcome: Outcome) -> None:
+        outcome.write(opened.trial.folder)
+        opened.close()
+        if outcome.state != "finished":
+            what = f"failed: {outcome.error}" if outcome.error else f"left at step {outcome.step}"
+            say(f"{opened.trial.name}: {what}")
+        source.ended(opened.trial, outcome)

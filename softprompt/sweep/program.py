@@ -1,0 +1,163 @@
+"""One compiled program for many trials: `vmap` of the training step over them.
+
+Axis letters: N trials.
+"""
+
+import os
+from collections.abc import Sequence
+from functools import partial
+from operator import itemgetter
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from softprompt.backbones.batch import Batch
+from softprompt.config import Experiment
+from softprompt.data.batches import side_by_side
+from softprompt.training.cost import peak_memory
+from softprompt.training.run import Run
+from softprompt.training.step import PROGRAM, update
+
+_NUMBERS = {  # settings that are arrays in a program, or that the step does not read
+    "name": True,
+    "seed": True,
+    "optimizer": {"learning_rate", "warmup_steps", "weight_decay"},
+    "training": {"steps", "log_every"},
+    "evaluation": True,
+    "checkpoints": True,
+    "scoring": True,
+    "generation": True,
+    "dept": {"learning_rate"},
+}
+_INITIAL = {"init", "init_top", "init_scale", "init_text", "init_prompts"}
+_MOST = 64  # trials side by side, where nobody says how many
+
+
+@partial(jax.jit, static_argnames=PROGRAM)
+def train_steps(
+    trainable: Sequence[nnx.State],
+    opt_state: Sequence[Any],
+    constants: Sequence[nnx.State],
+    backbone: nnx.State,
+    batch: Batch,
+    keys: Sequence[jax.Array],
+    **program: Any,
+) -> list[tuple[nnx.State, Any, dict[str, jax.Array]]]:
+    """`update` of N trials side by side, compiled; they share the backbone.
+
+    Args:
+      trainable, opt_state, constants, keys: of each trial; `(constants, backbone)` is its
+        `frozen`.
+      backbone: the frozen one.
+      batch: the trials' batches, with a leading axis N.
+      program: the rest of `update`'s arguments, the same for all trials.
+
+    Returns:
+      What `update` gives, of each trial.
+    """
+
+    def one(of_trial: Any, batch: Batch) -> Any:
+        trainable, opt_state, constants, key = of_trial
+        return update(trainable, opt_state, (constants, backbone), batch, key, **program)
+
+    of_trials = zip(trainable, opt_state, constants, keys, strict=True)
+    stacked: Any = jax.tree.map(lambda *each: jnp.stack(each), *of_trials)
+    results = jax.vmap(one)(stacked, batch)
+    return [jax.tree.map(itemgetter(i), results) for i in range(len(keys))]
+
+
+def shared(experiment: Experiment) -> str:
+    """The settings that trials of one program have in common, as JSON.
+
+    They may differ in seed, first values, learning rate, warm-up, length of the schedule,
+    weight decay, and in the length of a soft prompt: its vectors are padded. Not if they
+    are made from something else (a reparametrization), and not for Adafactor, which looks
+    at all of a matrix. Solved examples, which the seed draws, are part of the program.
+    """
+    excluded: dict[str, Any] = {**_NUMBERS, "prompt": set(_INITIAL), "prefix": set(_INITIAL)}
+    plain = experiment.method == "prompt" and experiment.prompt.reparametrization is None
+    if plain and experiment.optimizer.name != "adafactor":
+        excluded["prompt"].add("length")
+    if experiment.shots:
+        del excluded["seed"]
+    return experiment.model_dump_json(exclude=excluded)
+
+
+def step_together(runs: Sequence[Run]) -> list[tuple[Any, float]]:
+    """A step of runs that are one of `parts`: what each is to take, and its batch's padding."""
+    inputs = [run.inputs() for run in runs]
+    results = train_steps(*_arguments(runs, inputs), **_program(runs[0]))
+    return [(result, batch.padding) for result, (batch, _) in zip(results, inputs, strict=True)]
+
+
+def parts(runs: Sequence[Run]) -> list[list[Run]]:
+    """The runs in groups that make a step together.
+
+    Those of a group have the same program, and their number is a power of two, so that
+    few programs are compiled while trials come and go.
+    """
+    found: list[list[Run]] = []
+    left = list(runs)
+    while left:
+        first = _shapes(left[0])
+        same = [run for run in left if _shapes(run) == first]
+        left = [run for run in left if _shapes(run) != first]
+        while same:
+            width = 1 << (len(same).bit_length() - 1)
+            found.append(same[:width])
+            same = same[width:]
+    return found
+
+
+def fitting(run: Run, most: int) -> int:
+    """How many trials like this one can train side by side, a power of two.
+
+    On an accelerator, as many as its free memory has room for; on a CPU, which gains little
+    from more, as many as need no more memory than the process has taken so far, and
+    no more than a quarter of the machine's.
+    """
+    if most < 2:
+        return 1
+    batch, key = run.batches.largest(), run.key
+    lowered = train_steps.lower(*_arguments([run, run], [(batch, key)] * 2), **_program(run))
+    needed = lowered.compile().memory_analysis()
+    if needed is None:
+        return 1
+    count = int(_room() // max(needed.temp_size_in_bytes / 2, 1))
+    return 1 << (max(1, min(count, most, _MOST)).bit_length() - 1)
+
+
+def _room() -> float:
+    statistics = jax.devices()[0].memory_stats()
+    if statistics and "bytes_limit" in statistics:
+        return 0.8 * (statistics["bytes_limit"] - statistics["bytes_in_use"])
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min(peak_memory(), machine / 4)
+
+
+def _arguments(runs: Sequence[Run], inputs: Sequence[tuple[Batch, jax.Array]]) -> tuple[Any, ...]:
+    return (
+        [run.trainable for run in runs],
+        [run.opt_state for run in runs],
+        [run.frozen[0] for run in runs],
+        runs[0].frozen[1],
+        side_by_side([batch for batch, _ in inputs]),
+        [key for _, key in inputs],
+    )
+
+
+def _program(run: Run) -> dict[str, Any]:
+    return {
+        "graphdef": run.graphdef,
+        "optimizer": run.optimizer,
+        "accumulate": run.accumulate,
+    }
+
+
+def _shapes(run: Run) -> Any:
+    """What decides whether two runs have the same program."""
+    arrays = run.trainable, run.opt_state, run.frozen[0]
+    shapes = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(arrays)]
+    return _program(run), shapes, id(run.base), run.rows

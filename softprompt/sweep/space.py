@@ -1,0 +1,244 @@
+"""The section `sweep` of an experiment file: which trials there are."""
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import numpy as np
+import pydantic
+from pydantic import Field
+
+from softprompt.config import Experiment, Section
+from softprompt.errors import UserError
+from softprompt.experiment_file import ExperimentFile
+
+Number = int | float
+Value = Any  # of a parameter: whatever an experiment takes
+
+
+class Range(Section):
+    """Numbers from `low` to `high`, evenly likely, or with `log` their logarithms; whole
+    numbers if both ends are.
+    """
+
+    low: Number
+    high: Number
+    log: bool = False
+
+    @pydantic.model_validator(mode="after")
+    def _ends_fit(self) -> Self:
+        if self.low >= self.high:
+            raise ValueError("low must be less than high")
+        if self.log and self.low <= 0:
+            raise ValueError("log needs a low above 0")
+        return self
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is of whole numbers."""
+        return isinstance(self.low, int) and isinstance(self.high, int)
+
+    def draw(self, random: np.random.Generator) -> Number:
+        """One of its numbers; of four digits, if they are not whole."""
+        low, high = float(self.low), float(self.high) + self.whole
+        if self.log:
+            drawn = float(np.exp(random.uniform(np.log(low), np.log(high))))
+        else:
+            drawn = float(random.uniform(low, high))
+        if self.whole:
+            return min(int(drawn), int(self.high))
+        return min(max(float(f"{drawn:.4g}"), low), high)
+
+
+Values = list[Value] | Range
+
+
+class Halving(Section):
+    """Successive halving (Jamieson & Talwalkar 2016, arXiv:1502.07943).
+
+    Attributes:
+      rungs: steps at which trials are compared, by `evaluation.metric`.
+      factor: of n trials at a rung, the n / factor best go on.
+    """
+
+    rungs: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)]
+    factor: Annotated[int, Field(ge=2)] = 3
+
+
+class Sweep(Section):
+    """What is tried.
+
+    Attributes:
+      parameters: by the keys of an experiment: values, or a range to draw from.
+      how: `grid`, every combination; `zip`, the first values of all, the second ones, and so
+        on; `random`, each drawn; `tpe`, chosen by Optuna in view of what others gave.
+      points: the parameters of each trial, in place of all this.
+      trials: how many, of `random` and `tpe`.
+      halving: which trials end early.
+      at_once: how many train side by side; by default as many as there is memory for.
+      storage: of `tpe`: the URL of a database for the study; by default a file in the
+        sweep's folder.
+    """
+
+    parameters: Mapping[str, Values]
+    how: Literal["grid", "zip", "random", "tpe"] = "grid"
+    points: Annotated[list[dict[str, Value]], Field(min_length=1)] | None = None
+    trials: Annotated[int, Field(ge=1)] | None = None
+    halving: Halving | None = None
+    at_once: Annotated[int, Field(ge=1)] | None = None
+    storage: str | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _parts_fit(self) -> Self:
+        if bool(self.parameters) == bool(self.points):
+            raise ValueError("give keys of the experiment with lists of values, or points")
+        drawn = self.how in ("random", "tpe")
+        ranges = [name for name, v in self.parameters.items() if isinstance(v, Range)]
+        if ranges and not drawn:
+            raise ValueError(f"{ranges[0]}: a range needs how: random or how: tpe")
+        if drawn != (self.trials is not None):
+            raise ValueError("how: random and how: tpe need trials, the others have none")
+        counts = {len(v) for v in self.parameters.values() if not isinstance(v, Range)}
+        if self.how == "zip" and len(counts) > 1:
+            raise ValueError("how: zip needs as many values of every key")
+        if self.storage and self.how != "tpe":
+            raise ValueError("storage is that of how: tpe")
+        return self
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """One point of a sweep.
+
+    Attributes:
+      number: counted from 0.
+      parameters: by the experiment's keys.
+      experiment: with these.
+      folder: of its run.
+    """
+
+    number: int
+    parameters: Mapping[str, Value]
+    experiment: Experiment
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        """Its number and parameters, in one line."""
+        return f"trial {self.number} ({shown(self.parameters)})"
+
+
+class Space:
+    """The trials that a file describes.
+
+    Args:
+      file: it.
+      folder: the sweep's.
+
+    Raises:
+      UserError: if it has no sweep, or a mistake in it.
+    """
+
+    def __init__(self, file: ExperimentFile, folder: Path):
+        if file.sweep is None:
+            raise UserError(f"{file.path}: has no section sweep, which says what to try")
+        if not isinstance(file.sweep, dict):
+            raise UserError(f"{file.where('')}: sweep: a mapping of keys to values")
+        own = {k: v for k, v in file.sweep.items() if k in Sweep.model_fields}
+        others = {k: v for k, v in file.sweep.items() if k not in own}
+        parameters = dict(_flat(others))
+        known = set(Experiment.model_fields) - {"name"}
+        for name in parameters:
+            if name.split(".")[0] not in known:
+                raise UserError(f"{file.where(name)}: sweep.{name}: no key of an experiment")
+        self.file, self.folder = file, folder
+        values = {name: self._values(name, value) for name, value in parameters.items()}
+        self.sweep = file.settings(Sweep, {**own, "parameters": values})
+        if self.sweep.how != "tpe":
+            self.trials()
+
+    def trials(self) -> list[Trial]:
+        """All of them, in order; those of `tpe` are chosen later, one by one."""
+        return [self.trial(i, parameters) for i, parameters in enumerate(self._points())]
+
+    def trial(self, number: int, parameters: Mapping[str, Value]) -> Trial:
+        """One of them.
+
+        Raises:
+          UserError: if the experiment does not take these parameters.
+        """
+        experiment = self.file.experiment(parameters)
+        halving, every = self.sweep.halving, experiment.evaluation.every
+        for rung in halving.rungs if halving else ():
+            if rung % every or rung >= experiment.training.steps:
+                raise UserError(
+                    f"{self.file.where('halving')}: sweep.halving.rungs: {rung} must be a multiple "
+                    f"of evaluation.every ({every}) and less than training.steps "
+                    f"({experiment.training.steps})"
+                )
+        return Trial(number, parameters, experiment, self.folder / "trials" / f"{number:03d}")
+
+    def longest(self, experiment: Experiment) -> int:
+        """Virtual tokens of the longest prompt that a trial may have."""
+        lengths = [experiment.prompt.length]
+        if isinstance(values := self.sweep.parameters.get("prompt.length"), Range):
+            lengths.append(int(values.high))
+        else:
+            lengths += values or []
+        lengths += [each.get("prompt.length", 1) for each in self.sweep.points or []]
+        return max(lengths)
+
+    def _values(self, name: str, value: Value) -> Values:
+        if isinstance(value, Mapping):
+            return self.file.settings(Range, value, name)
+        if isinstance(value, list) and value:
+            return value
+        raise UserError(
+            f"{self.file.where(name)}: sweep.{name}: a list of values, or {{low: ..., high: ...}}"
+        )
+
+    def _points(self) -> Iterator[Mapping[str, Value]]:
+        sweep, names = self.sweep, list(self.sweep.parameters)
+        if sweep.points is not None:
+            yield from sweep.points
+        elif sweep.how == "random":
+            random = np.random.default_rng(self.file.experiment().seed)
+            for _ in range(sweep.trials or 0):
+                yield {name: _drawn(v, random) for name, v in sweep.parameters.items()}
+        else:
+            choices: list[Sequence[Value]] = [
+                v for v in sweep.parameters.values() if not isinstance(v, Range)
+            ]
+            points = (
+                zip(*choices, strict=True) if sweep.how == "zip" else itertools.product(*choices)
+            )
+            for point in points:
+                yield dict(zip(names, point, strict=True))
+
+
+def shown(parameters: Mapping[str, Value]) -> str:
+    """Parameters as `key=value`, with a space between them, as the command line takes them."""
+    return " ".join(f"{name}={_text(value)}" for name, value in parameters.items())
+
+
+def _text(value: Value) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _drawn(values: Values, random: np.random.Generator) -> Value:
+    if isinstance(values, Range):
+        return values.draw(random)
+    return values[int(random.integers(len(values)))]
+
+
+def _flat(tree: Mapping[str, Value], above: str = "") -> Iterator[tuple[str, Value]]:
+    """Nested sections as keys with dots; a range is a value."""
+    for key, value in tree.items():
+        name = f"{above}{key}"
+        if isinstance(value, Mapping) and not {"low", "high"} & value.keys():
+            yield from _flat(value, f"{name}.")
+        else:
+            yield name, value

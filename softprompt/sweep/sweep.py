@@ -1,0 +1,161 @@
+"""A sweep, from its file to the outcome of every trial."""
+
+import contextlib
+import fcntl
+from collections.abc import Iterator, Mapping, Sequence
+
+import yaml
+
+from softprompt.config import Experiment
+from softprompt.console import Bar, say
+from softprompt.errors import Stopped, UserError
+from softprompt.experiment_file import ExperimentFile
+from softprompt.metrics.named import merit
+from softprompt.sweep.outcome import Outcome, validation_at
+from softprompt.sweep.places import Opened, Places
+from softprompt.sweep.program import shared
+from softprompt.sweep.space import Halving, Space, Sweep, Trial
+from softprompt.training.run_folder import write_file
+from softprompt.training.stop import StopSignals
+
+_FILE = "sweep.yaml"
+
+
+def sweep(space: Space) -> list[Trial]:
+    """Run all trials of a sweep, or go on with it, and return them.
+
+    Raises:
+      UserError: if the folder is not this sweep's, or another process works on it.
+      Stopped: on SIGTERM or Ctrl-C, once everything is saved.
+    """
+    settings = space.sweep
+    with StopSignals() as stop, stop.deferred(), _open_sweep(space):
+        if settings.how == "tpe":
+            from softprompt.sweep.study import Study
+
+            study = Study(space)
+            first = space.file.experiment()
+            total = (settings.trials or 0) * first.training.steps
+            with Bar("sweep", total, "steps", done=study.steps_done()) as bar:
+                places = Places(stop, bar, settings.at_once, space.longest(first))
+                places.train(study, settings.trials or 0)
+            trials = study.trials()
+        else:
+            trials = space.trials()
+            todo = [each for each in trials if Outcome.read(each.folder) is None]
+            with Bar("sweep", sum(each.experiment.training.steps for each in todo), "steps") as bar:
+                _run_listed(space, trials, stop, bar)
+        if stop.requested:
+            raise Stopped(stop.requested, "stopped, all saved; the same command goes on from there")
+    return trials
+
+
+def groups(trials: Sequence[Trial]) -> list[list[Trial]]:
+    """Trials that can share a compiled program, those of like data order next to each other."""
+    found: dict[str, list[Trial]] = {}
+    for trial in trials:
+        found.setdefault(shared(trial.experiment), []).append(trial)
+
+    def place(trial: Trial) -> tuple[int, int]:
+        return trial.experiment.seed, trial.experiment.prompt.length
+
+    return [sorted(group, key=place) for group in found.values()]
+
+
+def _run_listed(space: Space, trials: Sequence[Trial], stop: StopSignals, bar: Bar) -> None:
+    halving = space.sweep.halving
+    for until in [*(sorted(halving.rungs) if halving else ()), None]:
+        for group in groups(trials):
+            source = _Listed(group)
+            longest = space.longest(group[0].experiment)
+            places = Places(stop, bar, space.sweep.at_once, longest)
+            places.train(source, len(group), until)
+            if stop.requested:
+                return
+        if halving and until is not None:
+            for trial in losers(trials, until, halving):
+                bar.drop(trial.experiment.training.steps - until)
+                Outcome("pruned", until).write(trial.folder)
+                say(f"{trial.name}: left at step {until}")
+
+
+def losers(trials: Sequence[Trial], rung: int, halving: Halving) -> list[Trial]:
+    """The trials that do not go on from a rung: all but the best of those that came there.
+
+    A rung at which this was decided before is decided in the same way again.
+    """
+    there = []
+    for trial in trials:
+        outcome = Outcome.read(trial.folder)
+        measured = validation_at(trial.folder, rung)
+        if measured and (outcome is None or outcome.state != "failed"):
+            there.append((merit(measured, trial.experiment.evaluation.metric), trial))
+    there.sort(key=lambda pair: pair[0], reverse=True)
+    kept = max(1, len(there) // halving.factor)
+    return [trial for _, trial in there[kept:] if Outcome.read(trial.folder) is None]
+
+
+class _Listed:
+    """Trials of a list, of which those that have ended are left out."""
+
+    def __init__(self, trials: Sequence[Trial]):
+        self._left = [each for each in reversed(trials) if Outcome.read(each.folder) is None]
+
+    def next(self) -> Opened | None:
+        """See `places.Source`."""
+        while self._left:
+            if opened := Opened.of(self._left.pop()):
+                return opened
+        return None
+
+    def goes_on(self, trial: Trial, step: int, measured: Mapping[str, float]) -> bool:
+        """Losers of a rung are told when all have come there."""
+        return True
+
+    def ended(self, trial: Trial, outcome: Outcome) -> None:
+        """It is written in the trial's folder."""
+
+
+@contextlib.contextmanager
+def _open_sweep(space: Space) -> Iterator[None]:
+    """Make a sweep's folder, or find it as this sweep left it.
+
+    Its lock is shared by processes that take trials from one study.
+    """
+    folder, written = space.folder, _described(space.sweep, space.file)
+    path = folder / _FILE
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        others = [p.name for p in folder.iterdir() if p.name[0] != "."]
+        if others and not path.exists():
+            raise UserError(
+                f"{folder}: is no sweep's folder (it has {others[0]}, but no {_FILE}); "
+                "choose another with --folder (make: RUN=DIR)"
+            )
+        lock = (folder / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror})") from None
+    with lock:
+        kind = fcntl.LOCK_SH if space.sweep.how == "tpe" else fcntl.LOCK_EX
+        try:
+            fcntl.flock(lock, kind | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{folder}: another process is sweeping there") from None
+        if path.exists() and path.read_text(encoding="utf-8") != written:
+            raise UserError(
+                f"{folder}: holds another sweep, see {path}; choose another folder with "
+                "--folder (make: RUN=DIR)"
+            )
+        if not path.exists():
+            write_file(path, written)
+        yield
+
+
+def _described(settings: Sweep, file: ExperimentFile) -> str:
+    """What makes a sweep what it is; how many trials, and at once, may change."""
+    experiment: Experiment = file.experiment()
+    tree = {
+        "experiment": experiment.model_dump(exclude_none=True),
+        "sweep": settings.model_dump(exclude={"at_once", "trials"}, exclude_none=True),
+    }
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
