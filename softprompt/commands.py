@@ -27,6 +27,46 @@ def train(options: argparse.Namespace) -> None:
     print(f"prompt: {folder / 'prompt'}", file=sys.stderr)
 
 
+def sweep(options: argparse.Namespace) -> None:
+    """`softprompt sweep EXPERIMENT`."""
+    from softprompt.experiment_file import ExperimentFile
+    from softprompt.sweep.outcome import Outcome
+    from softprompt.sweep.plan import plan
+    from softprompt.sweep.results import ranked, results_table
+    from softprompt.sweep.space import Space, shown
+    from softprompt.sweep.sweep import sweep
+
+    if options.json and not options.dry_run:
+        raise UserError("--json is for --dry-run")
+    folder = options.folder or Path("runs") / options.experiment.stem
+    space = Space(ExperimentFile(options.experiment, options.words), folder)
+    if options.dry_run:
+        planned = plan(space)
+        if options.json:
+            print(json.dumps(dataclasses.asdict(planned)))
+            return
+        for trial in planned.trials:
+            where = f"program {trial.group}, {trial.state}"
+            print(f"trial {trial.number}: {shown(trial.parameters)} ({where})")
+        minutes = planned.seconds / 60
+        print(
+            f"{len(planned.trials)} trials in {planned.groups} compiled programs, "
+            f"about {minutes:.1f} minutes"
+        )
+        return
+    trials = sweep(space)
+    print(results_table(trials))
+    best = ranked(trials)[0]
+    print(f"best: {best.folder / 'prompt'}", file=sys.stderr)
+    outcomes = [(trial, Outcome.read(trial.folder)) for trial in trials]
+    if failed := [(trial, end) for trial, end in outcomes if end and end.state == "failed"]:
+        first, end = failed[0]
+        raise UserError(
+            f"{len(failed)} of {len(trials)} trials failed, the first: {first.name}: {end.error}; "
+            f"without its folder ({first.folder}) it is tried again"
+        )
+
+
 def evaluate(options: argparse.Namespace) -> None:
     """`softprompt eval RUN...`."""
     from softprompt.data.examples import make_examples

@@ -5,6 +5,7 @@ from conftest import REPOSITORY
 
 from softprompt import load_experiment, load_prompt, train
 from softprompt.data.records import read_records
+from softprompt.experiment_file import ExperimentFile
 from softprompt.templates import template_fields
 from softprompt.training.run_folder import read_metrics
 
@@ -13,7 +14,7 @@ EXPERIMENTS = sorted((REPOSITORY / "experiments").glob("*.yaml"))
 
 @pytest.mark.parametrize("file", EXPERIMENTS, ids=lambda file: file.stem)
 def test_every_experiment_has_its_data(file):
-    experiment = load_experiment(file)
+    experiment = ExperimentFile(file).experiment()
     template, inputs = experiment.template, {}
     for split, source in experiment.data.model_dump().items():
         records = read_records(source)

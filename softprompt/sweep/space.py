@@ -221,10 +221,11 @@ class Space:
 
 def shown(parameters: Mapping[str, Value]) -> str:
     """Parameters as `key=value`, with a space between them, as the command line takes them."""
-    return " ".join(f"{name}={_text(value)}" for name, value in parameters.items())
+    return " ".join(f"{name}={text(value)}" for name, value in parameters.items())
 
 
-def _text(value: Value) -> str:
+def text(value: Value) -> str:
+    """A parameter's value as YAML."""
     return value if isinstance(value, str) else json.dumps(value)
 
 

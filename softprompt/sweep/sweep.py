@@ -6,15 +6,14 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import yaml
 
-from softprompt.config import Experiment
 from softprompt.console import Bar, say
 from softprompt.errors import Stopped, UserError
-from softprompt.experiment_file import ExperimentFile
+from softprompt.experiment_file import dump_experiment
 from softprompt.metrics.named import merit
 from softprompt.sweep.outcome import Outcome, validation_at
 from softprompt.sweep.places import Opened, Places
 from softprompt.sweep.program import shared
-from softprompt.sweep.space import Halving, Space, Sweep, Trial
+from softprompt.sweep.space import Halving, Space, Trial
 from softprompt.training.run_folder import write_file
 from softprompt.training.stop import StopSignals
 
@@ -122,7 +121,7 @@ def _open_sweep(space: Space) -> Iterator[None]:
 
     Its lock is shared by processes that take trials from one study.
     """
-    folder, written = space.folder, _described(space.sweep, space.file)
+    folder, written = space.folder, _described(space)
     path = folder / _FILE
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -151,11 +150,8 @@ def _open_sweep(space: Space) -> Iterator[None]:
         yield
 
 
-def _described(settings: Sweep, file: ExperimentFile) -> str:
+def _described(space: Space) -> str:
     """What makes a sweep what it is; how many trials, and at once, may change."""
-    experiment: Experiment = file.experiment()
-    tree = {
-        "experiment": experiment.model_dump(exclude_none=True),
-        "sweep": settings.model_dump(exclude={"at_once", "trials"}, exclude_none=True),
-    }
-    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+    settings = space.sweep.model_dump(exclude={"at_once", "trials"}, exclude_none=True)
+    experiment = dump_experiment(space.file.experiment(), space.folder)
+    return experiment + yaml.safe_dump({"sweep": settings}, sort_keys=False, allow_unicode=True)

@@ -1,0 +1,309 @@
+"""Sweeps: which trials there are, that each is its own run, and what becomes of them."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import example_of, write_experiment
+
+from softprompt import SoftPrompt, UserError, load_prompt, train
+from softprompt.cli import main
+from softprompt.config import Optimizer
+from softprompt.data.batches import Layout, side_by_side
+from softprompt.experiment_file import ExperimentFile
+from softprompt.sweep.outcome import Outcome
+from softprompt.sweep.program import shared
+from softprompt.sweep.space import Space
+from softprompt.sweep.sweep import groups, sweep
+from softprompt.training.optimizers import UpdateRule, hyperparameters
+from softprompt.training.run_folder import read_metrics
+from softprompt.training.step import split, train_step
+
+
+@pytest.fixture
+def space(tmp_path):
+    """Make the space of a sweep of the letters, whose texts have one length."""
+
+    def space(section, *overrides, folder="sweep"):
+        path = write_experiment(tmp_path, 5, 5)
+        path.write_text(f"{path.read_text()}sweep:\n{section}")
+        return Space(ExperimentFile(path, overrides), tmp_path / folder)
+
+    return space
+
+
+def parameters(space):
+    return [dict(trial.parameters) for trial in space.trials()]
+
+
+def test_a_grid_has_every_combination(space):
+    found = parameters(space("  prompt.length: [1, 5]\n  seed: [0, 1]\n"))
+    assert found == [
+        {"prompt.length": 1, "seed": 0},
+        {"prompt.length": 1, "seed": 1},
+        {"prompt.length": 5, "seed": 0},
+        {"prompt.length": 5, "seed": 1},
+    ]
+
+
+def test_zip_and_points_have_the_ones_named(space):
+    expected = [{"prompt.length": 1, "seed": 4}, {"prompt.length": 5, "seed": 7}]
+    assert parameters(space("  how: zip\n  prompt.length: [1, 5]\n  seed: [4, 7]\n")) == expected
+    assert parameters(space(f"  points: {json.dumps(expected)}\n")) == expected
+
+
+def test_random_trials_are_drawn_from_their_ranges_and_more_of_them_begin_alike(space):
+    section = """\
+  how: random
+  trials: 200
+  optimizer.learning_rate: {low: 1e-4, high: 1e-1, log: true}
+  prompt.length: {low: 1, high: 4}
+  optimizer.weight_decay: {low: 0.0, high: 1.0}
+  seed: [0, 1]
+"""
+    found = parameters(space(section))
+    rates = np.log10([p["optimizer.learning_rate"] for p in found])
+    assert -4 <= rates.min() < -3.8
+    assert -1.2 < rates.max() <= -1
+    np.testing.assert_allclose(
+        np.quantile(rates, [0.25, 0.5, 0.75]), [-3.25, -2.5, -1.75], atol=0.3
+    )
+    lengths = [p["prompt.length"] for p in found]
+    assert {lengths.count(n) > 30 for n in (1, 2, 3, 4)} == {True}
+    assert all(isinstance(n, int) for n in lengths)
+    assert abs(np.mean([p["optimizer.weight_decay"] for p in found]) - 0.5) < 0.1
+    assert {p["seed"] for p in found} == {0, 1}
+    assert parameters(space(section, "sweep.trials=3")) == found[:3]
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ("  promt.length: [1]\n", "letters.yaml:10: sweep.promt.length: no key of an experiment"),
+        ("  prompt.lenth: [1]\n", "prompt.lenth: unknown key; did you mean 'length'?"),
+        ("  prompt.length: [0]\n", "letters.yaml:10: prompt.length: Input should be greater"),
+        ("  prompt.length: 3\n", "sweep.prompt.length: a list of values, or {low: ..., high: ...}"),
+        ("  prompt.length: []\n", "sweep.prompt.length: a list of values"),
+        ("  prompt.length: {low: 5, high: 1}\n", "sweep.prompt.length: low must be less than high"),
+        ("  seed: {low: 0, high: 9}\n", "a range needs how: random or how: tpe"),
+        ("  seed: [0]\n  how: random\n", "how: random and how: tpe need trials"),
+        ("  seed: [0]\n  trials: 3\n", "the others have none"),
+        ("  seed: [0]\n  prompt.length: [1, 2]\n  how: zip\n", "zip needs as many values"),
+        ("  how: grid\n", "give keys of the experiment with lists of values, or points"),
+        ("  seed: [0]\n  halving: {rungs: [3]}\n", "3 must be a multiple of evaluation.every (4)"),
+        ("  seed: [0]\n  halving: {rungs: [12]}\n", "less than training.steps (12)"),
+        (
+            "  seed: [0]\n  at_once: 0\n",
+            "sweep.at_once: Input should be greater than or equal to 1",
+        ),
+    ],
+)
+def test_a_mistake_in_a_sweep_is_one_line_with_its_place(space, section, message):
+    with pytest.raises(UserError) as error:
+        space(section)
+    assert message in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_file_of_many_trials_is_not_for_train_and_one_without_not_for_sweep(
+    space, experiment_file, capsys
+):
+    path = space("  seed: [0]\n").file.path
+    assert main(["train", str(path)]) == 1
+    assert (
+        f"{path}:9: sweep: a file of many trials, for softprompt sweep" in capsys.readouterr().err
+    )
+    path.write_text(path.read_text().split("sweep:")[0])
+    assert main(["sweep", str(path)]) == 1
+    assert "has no section sweep" in capsys.readouterr().err
+
+
+def test_a_padded_prompt_trains_as_an_unpadded_one(tiny):
+    """To 1e-6, over steps of AdamW with decay and clipping; and the padding stays zero."""
+    vectors = np.random.default_rng(0).normal(size=(5, 32)).astype(np.float32)
+    examples = [example_of([5, 6, 7, 8], [[20, 21]], 0), example_of([9, 10], [[23]], 0)]
+    batch = Layout.of(examples).lay_out(examples, 2, 8, 2)
+    settings = Optimizer(learning_rate=0.01, weight_decay=0.1, clip_norm=0.5)
+    rule, after = UpdateRule.of(settings), []
+    for method in (SoftPrompt(jnp.array(vectors)), SoftPrompt(jnp.array(vectors)).padded(9)):
+        graphdef, trainable, frozen = split(method, tiny.backbone)
+        state = rule.init(trainable, hyperparameters(settings, 5))
+        for i in range(5):
+            trainable, state, measured = train_step(
+                trainable,
+                state,
+                frozen,
+                batch,
+                jax.random.key(i),
+                graphdef=graphdef,
+                optimizer=rule,
+            )
+        after.append((jax.tree.leaves(trainable)[0], measured))
+    (plain, of_plain), (padded, of_padded) = after
+    np.testing.assert_allclose(padded[:5], plain, atol=1e-6)
+    np.testing.assert_array_equal(padded[5:], np.zeros((4, 32)))
+    np.testing.assert_allclose(of_padded["loss"], of_plain["loss"], rtol=1e-6)
+    assert np.abs(plain - vectors).max() > 0.01
+
+
+def test_batches_side_by_side_are_padded_with_what_nobody_reads():
+    short = [example_of([5, 6], [[20]], 0)]
+    long = [example_of([5, 6, 7, 8], [[20, 21]], 0)]
+    layouts = [Layout.of(rows) for rows in (short, long)]
+    batches = [
+        layout.lay_out(rows, 1, length, targets)
+        for layout, rows, length, targets in zip(
+            layouts, (short, long), (8, 16), (1, 2), strict=True
+        )
+    ]
+    together = side_by_side(batches)
+    assert together.tokens.shape == (2, 1, 16)
+    np.testing.assert_array_equal(together.target_candidates, [[[0, -1]], [[0, 0]]])
+    np.testing.assert_array_equal(together.tokens[0, 0, :8], batches[0].tokens[0])
+
+
+DIFFERENT = """\
+  points:
+    - {prompt.length: 2, optimizer.learning_rate: 0.03, seed: 1}
+    - {prompt.length: 6, optimizer.weight_decay: 0.1, training.steps: 8}
+    - {prompt.length: 3, prompt.init: random, optimizer.warmup_steps: 0}
+  at_once: 3
+"""
+
+
+def test_each_trial_is_its_own_single_run(space):
+    """Three side by side in one program, of several lengths and schedules, and each alone."""
+    trials = sweep(space(DIFFERENT))
+    assert len(groups(trials)) == 1
+    for trial in trials:
+        alone = trial.folder.with_name(f"alone-{trial.number}")
+        summary = train(trial.experiment, alone)
+        together = json.loads((trial.folder / "summary.json").read_text())
+        for key in ("steps", "best_step", "trainable_parameters"):
+            assert together[key] == summary[key]
+        for split_ in ("validation", "test"):
+            assert together[split_]["accuracy"] == summary[split_]["accuracy"]
+            assert together[split_]["loss"] == pytest.approx(summary[split_]["loss"], rel=1e-5)
+        vectors = [load_prompt(run).method.vectors[...] for run in (trial.folder, alone)]
+        np.testing.assert_allclose(*vectors, atol=1e-4)
+        records = [read_metrics(run) for run in (trial.folder, alone)]
+        assert [(r["step"], r["split"]) for r in records[0]] == [
+            (r["step"], r["split"]) for r in records[1]
+        ]
+        for one, other in zip(*records, strict=True):
+            assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+            assert one.get("learning_rate") == other.get("learning_rate")
+
+
+def test_what_cannot_share_a_program_is_grouped(space):
+    def count(section):
+        trials = space(section).trials()
+        assert {shared(t.experiment) for g in groups(trials) for t in g[:1]} == {
+            shared(t.experiment) for t in trials
+        }
+        return len(groups(trials))
+
+    assert count("  prompt.length: [1, 9]\n  seed: [0, 1]\n  prompt.init: [random, labels]\n") == 1
+    assert count("  optimizer.schedule: [linear, cosine]\n") == 2
+    assert count("  training.batch_size: [2, 4]\n") == 2
+    assert count("  method: [prompt, lora, none]\n") == 3
+    assert count("  optimizer.name: [adafactor]\n  prompt.length: [1, 9]\n") == 2
+    assert count("  prompt.reparametrization: [lstm]\n  prompt.length: [1, 9]\n") == 2
+    assert count("  shots: [2]\n  seed: [0, 1]\n") == 2
+
+
+def test_losers_of_a_rung_leave_and_the_best_go_on(space, capsys):
+    trials = sweep(
+        space(
+            "  optimizer.learning_rate: [0.3, 0.1, 0.03, 1e-6, 1e-7]\n"
+            "  halving: {rungs: [4, 8], factor: 2}\n  at_once: 2\n",
+            "evaluation.metric=loss",
+        )
+    )
+    outcomes = [Outcome.read(trial.folder) for trial in trials]
+    at_4 = [read_loss(trial, 4) for trial in trials]
+    kept = sorted(range(5), key=at_4.__getitem__)[:2]
+    assert {i for i, end in enumerate(outcomes) if end.step == 4} == set(range(5)) - set(kept)
+    best = min(kept, key=lambda i: read_loss(trials[i], 8))
+    assert [i for i, end in enumerate(outcomes) if end.state == "finished"] == [best]
+    assert sorted(end.step for end in outcomes) == [4, 4, 4, 8, 12]
+    assert "left at step 4" in capsys.readouterr().err
+
+
+def read_loss(trial, step):
+    records = read_metrics(trial.folder)
+    return next(r["loss"] for r in records if (r["step"], r["split"]) == (step, "validation"))
+
+
+def test_a_failed_trial_is_recorded_and_the_others_go_on(space, capsys):
+    found = space("  optimizer.learning_rate: [0.1, 1e38]\n  prompt.length: [2, 300]\n")
+    command = ["sweep", str(found.file.path), "--folder", str(found.folder)]
+    assert main(command) == 1
+    captured = capsys.readouterr()
+    assert "3 of 4 trials failed, the first: trial 1" in captured.err
+    outcomes = [Outcome.read(trial.folder) for trial in found.trials()]
+    assert [end.state for end in outcomes] == ["finished", "failed", "failed", "failed"]
+    assert "too short for the" in outcomes[1].error
+    assert "lower optimizer.learning_rate" in outcomes[2].error
+    assert captured.out.splitlines()[1].split()[:3] == ["0", "0.1", "2"]
+    assert main(command) == 1
+    assert "loaded in" not in capsys.readouterr().err, "nothing is run again"
+
+
+def test_a_killed_sweep_goes_on_where_it_was(space, tmp_path):
+    """SIGKILL in the second pair of trials; the first pair is not run again."""
+    section = "  optimizer.learning_rate: [0.1, 0.03]\n  prompt.length: [2, 4]\n  at_once: 2\n"
+    whole = sweep(space(section, folder="whole"))
+    killed = space(section)
+    code = """\
+import os, sys
+from softprompt.sweep import places
+real = places.Places._step
+def step(self, here):
+    if any(p.opened.trial.number in (1, 3) and p.run.progress.step == 6 for p in here):
+        os._exit(9)
+    real(self, here)
+places.Places._step = step
+from softprompt.cli import main
+sys.exit(main())
+"""
+    command = ["sweep", str(killed.file.path), "--folder", str(killed.folder)]
+    done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True)
+    assert done.returncode == 9, done.stderr
+    outcomes = [Outcome.read(trial.folder) for trial in killed.trials()]
+    finished = [i for i, end in enumerate(outcomes) if end]
+    assert len(finished) == 2
+    before = [(killed.trials()[i].folder / "summary.json").stat().st_mtime_ns for i in finished]
+    trials = sweep(space(section))
+    after = [(trials[i].folder / "summary.json").stat().st_mtime_ns for i in finished]
+    assert before == after
+    for one, other in zip(whole, trials, strict=True):
+        of_both = [load_prompt(t.folder).method.vectors[...] for t in (one, other)]
+        np.testing.assert_array_equal(*of_both)
+
+
+def test_another_sweep_does_not_write_into_a_sweeps_folder(space):
+    sweep(space("  seed: [0]\n", "training.steps=1"))
+    with pytest.raises(UserError, match="holds another sweep"):
+        sweep(space("  seed: [1]\n", "training.steps=1"))
+    train(space("  seed: [0]\n").file.experiment(), space("  seed: [0]\n", folder="run").folder)
+    with pytest.raises(UserError, match="is no sweep's folder"):
+        sweep(space("  seed: [0]\n", folder="run"))
+
+
+def test_a_dry_run_lists_the_trials_and_writes_nothing(space, capsys):
+    found = space("  prompt.length: [2, 4]\n  method: [prompt, none]\n")
+    command = ["sweep", str(found.file.path), "--folder", str(found.folder), "--dry-run"]
+    assert main([*command, "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert [trial["parameters"] for trial in planned["trials"]] == parameters(found)
+    assert [trial["group"] for trial in planned["trials"]] == [0, 1, 0, 2]
+    assert planned["groups"] == 3
+    assert planned["seconds"] > 0
+    assert not found.folder.exists()
+    assert main(command) == 0
+    assert "4 trials in 3 compiled programs, about" in capsys.readouterr().out
