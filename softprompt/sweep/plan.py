@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from softprompt.errors import UserError
 from softprompt.evaluation.scoring import make_prefix, score
 from softprompt.sweep.outcome import Outcome
 from softprompt.sweep.program import step_together
@@ -52,11 +53,13 @@ class Plan:
 
 
 def plan(space: Space) -> Plan:
-    """Plan the sweep of a space whose trials are known beforehand.
+    """Plan the sweep of a space.
 
     Raises:
-      UserError: if a trial's data or base model will not do.
+      UserError: if a trial's data or base model will not do, or Optuna is to choose them.
     """
+    if space.sweep.how == "tpe":
+        raise UserError("--dry-run: the trials of how: tpe are chosen one after another")
     preparation, planned, seconds = Preparation(), [], 0.0
     found = groups(space.trials())
     for number, group in enumerate(found):

@@ -1,0 +1,146 @@
+"""Trials that Optuna chooses, shared by all processes that sweep in one folder.
+
+What was tried and what it gave is kept by Optuna, in a journal in the folder or in a
+database; a trial whose process has ended without a result is taken over by the next one
+that asks for a trial, and goes on from its checkpoint.
+"""
+
+import contextlib
+import fcntl
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from softprompt.errors import UserError
+from softprompt.metrics.named import lower_is_better
+from softprompt.sweep.outcome import Outcome
+from softprompt.sweep.places import Opened
+from softprompt.sweep.results import measured
+from softprompt.sweep.space import Range, Space, Trial, Value
+
+
+class Study:
+    """An Optuna study as a source of trials.
+
+    Values are chosen by TPE (Bergstra et al. 2011). At a rung of `halving` a trial goes on
+    if it is among the n / factor best, rounded up, of the n that have come there so far.
+
+    Raises:
+      UserError: if Optuna is not installed, or its storage cannot be opened.
+    """
+
+    def __init__(self, space: Space):
+        try:
+            import optuna
+        except ImportError:
+            raise UserError(
+                "how: tpe needs Optuna: pip install 'softprompt[search]' (in a clone: '.[search]')"
+            ) from None
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self._optuna, self._space = optuna, space
+        experiment = space.file.experiment()
+        self._metric, self._seed = experiment.evaluation.metric, experiment.seed
+        with self._alone():
+            self._study = optuna.create_study(
+                storage=self._storage(),
+                study_name=experiment.name,
+                direction="minimize" if lower_is_better(self._metric) else "maximize",
+                load_if_exists=True,
+            )
+
+    def next(self) -> Opened | None:
+        """A trial that nobody runs any more, or a new one; None if all have been asked for."""
+        with self._alone():
+            for frozen in self._study.get_trials(states=[self._optuna.trial.TrialState.RUNNING]):
+                if opened := Opened.of(self._trial(frozen.number, frozen.params)):
+                    return opened
+            count = len(self._study.get_trials(deepcopy=False))
+            if count >= (self._space.sweep.trials or 0):
+                return None
+            # Every trial has a seed of its own, in whatever process it is asked for.
+            self._study.sampler = self._optuna.samplers.TPESampler(
+                seed=(self._seed + count) % 2**32, constant_liar=True
+            )
+            asked = self._study.ask()
+            for name, values in self._space.sweep.parameters.items():
+                _suggest(asked, name, values)
+            try:
+                return Opened.of(self._trial(asked.number, asked.params))
+            except UserError:
+                self._study.tell(asked.number, state=self._optuna.trial.TrialState.FAIL)
+                raise
+
+    def goes_on(self, trial: Trial, step: int, measured: Mapping[str, float]) -> bool:
+        """Report an evaluation; at a rung, whether the trial is among the best there."""
+        halving, value = self._space.sweep.halving, measured[self._metric]
+        with self._alone():
+            frozen = self._study.get_trials(deepcopy=False)[trial.number]
+            self._optuna.trial.Trial(self._study, frozen._trial_id).report(value, step)
+            if halving is None or step not in halving.rungs:
+                return True
+            there = [
+                each.intermediate_values[step]
+                for each in self._study.get_trials(deepcopy=False)
+                if step in each.intermediate_values
+            ]
+        sign = 1 if lower_is_better(self._metric) else -1
+        better = sum(sign * other < sign * value for other in there)
+        return better < -(-len(there) // halving.factor)
+
+    def ended(self, trial: Trial, outcome: Outcome) -> None:
+        """Tell Optuna."""
+        states = self._optuna.trial.TrialState
+        with self._alone():
+            if outcome.state == "finished":
+                values = measured(trial)
+                assert values is not None
+                self._study.tell(trial.number, values[self._metric], skip_if_finished=True)
+            else:
+                state = states.PRUNED if outcome.state == "pruned" else states.FAIL
+                self._study.tell(trial.number, state=state, skip_if_finished=True)
+
+    def trials(self) -> list[Trial]:
+        """All that have been asked for so far, by whatever process."""
+        found = self._study.get_trials(deepcopy=False)
+        return [self._trial(frozen.number, frozen.params) for frozen in found]
+
+    def steps_done(self) -> int:
+        """Steps of the schedules of all trials that have ended."""
+        ended = [trial for trial in self.trials() if Outcome.read(trial.folder)]
+        return sum(trial.experiment.training.steps for trial in ended)
+
+    def _trial(self, number: int, chosen: Mapping[str, Any]) -> Trial:
+        parameters = self._space.sweep.parameters
+        values = {
+            name: chosen[name] if isinstance(of_name, Range) else json.loads(chosen[name])
+            for name, of_name in parameters.items()
+        }
+        return self._space.trial(number, values)
+
+    def _storage(self) -> Any:
+        url, optuna = self._space.sweep.storage, self._optuna
+        if url is None:
+            journal = optuna.storages.journal.JournalFileBackend(
+                str(self._space.folder / "study.journal")
+            )
+            return optuna.storages.JournalStorage(journal)
+        try:
+            return optuna.storages.RDBStorage(url)
+        except Exception as error:  # whatever the database's driver raises
+            raise UserError(f"sweep.storage: {url}: {str(error).splitlines()[0]}") from None
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keep other processes that sweep in the folder from asking and telling."""
+        with (self._space.folder / ".study.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+
+def _suggest(asked: Any, name: str, values: list[Value] | Range) -> None:
+    if not isinstance(values, Range):
+        asked.suggest_categorical(name, [json.dumps(value) for value in values])
+    elif values.whole:
+        asked.suggest_int(name, values.low, values.high, log=values.log)
+    else:
+        asked.suggest_float(name, float(values.low), float(values.high), log=values.log)
