@@ -269,6 +269,48 @@ examples:
     compare.add_argument("--seeds", type=_numbers, default=[0], metavar="N,M", help="default: 0")
     compare.add_argument("--folder", type=Path, metavar="DIR", help="default: runs/compare/NAME")
 
+    runs = _command(
+        chosen,
+        "runs",
+        commands.runs,
+        "list runs in a table",
+        """\
+Finds the runs in the folders and below them (by default in runs/), and prints a line for
+each: the settings in which they differ, how far they came, and the metric that decides. A
+column can be named by its end: length for prompt.length, accuracy for test accuracy.
+
+examples:
+  softprompt runs
+  softprompt runs runs/sentiment-length --sort accuracy
+  softprompt runs --where method=lora --where seed=0 --json""",
+    )
+    runs.add_argument("folders", type=Path, nargs="*", metavar="FOLDER", help="default: runs")
+    runs.add_argument(
+        "--sort", metavar="COLUMN", help="metrics best first; -COLUMN: the other way round"
+    )
+    runs.add_argument(
+        "--where", action="append", default=[], metavar="COLUMN=VALUE", help="only these"
+    )
+    runs.add_argument("--json", action="store_true", help="a line of JSON for each")
+
+    report = _command(
+        chosen,
+        "report",
+        commands.report,
+        "write a page of figures and tables about runs or a sweep",
+        """\
+Writes report.html, one file that needs no network, and its tables as .csv and .md: the metric
+against the prompt's length or another setting with the spread over seeds, learning curves,
+all settings together, the best run with the command that runs it again, what it says, and
+the tokens nearest to its vectors.
+
+examples:
+  softprompt report runs/sentiment-length
+  softprompt report runs/sentiment runs/long --output runs/report""",
+    )
+    report.add_argument("folders", type=Path, nargs="+", metavar="FOLDER", help="runs, or a sweep")
+    report.add_argument("--output", type=Path, metavar="DIR", help="default: the first FOLDER")
+
     export = _command(
         chosen,
         "export",

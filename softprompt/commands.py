@@ -257,6 +257,27 @@ def compare(options: argparse.Namespace) -> None:
     print(table(rows, "text"))
 
 
+def runs(options: argparse.Namespace) -> None:
+    """`softprompt runs`."""
+    from softprompt.report.collect import collect, varied
+    from softprompt.report.tables import chosen_rows, run_rows, table
+
+    records = collect(options.folders or [Path("runs")])
+    rows = chosen_rows(run_rows(records, varied(records)), options.where, options.sort)
+    if options.json:
+        for row in rows:
+            print(json.dumps(row))
+    elif rows:
+        print(table(rows, "text"))
+
+
+def report(options: argparse.Namespace) -> None:
+    """`softprompt report FOLDER...`."""
+    from softprompt.report.page import write_report
+
+    print(write_report(options.folders, options.output or options.folders[0]))
+
+
 def export(options: argparse.Namespace) -> None:
     """`softprompt export RUN DIR`."""
     from softprompt.interop.export import export, push

@@ -151,16 +151,17 @@ def dump_experiment(experiment: Experiment, folder: Path) -> str:
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
+def flattened(value: Any, key: str = "") -> dict[str, Any]:
+    """Sections in sections as one mapping, whose keys have dots."""
+    if not isinstance(value, dict):
+        return {key: value}
+    parts = (flattened(v, f"{key}.{k}" if key else k) for k, v in value.items())
+    return {k: v for part in parts for k, v in part.items()}
+
+
 def differences(old: Experiment, new: Experiment) -> list[str]:
     """The keys in which two experiments differ, as `key: old there, new here`."""
-
-    def flatten(value: Any, key: str) -> dict[str, Any]:
-        if not isinstance(value, dict):
-            return {key: value}
-        parts = (flatten(v, f"{key}.{k}" if key else k) for k, v in value.items())
-        return {k: v for part in parts for k, v in part.items()}
-
-    was, now = flatten(old.model_dump(), ""), flatten(new.model_dump(), "")
+    was, now = flattened(old.model_dump()), flattened(new.model_dump())
     return [
         f"{key}: {was.get(key)!r} there, {now.get(key)!r} now"
         for key in dict.fromkeys([*was, *now])

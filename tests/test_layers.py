@@ -9,6 +9,7 @@ from conftest import REPOSITORY
 LAYERS = [
     {"__main__"},
     {"cli", "commands", "compare", "score"},
+    {"report"},
     {"sweep"},
     {"training", "interop"},
     {"inference"},

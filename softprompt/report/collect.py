@@ -1,0 +1,122 @@
+"""Runs as their folders tell of them."""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from softprompt.console import say
+from softprompt.errors import UserError
+from softprompt.experiment_file import flattened, load_experiment
+from softprompt.metrics.named import merit
+from softprompt.sweep.outcome import Outcome
+from softprompt.training.run_folder import read_metrics
+
+_APART = ("name", "seed")  # keys that say nothing of what is compared
+
+
+@dataclasses.dataclass(frozen=True)
+class RunRecord:
+    """One run.
+
+    Attributes:
+      folder: where it is.
+      settings: of its experiment, by keys with dots.
+      state: `finished`, `pruned`, `failed`, or `unfinished`.
+      step: the last one known of.
+      validation: metrics of the best prompt, or of an unfinished run the last ones.
+      test: metrics on the test data, if there are any.
+      records: of `metrics.jsonl`.
+      seconds: of its training steps, if it is finished.
+      peak_memory_bytes: of its process, if it is finished.
+      error: why it failed.
+    """
+
+    folder: Path
+    settings: Mapping[str, Any]
+    state: str
+    step: int
+    validation: Mapping[str, float]
+    test: Mapping[str, float]
+    records: Sequence[Mapping[str, Any]]
+    seconds: float | None
+    peak_memory_bytes: int | None
+    error: str | None
+
+    @property
+    def metric(self) -> str:
+        """The one that decides."""
+        return self.settings["evaluation.metric"]
+
+    @property
+    def quality(self) -> float | None:
+        """That metric, on the test data if there are any, else on the validation data."""
+        return self.test.get(self.metric, self.validation.get(self.metric))
+
+
+def collect(paths: Iterable[Path]) -> list[RunRecord]:
+    """The runs in folders: of a run, of a sweep, or with any of them below.
+
+    One that cannot be read is left out, which is said.
+
+    Raises:
+      UserError: if there is none.
+    """
+    folders: dict[Path, None] = {}
+    for path in paths:
+        found = [path] if (path / "config.yaml").is_file() else []
+        found += sorted(config.parent for config in path.glob("*/**/config.yaml"))
+        if not found:
+            raise UserError(f"{path}: no run there")
+        folders |= dict.fromkeys(found)
+    records = []
+    for folder in folders:
+        try:
+            records.append(_read(folder))
+        except (UserError, OSError, ValueError, KeyError) as error:
+            say(f"{folder}: left out ({str(error).splitlines()[0]})")
+    if not records:
+        raise UserError("no run can be read")
+    return records
+
+
+def varied(records: Sequence[RunRecord]) -> list[str]:
+    """The settings in which runs of one experiment differ; and `name`, if there are several."""
+    names = dict.fromkeys(record.settings["name"] for record in records)
+    found = {"name": None} if len(names) > 1 else {}
+    for name in names:
+        group = [record.settings for record in records if record.settings["name"] == name]
+        for key in dict.fromkeys(key for settings in group for key in settings):
+            values = {json.dumps(settings.get(key)) for settings in group}
+            if key not in _APART and len(values) > 1:
+                found[key] = None
+    return list(found)
+
+
+def best(records: Sequence[RunRecord]) -> RunRecord | None:
+    """The finished run that is best on the validation data."""
+    finished = [r for r in records if r.state == "finished" and r.metric in r.validation]
+    return max(finished, key=lambda r: merit(r.validation, r.metric), default=None)
+
+
+def _read(folder: Path) -> RunRecord:
+    settings = flattened(load_experiment(folder / "config.yaml").model_dump())
+    outcome, records = Outcome.read(folder), read_metrics(folder)
+    summary: dict[str, Any] = {}
+    if (folder / "summary.json").exists():
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    measured = [record for record in records if record["split"] == "validation"]
+    last = {k: v for k, v in measured[-1].items() if k not in ("step", "split")} if measured else {}
+    return RunRecord(
+        folder,
+        settings,
+        outcome.state if outcome else "finished" if summary else "unfinished",
+        summary.get("steps", records[-1]["step"] if records else 0),
+        summary.get("validation", last),
+        summary.get("test", {}),
+        records,
+        summary.get("train_seconds"),
+        summary.get("peak_memory_bytes"),
+        outcome.error if outcome else None,
+    )

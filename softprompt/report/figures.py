@@ -1,0 +1,240 @@
+"""Figures of a report, as SVG to stand in a page."""
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from softprompt.metrics.named import lower_is_better
+from softprompt.report.collect import RunRecord
+from softprompt.report.tables import cell, seed_rows
+
+STYLE: Any = {  # to be in force while a figure is drawn
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#9aa3ad",
+    "axes.labelcolor": "#37414b",
+    "xtick.color": "#37414b",
+    "ytick.color": "#37414b",
+    "grid.color": "#e3e7eb",
+    "svg.fonttype": "none",
+}
+_COLOURS = ["#1f6feb", "#d9480f", "#2b8a3e", "#862e9c", "#c2255c", "#0b7285", "#a16207", "#495057"]
+_SHADES = "viridis"
+MOST_LINES = len(_COLOURS)  # of `spread_figure`
+
+
+def spread_figure(records: Sequence[RunRecord], axis: str, others: Sequence[str]) -> str:
+    """The deciding metric against a setting: the mean over seeds, their range, every run.
+
+    Args:
+      records: finished runs.
+      axis: a setting, numbers or not.
+      others: settings that each line has one combination of.
+    """
+    metric = _metric(records)
+    lines: dict[str, list[RunRecord]] = {}
+    for record in records:
+        lines.setdefault(_named(record, others), []).append(record)
+    values = _ordered({_key(r.settings.get(axis)): r.settings.get(axis) for r in records})
+    numeric = all(isinstance(v, int | float) for v in values)
+    places = values if numeric else list(range(len(values)))
+    where = {_key(value): place for value, place in zip(values, places, strict=True)}
+    figure, axes = _figure(7.4, 4.2)
+    for (name, group), colour in zip(lines.items(), _COLOURS, strict=False):
+        rows = sorted(seed_rows(group, [axis]), key=lambda row: where[_key(row[axis])])
+        at = [where[_key(row[axis])] for row in rows]
+        means = [row["mean"] for row in rows]
+        low, high = [row["lowest"] for row in rows], [row["highest"] for row in rows]
+        axes.fill_between(at, low, high, color=colour, alpha=0.14, linewidth=0)
+        axes.plot(at, means, color=colour, marker="o", markersize=4.5, label=name or None)
+        each = [where[_key(r.settings.get(axis))] for r in group]
+        axes.scatter(each, [r.quality or 0 for r in group], 12, colour, alpha=0.45, linewidth=0)
+    positive = numeric and min(places) > 0
+    if positive and max(places) / min(places) >= 10:
+        axes.set_xscale("log")
+    if numeric:
+        axes.minorticks_off()
+    axes.set_xticks(places, [cell(value) for value in values])
+    axes.set(xlabel=axis, ylabel=metric)
+    if others:
+        axes.legend(frameon=False, fontsize=9)
+    return _svg(figure, f"spread {axis}")
+
+
+def curves_figure(records: Sequence[RunRecord], axis: str | None) -> str:
+    """Training loss and the validation metric against steps, a line for each run.
+
+    Args:
+      records: any runs.
+      axis: the setting that colours say, or None.
+    """
+    metric = records[0].metric
+    of_runs = [record.settings.get(axis) if axis else None for record in records]
+    values = _ordered({_key(value): value for value in of_runs})
+    shades = matplotlib.colormaps[_SHADES](np.linspace(0.05, 0.85, max(len(values), 1)))
+    colours = dict(zip(map(_key, values), shades, strict=True))
+    figure = Figure(figsize=(9.6, 3.8), layout="constrained")
+    panels = [("train", "loss"), ("validation", metric)]
+    for axes, (split, name) in zip(figure.subplots(1, 2), panels, strict=True):
+        said: set[str] = set()
+        for record, value in zip(records, of_runs, strict=True):
+            points = [(r["step"], r[name]) for r in record.records if _has(r, split, name)]
+            if not points:
+                continue
+            label = cell(value) if axis and cell(value) not in said else None
+            said.add(cell(value))
+            marker = "o" if split == "validation" else None
+            axes.plot(
+                *zip(*points, strict=True),
+                color=colours[_key(value)],
+                alpha=0.75,
+                linewidth=1.2,
+                marker=marker,
+                markersize=3.5,
+                label=label,
+            )
+        _dress(axes)
+        axes.set(xlabel="step", ylabel=f"{split} {name}")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if axis and 1 < len(said) <= 12 and split == "train":
+            axes.legend(title=axis, frameon=False, fontsize=8, title_fontsize=8)
+    return _svg(figure, "curves")
+
+
+def heat_map(records: Sequence[RunRecord], rows: str, columns: str) -> str:
+    """The deciding metric for two settings, the mean over all runs that have them.
+
+    Args:
+      records: finished runs.
+      rows, columns: the two settings.
+    """
+    ys = _ordered({_key(r.settings.get(rows)): r.settings.get(rows) for r in records})
+    xs = _ordered({_key(r.settings.get(columns)): r.settings.get(columns) for r in records})
+    means = np.full((len(ys), len(xs)), np.nan)
+    for row in seed_rows(records, [rows, columns]):
+        places = (
+            [_key(y) for y in ys].index(_key(row[rows])),
+            [_key(x) for x in xs].index(_key(row[columns])),
+        )
+        means[places] = row["mean"]
+    figure, axes = _figure(1.9 + 0.95 * len(xs), 1.5 + 0.5 * len(ys))
+    axes.grid(False)
+    axes.imshow(_merit(means, records), cmap=_SHADES, aspect="auto")
+    shown = _merit(means, records)
+    middle = (np.nanmin(shown) + np.nanmax(shown)) / 2
+    for (y, x), value in np.ndenumerate(means):
+        if np.isfinite(value):
+            dark = shown[y, x] < middle
+            axes.text(x, y, f"{value:.3f}", ha="center", va="center", color="w" if dark else "k")
+    axes.set_xticks(range(len(xs)), list(map(cell, xs)))
+    axes.set_yticks(range(len(ys)), list(map(cell, ys)))
+    axes.set(xlabel=columns, ylabel=rows, title=_metric(records))
+    return _svg(figure, f"heat {rows} {columns}")
+
+
+def parallel_coordinates(records: Sequence[RunRecord], keys: Sequence[str]) -> str:
+    """A line for each run through its settings and the deciding metric, which colours say.
+
+    Args:
+      records: finished runs.
+      keys: settings, at least one.
+    """
+    figure, axes = _figure(max(7.4, 2.2 * (len(keys) + 1)), 4.4)
+    axes.grid(False)
+    quality = np.array([record.quality for record in records], np.float64)
+    scales = [_scale([r.settings.get(key) for r in records]) for key in keys]
+    scales.append(_scale([float(value) for value in quality]))
+    merit = _unit(_merit(quality, records))
+    for number in np.argsort(merit):
+        heights = [heights[number] for heights, _ in scales]
+        colour = matplotlib.colormaps[_SHADES](0.05 + 0.85 * merit[number])
+        axes.plot(range(len(scales)), heights, color=colour, alpha=0.8, linewidth=1.4)
+    for place, (_, ticks) in enumerate(scales):
+        axes.axvline(place, color="#9aa3ad", linewidth=0.8)
+        for height, text in ticks:
+            axes.text(place - 0.03, height, text, ha="right", va="center", fontsize=8.5)
+    axes.set_xticks(range(len(scales)), [*keys, _metric(records)])
+    axes.set_yticks([])
+    axes.spines[["left", "bottom"]].set_visible(False)
+    axes.set_xlim(-0.5, len(scales) - 0.8)
+    return _svg(figure, "parallel")
+
+
+def _scale(values: Sequence[Any]) -> tuple[list[float], list[tuple[float, str]]]:
+    """Heights from 0 to 1 of values, and where which are written; far numbers by logarithm."""
+    if not all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
+        names = _ordered({_key(value): value for value in values})
+        keys = [_key(name) for name in names]
+        step = 1 / max(len(names) - 1, 1)
+        ticks = [(i * step, cell(name)[:18]) for i, name in enumerate(names)]
+        return [keys.index(_key(value)) * step for value in values], ticks
+    numbers = np.array(values, np.float64)
+    far = numbers.min() > 0 and numbers.max() / numbers.min() >= 10
+    heights = _unit(np.log(numbers) if far else numbers)
+    places = {round(float(h), 4): cell(v) for h, v in zip(heights, values, strict=True)}
+    if len(places) > 6:
+        places = {h: places[h] for h in (min(places), max(places))}
+    return heights.tolist(), list(places.items())
+
+
+def _unit(numbers: np.ndarray) -> np.ndarray:
+    low, high = np.nanmin(numbers), np.nanmax(numbers)
+    return np.full(numbers.shape, 0.5) if low == high else (numbers - low) / (high - low)
+
+
+def _merit(values: np.ndarray, records: Sequence[RunRecord]) -> np.ndarray:
+    return -values if lower_is_better(records[0].metric) else values
+
+
+def _metric(records: Sequence[RunRecord]) -> str:
+    split = "test" if all(record.metric in record.test for record in records) else "validation"
+    return f"{split} {records[0].metric}"
+
+
+def _named(record: RunRecord, keys: Sequence[str]) -> str:
+    return ", ".join(f"{key} {cell(record.settings.get(key))}" for key in keys)
+
+
+def _key(value: Any) -> str:
+    return json.dumps(value)
+
+
+def _ordered(values: Mapping[str, Any]) -> list[Any]:
+    """Distinct values, numbers rising, others as they came."""
+    found = list(values.values())
+    numeric = all(isinstance(value, int | float) for value in found)
+    return sorted(found) if numeric else found
+
+
+def _has(record: Mapping[str, Any], split: str, name: str) -> bool:
+    return record["split"] == split and name in record
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots()
+    _dress(axes)
+    return figure, axes
+
+
+def _dress(axes: Axes) -> None:
+    axes.grid(True, linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def _svg(figure: Figure, name: str) -> str:
+    """The figure's `<svg>`; the name keeps its ids apart from those of others in the page."""
+    written = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": name}):
+        figure.savefig(written, format="svg", metadata={"Date": None}, transparent=True)
+    text = written.getvalue()
+    return text[text.index("<svg") :]

@@ -1,0 +1,161 @@
+"""A report: one HTML file that needs nothing else, and its tables as CSV and Markdown."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import matplotlib
+
+from softprompt.console import say
+from softprompt.data.records import read_records
+from softprompt.errors import UserError
+from softprompt.experiment_file import load_experiment
+from softprompt.inference.inspect import nearest_tokens
+from softprompt.inference.prompt import TrainedPrompt, load_prompt
+from softprompt.report import figures
+from softprompt.report.collect import RunRecord, best, collect, varied
+from softprompt.report.tables import cell, run_rows, seed_rows, table
+from softprompt.training.run_folder import write_file
+
+_SAMPLES = 8  # predictions that are shown
+_TOKENS = 20  # virtual tokens that are shown
+
+
+def write_report(paths: Sequence[Path], folder: Path) -> Path:
+    """Write `report.html`, `runs.csv`, `runs.md` and `settings.md`, `settings.csv` to a folder.
+
+    Args:
+      paths: see `collect`.
+      folder: where to; it is made.
+
+    Returns:
+      The page.
+
+    Raises:
+      UserError: if there are no runs, or the folder cannot be written.
+    """
+    records = collect(paths)
+    keys = varied(records)
+    rows, by_settings = run_rows(records, keys), seed_rows(records, keys)
+    template = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["cell"] = cell
+    page = environment.from_string(template).render(
+        title=_title(records),
+        facts=_facts(records),
+        metric=records[0].metric,
+        figures=_figures(records, keys),
+        by_settings=by_settings,
+        rows=rows,
+        best=_best(records, keys),
+    )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, of_table in (("runs", rows), ("settings", by_settings)):
+            if of_table:
+                write_file(folder / f"{name}.csv", table(of_table, "csv") + "\n")
+                write_file(folder / f"{name}.md", table(of_table, "markdown") + "\n")
+        write_file(folder / "report.html", page)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror})") from None
+    return folder / "report.html"
+
+
+def _title(records: Sequence[RunRecord]) -> str:
+    return ", ".join(dict.fromkeys(record.settings["name"] for record in records))
+
+
+def _facts(records: Sequence[RunRecord]) -> dict[str, str]:
+    """What it is of, and what it cost."""
+    states = [record.state for record in records]
+    seconds = [record.seconds for record in records if record.seconds is not None]
+    memory = [r.peak_memory_bytes for r in records if r.peak_memory_bytes is not None]
+    facts = {
+        "runs": ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states)),
+        "base model": ", ".join(dict.fromkeys(Path(r.settings["base"]).name for r in records)),
+        "steps": f"{sum(record.step for record in records):,}",
+    }
+    if seconds:
+        facts["training of the finished ones"] = f"{sum(seconds) / 60:,.1f} min"
+    if memory:
+        facts["peak memory"] = f"{max(memory) / 1e9:.2f} GB"
+    return facts
+
+
+def _figures(records: Sequence[RunRecord], keys: Sequence[str]) -> list[tuple[str, str]]:
+    """Captions and figures."""
+    finished = [r for r in records if r.state == "finished" and _is_number(r.quality)]
+    counts = {key: len({json.dumps(r.settings.get(key)) for r in records}) for key in keys}
+    axis = (
+        "prompt.length"
+        if "prompt.length" in keys
+        else max(keys, key=counts.__getitem__, default=None)
+    )
+    others = [key for key in keys if key != axis]
+    found = []
+    with matplotlib.rc_context(figures.STYLE):
+        if finished and axis:
+            lines = math.prod(counts[key] for key in others)
+            by = others if lines <= figures.MOST_LINES else []
+            caption = f"{axis}: the mean of the runs, and from the worst to the best of them"
+            found.append((caption, figures.spread_figure(finished, axis, by)))
+        if finished and len(keys) == 2:
+            found.append((f"{keys[0]} and {keys[1]}", figures.heat_map(finished, keys[0], keys[1])))
+        if finished and len(keys) > 1:
+            caption = "every run through its settings; the lighter, the better"
+            found.append((caption, figures.parallel_coordinates(finished, keys)))
+        found.append(("learning curves", figures.curves_figure(records, axis)))
+    return found
+
+
+def _is_number(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def _best(records: Sequence[RunRecord], keys: Sequence[str]) -> dict[str, Any] | None:
+    """The best run: what it is, how to run it again, what it says and looks like."""
+    found = best(records)
+    if found is None:
+        return None
+    about: dict[str, Any] = {
+        "run": str(found.folder),
+        "settings": {key: found.settings.get(key) for key in [*keys, "seed"]},
+        "validation": found.validation,
+        "test": found.test,
+        "command": f"softprompt train {found.folder / 'config.yaml'} --run-dir runs/again",
+        "config": (found.folder / "config.yaml").read_text(encoding="utf-8"),
+        "tokens": [],
+        "samples": [],
+    }
+    try:
+        prompt = load_prompt(found.folder)
+        about["samples"] = _samples(prompt, found)
+        if found.settings["method"] == "prompt":
+            about["tokens"] = nearest_tokens(prompt, 5)[:_TOKENS]
+    except UserError as error:
+        say(f"{found.folder}: without predictions and nearest tokens ({error})")
+    return about
+
+
+def _samples(prompt: TrainedPrompt, found: RunRecord) -> list[dict[str, str]]:
+    """Inputs of the validation data, what is right and what the prompt says."""
+    experiment = load_experiment(found.folder / "config.yaml")
+    records = list(read_records(experiment.data.validation))[:_SAMPLES]
+    task = prompt.task
+    if task.labels:
+        examples = [task.example(record) for record in records]
+        right = [task.labels[example.answer or 0] for example in examples]
+        said = [prediction.label for prediction in prompt.classify(records)]
+    else:
+        right = [task.reference(record) for record in records]
+        said = [generated.text.strip() for generated in prompt.generate(records)]
+    inputs = ["\n".join(task.input_fields(record).values()) for record in records]
+    return [
+        {"input": text, "reference": reference, "prediction": prediction}
+        for text, reference, prediction in zip(inputs, right, said, strict=True)
+    ]

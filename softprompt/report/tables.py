@@ -1,0 +1,117 @@
+"""Runs as rows of cells, and these as text, Markdown or CSV."""
+
+import csv
+import io
+import json
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from softprompt.console import aligned
+from softprompt.errors import UserError
+from softprompt.metrics.named import lower_is_better
+from softprompt.report.collect import RunRecord
+
+Row = dict[str, Any]
+_WIDEST = 60  # characters of a cell
+
+
+def run_rows(records: Sequence[RunRecord], keys: Sequence[str]) -> list[Row]:
+    """A row for each run: folder, the given settings, seed, and how it ended."""
+    metrics = dict.fromkeys(record.metric for record in records)
+    rows = []
+    for record in records:
+        row: Row = {"run": str(record.folder)}
+        row |= {key: record.settings.get(key) for key in keys}
+        row |= {"seed": record.settings["seed"], "state": record.state, "step": record.step}
+        row |= {f"validation {name}": record.validation.get(name) for name in metrics}
+        if any(each.test for each in records):
+            row |= {f"test {name}": record.test.get(name) for name in metrics}
+        rows.append(row | {"seconds": record.seconds})
+    return rows
+
+
+def seed_rows(records: Sequence[RunRecord], keys: Sequence[str]) -> list[Row]:
+    """A row for each combination of settings: the mean over its seeds, the lowest and highest."""
+    groups: dict[str, list[RunRecord]] = {}
+    for record in records:
+        if record.state == "finished" and record.quality is not None:
+            place = json.dumps([record.settings.get(key) for key in keys])
+            groups.setdefault(place, []).append(record)
+    rows = []
+    for group in groups.values():
+        values = [record.quality for record in group if record.quality is not None]
+        row: Row = {key: group[0].settings.get(key) for key in keys}
+        row |= {"runs": len(group), "mean": statistics.mean(values)}
+        rows.append(row | {"lowest": min(values), "highest": max(values)})
+    return rows
+
+
+def chosen_rows(rows: Sequence[Row], where: Sequence[str], sort: str | None) -> list[Row]:
+    """The rows whose columns have the given values, sorted.
+
+    Args:
+      rows: with the same columns.
+      where: `column=value` each.
+      sort: a column; metrics come best first, if it begins with `-` the other way round.
+
+    Raises:
+      UserError: if there is no such column.
+    """
+
+    def column(name: str) -> str:
+        if name in rows[0]:
+            return name
+        known = [each for each in rows[0] if each.endswith((f" {name}", f".{name}"))]
+        if not known:
+            raise UserError(f"no column {name!r}; there are {', '.join(rows[0])}")
+        return known[-1]
+
+    kept = list(rows)
+    for condition in where:
+        name, equals, value = condition.partition("=")
+        if not equals:
+            raise UserError(f"{condition!r}: a condition is written column=value")
+        kept = [row for row in kept if cell(row[column(name)]) == value] if kept else kept
+    if sort and kept:
+        name = column(sort.removeprefix("-"))
+        of_metric = name.startswith(("validation ", "test "))
+        downward = of_metric and not lower_is_better(name.split(" ", 1)[1])
+        there = [row for row in kept if row[name] is not None]
+        if any(isinstance(row[name], str) for row in there):
+            there.sort(key=lambda row: cell(row[name]))
+        else:
+            there.sort(key=lambda row: row[name], reverse=downward)
+        if sort.startswith("-"):
+            there.reverse()
+        kept = [*there, *(row for row in kept if row[name] is None)]
+    return kept
+
+
+def cell(value: Any) -> str:
+    """A value as it stands in a table."""
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def table(rows: Sequence[Row], form: str) -> str:
+    """At least one row as `text`, `markdown` or `csv`."""
+    if form == "csv":
+        written = io.StringIO()
+        writer = csv.DictWriter(written, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        return written.getvalue().rstrip("\n")
+    lines = aligned([list(rows[0]), *([_short(cell(v)) for v in row.values()] for row in rows)])
+    if form == "text":
+        return "\n".join("  ".join(line).rstrip() for line in lines)
+    rule = [f"{'-' * (len(each) - 1)}{':' if i else '-'}" for i, each in enumerate(lines[0])]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [lines[0], rule, *lines[1:]])
+
+
+def _short(text: str) -> str:
+    line = text.replace("\n", "\\n").replace("|", "\\|")
+    return line if len(line) <= _WIDEST else f"{line[: _WIDEST - 1]}…"
