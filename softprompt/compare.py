@@ -11,9 +11,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from softprompt.config import Experiment
-from softprompt.console import aligned, say
+from softprompt.console import say
 from softprompt.errors import UserError
 from softprompt.experiment_file import differences, load_experiment
+from softprompt.report import tables
 
 METHODS = ("none", "few-shot", "prompt", "prefix", "dept", "lora", "full")
 _SHOTS = 4  # of `few-shot`, where the experiment says none
@@ -103,12 +104,7 @@ def table(rows: Sequence[Row], form: str) -> str:
             quality = " ".join(map(str, row.quality))
             writer.writerow(dataclasses.asdict(row) | {"quality": quality})
         return written.getvalue().rstrip("\n")
-    cells = [list(columns), *([of_row(row) for of_row in columns.values()] for row in rows)]
-    lines = aligned(cells)
-    if form == "text":
-        return "\n".join("  ".join(line).rstrip() for line in lines)
-    rule = [f"{'-' * (len(cell) - 1)}{':' if i else '-'}" for i, cell in enumerate(lines[0])]
-    return "\n".join(f"| {' | '.join(line)} |" for line in [lines[0], rule, *lines[1:]])
+    return tables.table([{name: of(row) for name, of in columns.items()} for row in rows], form)
 
 
 def _overrides(method: str, own: Experiment, given: Sequence[str]) -> list[str]:

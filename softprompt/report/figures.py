@@ -235,6 +235,7 @@ def _svg(figure: Figure, name: str) -> str:
     """The figure's `<svg>`; the name keeps its ids apart from those of others in the page."""
     written = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": name}):
-        figure.savefig(written, format="svg", metadata={"Date": None}, transparent=True)
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(written, format="svg", metadata=nothing, transparent=True)
     text = written.getvalue()
     return text[text.index("<svg") :]

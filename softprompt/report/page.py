@@ -39,7 +39,7 @@ def write_report(paths: Sequence[Path], folder: Path) -> Path:
     """
     records = collect(paths)
     keys = varied(records)
-    rows, by_settings = run_rows(records, keys), seed_rows(records, keys)
+    rows, by_settings = run_rows(records, keys, folder), seed_rows(records, keys)
     template = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True

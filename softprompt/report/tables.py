@@ -3,8 +3,10 @@
 import csv
 import io
 import json
+import os
 import statistics
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from softprompt.console import aligned
@@ -16,12 +18,21 @@ Row = dict[str, Any]
 _WIDEST = 60  # characters of a cell
 
 
-def run_rows(records: Sequence[RunRecord], keys: Sequence[str]) -> list[Row]:
-    """A row for each run: folder, the given settings, seed, and how it ended."""
+def run_rows(
+    records: Sequence[RunRecord], keys: Sequence[str], within: Path | None = None
+) -> list[Row]:
+    """A row for each run: folder, the given settings, seed, and how it ended.
+
+    Args:
+      records: the runs.
+      keys: the settings.
+      within: the folder that theirs are named from; by default the current one.
+    """
     metrics = dict.fromkeys(record.metric for record in records)
     rows = []
     for record in records:
-        row: Row = {"run": str(record.folder)}
+        folder = os.path.relpath(record.folder, within) if within else str(record.folder)
+        row: Row = {"run": folder}
         row |= {key: record.settings.get(key) for key in keys}
         row |= {"seed": record.settings["seed"], "state": record.state, "step": record.step}
         row |= {f"validation {name}": record.validation.get(name) for name in metrics}

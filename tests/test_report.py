@@ -1,0 +1,190 @@
+"""Tables and pages about runs, the page in a real browser."""
+
+import csv
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+from conftest import write_experiment
+
+from softprompt import UserError, load_experiment
+from softprompt.cli import main
+from softprompt.report.collect import collect, varied
+from softprompt.report.tables import chosen_rows, run_rows, seed_rows, table
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+SWEEP = """\
+sweep:
+  prompt.length: [2, 4]
+  optimizer.learning_rate: [0.1, 0.03, 1e38]
+  seed: [0, 1]
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A sweep of the letters, a third of whose trials fail."""
+    here = tmp_path_factory.mktemp("letters")
+    path = write_experiment(here, 5, 5)
+    path.write_text(path.read_text() + SWEEP)
+    arguments = ["training.steps=4", "evaluation.every=2", "training.log_every=1"]
+    assert main(["sweep", str(path), *arguments, "--folder", str(here / "sweep")]) == 1
+    return here / "sweep"
+
+
+@pytest.fixture(scope="module")
+def page(folder):
+    """The sweep's page, as a browser has it once its scripts have run."""
+    assert main(["report", str(folder)]) == 0
+    return folder / "report.html"
+
+
+def test_runs_are_found_with_what_they_differ_in(folder):
+    records = collect([folder])
+    assert varied(records) == ["prompt.length", "optimizer.learning_rate"]
+    states = [record.state for record in records]
+    assert (states.count("finished"), states.count("failed")) == (8, 4)
+    assert all("lower optimizer" in r.error for r in records if r.state == "failed")
+    for record in records:
+        if record.state == "finished":
+            summary = json.loads((record.folder / "summary.json").read_text())
+            assert (record.validation, record.test) == (summary["validation"], summary["test"])
+            assert record.quality == summary["test"]["accuracy"]
+
+
+def test_rows_by_settings_are_means_over_seeds(folder):
+    records = collect([folder])
+    rows = seed_rows(records, ["prompt.length"])
+    assert [row["prompt.length"] for row in rows] == [2, 4]
+    for row in rows:
+        values = [
+            r.quality
+            for r in records
+            if r.state == "finished" and r.settings["prompt.length"] == row["prompt.length"]
+        ]
+        assert row["runs"] == len(values) == 4
+        np.testing.assert_allclose(
+            [row["mean"], row["lowest"], row["highest"]],
+            [np.mean(values), min(values), max(values)],
+        )
+
+
+def test_runs_are_listed_sorted_and_filtered(folder, capsys):
+    command = ["runs", str(folder), "--json"]
+
+    def listed(*arguments):
+        capsys.readouterr()
+        assert main([*command, *arguments]) == 0
+        return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+    assert len(listed()) == 12
+    best_first = [row["test accuracy"] for row in listed("--sort", "accuracy")]
+    there = [value for value in best_first if value is not None]
+    assert there == sorted(there, reverse=True)
+    assert best_first[len(there) :] == [None] * 4
+    assert [r["seed"] for r in listed("--sort=-seed")] == [1] * 6 + [0] * 6
+    chosen = listed("--where", "length=4", "--where", "state=finished")
+    assert {(row["prompt.length"], row["state"]) for row in chosen} == {(4, "finished")}
+    assert len(chosen) == 4
+    assert main(["runs", str(folder), "--sort", "colour"]) == 1
+    assert "no column 'colour'; there are run, prompt.length" in capsys.readouterr().err
+    assert main(["runs", str(folder / "nowhere")]) == 1
+    assert "no run there" in capsys.readouterr().err
+    assert main(["runs", str(folder), "--where", "seed=0"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 7
+    assert lines[0].split()[:2] == ["run", "prompt.length"]
+
+
+def test_a_lower_loss_is_the_better_one():
+    rows = [{"validation loss": 2.0}, {"validation loss": 1.0}]
+    assert chosen_rows(rows, [], "loss")[0] == {"validation loss": 1.0}
+    with pytest.raises(UserError, match="written column=value"):
+        chosen_rows(rows, ["loss"], None)
+
+
+def test_a_table_is_read_back_as_it_was(folder):
+    rows = run_rows(collect([folder]), ["prompt.length"])
+    again = list(csv.DictReader(io.StringIO(table(rows, "csv"))))
+    assert [row["prompt.length"] for row in again] == [str(row["prompt.length"]) for row in rows]
+    lines = table([{"a": "x|y\nz", "b": 0.12345}], "markdown").splitlines()
+    assert [re.split(r" *(?<!\\)\| *", line)[1:-1] for line in lines] == [
+        ["a", "b"],
+        ["-------", "-----:"],
+        [r"x\|y\nz", "0.1235"],
+    ]
+
+
+def in_browser(page, tmp_path):
+    """The page's content once its scripts have run, and the errors that they made."""
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
+    command += ["--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}"]
+    done = subprocess.run(
+        [*command, page.as_uri()], capture_output=True, text=True, timeout=120, check=True
+    )
+    return done.stdout, re.findall(r"CONSOLE.*", done.stderr)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no browser is installed")
+def test_a_browser_shows_figures_and_tables_without_an_error(page, tmp_path):
+    shown, errors = in_browser(page, tmp_path)
+    assert errors == []
+    assert shown.count("<figure") == shown.count("<svg ") == 4
+    rows = {
+        name: re.search(f'id="{name}">.*?</table>', shown, re.DOTALL)[0].count("<tr>") - 1
+        for name in ("settings", "runs", "samples", "tokens")
+    }
+    length = int(re.search("prompt.length=([24])", shown)[1])
+    assert rows == {"settings": 4, "runs": 12, "samples": 8, "tokens": length}
+    for text in ("The best run", "test accuracy", "learning curves", "8 finished, 4 failed"):
+        assert text in shown
+
+    broken = tmp_path / "broken.html"
+    broken.write_text(page.read_text().replace("<script>", "<script>nothing.here();"))
+    assert any("nothing is not defined" in error for error in in_browser(broken, tmp_path)[1])
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no browser is installed")
+def test_a_click_on_a_heading_sorts_the_table(page, tmp_path):
+    clicked = tmp_path / "clicked.html"
+    click = "document.querySelectorAll('#settings th')[3].click();"
+    clicked.write_text(page.read_text().replace("</script>", f"{click}</script>"))
+    shown, errors = in_browser(clicked, tmp_path)
+    assert errors == []
+    of_settings = re.search('id="settings">.*?</table>', shown, re.DOTALL)[0]
+    assert 'aria-sort="ascending">mean' in of_settings
+    means = [
+        float(re.findall("<td>(.*?)</td>", row)[3])
+        for row in re.findall("<tr>(<td>.*?)</tr>", of_settings, re.DOTALL)
+    ]
+    assert len(means) == 4
+    assert means == sorted(means)
+
+
+def test_a_page_needs_nothing_else_and_has_the_command_that_runs_the_best_again(page):
+    text = page.read_text()
+    links = set(re.findall(r"https?://[^\"'<> ]+", text))
+    assert links == {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}  # names
+    assert not re.search(r"<(link|img|iframe)|src=|@import|url\(\s*['\"]?http", text)
+    command = re.search("<pre>softprompt train (.*?) --run-dir", text)[1]
+    records = [r for r in collect([page.parent]) if r.state == "finished"]
+    best = max(records, key=lambda r: (r.validation["accuracy"], -r.validation["loss"]))
+    assert os.path.samefile(command, best.folder / "config.yaml")
+    assert load_experiment(command).prompt.length == best.settings["prompt.length"]
+    for name in ("runs.csv", "runs.md", "settings.csv", "settings.md"):
+        assert (page.parent / name).read_text().count("\n") > 4
+
+
+def test_what_runs_say_is_no_markup(folder, tmp_path):
+    """A file from outside cannot put a script into the page."""
+    shutil.copytree(folder / "trials" / "000", tmp_path / "run")
+    config = tmp_path / "run" / "config.yaml"
+    text = config.read_text()
+    config.write_text(re.sub("^name: .*", "name: <script>alert(1)</script>", text, flags=re.M))
+    assert main(["report", str(tmp_path / "run"), "--output", str(tmp_path / "out")]) == 0
+    assert "<script>alert" not in (tmp_path / "out" / "report.html").read_text()
