@@ -6,7 +6,8 @@ from conftest import REPOSITORY
 
 from softprompt import UserError, load_experiment
 from softprompt.config import template_fields
-from softprompt.experiment_file import differences, dump_experiment
+from softprompt.experiment_file import ExperimentFile, differences, dump_experiment
+from softprompt.sweep.space import Space
 
 MINIMAL = """\
 base: tiny
@@ -207,8 +208,11 @@ def test_template_fields_come_in_order_and_once():
     assert template_fields("{b} {{x}} {a} {b}") == ["b", "a"]
 
 
-def test_every_experiment_of_the_repository_is_valid():
+def test_every_experiment_of_the_repository_is_valid(tmp_path):
     files = sorted((REPOSITORY / "experiments").glob("*.yaml"))
     assert files
     for path in files:
-        load_experiment(path)
+        file = ExperimentFile(path)
+        file.experiment()
+        if file.sweep is not None:
+            Space(file, tmp_path)
