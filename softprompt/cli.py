@@ -5,9 +5,20 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from softprompt import commands
+from softprompt.arguments import (
+    add_base,
+    add_batch_size,
+    add_command,
+    add_generation,
+    add_inputs,
+    add_run,
+    add_scoring,
+    count,
+    numbers,
+)
 from softprompt.errors import Stopped, UserError
 
 
@@ -77,7 +88,7 @@ examples:
     )
     chosen = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    train = _command(
+    train = add_command(
         chosen,
         "train",
         commands.train,
@@ -98,7 +109,7 @@ examples:
     )
     train.add_argument("--run-dir", type=Path, metavar="DIR", help="default: runs/NAME")
 
-    sweep = _command(
+    sweep = add_command(
         chosen,
         "sweep",
         commands.sweep,
@@ -124,7 +135,7 @@ examples:
     )
     sweep.add_argument("--json", action="store_true", help="with --dry-run: as JSON")
 
-    evaluate = _command(
+    evaluate = add_command(
         chosen,
         "eval",
         commands.evaluate,
@@ -142,8 +153,8 @@ examples:
   softprompt eval runs/seed-0 runs/seed-1 runs/seed-2""",
     )
     evaluate.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder")
-    _add_base(evaluate)
-    _add_batch_size(evaluate)
+    add_base(evaluate)
+    add_batch_size(evaluate)
     evaluate.add_argument(
         "--split", choices=("train", "validation", "test"), default="test", help="default: test"
     )
@@ -151,9 +162,9 @@ examples:
     evaluate.add_argument(
         "--output", type=Path, metavar="FILE", help="write inputs, references and predictions"
     )
-    _add_scoring(evaluate)
+    add_scoring(evaluate)
 
-    predict = _command(
+    predict = add_command(
         chosen,
         "predict",
         commands.predict,
@@ -168,12 +179,12 @@ examples:
   softprompt predict runs/sentiment --input reviews.jsonl       (or .csv: fields by name)
   cat reviews.txt | softprompt predict runs/sentiment --input -""",
     )
-    _add_run(predict, "a run's folder, or its prompt/")
-    _add_batch_size(predict)
-    _add_inputs(predict)
-    _add_scoring(predict)
+    add_run(predict, "a run's folder, or its prompt/")
+    add_batch_size(predict)
+    add_inputs(predict)
+    add_scoring(predict)
 
-    generate = _command(
+    generate = add_command(
         chosen,
         "generate",
         commands.generate,
@@ -189,13 +200,13 @@ examples:
   softprompt generate runs/summarize --temperature 0.8 --top-p 0.9 --samples 3 --seed 1 "..."
   softprompt generate runs/summarize --beams 4 --length-penalty 0.8 --input texts.txt""",
     )
-    _add_run(generate, "a run's folder, or its prompt/")
-    _add_batch_size(generate)
-    _add_inputs(generate)
+    add_run(generate, "a run's folder, or its prompt/")
+    add_batch_size(generate)
+    add_inputs(generate)
     generate.add_argument("--json", action="store_true", help="a line of JSON for each text")
-    _add_generation(generate)
+    add_generation(generate)
 
-    score = _command(
+    score = add_command(
         chosen,
         "score",
         commands.score,
@@ -224,7 +235,7 @@ examples:
     form.add_argument("--each", action="store_true", help="a line of JSON for each prediction")
     form.add_argument("--against", metavar="FILE", help="another's predictions")
 
-    inspect = _command(
+    inspect = add_command(
         chosen,
         "inspect",
         commands.inspect,
@@ -234,12 +245,12 @@ examples:
   softprompt inspect runs/sentiment
   softprompt inspect runs/sentiment --nearest 10""",
     )
-    _add_run(inspect, "a run's folder, or its prompt/")
+    add_run(inspect, "a run's folder, or its prompt/")
     inspect.add_argument(
-        "--nearest", type=_count, default=5, metavar="N", help="tokens to show (default: 5)"
+        "--nearest", type=count, default=5, metavar="N", help="tokens to show (default: 5)"
     )
 
-    compare = _command(
+    compare = add_command(
         chosen,
         "compare",
         commands.compare,
@@ -266,10 +277,10 @@ examples:
         metavar="A,B",
         help="default: none,few-shot,prompt,prefix,lora,full",
     )
-    compare.add_argument("--seeds", type=_numbers, default=[0], metavar="N,M", help="default: 0")
+    compare.add_argument("--seeds", type=numbers, default=[0], metavar="N,M", help="default: 0")
     compare.add_argument("--folder", type=Path, metavar="DIR", help="default: runs/compare/NAME")
 
-    runs = _command(
+    runs = add_command(
         chosen,
         "runs",
         commands.runs,
@@ -293,7 +304,7 @@ examples:
     )
     runs.add_argument("--json", action="store_true", help="a line of JSON for each")
 
-    report = _command(
+    report = add_command(
         chosen,
         "report",
         commands.report,
@@ -311,7 +322,7 @@ examples:
     report.add_argument("folders", type=Path, nargs="+", metavar="FOLDER", help="runs, or a sweep")
     report.add_argument("--output", type=Path, metavar="DIR", help="default: the first FOLDER")
 
-    export = _command(
+    export = add_command(
         chosen,
         "export",
         commands.export,
@@ -328,14 +339,14 @@ examples:
   softprompt export runs/sentiment models/sentiment --format merged
   softprompt export runs/sentiment adapters/sentiment --push me/sentiment""",
     )
-    _add_run(export, "a run's folder, or its prompt/")
+    add_run(export, "a run's folder, or its prompt/")
     export.add_argument("folder", type=Path, metavar="DIR", help="a new folder")
     export.add_argument(
         "--format", choices=("peft", "peft-prefix", "merged"), default="peft", help="default: peft"
     )
     export.add_argument("--push", metavar="OWNER/NAME", help="upload it to the hub as well")
 
-    import_ = _command(
+    import_ = add_command(
         chosen,
         "import",
         commands.import_,
@@ -354,79 +365,3 @@ examples:
     import_.add_argument("--base", metavar="NAME", help="the base model it was trained on")
     import_.add_argument("--experiment", type=Path, metavar="FILE", help="a YAML file")
     return parser
-
-
-def _command(chosen: Any, name: str, run: Any, summary: str, text: str) -> argparse.ArgumentParser:
-    command = chosen.add_parser(
-        name,
-        help=summary,
-        description=f"{summary[0].upper()}{summary[1:]}.\n\n{text}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    command.set_defaults(command=run, name=name)
-    return command
-
-
-def _add_run(command: argparse.ArgumentParser, help: str) -> None:
-    command.add_argument("run", type=Path, metavar="RUN", help=help)
-    _add_base(command)
-
-
-def _add_base(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--base", metavar="NAME", help="default: the base the prompt names")
-
-
-def _add_batch_size(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--batch-size", type=_count, default=32, metavar="N", help="texts a pass (default: 32)"
-    )
-
-
-def _add_inputs(command: argparse.ArgumentParser) -> None:
-    command.add_argument("words", nargs="*", default=[], metavar="TEXT")
-    command.add_argument(
-        "--input", metavar="FILE", help="a file of inputs, or - for standard input"
-    )
-    command.add_argument(
-        "--jsonl", action="store_true", help="standard input has a JSON object a line"
-    )
-
-
-def _add_scoring(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--normalize", action="store_true", help="divide a label's log-probability by its tokens"
-    )
-    command.add_argument(
-        "--calibrate", metavar="TEXT", help="subtract what a text without content gives a label"
-    )
-
-
-def _add_generation(command: argparse.ArgumentParser) -> None:
-    kinds: dict[str, tuple[Any, str, str]] = {
-        "max_new_tokens": (_count, "N", "where to stop at the latest"),
-        "temperature": (float, "X", "draw tokens, more evenly the higher it is; 0: the likeliest"),
-        "top_k": (_count, "N", "draw from so many tokens"),
-        "top_p": (float, "X", "draw from the likeliest tokens that have this share"),
-        "min_p": (float, "X", "draw from tokens with this share of the likeliest's"),
-        "repetition_penalty": (float, "X", "above 1: fewer tokens that were there before"),
-        "beams": (_count, "N", "beam search"),
-        "length_penalty": (float, "X", "of beam search; above 1: longer texts"),
-        "samples": (_count, "N", "texts for each input"),
-        "seed": (int, "N", "of the draws"),
-    }
-    for name, (kind, metavar, help) in kinds.items():
-        command.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=help)
-    command.add_argument("--stop", action="append", metavar="TEXT", help="ends a text, left out")
-    command.set_defaults(settings=[*kinds, "stop"])
-
-
-def _numbers(text: str) -> list[int]:
-    if not all(part.isdecimal() for part in text.split(",")):
-        raise argparse.ArgumentTypeError("must be whole numbers with commas between them")
-    return [int(part) for part in text.split(",")]
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError("must be a whole number, 1 or more")
-    return int(text)

@@ -8,7 +8,7 @@ from conftest import REPOSITORY
 # A package may import from those on its own line and on the lines below it.
 LAYERS = [
     {"__main__"},
-    {"cli", "commands", "compare", "score"},
+    {"cli", "arguments", "commands", "compare", "score"},
     {"report"},
     {"sweep"},
     {"training", "interop"},
