@@ -195,6 +195,23 @@ def test_the_seed_decides_what_is_drawn(write):
     assert first[0].texts[0] != first[3].texts[0]
 
 
+def test_every_input_and_every_sample_has_a_seed_of_its_own(tiny):
+    one = Writer(tiny.backbone, tiny.tokenizer, Generation(temperature=1.0, samples=3))
+    asked = [request(tiny, text) for text in ("ab", "cd", "ab")]
+    seeds = one._seeds(asked, 4).reshape(4, 3)
+    assert len({*seeds[:2].flat}) == 6
+    assert seeds[2].tolist() == seeds[0].tolist()
+
+
+def test_no_token_is_decoded_behind_the_end_of_all_rows(tiny):
+    one = Writer(tiny.backbone, tiny.tokenizer, Generation(max_new_tokens=40))
+    packed, state = one._start([request(tiny, "abc")], 1)
+    (ids,) = one._ids(one._write_on(packed, state, 40))
+    one._end = ids[3]
+    packed, state = one._start([request(tiny, "abc")], 1)
+    assert int(one._write_on(packed, state, 40).count) == ids.index(ids[3]) + 1
+
+
 @pytest.mark.parametrize("penalty", [None, 1e6])
 def test_a_penalty_is_for_what_was_read_and_written(tiny, prefix, penalty):
     """A great one leaves no token that was there before."""
