@@ -189,7 +189,7 @@ class Places:
                     run.take(*result, padding=padding, beside=len(places))
                 except UserError as error:
                     place.error = error
-                place.bar.advance(note=run.note)
+                place.bar.advance(note=run.quality or run.note)
                 self._bar.advance(note=f"{len(places)} at once")
 
     def _leave(self, place: _Place, *, close: bool = True) -> None:

@@ -146,7 +146,7 @@ class Run:
         self.began = time.monotonic() - prepared.seconds - self.progress.seconds
         self.mark = time.monotonic()
         self.beside = 1
-        self.note = ""
+        self.note = self.quality = ""  # the last loss, and the last deciding metric, in words
 
     def attend(self) -> bool:
         """Do what is due before the next step: evaluate, save; whether there is a next one.
@@ -338,6 +338,7 @@ class Run:
         progress.stale = 0 if best else progress.stale + 1
         progress.evaluated = progress.step
         self.metrics.write(progress.step, "validation", metrics)
+        self.quality = f"{key} {metrics[key]:.4f}"
         if not self.task.labels:
             write_samples(self.folder, progress.step, measured.samples)
         shown = ", ".join(
