@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +23,7 @@ from orbax.checkpoint import v1 as orbax
 from softprompt.errors import UserError
 
 _SUMS = "SHA256SUMS"
+_ONE_AT_A_TIME = threading.Lock()  # Orbax mixes up what several threads save (trials of a sweep)
 
 
 class DamagedError(UserError):
@@ -43,7 +45,8 @@ def save_arrays(folder: Path, arrays: Any, description: Mapping[str, Any], file:
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir()  # Orbax would wait a minute before it says that it cannot
     if jax.tree.leaves(arrays):
-        orbax.save(new.absolute() / "arrays", nnx.as_pure(arrays))
+        with _ONE_AT_A_TIME:
+            orbax.save(new.absolute() / "arrays", nnx.as_pure(arrays))
     (new / file).write_text(json.dumps(description, indent=2, ensure_ascii=False) + "\n")
     sums = [f"{_sha256(path)}  {path.relative_to(new)}\n" for path in _files(new)]
     (new / _SUMS).write_text("".join(sums))
@@ -109,7 +112,8 @@ def load_arrays(folder: Path, like: Any) -> Any:
                 f"{folder}: its arrays do not fit ({name} is {saved.get(name, 'missing')}, "
                 f"not {wanted.get(name, 'there')})"
             )
-    loaded = orbax.load(path, abstract)
+    with _ONE_AT_A_TIME:
+        loaded = orbax.load(path, abstract)
     return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(loaded))
 
 

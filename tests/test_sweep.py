@@ -235,6 +235,37 @@ def test_losers_of_a_rung_leave_and_the_best_go_on(space, capsys):
     assert "left at step 4" in capsys.readouterr().err
 
 
+def test_a_sweep_stopped_behind_a_rung_decides_the_next_one_all_the_same(space):
+    """SIGKILL at a step between two rungs; the later rung still has its losers."""
+    section = (
+        "  optimizer.learning_rate: [0.3, 0.1, 0.03, 1e-6]\n"
+        "  halving: {rungs: [4, 8], factor: 2}\n  at_once: 4\n"
+    )
+    whole = sweep(space(section, folder="whole"))
+    killed = space(section, "checkpoints.every=1", folder="killed")
+    code = """\
+import os, sys
+from softprompt.sweep import places
+real = places.Places._step
+def step(self, here):
+    if here[0].run.progress.step == 6:
+        os._exit(9)
+    real(self, here)
+places.Places._step = step
+from softprompt.cli import main
+sys.exit(main())
+"""
+    command = ["sweep", str(killed.file.path), "checkpoints.every=1", "--folder", killed.folder]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, command)], capture_output=True, text=True
+    )
+    assert done.returncode == 9, done.stderr
+    trials = sweep(killed)
+    ends = [[Outcome.read(trial.folder) for trial in each] for each in (whole, trials)]
+    assert ends[0] == ends[1]
+    assert sorted(end.step for end in ends[1]) == [4, 4, 8, 12]
+
+
 def read_loss(trial, step):
     records = read_metrics(trial.folder)
     return next(r["loss"] for r in records if (r["step"], r["split"]) == (step, "validation"))

@@ -163,7 +163,7 @@ class Places:
                     outcome = Outcome("pruned", step)
         except UserError as error:
             outcome = Outcome("failed", step, str(error))
-        if outcome is None and (step != until or run.progress.evaluated < step):
+        if outcome is None and (until is None or step < until):
             return True
         self._leave(place, close=outcome is None)
         if outcome is not None:

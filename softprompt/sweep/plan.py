@@ -63,12 +63,14 @@ def plan(space: Space) -> Plan:
     preparation, planned, seconds = Preparation(), [], 0.0
     found = groups(space.trials())
     for number, group in enumerate(found):
-        ended = {each.number: Outcome.read(each.folder) for each in group}
-        planned += [
-            Planned(each.number, each.parameters, number, end.state if end else "waiting")
-            for each, end in ((each, ended[each.number]) for each in group)
-        ]
-        if waiting := [each for each in group if ended[each.number] is None]:
+        waiting = []
+        for trial in group:
+            outcome = Outcome.read(trial.folder)
+            if outcome is None:
+                waiting.append(trial)
+            state = outcome.state if outcome else "waiting"
+            planned.append(Planned(trial.number, trial.parameters, number, state))
+        if waiting:
             seconds += _seconds(space, waiting, preparation)
     return Plan(sorted(planned, key=lambda each: each.number), len(found), round(seconds, 1))
 

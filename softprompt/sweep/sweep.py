@@ -1,7 +1,6 @@
 """A sweep, from its file to the outcome of every trial."""
 
 import contextlib
-import fcntl
 from collections.abc import Iterator, Mapping, Sequence
 
 import yaml
@@ -14,7 +13,7 @@ from softprompt.sweep.outcome import Outcome, validation_at
 from softprompt.sweep.places import Opened, Places
 from softprompt.sweep.program import shared
 from softprompt.sweep.space import Halving, Space, Trial
-from softprompt.training.run_folder import write_file
+from softprompt.training.run_folder import locked_folder, write_file
 from softprompt.training.stop import StopSignals
 
 _FILE = "sweep.yaml"
@@ -122,24 +121,8 @@ def _open_sweep(space: Space) -> Iterator[None]:
     Its lock is shared by processes that take trials from one study.
     """
     folder, written = space.folder, _described(space)
-    path = folder / _FILE
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        others = [p.name for p in folder.iterdir() if p.name[0] != "."]
-        if others and not path.exists():
-            raise UserError(
-                f"{folder}: is no sweep's folder (it has {others[0]}, but no {_FILE}); "
-                "choose another with --folder (make: RUN=DIR)"
-            )
-        lock = (folder / ".lock").open("w")
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror})") from None
-    with lock:
-        kind = fcntl.LOCK_SH if space.sweep.how == "tpe" else fcntl.LOCK_EX
-        try:
-            fcntl.flock(lock, kind | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"{folder}: another process is sweeping there") from None
+    path, of_study = folder / _FILE, space.sweep.how == "tpe"
+    with locked_folder(folder, _FILE, "sweep", "sweeping", "--folder", shared=of_study):
         if path.exists() and path.read_text(encoding="utf-8") != written:
             raise UserError(
                 f"{folder}: holds another sweep, see {path}; choose another folder with "

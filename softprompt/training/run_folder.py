@@ -24,6 +24,41 @@ class InUseError(UserError):
 
 
 @contextlib.contextmanager
+def locked_folder(
+    folder: Path, file: str, kind: str, work: str, option: str, *, shared: bool = False
+) -> Iterator[None]:
+    """Make a folder, or find it as one of its kind, and hold its lock.
+
+    Args:
+      folder: where.
+      file: what a folder of this kind has.
+      kind, work, option: the kind, what processes do there, and how another one is chosen.
+      shared: whether several processes may hold it.
+
+    Raises:
+      UserError: if it is a folder of another kind, or cannot be written.
+      InUseError: if another process has it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        others = [p.name for p in folder.iterdir() if p.name[0] != "."]
+        if others and not (folder / file).exists():
+            raise UserError(
+                f"{folder}: is no {kind}'s folder (it has {others[0]}, but no {file}); "
+                f"choose another folder with {option} (make: RUN=DIR)"
+            )
+        lock = (folder / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror})") from None
+    with lock:
+        try:
+            fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except OSError:
+            raise InUseError(f"{folder}: another process is {work} there") from None
+        yield
+
+
+@contextlib.contextmanager
 def open_run(folder: Path, experiment: Experiment) -> Iterator[None]:
     """Make a run's folder, or find it as this experiment left it, and hold its lock.
 
@@ -32,22 +67,7 @@ def open_run(folder: Path, experiment: Experiment) -> Iterator[None]:
         running, or cannot be written.
     """
     config = folder / "config.yaml"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        others = [p.name for p in folder.iterdir() if p.name[0] != "."]
-        if others and not config.exists():
-            raise UserError(
-                f"{folder}: is no run's folder (it has {others[0]}, but no config.yaml); "
-                "choose another folder with --run-dir (make: RUN=DIR)"
-            )
-        lock = (folder / ".lock").open("w")
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror})") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InUseError(f"{folder}: another process is training there") from None
+    with locked_folder(folder, config.name, "run", "training", "--run-dir"):
         if any(folder.glob("checkpoints/*")):  # else there is nothing to mix up
             changed = differences(load_experiment(config), experiment)
             if changed:
