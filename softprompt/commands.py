@@ -46,13 +46,14 @@ def sweep(options: argparse.Namespace) -> None:
             print(json.dumps(dataclasses.asdict(planned)))
             return
         for trial in planned.trials:
-            where = f"program {trial.group}, {trial.state}"
-            print(f"trial {trial.number}: {shown(trial.parameters)} ({where})")
-        minutes = planned.seconds / 60
-        print(
-            f"{len(planned.trials)} trials in {planned.groups} compiled programs, "
-            f"about {minutes:.1f} minutes"
-        )
+            parameters = shown(trial.parameters) or "chosen when it is its turn"
+            print(f"trial {trial.number}: {parameters} (program {trial.group}, {trial.state})")
+        for number, group in enumerate(planned.groups):
+            print(
+                f"program {number}: {group.waiting} trials to run, {group.at_once} at once, "
+                f"about {group.seconds / 60:.1f} minutes"
+            )
+        print(f"in all about {planned.seconds / 60:.1f} minutes")
         return
     trials = sweep(space)
     print(results_table(trials))

@@ -334,11 +334,15 @@ def test_a_dry_run_lists_the_trials_and_writes_nothing(space, capsys):
     planned = json.loads(capsys.readouterr().out)
     assert [trial["parameters"] for trial in planned["trials"]] == parameters(found)
     assert [trial["group"] for trial in planned["trials"]] == [0, 1, 0, 2]
-    assert planned["groups"] == 3
-    assert planned["seconds"] > 0
+    assert [group["waiting"] for group in planned["groups"]] == [2, 1, 1]
+    assert planned["groups"][0]["at_once"] == 2
+    assert planned["seconds"] == pytest.approx(
+        sum(group["seconds"] for group in planned["groups"]), abs=0.1
+    )
+    assert planned["groups"][0]["seconds"] > 0
     assert not found.folder.exists()
     assert main(command) == 0
-    assert "4 trials in 3 compiled programs, about" in capsys.readouterr().out
+    assert "program 0: 2 trials to run, 2 at once, about" in capsys.readouterr().out
 
 
 STUDY = """\
@@ -348,6 +352,15 @@ STUDY = """\
   prompt.length: [2, 4]
   at_once: 1
 """
+
+
+def test_a_dry_run_of_trials_that_are_not_chosen_yet_counts_them(space, capsys):
+    found = space(STUDY)
+    assert main(["sweep", str(found.file.path), "--folder", str(found.folder), "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "trial 5: chosen when it is its turn (program 0, waiting)" in printed
+    assert "program 0: 6 trials to run, 1 at once, about" in printed
+    assert not found.folder.exists()
 
 
 def journal(folder):

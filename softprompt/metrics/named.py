@@ -52,8 +52,6 @@ def measure(
     Raises:
       UserError: if there is no such metric, or it does not take such references.
     """
-    from softprompt.metrics import text
-
     for name in names:
         try:
             metric_values(name)
@@ -63,12 +61,15 @@ def measure(
             raise UserError(f"metric {name!r} needs a model, not predictions")
     scores = {}
     for name in names:
+        if name in LABEL_METRICS:
+            scores[name] = label_scores(name, predictions, references)
+            continue
+        from softprompt.metrics import text  # takes seconds, of which labels need none
+
         if types := _rouge_types(name):
             scores[name] = text.rouge(predictions, references, types, stem)
-        elif name in TEXT_METRICS:
-            scores[name] = getattr(text, name)(predictions, references)
         else:
-            scores[name] = label_scores(name, predictions, references)
+            scores[name] = getattr(text, name)(predictions, references)
     return scores
 
 

@@ -174,8 +174,9 @@ class Places:
     def _step(self, places: list[_Place]) -> None:
         by_run = {id(place.run): place for place in places}
         for runs in parts([place.run for place in places]):
+            inputs = [run.inputs() for run in runs]
             try:
-                results = step_together(runs)
+                results = step_together(runs, inputs)
             except jax.errors.JaxRuntimeError as error:
                 if "RESOURCE_EXHAUSTED" not in str(error):
                     raise
@@ -183,10 +184,10 @@ class Places:
                     f"the device has no memory for {len(runs)} trials at once; set a smaller "
                     "sweep.at_once: what was done is kept"
                 ) from None
-            for run, (result, padding) in zip(runs, results, strict=True):
+            for run, (batch, _), result in zip(runs, inputs, results, strict=True):
                 place = by_run[id(run)]
                 try:
-                    run.take(*result, padding=padding, beside=len(places))
+                    run.take(*result, padding=batch.padding, beside=len(places))
                 except UserError as error:
                     place.error = error
                 place.bar.advance(note=run.quality or run.note)

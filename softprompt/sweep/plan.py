@@ -9,15 +9,16 @@ from typing import Any
 
 import jax
 
-from softprompt.errors import UserError
 from softprompt.evaluation.scoring import make_prefix, score
 from softprompt.sweep.outcome import Outcome
-from softprompt.sweep.program import step_together
+from softprompt.sweep.program import fitting, step_together
 from softprompt.sweep.space import Space, Trial
 from softprompt.sweep.sweep import groups
 from softprompt.training.preparation import Preparation, Prepared
 from softprompt.training.run import Run
 from softprompt.training.stop import StopSignals
+
+_SAMPLE = 32  # batches that are taken for all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,8 +26,8 @@ class Planned:
     """A trial to come.
 
     Attributes:
-      number, parameters: see `Trial`.
-      group: the number of the compiled program that it is in.
+      number, parameters: see `Trial`; of `how: tpe` there are none yet.
+      group: the number of the group that it is in.
       state: of its outcome, or `waiting`.
     """
 
@@ -37,49 +38,66 @@ class Planned:
 
 
 @dataclasses.dataclass(frozen=True)
+class Group:
+    """Trials that share a program, which is compiled for every length of batches.
+
+    Attributes:
+      waiting: how many of them have not ended.
+      at_once: how many of them train side by side.
+      seconds: that they will take.
+    """
+
+    waiting: int
+    at_once: int
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """A sweep to come.
 
     Attributes:
       trials: in order.
-      groups: how many programs there are; each is compiled for every length of batches.
-      seconds: that the trials which have not ended will take, as a few timed steps and
-        evaluations of each group tell; trials that leave early take less.
+      groups: of them, by number.
+      seconds: that all will take, as a few timed steps and evaluations of each group tell;
+        trials that leave early take less.
     """
 
     trials: Sequence[Planned]
-    groups: int
+    groups: Sequence[Group]
     seconds: float
 
 
 def plan(space: Space) -> Plan:
     """Plan the sweep of a space.
 
+    What `how: tpe` will choose is not known: the file's own values stand for it.
+
     Raises:
-      UserError: if a trial's data or base model will not do, or Optuna is to choose them.
+      UserError: if a trial's data or base model will not do.
     """
     if space.sweep.how == "tpe":
-        raise UserError("--dry-run: the trials of how: tpe are chosen one after another")
-    preparation, planned, seconds = Preparation(), [], 0.0
-    found = groups(space.trials())
-    for number, group in enumerate(found):
-        waiting = []
-        for trial in group:
-            outcome = Outcome.read(trial.folder)
-            if outcome is None:
-                waiting.append(trial)
+        trials = [space.trial(number, {}) for number in range(space.sweep.trials or 0)]
+    else:
+        trials = space.trials()
+    preparation = Preparation()
+    planned, found = [], []
+    for number, group in enumerate(groups(trials)):
+        outcomes = [Outcome.read(trial.folder) for trial in group]
+        for trial, outcome in zip(group, outcomes, strict=True):
             state = outcome.state if outcome else "waiting"
             planned.append(Planned(trial.number, trial.parameters, number, state))
-        if waiting:
-            seconds += _seconds(space, waiting, preparation)
-    return Plan(sorted(planned, key=lambda each: each.number), len(found), round(seconds, 1))
+        waiting = [each for each, end in zip(group, outcomes, strict=True) if end is None]
+        found.append(_group(space, waiting, preparation) if waiting else Group(0, 0, 0.0))
+    seconds = round(sum(group.seconds for group in found), 1)
+    return Plan(sorted(planned, key=lambda each: each.number), found, seconds)
 
 
-def _seconds(space: Space, trials: Sequence[Trial], preparation: Preparation) -> float:
-    """What trials of one group take, one after another."""
+def _group(space: Space, trials: Sequence[Trial], preparation: Preparation) -> Group:
+    """What trials of one program take, one after another."""
     experiment = trials[0].experiment
     prepared = preparation.prepare(experiment)
-    began = time.monotonic()
+    seconds, step, at_once = prepared.seconds, 0.0, 1
     with tempfile.TemporaryDirectory() as folder:
         run = Run(
             experiment,
@@ -88,12 +106,16 @@ def _seconds(space: Space, trials: Sequence[Trial], preparation: Preparation) ->
             prepared,
             room=space.longest(experiment),
         )
-        shapes = len(run.batches.shapes)
-        step = _median_seconds(lambda: step_together([run])) if run.steps else 0.0
+        if run.steps:
+            at_once = min(space.sweep.at_once or fitting(run, len(trials)), len(trials))
+            sample = [run.batches[number] for number in range(min(run.steps, _SAMPLE))]
+            sample.sort(key=lambda batch: batch.tokens.size)
+            inputs = [(sample[len(sample) // 2], run.key)] * at_once
+            first, again = _seconds(lambda: step_together([run] * at_once, inputs))
+            seconds += (first - again) * len({batch.tokens.shape for batch in sample})
+            step = again / at_once
         run.close()
-    compiling = (time.monotonic() - began) * shapes / 2
     row = _seconds_of_a_row(prepared, experiment.evaluation.batch_size)
-    seconds = compiling
     for trial in trials:
         training, evaluation = trial.experiment.training, trial.experiment.evaluation
         steps = training.steps if run.steps else 0
@@ -101,24 +123,24 @@ def _seconds(space: Space, trials: Sequence[Trial], preparation: Preparation) ->
         rows = len(prepared.examples["validation"][: evaluation.examples]) * evaluations
         rows += len(prepared.examples.get("test", ()))
         seconds += steps * step + rows * row
-    return seconds
+    return Group(len(trials), at_once, round(seconds, 1))
 
 
 def _seconds_of_a_row(prepared: Prepared, batch_size: int) -> float:
-    examples = prepared.examples["validation"][:batch_size]
-    method = prepared.method
-    adapted = method.adapt(prepared.base.backbone)
-    prefix = make_prefix(method, adapted)
-    return _median_seconds(lambda: list(score(adapted, prefix, examples, batch_size))) / len(
-        examples
-    )
+    by_length = sorted(prepared.examples["validation"], key=lambda example: len(example.input))
+    first = max(0, (len(by_length) - batch_size) // 2)
+    examples = by_length[first : first + batch_size]
+    adapted = prepared.method.adapt(prepared.base.backbone)
+    prefix = make_prefix(prepared.method, adapted)
+    _, again = _seconds(lambda: list(score(adapted, prefix, examples, batch_size)))
+    return again / len(examples)
 
 
-def _median_seconds(work: Any) -> float:
-    """Of three times, once it is compiled."""
+def _seconds(work: Any) -> tuple[float, float]:
+    """The first time, with compiling, and the median of three more."""
     taken = []
     for _ in range(4):
         began = time.monotonic()
         jax.block_until_ready(work())
         taken.append(time.monotonic() - began)
-    return sorted(taken[1:])[1]
+    return taken[0], sorted(taken[1:])[1]

@@ -85,11 +85,9 @@ def shared(experiment: Experiment) -> str:
     return experiment.model_dump_json(exclude=excluded)
 
 
-def step_together(runs: Sequence[Run]) -> list[tuple[Any, float]]:
-    """A step of runs that are one of `parts`: what each is to take, and its batch's padding."""
-    inputs = [run.inputs() for run in runs]
-    results = train_steps(*_arguments(runs, inputs), **_program(runs[0]))
-    return [(result, batch.padding) for result, (batch, _) in zip(results, inputs, strict=True)]
+def step_together(runs: Sequence[Run], inputs: Sequence[tuple[Batch, jax.Array]]) -> list[Any]:
+    """A step of runs that are one of `parts`, from the inputs of each: what it is to take."""
+    return train_steps(*_arguments(runs, inputs), **_program(runs[0]))
 
 
 def parts(runs: Sequence[Run]) -> list[list[Run]]:
@@ -105,7 +103,7 @@ def parts(runs: Sequence[Run]) -> list[list[Run]]:
         same = [run for run in left if _shapes(run) == first]
         left = [run for run in left if _shapes(run) != first]
         while same:
-            width = 1 << (len(same).bit_length() - 1)
+            width = _power_of_two(len(same))
             found.append(same[:width])
             same = same[width:]
     return found
@@ -118,15 +116,22 @@ def fitting(run: Run, most: int) -> int:
     from more, as many as need no more memory than the process has taken so far, and
     no more than a quarter of the machine's.
     """
-    if most < 2:
-        return 1
-    batch, key = run.batches.largest(), run.key
-    lowered = train_steps.lower(*_arguments([run, run], [(batch, key)] * 2), **_program(run))
-    needed = lowered.compile().memory_analysis()
-    if needed is None:
-        return 1
-    count = int(_room() // max(needed.temp_size_in_bytes / 2, 1))
-    return 1 << (max(1, min(count, most, _MOST)).bit_length() - 1)
+    batch, key, room = run.batches.largest(), run.key, _room()
+    width = _power_of_two(min(most, _MOST))
+    while width > 1:
+        inputs = [(batch, key)] * width
+        lowered = train_steps.lower(*_arguments([run] * width, inputs), **_program(run))
+        needed = lowered.compile().memory_analysis()
+        if needed is None:
+            return 1
+        if needed.temp_size_in_bytes <= room:
+            break
+        width = _power_of_two(width * room / needed.temp_size_in_bytes)
+    return width
+
+
+def _power_of_two(most: float) -> int:
+    return 1 << (max(1, int(most)).bit_length() - 1)
 
 
 def _room() -> float:

@@ -27,7 +27,7 @@ from softprompt.data.examples import examples_digest
 from softprompt.errors import Stopped, UserError
 from softprompt.evaluation.evaluate import Measured, evaluate
 from softprompt.evaluation.scoring import make_prefix
-from softprompt.inference.prompt import TrainedPrompt, load_prompt
+from softprompt.inference.prompt import load_prompt
 from softprompt.inference.saved import read_description, save_prompt, usage
 from softprompt.methods.method import Method
 from softprompt.methods.soft_prompt import SoftPrompt
@@ -96,7 +96,9 @@ class Run:
         graphdef, trainable, frozen = split(method, backbone)
         # What is saved has the method's own shapes.
         self.own = graphdef, jax.eval_shape(lambda: trainable), frozen
+        self.room = None
         if room is not None and _can_be_padded(method, backbone):
+            self.room = room
             graphdef, trainable, frozen = split(method.padded(room), backbone)
         self.graphdef, self.trainable, self.frozen = graphdef, trainable, frozen
         self.opt_state = self.optimizer.init(trainable, self.numbers)
@@ -184,11 +186,10 @@ class Run:
     def finish(self) -> dict[str, Any]:
         """Evaluate the best prompt on the test data and write the summary."""
         progress = self.progress
-        trained = self._best_prompt()
         test: dict[str, float] = {}
         intervals: dict[str, list[float]] = {}
         if "test" in self.examples:
-            measured = self._measure(trained.backbone, trained.prefix, "test")
+            measured = self._measure(*self._best_model(), "test")
             test = measured.values()
             intervals = {name: list(bounds) for name, bounds in measured.intervals().items()}
             write_predictions(self.folder / "predictions.jsonl", measured.samples)
@@ -291,8 +292,7 @@ class Run:
         method, backbone = nnx.merge(self.graphdef, self.trainable, *self.frozen)
         try:
             with self.stop.deferred(False):
-                adapted = method.adapt(backbone)
-                measured = self._measure(adapted, make_prefix(method, adapted), "validation")
+                measured = self._measure(*_model(method, backbone), "validation")
         except Stopped:
             return
         progress, key = self.progress, self.experiment.evaluation.metric
@@ -359,15 +359,25 @@ class Run:
         except UserError:
             return -1
 
-    def _best_prompt(self) -> TrainedPrompt:
-        """The prompt of the best step, from `prompt/` or else from its checkpoint."""
+    def _best_model(self) -> tuple[Backbone, Any]:
+        """Backbone and prefix of the best step, from `prompt/` or else from its checkpoint."""
         best = self.progress.best_step
         if self._saved_prompt_step() != best:
             self._save_prompt(self.checkpoints.load(best, self._saved_form())[0])
-        return load_prompt(self.folder / "prompt", self.base)
+        trained = load_prompt(self.folder / "prompt", self.base)
+        if self.room is None:
+            return trained.backbone, trained.prefix
+        assert isinstance(trained.method, SoftPrompt)
+        return _model(trained.method.padded(self.room), self.base.backbone)
 
     def _say(self, line: str) -> None:
         say(f"{self.name}: {line}" if self.name else line)
+
+
+def _model(method: Method, backbone: Backbone) -> tuple[Backbone, Any]:
+    """What a method says to run: a backbone, and a prefix."""
+    adapted = method.adapt(backbone)
+    return adapted, make_prefix(method, adapted)
 
 
 def _can_be_padded(method: Method, backbone: Backbone) -> TypeGuard[SoftPrompt]:
