@@ -33,8 +33,8 @@ class Bar:
     """Progress of `total` units, of which `done` were done before, as a context manager.
 
     On a terminal a bar with the rate and the time left; elsewhere a line every ten
-    seconds, so that short work is silent, and none of a `part` of the work that another
-    bar is of.
+    seconds, so that short work is silent. Of a `part` of the work that another bar is of,
+    a bar with the note alone, and no lines.
     """
 
     def __init__(self, label: str, total: int, unit: str, *, done: int = 0, part: bool = False):
@@ -49,6 +49,7 @@ class Bar:
             unit=" " + unit,
             dynamic_ncols=True,
             leave=False,
+            bar_format="  {desc} |{bar:20}| {n_fmt}/{total_fmt}{postfix}" if part else None,
             disable=not sys.stderr.isatty(),
         )
 

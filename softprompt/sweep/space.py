@@ -127,8 +127,11 @@ class Trial:
 
     @property
     def name(self) -> str:
-        """Its number and parameters, in one line."""
-        return f"trial {self.number} ({shown(self.parameters)})"
+        """Its number and parameters, in one line; of a key the last part, if that will do."""
+        last = [name.split(".")[-1] for name in self.parameters]
+        keys = last if len({*last}) == len(last) else [*self.parameters]
+        given = dict(zip(keys, self.parameters.values(), strict=True))
+        return f"trial {self.number} ({shown(given)})"
 
 
 class Space:
