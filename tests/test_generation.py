@@ -239,6 +239,8 @@ def test_a_stop_text_ends_a_row_and_is_left_out(write):
 
 
 def test_of_overlapping_stop_texts_the_one_complete_first_counts(tiny, prefix, write):
+    one = Writer(tiny.backbone, tiny.tokenizer, Generation(stop=["bcdef", "cd"]))
+    assert one._text(tiny.tokenizer.encode("abcdefg", add_special_tokens=False)) == ("ab", True)
     (free,) = write(["aaaaaaa"], max_new_tokens=30)
     long, short = free.text[3:12], free.text[6:8]
     settings = {"max_new_tokens": 30, "stop": [long, short]}
