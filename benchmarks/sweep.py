@@ -19,9 +19,8 @@ from softprompt.sweep.space import shown
 
 EXPERIMENT = Path(__file__).parent.parent / "experiments" / "sentiment.yaml"
 TRIALS = [
-    {"prompt.length": length, "optimizer.learning_rate": rate}
-    for length in (5, 10, 20, 40)
-    for rate in (1e-2, 3e-2)
+    {"prompt.length": 5 * (i + 1), "optimizer.learning_rate": round(1e-2 * 1.2**i, 4)}
+    for i in range(8)
 ]
 
 
