@@ -28,7 +28,7 @@ from softprompt.errors import Stopped, UserError
 from softprompt.evaluation.evaluate import Measured, evaluate
 from softprompt.evaluation.scoring import make_prefix
 from softprompt.inference.prompt import load_prompt
-from softprompt.inference.saved import read_description, save_prompt, usage
+from softprompt.inference.saved import SavedPrompt, read_description, save_prompt, usage
 from softprompt.methods.method import Method
 from softprompt.methods.soft_prompt import SoftPrompt
 from softprompt.metrics.named import is_better
@@ -364,11 +364,13 @@ class Run:
         best = self.progress.best_step
         if self._saved_prompt_step() != best:
             self._save_prompt(self.checkpoints.load(best, self._saved_form())[0])
-        trained = load_prompt(self.folder / "prompt", self.base)
         if self.room is None:
+            trained = load_prompt(self.folder / "prompt", self.base)
             return trained.backbone, trained.prefix
-        assert isinstance(trained.method, SoftPrompt)
-        return _model(trained.method.padded(self.room), self.base.backbone)
+        saved = SavedPrompt.read(self.folder / "prompt")
+        method, _ = saved.method(self.base, self.task.opening)
+        assert isinstance(method, SoftPrompt)
+        return _model(method.padded(self.room), self.base.backbone)
 
     def _say(self, line: str) -> None:
         say(f"{self.name}: {line}" if self.name else line)
@@ -393,8 +395,9 @@ def resized(tree: Any, like: Any) -> Any:
     def fit(array: jax.Array, shape: Any) -> jax.Array:
         if array.shape == shape.shape:
             return array
-        cut = array[tuple(map(slice, shape.shape))]
+        # On the host: on a device every length would be a program of its own.
+        cut = np.asarray(array)[tuple(map(slice, shape.shape))]
         more = [(0, want - have) for want, have in zip(shape.shape, cut.shape, strict=True)]
-        return jnp.pad(cut, more)
+        return jnp.asarray(np.pad(cut, more))
 
     return jax.tree.map(fit, tree, like)
