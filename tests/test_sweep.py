@@ -17,7 +17,7 @@ from softprompt.config import Optimizer
 from softprompt.data.batches import Layout, side_by_side
 from softprompt.experiment_file import ExperimentFile
 from softprompt.sweep.outcome import Outcome
-from softprompt.sweep.program import shared
+from softprompt.sweep.program import shared, step_together
 from softprompt.sweep.space import Space
 from softprompt.sweep.sweep import groups, sweep
 from softprompt.training.optimizers import UpdateRule, hyperparameters
@@ -198,6 +198,32 @@ def test_each_trial_is_its_own_single_run(space):
         for one, other in zip(*records, strict=True):
             assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
             assert one.get("learning_rate") == other.get("learning_rate")
+
+
+def test_without_memory_for_all_trials_at_once_a_step_is_of_fewer(space, monkeypatch, capsys):
+    section = "  prompt.length: [2, 4]\n  seed: [0, 1]\n  at_once: 4\n"
+    widths = []
+
+    def step_with_memory_for_two(runs, inputs):
+        widths.append(len(runs))
+        if len(runs) > 2:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+        return step_together(runs, inputs)
+
+    expected = sweep(space(section, folder="free"))
+    monkeypatch.setattr("softprompt.sweep.places.step_together", step_with_memory_for_two)
+    trials = sweep(space(section, folder="narrow"))
+    assert widths == [4, *[2] * 24]
+    assert "no memory for a step of 4 trials at once: trying 2" in capsys.readouterr().err
+    for narrow, free in zip(trials, expected, strict=True):
+        assert read_loss(narrow, 12) == pytest.approx(read_loss(free, 12), abs=1e-5)
+
+    def step_without_memory(runs, inputs):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    monkeypatch.setattr("softprompt.sweep.places.step_together", step_without_memory)
+    with pytest.raises(UserError, match="no memory for a single trial; set a smaller training"):
+        sweep(space(section, folder="none"))
 
 
 def test_what_cannot_share_a_program_is_grouped(space):

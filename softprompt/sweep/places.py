@@ -13,8 +13,9 @@ import jax
 from softprompt.console import Bar, say
 from softprompt.errors import UserError
 from softprompt.sweep.outcome import Outcome, validation_at
-from softprompt.sweep.program import fitting, parts, step_together
-from softprompt.sweep.space import Trial
+from softprompt.sweep.program import MOST, fitting, parts, step_together
+from softprompt.sweep.space import Space, Trial
+from softprompt.training.cost import peak_memory
 from softprompt.training.loop import finished
 from softprompt.training.preparation import Preparation
 from softprompt.training.run import Run
@@ -72,13 +73,15 @@ class Places:
     Args:
       stop: ends the work where it does no harm.
       bar: of all steps of all trials.
-      at_once: the number of places; None: as many as there is memory for.
-      longest: virtual tokens that a prompt has room for while it is trained.
+      space: of the trials; it says how many places there are, if not as many as there is
+        memory for.
     """
 
-    def __init__(self, stop: StopSignals, bar: Bar, at_once: int | None, longest: int):
-        self._stop, self._bar, self._at_once, self._longest = stop, bar, at_once, longest
+    def __init__(self, stop: StopSignals, bar: Bar, space: Space):
+        self._stop, self._bar, self._space = stop, bar, space
         self._preparation = Preparation()
+        self._taken = 0.0  # bytes of memory before the first trial's first step
+        self._widest = MOST  # trials that make a step together
         self._seen: set[int] = set()  # trials whose earlier steps are off the bar
 
     def train(self, source: Source, count: int, until: int | None = None) -> None:
@@ -90,7 +93,7 @@ class Places:
           until: the step to stop each at, one with an evaluation; None: their end.
         """
         places: list[_Place] = []
-        at_once = self._at_once or 0
+        at_once = self._space.sweep.at_once or 0
         try:
             while True:
                 places = [each for each in places if self._goes_on(each, source, until)]
@@ -103,7 +106,8 @@ class Places:
                         continue
                     places.append(place)
                     if not at_once:
-                        at_once = fitting(place.run, count)
+                        self._taken = self._taken or peak_memory()
+                        at_once = fitting(place.run, count, self._taken)
                         say(f"{at_once} of {count} trials at once")
                 if self._stop.requested or not places:
                     return
@@ -128,7 +132,7 @@ class Places:
                 trial.folder,
                 self._stop,
                 prepared,
-                room=self._longest,
+                room=self._space.longest(trial.experiment),
                 name=trial.name,
             )
         except UserError as error:
@@ -172,26 +176,37 @@ class Places:
         return False
 
     def _step(self, places: list[_Place]) -> None:
+        inputs = {id(place.run): place.run.inputs() for place in places}
         by_run = {id(place.run): place for place in places}
-        for runs in parts([place.run for place in places]):
-            inputs = [run.inputs() for run in runs]
+        left = [place.run for place in places]
+        while left:
+            runs = parts(left, self._widest)[0]
             try:
-                results = step_together(runs, inputs)
+                results = step_together(runs, [inputs[id(run)] for run in runs])
             except jax.errors.JaxRuntimeError as error:
                 if "RESOURCE_EXHAUSTED" not in str(error):
                     raise
-                raise UserError(
-                    f"the device has no memory for {len(runs)} trials at once; set a smaller "
-                    "sweep.at_once: what was done is kept"
-                ) from None
-            for run, (batch, _), result in zip(runs, inputs, results, strict=True):
-                place = by_run[id(run)]
+                self._narrow(len(runs))
+                continue
+            left = [run for run in left if run not in runs]
+            for run, result in zip(runs, results, strict=True):
+                place, (batch, _) = by_run[id(run)], inputs[id(run)]
                 try:
                     run.take(*result, padding=batch.padding, beside=len(places))
                 except UserError as error:
                     place.error = error
                 place.bar.advance(note=run.quality or run.note)
                 self._bar.advance(note=f"{len(places)} at once")
+
+    def _narrow(self, count: int) -> None:
+        """So many trials have no memory for a step together: from now on half of them."""
+        if count == 1:
+            raise UserError(
+                "the device has no memory for a single trial; set a smaller training.batch_size, "
+                "with training.accumulate for as many examples a step: what was done is kept"
+            )
+        self._widest = count // 2
+        say(f"no memory for a step of {count} trials at once: trying {self._widest}")
 
     def _leave(self, place: _Place, *, close: bool = True) -> None:
         place.run.close()

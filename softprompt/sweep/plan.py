@@ -14,6 +14,7 @@ from softprompt.sweep.outcome import Outcome
 from softprompt.sweep.program import fitting, step_together
 from softprompt.sweep.space import Space, Trial
 from softprompt.sweep.sweep import groups
+from softprompt.training.cost import peak_memory
 from softprompt.training.preparation import Preparation, Prepared
 from softprompt.training.run import Run
 from softprompt.training.stop import StopSignals
@@ -107,7 +108,9 @@ def _group(space: Space, trials: Sequence[Trial], preparation: Preparation) -> G
             room=space.longest(experiment),
         )
         if run.steps:
-            at_once = min(space.sweep.at_once or fitting(run, len(trials)), len(trials))
+            at_once = min(
+                space.sweep.at_once or fitting(run, len(trials), peak_memory()), len(trials)
+            )
             sample = [run.batches[number] for number in range(min(run.steps, _SAMPLE))]
             sample.sort(key=lambda batch: batch.tokens.size)
             inputs = [(sample[len(sample) // 2], run.key)] * at_once

@@ -16,7 +16,6 @@ from flax import nnx
 from softprompt.backbones.batch import Batch
 from softprompt.config import Experiment
 from softprompt.data.batches import side_by_side
-from softprompt.training.cost import peak_memory
 from softprompt.training.run import Run
 from softprompt.training.step import PROGRAM, update
 
@@ -32,7 +31,7 @@ _NUMBERS = {  # settings that are arrays in a program, or that the step does not
     "dept": {"learning_rate"},
 }
 _INITIAL = {"init", "init_top", "init_scale", "init_text", "init_prompts"}
-_MOST = 64  # trials side by side, where nobody says how many
+MOST = 64  # trials that make a step together
 
 
 @partial(jax.jit, static_argnames=PROGRAM)
@@ -90,11 +89,11 @@ def step_together(runs: Sequence[Run], inputs: Sequence[tuple[Batch, jax.Array]]
     return train_steps(*_arguments(runs, inputs), **_program(runs[0]))
 
 
-def parts(runs: Sequence[Run]) -> list[list[Run]]:
+def parts(runs: Sequence[Run], widest: int) -> list[list[Run]]:
     """The runs in groups that make a step together.
 
-    Those of a group have the same program, and their number is a power of two, so that
-    few programs are compiled while trials come and go.
+    Those of a group have the same program, and their number is a power of two, at most
+    `widest`, so that few programs are compiled while trials come and go.
     """
     found: list[list[Run]] = []
     left = list(runs)
@@ -103,21 +102,26 @@ def parts(runs: Sequence[Run]) -> list[list[Run]]:
         same = [run for run in left if _shapes(run) == first]
         left = [run for run in left if _shapes(run) != first]
         while same:
-            width = _power_of_two(len(same))
+            width = _power_of_two(min(len(same), widest))
             found.append(same[:width])
             same = same[width:]
     return found
 
 
-def fitting(run: Run, most: int) -> int:
+def fitting(run: Run, most: int, taken: float) -> int:
     """How many trials like this one can train side by side, a power of two.
 
     On an accelerator, as many as its free memory has room for; on a CPU, which gains little
-    from more, as many as need no more memory than the process has taken so far, and
-    no more than a quarter of the machine's.
+    from more, as many as need no more memory than the process has anyway, and no more than
+    a quarter of the machine's.
+
+    Args:
+      run: one of them.
+      most: how many there are.
+      taken: memory in bytes that the process had taken before the first of them.
     """
-    batch, key, room = run.batches.largest(), run.key, _room()
-    width = _power_of_two(min(most, _MOST))
+    batch, key, room = run.batches.largest(), run.key, _room(taken)
+    width = _power_of_two(min(most, MOST))
     while width > 1:
         inputs = [(batch, key)] * width
         lowered = train_steps.lower(*_arguments([run] * width, inputs), **_program(run))
@@ -134,12 +138,12 @@ def _power_of_two(most: float) -> int:
     return 1 << (max(1, int(most)).bit_length() - 1)
 
 
-def _room() -> float:
+def _room(taken: float) -> float:
     statistics = jax.devices()[0].memory_stats()
     if statistics and "bytes_limit" in statistics:
         return 0.8 * (statistics["bytes_limit"] - statistics["bytes_in_use"])
     machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return min(peak_memory(), machine / 4)
+    return min(taken, machine / 4)
 
 
 def _arguments(runs: Sequence[Run], inputs: Sequence[tuple[Batch, jax.Array]]) -> tuple[Any, ...]:

@@ -35,8 +35,7 @@ def sweep(space: Space) -> list[Trial]:
             first = space.file.experiment()
             total = (settings.trials or 0) * first.training.steps
             with Bar("sweep", total, "steps", done=study.steps_done()) as bar:
-                places = Places(stop, bar, settings.at_once, space.longest(first))
-                places.train(study, settings.trials or 0)
+                Places(stop, bar, space).train(study, settings.trials or 0)
             trials = study.trials()
         else:
             trials = space.trials()
@@ -61,13 +60,11 @@ def groups(trials: Sequence[Trial]) -> list[list[Trial]]:
 
 
 def _run_listed(space: Space, trials: Sequence[Trial], stop: StopSignals, bar: Bar) -> None:
-    halving = space.sweep.halving
+    halving, places = space.sweep.halving, Places(stop, bar, space)
     for until in [*(sorted(halving.rungs) if halving else ()), None]:
         for group in groups(trials):
             source = _Listed(group)
-            longest = space.longest(group[0].experiment)
-            places = Places(stop, bar, space.sweep.at_once, longest)
-            places.train(source, len(group), until)
+            places.train(source, len(source.left), until)
             if stop.requested:
                 return
         if halving and until is not None:
@@ -97,12 +94,12 @@ class _Listed:
     """Trials of a list, of which those that have ended are left out."""
 
     def __init__(self, trials: Sequence[Trial]):
-        self._left = [each for each in reversed(trials) if Outcome.read(each.folder) is None]
+        self.left = [each for each in reversed(trials) if Outcome.read(each.folder) is None]
 
     def next(self) -> Opened | None:
         """See `places.Source`."""
-        while self._left:
-            if opened := Opened.of(self._left.pop()):
+        while self.left:
+            if opened := Opened.of(self.left.pop()):
                 return opened
         return None
 
