@@ -62,6 +62,10 @@ class Bar:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take the bar off the terminal."""
         self._bar.close()
 
     def drop(self, count: int) -> None:

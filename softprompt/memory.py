@@ -11,6 +11,11 @@ from softprompt.errors import UserError
 Result = TypeVar("Result")
 
 
+def is_out_of_memory(error: jax.errors.JaxRuntimeError) -> bool:
+    """Whether a program failed because the device had no memory for it."""
+    return "RESOURCE_EXHAUSTED" in str(error)
+
+
 def run_batches(
     groups: Iterable[list[int]], batch_size: int, run: Callable[[list[int], int], Result]
 ) -> Iterator[tuple[list[int], Result]]:
@@ -36,7 +41,7 @@ def run_batches(
             try:
                 result = run(part, batch_size)
             except jax.errors.JaxRuntimeError as error:
-                if "RESOURCE_EXHAUSTED" not in str(error):
+                if not is_out_of_memory(error):
                     raise
                 if len(part) == 1:
                     raise UserError(

@@ -200,6 +200,13 @@ def test_each_trial_is_its_own_single_run(space):
             assert one.get("learning_rate") == other.get("learning_rate")
 
 
+@pytest.mark.parametrize(("room", "at_once"), [(0, 1), (1e12, 4)])
+def test_as_many_train_at_once_as_there_is_memory_for(space, monkeypatch, capsys, room, at_once):
+    monkeypatch.setattr("softprompt.sweep.program._room", lambda taken: room)
+    sweep(space("  seed: [0, 1, 2, 3, 4]\n", "training.steps=1"))
+    assert f"{at_once} of 5 trials at once" in capsys.readouterr().err
+
+
 def test_without_memory_for_all_trials_at_once_a_step_is_of_fewer(space, monkeypatch, capsys):
     section = "  prompt.length: [2, 4]\n  seed: [0, 1]\n"
     widths = []

@@ -145,9 +145,6 @@ class TrainingBatches:
       batch_size: examples in a batch, B.
       seed: of the order.
       encoder_decoder: whether they are for an encoder-decoder.
-
-    Attributes:
-      shapes: the few `(T, M)` that batches have.
     """
 
     def __init__(
@@ -160,7 +157,6 @@ class TrainingBatches:
     ):
         self._examples = [only_answer(example) for example in examples]
         self._layout = Layout.of(self._examples, encoder_decoder)
-        self.shapes = self._layout.shapes
         self._batch_size = batch_size
         self._per_epoch = len(examples) // batch_size
         self._seed = seed

@@ -5,6 +5,7 @@ Axis letters: N examples, C candidates, B batch, M target positions.
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,12 @@ from softprompt.data.task import Task
 def make_prefix(method, backbone):
     """The prefix that a method gives on the backbone it adapted, once for many batches."""
     return method.make_prefix(backbone)
+
+
+def applied(method, backbone) -> tuple[Any, Any]:
+    """What a method says to run, as `Method.apply` gives it, once for many batches."""
+    adapted = method.adapt(backbone)
+    return adapted, make_prefix(method, adapted)
 
 
 @partial(jax.jit, static_argnames="candidates")

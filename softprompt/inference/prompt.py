@@ -16,7 +16,7 @@ from softprompt.data.examples import say_truncated
 from softprompt.data.records import Record
 from softprompt.data.task import Task
 from softprompt.errors import UserError
-from softprompt.evaluation.scoring import make_prefix, score, weighed
+from softprompt.evaluation.scoring import applied, score, weighed
 from softprompt.generation.writer import Generated, Request, Writer, requests_of
 from softprompt.inference.saved import SavedPrompt
 from softprompt.methods.method import FullFineTuning, Method, with_parameters
@@ -220,8 +220,7 @@ def load_prompt(path: str | Path, base: Base | str | None = None) -> TrainedProm
     trained_on = base.backbone
     if isinstance(method, FullFineTuning):
         trained_on = with_parameters(trained_on, arrays)
-    backbone = method.adapt(trained_on)
-    prefix = make_prefix(method, backbone)
+    backbone, prefix = applied(method, trained_on)
     return TrainedPrompt(
         base, method, backbone, prefix, task, saved.description, saved.scoring, saved.generation
     )

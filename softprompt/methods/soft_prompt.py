@@ -45,11 +45,16 @@ class SoftPrompt(Method):
         rows = jnp.broadcast_to(vectors, (embeddings.shape[0], *vectors.shape))
         return jnp.concatenate([rows, embeddings], axis=1)
 
+    def can_be_padded(self, backbone: Backbone) -> bool:
+        """Whether all vectors stand in the opening of a causal model."""
+        in_opening = int((self.opening[...] < 0).sum())
+        return not backbone.is_encoder_decoder and in_opening == len(self.vectors[...])
+
     def padded(self, length: int) -> "SoftPrompt":
         """The same prompt with `length` vectors and an opening that is longer by as many.
 
         What is added stands at the end, and no row attends to it, so that prompts of several
-        lengths can be of one shape. All vectors must be in the opening of a causal model.
+        lengths can be of one shape. It is for those that `can_be_padded`.
         """
         more = (0, length - len(self.vectors[...]))
         opening = self.opening[...]

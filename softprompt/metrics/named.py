@@ -63,14 +63,19 @@ def measure(
     for name in names:
         if name in LABEL_METRICS:
             scores[name] = label_scores(name, predictions, references)
-            continue
-        from softprompt.metrics import text  # takes seconds, of which labels need none
-
-        if types := _rouge_types(name):
-            scores[name] = text.rouge(predictions, references, types, stem)
         else:
-            scores[name] = getattr(text, name)(predictions, references)
+            scores[name] = _text_scores(name, predictions, references, stem)
     return scores
+
+
+def _text_scores(
+    name: str, predictions: Sequence[str], references: Sequence[str | Sequence[str]], stem: bool
+) -> Scores:
+    from softprompt.metrics import text  # here, for it takes seconds that labels need not wait
+
+    if types := _rouge_types(name):
+        return text.rouge(predictions, references, types, stem)
+    return getattr(text, name)(predictions, references)
 
 
 def is_better(values: Mapping[str, float], others: Mapping[str, float], name: str) -> bool:

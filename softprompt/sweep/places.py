@@ -12,6 +12,7 @@ import jax
 
 from softprompt.console import Bar, say
 from softprompt.errors import UserError
+from softprompt.memory import is_out_of_memory
 from softprompt.sweep.outcome import Outcome, validation_at
 from softprompt.sweep.program import MOST, fitting, parts, step_together
 from softprompt.sweep.space import Space, Trial
@@ -184,7 +185,7 @@ class Places:
             try:
                 results = step_together(runs, [inputs[id(run)] for run in runs])
             except jax.errors.JaxRuntimeError as error:
-                if "RESOURCE_EXHAUSTED" not in str(error):
+                if not is_out_of_memory(error):
                     raise
                 self._narrow(len(runs))
                 continue
@@ -210,7 +211,7 @@ class Places:
 
     def _leave(self, place: _Place, *, close: bool = True) -> None:
         place.run.close()
-        place.bar.__exit__(None, None, None)
+        place.bar.close()
         if close:
             place.opened.close()
 

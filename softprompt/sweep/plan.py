@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from softprompt.evaluation.scoring import make_prefix, score
+from softprompt.evaluation.scoring import applied, score
 from softprompt.sweep.outcome import Outcome
 from softprompt.sweep.program import fitting, step_together
 from softprompt.sweep.space import Space, Trial
@@ -133,9 +133,8 @@ def _seconds_of_a_row(prepared: Prepared, batch_size: int) -> float:
     by_length = sorted(prepared.examples["validation"], key=lambda example: len(example.input))
     first = max(0, (len(by_length) - batch_size) // 2)
     examples = by_length[first : first + batch_size]
-    adapted = prepared.method.adapt(prepared.base.backbone)
-    prefix = make_prefix(prepared.method, adapted)
-    _, again = _seconds(lambda: list(score(adapted, prefix, examples, batch_size)))
+    model = applied(prepared.method, prepared.base.backbone)
+    _, again = _seconds(lambda: list(score(*model, examples, batch_size)))
     return again / len(examples)
 
 

@@ -86,7 +86,7 @@ def shared(experiment: Experiment) -> str:
 
 def step_together(runs: Sequence[Run], inputs: Sequence[tuple[Batch, jax.Array]]) -> list[Any]:
     """A step of runs that are one of `parts`, from the inputs of each: what it is to take."""
-    return train_steps(*_arguments(runs, inputs), **_program(runs[0]))
+    return train_steps(*_arguments(runs, inputs), **runs[0].program)
 
 
 def parts(runs: Sequence[Run], widest: int) -> list[list[Run]]:
@@ -124,7 +124,7 @@ def fitting(run: Run, most: int, taken: float) -> int:
     width = _power_of_two(min(most, MOST))
     while width > 1:
         inputs = [(batch, key)] * width
-        lowered = train_steps.lower(*_arguments([run] * width, inputs), **_program(run))
+        lowered = train_steps.lower(*_arguments([run] * width, inputs), **run.program)
         needed = lowered.compile().memory_analysis()
         if needed is None:
             return 1
@@ -157,16 +157,8 @@ def _arguments(runs: Sequence[Run], inputs: Sequence[tuple[Batch, jax.Array]]) -
     )
 
 
-def _program(run: Run) -> dict[str, Any]:
-    return {
-        "graphdef": run.graphdef,
-        "optimizer": run.optimizer,
-        "accumulate": run.accumulate,
-    }
-
-
 def _shapes(run: Run) -> Any:
     """What decides whether two runs have the same program."""
     arrays = run.trainable, run.opt_state, run.frozen[0]
     shapes = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(arrays)]
-    return _program(run), shapes, id(run.base), run.rows
+    return run.program, shapes, id(run.base), run.rows

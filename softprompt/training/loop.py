@@ -48,17 +48,12 @@ def finished(folder: Path) -> dict[str, Any] | None:
 
 def _train(run: Run, stop: StopSignals) -> None:
     """Steps, evaluations and checkpoints, up to the last step or an early stop."""
-    program = {
-        "graphdef": run.graphdef,
-        "optimizer": run.optimizer,
-        "accumulate": run.accumulate,
-    }
     try:
         with stop.deferred(), Bar("train", run.steps, "steps", done=run.progress.step) as bar:
             while not stop.requested and run.attend() and not stop.requested:
                 batch, key = run.inputs()
                 results = train_step(
-                    run.trainable, run.opt_state, run.frozen, batch, key, **program
+                    run.trainable, run.opt_state, run.frozen, batch, key, **run.program
                 )
                 run.take(*results, padding=batch.padding)
                 bar.advance(note=run.note)

@@ -10,7 +10,7 @@ import json
 import math
 import time
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,10 +26,9 @@ from softprompt.data.batches import TrainingBatches
 from softprompt.data.examples import examples_digest
 from softprompt.errors import Stopped, UserError
 from softprompt.evaluation.evaluate import Measured, evaluate
-from softprompt.evaluation.scoring import make_prefix
+from softprompt.evaluation.scoring import applied
 from softprompt.inference.prompt import load_prompt
 from softprompt.inference.saved import SavedPrompt, read_description, save_prompt, usage
-from softprompt.methods.method import Method
 from softprompt.methods.soft_prompt import SoftPrompt
 from softprompt.metrics.named import is_better
 from softprompt.training.cost import peak_memory, rate
@@ -97,7 +96,7 @@ class Run:
         # What is saved has the method's own shapes.
         self.own = graphdef, jax.eval_shape(lambda: trainable), frozen
         self.room = None
-        if room is not None and _can_be_padded(method, backbone):
+        if room is not None and isinstance(method, SoftPrompt) and method.can_be_padded(backbone):
             self.room = room
             graphdef, trainable, frozen = split(method.padded(room), backbone)
         self.graphdef, self.trainable, self.frozen = graphdef, trainable, frozen
@@ -116,6 +115,15 @@ class Run:
         self.mark = time.monotonic()
         self.beside = 1
         self.note = self.quality = ""  # the last loss, and the last deciding metric, in words
+
+    @property
+    def program(self) -> dict[str, Any]:
+        """What its steps are compiled for: see `step.PROGRAM`."""
+        return {
+            "graphdef": self.graphdef,
+            "optimizer": self.optimizer,
+            "accumulate": self.accumulate,
+        }
 
     def attend(self) -> bool:
         """Do what is due before the next step: evaluate, save; whether there is a next one.
@@ -292,7 +300,7 @@ class Run:
         method, backbone = nnx.merge(self.graphdef, self.trainable, *self.frozen)
         try:
             with self.stop.deferred(False):
-                measured = self._measure(*_model(method, backbone), "validation")
+                measured = self._measure(*applied(method, backbone), "validation")
         except Stopped:
             return
         progress, key = self.progress, self.experiment.evaluation.metric
@@ -370,23 +378,10 @@ class Run:
         saved = SavedPrompt.read(self.folder / "prompt")
         method, _ = saved.method(self.base, self.task.opening)
         assert isinstance(method, SoftPrompt)
-        return _model(method.padded(self.room), self.base.backbone)
+        return applied(method.padded(self.room), self.base.backbone)
 
     def _say(self, line: str) -> None:
         say(f"{self.name}: {line}" if self.name else line)
-
-
-def _model(method: Method, backbone: Backbone) -> tuple[Backbone, Any]:
-    """What a method says to run: a backbone, and a prefix."""
-    adapted = method.adapt(backbone)
-    return adapted, make_prefix(method, adapted)
-
-
-def _can_be_padded(method: Method, backbone: Backbone) -> TypeGuard[SoftPrompt]:
-    """Whether it is a soft prompt all of whose vectors stand in the opening of a causal model."""
-    if backbone.is_encoder_decoder or not isinstance(method, SoftPrompt):
-        return False
-    return int((method.opening[...] < 0).sum()) == len(method.vectors[...])
 
 
 def resized(tree: Any, like: Any) -> Any:
