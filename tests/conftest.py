@@ -5,6 +5,10 @@ import json
 import os
 import shutil
 import string
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -20,9 +24,10 @@ from softprompt.backbones.loading import Backbone, load_backbone
 from softprompt.config import Experiment, Generation
 from softprompt.data.examples import Example
 from softprompt.data.records import Record
-from softprompt.experiment_file import load_experiment
+from softprompt.experiment_file import ExperimentFile, load_experiment
 from softprompt.generation import decoding
 from softprompt.generation.sampling import Sampling
+from softprompt.sweep.space import Space
 
 GOLDEN = Path(__file__).parent / "golden"
 FAMILIES_GOLDEN = GOLDEN / "families"
@@ -163,3 +168,38 @@ def experiment_file(tmp_path: Path) -> Path:
 @pytest.fixture
 def experiment(experiment_file: Path) -> Experiment:
     return load_experiment(experiment_file)
+
+
+@pytest.fixture
+def space(tmp_path: Path) -> Callable[..., Space]:
+    """Make the space of a sweep of the letters, whose texts have one length."""
+
+    def space(section: str, *overrides: str, folder: str = "sweep") -> Space:
+        path = write_experiment(tmp_path, 5, 5)
+        path.write_text(f"{path.read_text()}sweep:\n{section}")
+        return Space(ExperimentFile(path, overrides), tmp_path / folder)
+
+    return space
+
+
+_SWEEP = """\
+import os, sys, time
+from pathlib import Path
+from softprompt.cli import main
+from softprompt.sweep import places
+real = places.Places._step
+def step(self, here):
+{before}
+    real(self, here)
+places.Places._step = step
+sys.exit(main())
+"""
+
+
+def sweep_process(space: Space, before: str, *overrides: str) -> subprocess.Popen:
+    """`softprompt sweep` in a process that runs some code before every step of places `here`."""
+    code = _SWEEP.format(before=textwrap.indent(before, "    "))
+    command = ["sweep", str(space.file.path), *overrides, "--folder", str(space.folder)]
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *command], stderr=subprocess.PIPE, text=True
+    )

@@ -1,10 +1,12 @@
 """Tables and pages about runs, the page in a real browser."""
 
 import csv
+import html
 import io
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 
@@ -29,7 +31,7 @@ sweep:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A sweep of the letters, a third of whose trials fail."""
-    here = tmp_path_factory.mktemp("letters")
+    here = tmp_path_factory.mktemp("of letters")
     path = write_experiment(here, 5, 5)
     path.write_text(path.read_text() + SWEEP)
     arguments = ["training.steps=4", "evaluation.every=2", "training.log_every=1"]
@@ -171,11 +173,12 @@ def test_a_page_needs_nothing_else_and_has_the_command_that_runs_the_best_again(
     links = set(re.findall(r"https?://[^\"'<> ]+", text))
     assert links == {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}  # names
     assert not re.search(r"<(link|img|iframe)|src=|@import|url\(\s*['\"]?http", text)
-    command = re.search("<pre>softprompt train (.*?) --run-dir", text)[1]
+    command = re.search("<pre>(softprompt train .*?)</pre>", text)[1]
+    config = shlex.split(html.unescape(command))[2]
     records = [r for r in collect([page.parent]) if r.state == "finished"]
     best = max(records, key=lambda r: (r.validation["accuracy"], -r.validation["loss"]))
-    assert os.path.samefile(command, best.folder / "config.yaml")
-    assert load_experiment(command).prompt.length == best.settings["prompt.length"]
+    assert os.path.samefile(config, best.folder / "config.yaml")
+    assert load_experiment(config).prompt.length == best.settings["prompt.length"]
     for name in ("runs.csv", "runs.md", "settings.csv", "settings.md"):
         assert (page.parent / name).read_text().count("\n") > 4
 

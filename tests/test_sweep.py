@@ -1,126 +1,23 @@
-"""Sweeps: which trials there are, that each is its own run, and what becomes of them."""
+"""Sweeps: that each trial is its own run, and what becomes of trials."""
 
 import json
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optuna
 import pytest
-from conftest import example_of, write_experiment
+from conftest import example_of, sweep_process
 
 from softprompt import SoftPrompt, UserError, load_prompt, train
 from softprompt.cli import main
 from softprompt.config import Optimizer
 from softprompt.data.batches import Layout, side_by_side
-from softprompt.experiment_file import ExperimentFile
-from softprompt.sweep.outcome import Outcome
+from softprompt.sweep.outcome import Outcome, validation_at
 from softprompt.sweep.program import shared, step_together
-from softprompt.sweep.space import Space
 from softprompt.sweep.sweep import groups, sweep
 from softprompt.training.optimizers import UpdateRule, hyperparameters
 from softprompt.training.run_folder import read_metrics
 from softprompt.training.step import split, train_step
-
-
-@pytest.fixture
-def space(tmp_path):
-    """Make the space of a sweep of the letters, whose texts have one length."""
-
-    def space(section, *overrides, folder="sweep"):
-        path = write_experiment(tmp_path, 5, 5)
-        path.write_text(f"{path.read_text()}sweep:\n{section}")
-        return Space(ExperimentFile(path, overrides), tmp_path / folder)
-
-    return space
-
-
-def parameters(space):
-    return [dict(trial.parameters) for trial in space.trials()]
-
-
-def test_a_grid_has_every_combination(space):
-    found = parameters(space("  prompt.length: [1, 5]\n  seed: [0, 1]\n"))
-    assert found == [
-        {"prompt.length": 1, "seed": 0},
-        {"prompt.length": 1, "seed": 1},
-        {"prompt.length": 5, "seed": 0},
-        {"prompt.length": 5, "seed": 1},
-    ]
-
-
-def test_zip_and_points_have_the_ones_named(space):
-    expected = [{"prompt.length": 1, "seed": 4}, {"prompt.length": 5, "seed": 7}]
-    assert parameters(space("  how: zip\n  prompt.length: [1, 5]\n  seed: [4, 7]\n")) == expected
-    assert parameters(space(f"  points: {json.dumps(expected)}\n")) == expected
-
-
-def test_random_trials_are_drawn_from_their_ranges_and_more_of_them_begin_alike(space):
-    section = """\
-  how: random
-  trials: 200
-  optimizer.learning_rate: {low: 1e-4, high: 1e-1, log: true}
-  prompt.length: {low: 1, high: 4}
-  optimizer.weight_decay: {low: 0.0, high: 1.0}
-  seed: [0, 1]
-"""
-    found = parameters(space(section))
-    rates = np.log10([p["optimizer.learning_rate"] for p in found])
-    assert -4 <= rates.min() < -3.8
-    assert -1.2 < rates.max() <= -1
-    np.testing.assert_allclose(
-        np.quantile(rates, [0.25, 0.5, 0.75]), [-3.25, -2.5, -1.75], atol=0.3
-    )
-    lengths = [p["prompt.length"] for p in found]
-    assert {lengths.count(n) > 30 for n in (1, 2, 3, 4)} == {True}
-    assert all(isinstance(n, int) for n in lengths)
-    assert abs(np.mean([p["optimizer.weight_decay"] for p in found]) - 0.5) < 0.1
-    assert {p["seed"] for p in found} == {0, 1}
-    assert parameters(space(section, "sweep.trials=3")) == found[:3]
-
-
-@pytest.mark.parametrize(
-    ("section", "message"),
-    [
-        ("  promt.length: [1]\n", "letters.yaml:10: sweep.promt.length: no key of an experiment"),
-        ("  prompt.lenth: [1]\n", "prompt.lenth: unknown key; did you mean 'length'?"),
-        ("  prompt.length: [0]\n", "letters.yaml:10: prompt.length: Input should be greater"),
-        ("  prompt.length: 3\n", "sweep.prompt.length: a list of values, or {low: ..., high: ...}"),
-        ("  prompt.length: []\n", "sweep.prompt.length: a list of values"),
-        ("  prompt.length: {low: 5, high: 1}\n", "sweep.prompt.length: low must be less than high"),
-        ("  seed: {low: 0, high: 9}\n", "a range needs how: random or how: tpe"),
-        ("  seed: [0]\n  how: random\n", "how: random and how: tpe need trials"),
-        ("  seed: [0]\n  trials: 3\n", "the others have none"),
-        ("  seed: [0]\n  prompt.length: [1, 2]\n  how: zip\n", "zip needs as many values"),
-        ("  how: grid\n", "give keys of the experiment with lists of values, or points"),
-        ("  seed: [0]\n  halving: {rungs: [3]}\n", "3 must be a multiple of evaluation.every (4)"),
-        ("  seed: [0]\n  halving: {rungs: [12]}\n", "less than training.steps (12)"),
-        (
-            "  seed: [0]\n  at_once: 0\n",
-            "sweep.at_once: Input should be greater than or equal to 1",
-        ),
-    ],
-)
-def test_a_mistake_in_a_sweep_is_one_line_with_its_place(space, section, message):
-    with pytest.raises(UserError) as error:
-        space(section)
-    assert message in str(error.value)
-    assert len(str(error.value).splitlines()) == 1
-
-
-def test_a_file_of_many_trials_is_not_for_train_and_one_without_not_for_sweep(
-    space, experiment_file, capsys
-):
-    path = space("  seed: [0]\n").file.path
-    assert main(["train", str(path)]) == 1
-    assert (
-        f"{path}:9: sweep: a file of many trials, for softprompt sweep" in capsys.readouterr().err
-    )
-    path.write_text(path.read_text().split("sweep:")[0])
-    assert main(["sweep", str(path)]) == 1
-    assert "has no section sweep" in capsys.readouterr().err
 
 
 def test_a_padded_prompt_trains_as_an_unpadded_one(tiny):
@@ -224,7 +121,7 @@ def test_without_memory_for_all_trials_at_once_a_step_is_of_fewer(space, monkeyp
     assert widths == [4, *[2] * 24]
     assert "no memory for a step of 4 trials at once: trying 2" in capsys.readouterr().err
     for trial, of_pair in zip(trials, in_pairs, strict=True):
-        assert read_loss(trial, 12) == read_loss(of_pair, 12)
+        assert validation_at(trial.folder, 12)["loss"] == validation_at(of_pair.folder, 12)["loss"]
 
     def step_without_memory(runs, inputs):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
@@ -260,10 +157,10 @@ def test_losers_of_a_rung_leave_and_the_best_go_on(space, capsys):
         )
     )
     outcomes = [Outcome.read(trial.folder) for trial in trials]
-    at_4 = [read_loss(trial, 4) for trial in trials]
+    at_4 = [validation_at(trial.folder, 4)["loss"] for trial in trials]
     kept = sorted(range(5), key=at_4.__getitem__)[:2]
     assert {i for i, end in enumerate(outcomes) if end.step == 4} == set(range(5)) - set(kept)
-    best = min(kept, key=lambda i: read_loss(trials[i], 8))
+    best = min(kept, key=lambda i: validation_at(trials[i].folder, 8)["loss"])
     assert [i for i, end in enumerate(outcomes) if end.state == "finished"] == [best]
     assert sorted(end.step for end in outcomes) == [4, 4, 4, 8, 12]
     assert "left at step 4" in capsys.readouterr().err
@@ -277,32 +174,15 @@ def test_a_sweep_stopped_behind_a_rung_decides_the_next_one_all_the_same(space):
     )
     whole = sweep(space(section, folder="whole"))
     killed = space(section, "checkpoints.every=1", folder="killed")
-    code = """\
-import os, sys
-from softprompt.sweep import places
-real = places.Places._step
-def step(self, here):
-    if here[0].run.progress.step == 6:
-        os._exit(9)
-    real(self, here)
-places.Places._step = step
-from softprompt.cli import main
-sys.exit(main())
-"""
-    command = ["sweep", str(killed.file.path), "checkpoints.every=1", "--folder", killed.folder]
-    done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, command)], capture_output=True, text=True
+    dying = sweep_process(
+        killed, "if here[0].run.progress.step == 6: os._exit(9)", "checkpoints.every=1"
     )
-    assert done.returncode == 9, done.stderr
+    errors = dying.communicate()[1]
+    assert dying.returncode == 9, errors
     trials = sweep(killed)
     ends = [[Outcome.read(trial.folder) for trial in each] for each in (whole, trials)]
     assert ends[0] == ends[1]
     assert sorted(end.step for end in ends[1]) == [4, 4, 8, 12]
-
-
-def read_loss(trial, step):
-    records = read_metrics(trial.folder)
-    return next(r["loss"] for r in records if (r["step"], r["split"]) == (step, "validation"))
 
 
 def test_a_failed_trial_is_recorded_and_the_others_go_on(space, capsys):
@@ -320,26 +200,15 @@ def test_a_failed_trial_is_recorded_and_the_others_go_on(space, capsys):
     assert "loaded in" not in capsys.readouterr().err, "nothing is run again"
 
 
-def test_a_killed_sweep_goes_on_where_it_was(space, tmp_path):
+def test_a_killed_sweep_goes_on_where_it_was(space):
     """SIGKILL in the second pair of trials; the first pair is not run again."""
     section = "  optimizer.learning_rate: [0.1, 0.03]\n  prompt.length: [2, 4]\n  at_once: 2\n"
     whole = sweep(space(section, folder="whole"))
     killed = space(section)
-    code = """\
-import os, sys
-from softprompt.sweep import places
-real = places.Places._step
-def step(self, here):
-    if any(p.opened.trial.number in (1, 3) and p.run.progress.step == 6 for p in here):
-        os._exit(9)
-    real(self, here)
-places.Places._step = step
-from softprompt.cli import main
-sys.exit(main())
-"""
-    command = ["sweep", str(killed.file.path), "--folder", str(killed.folder)]
-    done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True)
-    assert done.returncode == 9, done.stderr
+    second = "any(p.opened.trial.number in (1, 3) and p.run.progress.step == 6 for p in here)"
+    dying = sweep_process(killed, f"if {second}: os._exit(9)")
+    errors = dying.communicate()[1]
+    assert dying.returncode == 9, errors
     outcomes = [Outcome.read(trial.folder) for trial in killed.trials()]
     finished = [i for i, end in enumerate(outcomes) if end]
     assert len(finished) == 2
@@ -366,7 +235,9 @@ def test_a_dry_run_lists_the_trials_and_writes_nothing(space, capsys):
     command = ["sweep", str(found.file.path), "--folder", str(found.folder), "--dry-run"]
     assert main([*command, "--json"]) == 0
     planned = json.loads(capsys.readouterr().out)
-    assert [trial["parameters"] for trial in planned["trials"]] == parameters(found)
+    assert [trial["parameters"] for trial in planned["trials"]] == [
+        dict(trial.parameters) for trial in found.trials()
+    ]
     assert [trial["group"] for trial in planned["trials"]] == [0, 1, 0, 2]
     assert [group["waiting"] for group in planned["groups"]] == [2, 1, 1]
     assert planned["groups"][0]["at_once"] == 2
@@ -377,94 +248,3 @@ def test_a_dry_run_lists_the_trials_and_writes_nothing(space, capsys):
     assert not found.folder.exists()
     assert main(command) == 0
     assert "program 0: 2 trials to run, 2 at once, about" in capsys.readouterr().out
-
-
-STUDY = """\
-  how: tpe
-  trials: 6
-  optimizer.learning_rate: {low: 1e-3, high: 0.5, log: true}
-  prompt.length: [2, 4]
-  at_once: 1
-"""
-
-
-def test_a_dry_run_of_trials_that_are_not_chosen_yet_counts_them(space, capsys):
-    found = space(STUDY)
-    assert main(["sweep", str(found.file.path), "--folder", str(found.folder), "--dry-run"]) == 0
-    printed = capsys.readouterr().out
-    assert "trial 5: chosen when it is its turn (program 0, waiting)" in printed
-    assert "program 0: 6 trials to run, 1 at once, about" in printed
-    assert not found.folder.exists()
-
-
-def journal(folder):
-    path = str(folder / "study.journal")
-    return optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(path))
-
-
-def test_optuna_chooses_trials_and_is_told_what_they_gave(space):
-    found = space(STUDY, "sweep.halving={rungs: [4], factor: 3}", "evaluation.metric=loss")
-    trials = sweep(found)
-    known = optuna.load_study(study_name="letters", storage=journal(found.folder)).trials
-    assert [trial.number for trial in trials] == [trial.number for trial in known] == [*range(6)]
-    outcomes = [Outcome.read(trial.folder) for trial in trials]
-    at_rung = [read_loss(trial, 4) for trial in trials]
-    for i, (trial, of_optuna, end) in enumerate(zip(trials, known, outcomes, strict=True)):
-        assert 1e-3 <= trial.parameters["optimizer.learning_rate"] <= 0.5
-        assert of_optuna.intermediate_values[4] == at_rung[i]
-        went_on = sorted(at_rung[: i + 1]).index(at_rung[i]) < -(-(i + 1) // 3)
-        assert (end.state, of_optuna.state.name) == (
-            ("finished", "COMPLETE") if went_on else ("pruned", "PRUNED")
-        )
-        if went_on:
-            summary = json.loads((trial.folder / "summary.json").read_text())
-            assert of_optuna.value == summary["validation"]["loss"]
-    assert {end.state for end in outcomes} == {"finished", "pruned"}
-    assert len({t.parameters["optimizer.learning_rate"] for t in trials}) == 6
-    assert parameters_of(sweep(found)) == parameters_of(trials), "nothing is left to do"
-
-
-def parameters_of(trials):
-    return [dict(trial.parameters) for trial in trials]
-
-
-@pytest.mark.parametrize("storage", [None, "sqlite"])
-def test_two_processes_share_a_study_and_one_is_killed(space, storage, tmp_path):
-    """The other one takes over its trial; every trial is done once."""
-    url = storage and f"sqlite:///{tmp_path / 'study.db'}"
-    found = space(STUDY + (f"  storage: {url}\n" if url else ""))
-    command = ["sweep", str(found.file.path), "--folder", str(found.folder)]
-    code = """\
-import os, sys, time
-from pathlib import Path
-from softprompt.sweep import places
-real, begin, dies = places.Places._step, Path(sys.argv.pop(1)), sys.argv.pop(1) == "dies"
-def step(self, here):
-    if dies and here[0].run.progress.step == 6:
-        begin.touch()
-        os._exit(9)
-    while not dies and not begin.exists():
-        time.sleep(0.05)  # until the other one is dead, in the middle of a trial
-    real(self, here)
-places.Places._step = step
-from softprompt.cli import main
-sys.exit(main())
-"""
-    process = [sys.executable, "-c", code, str(tmp_path / "begin")]
-    workers = [
-        subprocess.Popen([*process, kind, *command], stderr=subprocess.PIPE, text=True)
-        for kind in ("dies", "lives")
-    ]
-    errors = [worker.communicate()[1] for worker in workers]
-    assert [worker.returncode for worker in workers] == [9, 0], errors
-    assert "going on from step 4" in errors[1]
-    known = optuna.load_study(study_name="letters", storage=url or journal(found.folder)).trials
-    assert [trial.state.name for trial in known] == ["COMPLETE"] * 6
-    folders = sorted((found.folder / "trials").iterdir())
-    assert [folder.name for folder in folders] == [f"{i:03d}" for i in range(6)]
-    for folder, of_optuna in zip(folders, known, strict=True):
-        records = [r["step"] for r in read_metrics(folder) if r["split"] == "validation"]
-        assert records == [4, 8, 12]
-        assert Outcome.read(folder).state == "finished"
-        summary = json.loads((folder / "summary.json").read_text())
-        assert of_optuna.value == summary["validation"]["accuracy"]

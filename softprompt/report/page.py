@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -127,7 +128,9 @@ def _best(records: Sequence[RunRecord], keys: Sequence[str]) -> dict[str, Any] |
         "settings": {key: found.settings.get(key) for key in [*keys, "seed"]},
         "validation": found.validation,
         "test": found.test,
-        "command": f"softprompt train {found.folder / 'config.yaml'} --run-dir runs/again",
+        "command": shlex.join(
+            ["softprompt", "train", str(found.folder / "config.yaml"), "--run-dir", "runs/again"]
+        ),
         "config": (found.folder / "config.yaml").read_text(encoding="utf-8"),
         "tokens": [],
         "samples": [],

@@ -1,0 +1,95 @@
+"""Which trials a sweep has."""
+
+import json
+
+import numpy as np
+import pytest
+
+from softprompt import UserError
+from softprompt.cli import main
+
+
+def parameters(space):
+    return [dict(trial.parameters) for trial in space.trials()]
+
+
+def test_a_grid_has_every_combination(space):
+    found = parameters(space("  prompt.length: [1, 5]\n  seed: [0, 1]\n"))
+    assert found == [
+        {"prompt.length": 1, "seed": 0},
+        {"prompt.length": 1, "seed": 1},
+        {"prompt.length": 5, "seed": 0},
+        {"prompt.length": 5, "seed": 1},
+    ]
+
+
+def test_zip_and_points_have_the_ones_named(space):
+    expected = [{"prompt.length": 1, "seed": 4}, {"prompt.length": 5, "seed": 7}]
+    assert parameters(space("  how: zip\n  prompt.length: [1, 5]\n  seed: [4, 7]\n")) == expected
+    assert parameters(space(f"  points: {json.dumps(expected)}\n")) == expected
+
+
+def test_random_trials_are_drawn_from_their_ranges_and_more_of_them_begin_alike(space):
+    section = """\
+  how: random
+  trials: 200
+  optimizer.learning_rate: {low: 1e-4, high: 1e-1, log: true}
+  prompt.length: {low: 1, high: 4}
+  optimizer.weight_decay: {low: 0.0, high: 1.0}
+  seed: [0, 1]
+"""
+    found = parameters(space(section))
+    rates = np.log10([p["optimizer.learning_rate"] for p in found])
+    assert -4 <= rates.min() < -3.8
+    assert -1.2 < rates.max() <= -1
+    np.testing.assert_allclose(
+        np.quantile(rates, [0.25, 0.5, 0.75]), [-3.25, -2.5, -1.75], atol=0.3
+    )
+    lengths = [p["prompt.length"] for p in found]
+    assert {lengths.count(n) > 30 for n in (1, 2, 3, 4)} == {True}
+    assert all(isinstance(n, int) for n in lengths)
+    assert abs(np.mean([p["optimizer.weight_decay"] for p in found]) - 0.5) < 0.1
+    assert {p["seed"] for p in found} == {0, 1}
+    assert parameters(space(section, "sweep.trials=3")) == found[:3]
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ("  promt.length: [1]\n", "letters.yaml:10: sweep.promt.length: no key of an experiment"),
+        ("  prompt.lenth: [1]\n", "prompt.lenth: unknown key; did you mean 'length'?"),
+        ("  prompt.length: [0]\n", "letters.yaml:10: prompt.length: Input should be greater"),
+        ("  prompt.length: 3\n", "sweep.prompt.length: a list of values, or {low: ..., high: ...}"),
+        ("  prompt.length: []\n", "sweep.prompt.length: a list of values"),
+        ("  prompt.length: {low: 5, high: 1}\n", "sweep.prompt.length: low must be less than high"),
+        ("  seed: {low: 0, high: 9}\n", "a range needs how: random or how: tpe"),
+        ("  seed: [0]\n  how: random\n", "how: random and how: tpe need trials"),
+        ("  seed: [0]\n  trials: 3\n", "the others have none"),
+        ("  seed: [0]\n  prompt.length: [1, 2]\n  how: zip\n", "zip needs as many values"),
+        ("  how: grid\n", "give keys of the experiment with lists of values, or points"),
+        ("  seed: [0]\n  halving: {rungs: [3]}\n", "3 must be a multiple of evaluation.every (4)"),
+        ("  seed: [0]\n  halving: {rungs: [12]}\n", "less than training.steps (12)"),
+        (
+            "  seed: [0]\n  at_once: 0\n",
+            "sweep.at_once: Input should be greater than or equal to 1",
+        ),
+    ],
+)
+def test_a_mistake_in_a_sweep_is_one_line_with_its_place(space, section, message):
+    with pytest.raises(UserError) as error:
+        space(section)
+    assert message in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_file_of_many_trials_is_not_for_train_and_one_without_not_for_sweep(
+    space, experiment_file, capsys
+):
+    path = space("  seed: [0]\n").file.path
+    assert main(["train", str(path)]) == 1
+    assert (
+        f"{path}:9: sweep: a file of many trials, for softprompt sweep" in capsys.readouterr().err
+    )
+    path.write_text(path.read_text().split("sweep:")[0])
+    assert main(["sweep", str(path)]) == 1
+    assert "has no section sweep" in capsys.readouterr().err

@@ -1,0 +1,81 @@
+"""Sweeps whose trials Optuna chooses."""
+
+import json
+
+import optuna
+import pytest
+from conftest import sweep_process
+
+from softprompt.cli import main
+from softprompt.sweep.outcome import Outcome, validation_at
+from softprompt.sweep.sweep import sweep
+from softprompt.training.run_folder import read_metrics
+
+STUDY = """\
+  how: tpe
+  trials: 6
+  optimizer.learning_rate: {low: 1e-3, high: 0.5, log: true}
+  prompt.length: [2, 4]
+  at_once: 1
+"""
+
+
+def test_a_dry_run_of_trials_that_are_not_chosen_yet_counts_them(space, capsys):
+    found = space(STUDY)
+    assert main(["sweep", str(found.file.path), "--folder", str(found.folder), "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "trial 5: chosen when it is its turn (program 0, waiting)" in printed
+    assert "program 0: 6 trials to run, 1 at once, about" in printed
+    assert not found.folder.exists()
+
+
+def journal(folder):
+    path = str(folder / "study.journal")
+    return optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(path))
+
+
+def test_optuna_chooses_trials_and_is_told_what_they_gave(space):
+    found = space(STUDY, "sweep.halving={rungs: [4], factor: 3}", "evaluation.metric=loss")
+    trials = sweep(found)
+    known = optuna.load_study(study_name="letters", storage=journal(found.folder)).trials
+    assert [trial.number for trial in trials] == [trial.number for trial in known] == [*range(6)]
+    outcomes = [Outcome.read(trial.folder) for trial in trials]
+    at_rung = [validation_at(trial.folder, 4)["loss"] for trial in trials]
+    for i, (trial, of_optuna, end) in enumerate(zip(trials, known, outcomes, strict=True)):
+        assert 1e-3 <= trial.parameters["optimizer.learning_rate"] <= 0.5
+        assert of_optuna.intermediate_values[4] == at_rung[i]
+        went_on = sorted(at_rung[: i + 1]).index(at_rung[i]) < -(-(i + 1) // 3)
+        assert (end.state, of_optuna.state.name) == (
+            ("finished", "COMPLETE") if went_on else ("pruned", "PRUNED")
+        )
+        if went_on:
+            summary = json.loads((trial.folder / "summary.json").read_text())
+            assert of_optuna.value == summary["validation"]["loss"]
+    assert {end.state for end in outcomes} == {"finished", "pruned"}
+    assert len({t.parameters["optimizer.learning_rate"] for t in trials}) == 6
+    again = sweep(found)
+    assert [trial.parameters for trial in again] == [trial.parameters for trial in trials]
+
+
+@pytest.mark.parametrize("storage", [None, "sqlite"])
+def test_two_processes_share_a_study_and_one_is_killed(space, storage, tmp_path):
+    """The other one takes over its trial; every trial is done once."""
+    url = storage and f"sqlite:///{tmp_path / 'study.db'}"
+    found = space(STUDY + (f"  storage: {url}\n" if url else ""))
+    dead = tmp_path / "dead"
+    dies = f"if here[0].run.progress.step == 6: Path({str(dead)!r}).touch(); os._exit(9)"
+    waits = f"while not Path({str(dead)!r}).exists(): time.sleep(0.05)"
+    workers = [sweep_process(found, before) for before in (dies, waits)]
+    errors = [worker.communicate()[1] for worker in workers]
+    assert [worker.returncode for worker in workers] == [9, 0], errors
+    assert "going on from step 4" in errors[1]
+    known = optuna.load_study(study_name="letters", storage=url or journal(found.folder)).trials
+    assert [trial.state.name for trial in known] == ["COMPLETE"] * 6
+    folders = sorted((found.folder / "trials").iterdir())
+    assert [folder.name for folder in folders] == [f"{i:03d}" for i in range(6)]
+    for folder, of_optuna in zip(folders, known, strict=True):
+        records = [r["step"] for r in read_metrics(folder) if r["split"] == "validation"]
+        assert records == [4, 8, 12]
+        assert Outcome.read(folder).state == "finished"
+        summary = json.loads((folder / "summary.json").read_text())
+        assert of_optuna.value == summary["validation"]["accuracy"]
