@@ -32,16 +32,17 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[list[str]]:
 class Bar:
     """Progress of `total` units, of which `done` were done before, as a context manager.
 
-    On a terminal a bar with the rate and the time left; elsewhere a line every ten
-    seconds, so that short work is silent. Of a `part` of the work that another bar is of,
-    a bar with the note alone, and no lines.
+    On a terminal a bar with the rate and the time left; elsewhere, from the first unit on, a
+    line every ten seconds, so that short work is silent. Of a `part` of the work that
+    another bar is of, a bar with the note alone, and no lines.
     """
 
     def __init__(self, label: str, total: int, unit: str, *, done: int = 0, part: bool = False):
         self._label, self._total, self._unit = label, total, unit
         self._part = part
-        self._done = self._first = done
-        self._start = self._said = time.monotonic()
+        self._done = done
+        self._first: tuple[int, float] | None = None  # how many were done when, the first time
+        self._said = 0.0
         self._bar = tqdm(
             desc=label,
             total=total,
@@ -81,9 +82,11 @@ class Bar:
         self._bar.set_postfix_str(note, refresh=False)
         self._bar.update(count)
         now = time.monotonic()
-        if self._bar.disable and not self._part and now - self._said >= _SECONDS:
+        if self._first is None:  # what comes before, such as compiling, is not done for each
+            self._first, self._said = (self._done, now), now
+        elif self._bar.disable and not self._part and now - self._said >= _SECONDS:
             self._said = now
-            rate = (self._done - self._first) / (now - self._start)
-            left = tqdm.format_interval((self._total - self._done) / rate)
-            line = f"{self._label} {self._done}/{self._total} {self._unit}, {left} left"
-            say(f"{line}, {note}" if note else line)
+            first, since = self._first
+            left = (self._total - self._done) * (now - since) / (self._done - first)
+            line = f"{self._label} {self._done}/{self._total} {self._unit}"
+            say(", ".join(filter(None, [line, f"{tqdm.format_interval(left)} left", note])))

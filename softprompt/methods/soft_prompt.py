@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from softprompt.backbones.loading import Backbone
@@ -47,7 +48,7 @@ class SoftPrompt(Method):
 
     def can_be_padded(self, backbone: Backbone) -> bool:
         """Whether all vectors stand in the opening of a causal model."""
-        in_opening = int((self.opening[...] < 0).sum())
+        in_opening = int((np.asarray(self.opening[...]) < 0).sum())
         return not backbone.is_encoder_decoder and in_opening == len(self.vectors[...])
 
     def padded(self, length: int) -> "SoftPrompt":
@@ -56,10 +57,12 @@ class SoftPrompt(Method):
         What is added stands at the end, and no row attends to it, so that prompts of several
         lengths can be of one shape. It is for those that `can_be_padded`.
         """
+        # On the host: on a device every length would be a program of its own.
         more = (0, length - len(self.vectors[...]))
-        opening = self.opening[...]
-        padded = SoftPrompt(jnp.pad(self.vectors[...], (more, (0, 0))), jnp.pad(opening, more))
-        padded.span = Constant(jnp.array([[0, opening.size]]))
+        vectors = np.pad(np.asarray(self.vectors[...]), (more, (0, 0)))
+        opening = np.pad(np.asarray(self.opening[...]), more)
+        padded = SoftPrompt(jnp.asarray(vectors), jnp.asarray(opening))
+        padded.span = Constant(jnp.array([[0, self.opening[...].size]]))
         return padded
 
     def adapt(self, backbone: Backbone, key: jax.Array | None = None) -> Backbone:
