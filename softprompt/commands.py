@@ -29,6 +29,7 @@ def train(options: argparse.Namespace) -> None:
 
 def sweep(options: argparse.Namespace) -> None:
     """`softprompt sweep EXPERIMENT`."""
+    from softprompt.console import duration
     from softprompt.experiment_file import ExperimentFile
     from softprompt.sweep.outcome import Outcome
     from softprompt.sweep.plan import plan
@@ -51,20 +52,21 @@ def sweep(options: argparse.Namespace) -> None:
         for number, group in enumerate(planned.groups):
             print(
                 f"program {number}: {group.waiting} trials to run, {group.at_once} at once, "
-                f"about {group.seconds / 60:.1f} minutes"
+                f"about {duration(group.seconds)}"
             )
-        print(f"in all about {planned.seconds / 60:.1f} minutes")
+        print(f"in all about {duration(planned.seconds)}")
         return
     trials = sweep(space)
     print(results_table(trials))
-    best = ranked(trials)[0]
-    print(f"best: {best.folder / 'prompt'}", file=sys.stderr)
     outcomes = [(trial, Outcome.read(trial.folder)) for trial in trials]
+    if any(end and end.state == "finished" for _, end in outcomes):
+        print(f"best: {ranked(trials)[0].folder / 'prompt'}", file=sys.stderr)
     if failed := [(trial, end) for trial, end in outcomes if end and end.state == "failed"]:
         first, end = failed[0]
+        again = f"; without its folder ({first.folder}) it is tried again"
         raise UserError(
-            f"{len(failed)} of {len(trials)} trials failed, the first: {first.name}: {end.error}; "
-            f"without its folder ({first.folder}) it is tried again"
+            f"{len(failed)} of {len(trials)} trials failed, the first: {first.name}: {end.error}"
+            f"{again if space.sweep.how != 'tpe' else ''}"
         )
 
 
@@ -260,15 +262,20 @@ def compare(options: argparse.Namespace) -> None:
 
 def runs(options: argparse.Namespace) -> None:
     """`softprompt runs`."""
+    from softprompt.console import say
     from softprompt.report.collect import collect, varied
     from softprompt.report.tables import chosen_rows, run_rows, table
 
     records = collect(options.folders or [Path("runs")])
     rows = chosen_rows(run_rows(records, varied(records)), options.where, options.sort)
-    if options.json:
+    if options.reverse:
+        rows.reverse()
+    if not rows:
+        say(f"none of {len(records)} runs is like that")
+    elif options.json:
         for row in rows:
             print(json.dumps(row))
-    elif rows:
+    else:
         print(table(rows, "text"))
 
 

@@ -120,7 +120,9 @@ def _train(file: Path, overrides: Sequence[str], run: Path) -> None:
     """Run an experiment in a process of its own, unless it is finished."""
     config = run / "config.yaml"
     if (run / "summary.json").exists() and config.exists():
-        changed = differences(load_experiment(config), load_experiment(file, overrides))
+        changed = differences(
+            load_experiment(config).model_dump(), load_experiment(file, overrides).model_dump()
+        )
         if not changed:
             return
         raise UserError(

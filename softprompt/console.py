@@ -29,6 +29,11 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[list[str]]:
     ]
 
 
+def duration(seconds: float) -> str:
+    """Time as minutes and seconds, or hours in front of them: `04:34`."""
+    return tqdm.format_interval(seconds)
+
+
 class Bar:
     """Progress of `total` units, of which `done` were done before, as a context manager.
 
@@ -89,4 +94,4 @@ class Bar:
             first, since = self._first
             left = (self._total - self._done) * (now - since) / (self._done - first)
             line = f"{self._label} {self._done}/{self._total} {self._unit}"
-            say(", ".join(filter(None, [line, f"{tqdm.format_interval(left)} left", note])))
+            say(", ".join(filter(None, [line, f"{duration(left)} left", note])))

@@ -12,7 +12,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from types import NoneType
+from typing import Any, TypeVar, get_args
 
 import pydantic
 import yaml
@@ -64,6 +65,11 @@ class ExperimentFile:
       path: the file.
       overrides: instead of what it says.
 
+    Attributes:
+      path: the file.
+      sweep: its section `sweep`, as sections in sections; None if it has none.
+      overridden: the keys of the overrides.
+
     Raises:
       UserError: if it is no YAML or an override is malformed, one line for each mistake.
     """
@@ -79,6 +85,7 @@ class ExperimentFile:
                 mistakes.append(str(error))
         if mistakes:
             raise UserError("\n".join(mistakes))
+        self.overridden = {override.partition("=")[0] for override in overrides}
         self._tree.setdefault("name", self.path.stem)
         self.sweep = self._tree.pop("sweep", None)
 
@@ -102,7 +109,7 @@ class ExperimentFile:
         Raises:
           UserError: one line for each mistake, with file, line and key.
         """
-        section = ("sweep",) if name is None else ("sweep", name)
+        section = ("sweep",) if name is None else ("sweep", *name.split("."))
         return self._validated(schema, tree, self._origins, section)
 
     def where(self, name: str) -> str:
@@ -110,10 +117,9 @@ class ExperimentFile:
         return self._sweep_origin(name).where
 
     def _sweep_origin(self, name: str) -> _Origin:
-        for key in (("sweep", *name.split(".")), ("sweep", name), ("sweep",)):
-            if key in self._origins:
-                return self._origins[key]
-        return _Origin(str(self.path), self.path.parent)
+        keys = ("sweep", *name.split(".")), ("sweep",)
+        nearest = next((key for key in keys if key in self._origins), ())
+        return self._origins.get(nearest, _Origin(str(self.path), self.path.parent))
 
     def _validated(
         self,
@@ -153,15 +159,15 @@ def dump_experiment(experiment: Experiment, folder: Path) -> str:
 
 def flattened(value: Any, key: str = "") -> dict[str, Any]:
     """Sections in sections as one mapping, whose keys have dots."""
-    if not isinstance(value, dict):
+    if not isinstance(value, Mapping):
         return {key: value}
     parts = (flattened(v, f"{key}.{k}" if key else k) for k, v in value.items())
     return {k: v for part in parts for k, v in part.items()}
 
 
-def differences(old: Experiment, new: Experiment) -> list[str]:
-    """The keys in which two experiments differ, as `key: old there, new here`."""
-    was, now = flattened(old.model_dump()), flattened(new.model_dump())
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """The keys in which nested settings differ, as `key: old there, new now`."""
+    was, now = flattened(old), flattened(new)
     return [
         f"{key}: {was.get(key)!r} there, {now.get(key)!r} now"
         for key in dict.fromkeys([*was, *now])
@@ -184,6 +190,8 @@ def _read(path: Path, chain: tuple[Path, ...]) -> tuple[dict[str, Any], dict[Key
     tree = _build(node, (), path, origins) if node else {}
     if not isinstance(tree, dict):
         raise UserError(f"{path}:1: an experiment is a mapping of keys to values")
+    if isinstance(tree.get("sweep"), dict):
+        tree["sweep"] = _nested(tree["sweep"], origins)
     parent = tree.pop("extends", None)
     if parent is None:
         return tree, origins
@@ -218,6 +226,22 @@ def _build(node: yaml.Node, key: Key, path: Path, origins: dict[Key, _Origin]) -
     except (yaml.YAMLError, ValueError, LookupError) as error:
         reason = str(error).split("\n")[0]
         raise UserError(f"{path}:{node.start_mark.line + 1}: not a YAML value ({reason})") from None
+
+
+def _nested(sweep: Mapping[str, Any], origins: dict[Key, _Origin]) -> dict[str, Any]:
+    """The section `sweep`, whose keys may have dots, as sections in sections."""
+    nested: dict[str, Any] = {}
+    for name, value in sweep.items():
+        *sections, last = name.split(".")
+        given = {last: value}
+        for section in reversed(sections):
+            given = {section: given}
+        for key in [key for key in origins if key[:2] == ("sweep", name)]:
+            origins["sweep", *sections, last, *key[2:]] = origins[key]
+        if twice := flattened(nested).keys() & flattened(given).keys():
+            raise UserError(f"{origins['sweep', name].where}: sweep.{twice.pop()}: given twice")
+        nested = _merge(nested, given)
+    return nested
 
 
 def _apply(override: str, tree: dict[str, Any], origins: dict[Key, _Origin]) -> None:
@@ -327,7 +351,8 @@ def _explain(
     if error["type"] == "extra_forbidden":
         model: Any = schema
         for part in error["loc"][:-1]:
-            model = model.model_fields[part].annotation
+            annotation = model.model_fields[part].annotation  # a section, or one or None
+            model = next(m for m in (*get_args(annotation), annotation) if m is not NoneType)
         known = list(model.model_fields)
         if model is Experiment and not where.startswith("command line"):
             known.append("extends")

@@ -197,6 +197,7 @@ def test_a_saved_experiment_reads_back_the_same(file, tmp_path):
 
 def test_differences_name_the_keys(file):
     old, new = load_experiment(file), load_experiment(file, ["seed=1", "prompt.init=random"])
+    old, new = old.model_dump(), new.model_dump()
     assert differences(old, old) == []
     assert differences(old, new) == [
         "seed: 0 there, 1 now",

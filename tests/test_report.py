@@ -89,7 +89,7 @@ def test_runs_are_listed_sorted_and_filtered(folder, capsys):
     there = [value for value in best_first if value is not None]
     assert there == sorted(there, reverse=True)
     assert best_first[len(there) :] == [None] * 4
-    assert [r["seed"] for r in listed("--sort=-seed")] == [1] * 6 + [0] * 6
+    assert [r["seed"] for r in listed("--sort", "seed", "--reverse")] == [1] * 6 + [0] * 6
     chosen = listed("--where", "length=4", "--where", "state=finished")
     assert {(row["prompt.length"], row["state"]) for row in chosen} == {(4, "finished")}
     assert len(chosen) == 4
@@ -191,3 +191,53 @@ def test_what_runs_say_is_no_markup(folder, tmp_path):
     config.write_text(re.sub("^name: .*", "name: <script>alert(1)</script>", text, flags=re.M))
     assert main(["report", str(tmp_path / "run"), "--output", str(tmp_path / "out")]) == 0
     assert "<script>alert" not in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_runs_of_several_metrics_are_not_compared(folder, tmp_path, capsys):
+    for number in ("000", "001"):
+        shutil.copytree(folder / "trials" / number, tmp_path / number)
+    config = tmp_path / "001" / "config.yaml"
+    config.write_text(config.read_text().replace("metric: accuracy", "metric: loss"))
+    capsys.readouterr()
+    assert main(["report", str(tmp_path), "--output", str(tmp_path / "out")]) == 0
+    assert "1 runs are of another metric than accuracy" in capsys.readouterr().err
+    tables = [
+        list(csv.DictReader(io.StringIO((tmp_path / "out" / f"{name}.csv").read_text())))
+        for name in ("runs", "settings")
+    ]
+    assert [len(rows) for rows in tables] == [2, 1]
+    assert tables[1][0]["runs"] == "1"
+
+
+def test_a_text_of_a_prompt_is_no_formula(folder, tmp_path):
+    for number in ("000", "001"):
+        shutil.copytree(folder / "trials" / number, tmp_path / number)
+        config = tmp_path / number / "config.yaml"
+        init = f"init: text\n  init_text: 'a $^$ | b {number}'"
+        config.write_text(re.sub("init: .*", init, config.read_text()))
+    assert main(["report", str(tmp_path), "--output", str(tmp_path / "out")]) == 0
+    assert "a $^$ | b 000" in (tmp_path / "out" / "report.html").read_text()
+    assert r"a $^$ \| b 000" in (tmp_path / "out" / "settings.md").read_text()
+
+
+def test_a_run_is_counted_once_by_whatever_path(folder, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    assert len(collect([folder, folder.relative_to(folder.parent)])) == 12
+
+
+def test_a_report_does_not_replace_what_is_no_report(folder, tmp_path, capsys):
+    (tmp_path / "runs.csv").write_text("mine")
+    assert main(["report", str(folder), "--output", str(tmp_path)]) == 1
+    assert "runs.csv: is of no report; choose another folder" in capsys.readouterr().err
+    assert (tmp_path / "runs.csv").read_text() == "mine"
+
+
+@pytest.mark.parametrize("damaged", ["", "{}", "[1]", '{"validation": 5}', '{"steps": "a"}'])
+def test_a_damaged_summary_leaves_its_run_out(folder, tmp_path, capsys, damaged):
+    for number in ("000", "001"):
+        shutil.copytree(folder / "trials" / number, tmp_path / number)
+    (tmp_path / "001" / "summary.json").write_text(damaged)
+    assert main(["runs", str(tmp_path)]) == 0
+    captured = capsys.readouterr()
+    assert "summary.json: damaged" in captured.err
+    assert len(captured.out.splitlines()) == 2

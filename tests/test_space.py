@@ -69,6 +69,23 @@ def test_random_trials_are_drawn_from_their_ranges_and_more_of_them_begin_alike(
         ("  how: grid\n", "give keys of the experiment with lists of values, or points"),
         ("  seed: [0]\n  halving: {rungs: [3]}\n", "3 must be a multiple of evaluation.every (4)"),
         ("  seed: [0]\n  halving: {rungs: [12]}\n", "less than training.steps (12)"),
+        ("  seed: [0]\n  halving: {rungs: [4], factr: 2}\n", "unknown key; did you mean 'factor'?"),
+        ("  seed: [0]\n  halving: {rungs: [8, 4]}\n", "each of the rungs must be above the one"),
+        ("  points: [{seed: 1}]\n  how: tpe\n  trials: 3\n", "points are the trials"),
+        ("  points: [{name: x}]\n", "sweep.name: no key of an experiment"),
+        ("  parameters: {seed: [1]}\n", "sweep.parameters.seed: no key of an experiment"),
+        ("  evaluation.metric: [loss]\n", "trials are compared by one metric"),
+        ("  seed: [1]\n  prompt: {length: [1]}\n  prompt.length: [2]\n", "length: given twice"),
+        ("  how: tpe\n  trials: 3\n  prompt.length: [3, 0]\n", "greater than or equal to 1, not 0"),
+        ("  how: tpe\n  trials: 3\n  prompt.length: {low: 0, high: 4}\n", "or equal to 1, not 0"),
+        (
+            f"  how: random\n  trials: 3\n  seed: {{low: 1, high: 1{'0' * 400}}}\n",
+            "sweep.seed.high: must be a number of less than 1e+300",
+        ),
+        (
+            "  how: random\n  trials: 3\n  seed: {low: 1, high: .inf}\n",
+            "sweep.seed.high: must be a number of less than 1e+300, not inf",
+        ),
         (
             "  seed: [0]\n  at_once: 0\n",
             "sweep.at_once: Input should be greater than or equal to 1",
@@ -80,6 +97,22 @@ def test_a_mistake_in_a_sweep_is_one_line_with_its_place(space, section, message
         space(section)
     assert message in str(error.value)
     assert len(str(error.value).splitlines()) == 1
+
+
+def test_overrides_replace_what_is_tried_however_it_is_written(space):
+    for section in ("  prompt.length: [1, 5]\n", "  prompt: {length: [1, 5]}\n"):
+        section += "  prompt: {init: [random]}\n" if "prompt.length" in section else ""
+        found = parameters(space(section, "sweep.prompt.length=[9]"))
+        assert [each["prompt.length"] for each in found] == [9]
+    with pytest.raises(UserError, match=r"prompt.length: trials differ in it; set sweep.prompt"):
+        space("  prompt.length: [1, 5]\n", "prompt.length=7")
+
+
+def test_prompts_for_which_the_model_is_too_short_are_not_padded_for(space):
+    found = space("  prompt.length: [2, 6, 100000]\n")
+    assert found.longest(found.trials()[0].experiment, 128) == 6
+    drawn = space("  how: random\n  trials: 2\n  prompt.length: {low: 1, high: 9000}\n")
+    assert drawn.longest(drawn.file.experiment(), 128) == 127
 
 
 def test_a_file_of_many_trials_is_not_for_train_and_one_without_not_for_sweep(

@@ -1,14 +1,17 @@
 """Sweeps whose trials Optuna chooses."""
 
+import concurrent.futures
 import json
+import threading
 
 import optuna
 import pytest
 from conftest import sweep_process
 
+from softprompt import UserError
 from softprompt.cli import main
 from softprompt.sweep.outcome import Outcome, validation_at
-from softprompt.sweep.sweep import sweep
+from softprompt.sweep.sweep import open_sweep, sweep
 from softprompt.training.run_folder import read_metrics
 
 STUDY = """\
@@ -29,15 +32,21 @@ def test_a_dry_run_of_trials_that_are_not_chosen_yet_counts_them(space, capsys):
     assert not found.folder.exists()
 
 
-def journal(folder):
-    path = str(folder / "study.journal")
-    return optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(path))
+def known_trials(folder, url=None):
+    """What Optuna knows of a sweep."""
+    if url is None:
+        backend = optuna.storages.journal.JournalFileBackend(str(folder / "study.journal"))
+        storage = optuna.storages.JournalStorage(backend)
+    else:
+        storage = url
+    name = (folder / "study.txt").read_text().strip()
+    return optuna.load_study(study_name=name, storage=storage).trials
 
 
 def test_optuna_chooses_trials_and_is_told_what_they_gave(space):
     found = space(STUDY, "sweep.halving={rungs: [4], factor: 3}", "evaluation.metric=loss")
     trials = sweep(found)
-    known = optuna.load_study(study_name="letters", storage=journal(found.folder)).trials
+    known = known_trials(found.folder)
     assert [trial.number for trial in trials] == [trial.number for trial in known] == [*range(6)]
     outcomes = [Outcome.read(trial.folder) for trial in trials]
     at_rung = [validation_at(trial.folder, 4)["loss"] for trial in trials]
@@ -69,7 +78,7 @@ def test_two_processes_share_a_study_and_one_is_killed(space, storage, tmp_path)
     errors = [worker.communicate()[1] for worker in workers]
     assert [worker.returncode for worker in workers] == [9, 0], errors
     assert "going on from step 4" in errors[1]
-    known = optuna.load_study(study_name="letters", storage=url or journal(found.folder)).trials
+    known = known_trials(found.folder, url)
     assert [trial.state.name for trial in known] == ["COMPLETE"] * 6
     folders = sorted((found.folder / "trials").iterdir())
     assert [folder.name for folder in folders] == [f"{i:03d}" for i in range(6)]
@@ -79,3 +88,32 @@ def test_two_processes_share_a_study_and_one_is_killed(space, storage, tmp_path)
         assert Outcome.read(folder).state == "finished"
         summary = json.loads((folder / "summary.json").read_text())
         assert of_optuna.value == summary["validation"]["accuracy"]
+
+
+def test_folders_share_a_database_without_sharing_a_study(space, tmp_path):
+    section = (
+        STUDY.replace("trials: 6", "trials: 2") + f"  storage: sqlite:///{tmp_path}/study.db\n"
+    )
+    for folder in ("one", "other"):
+        trials = sweep(space(section, "training.steps=1", folder=folder))
+        assert [Outcome.read(trial.folder).state for trial in trials] == ["finished"] * 2
+
+
+def test_a_sweep_that_could_not_begin_leaves_its_folder_to_others(space):
+    with pytest.raises(UserError, match=r"sweep.storage: nonsense: "):
+        sweep(space(f"{STUDY}  storage: nonsense\n", "training.steps=1"))
+    trials = sweep(space("  seed: [0]\n", "training.steps=1"))
+    assert [Outcome.read(trial.folder).state for trial in trials] == ["finished"]
+
+
+def test_many_can_open_a_folder_at_once(space):
+    """Who comes first describes the sweep; nobody meets a half-written file."""
+    found, together = space(STUDY), threading.Barrier(8)
+
+    def open_it(_):
+        together.wait()
+        with open_sweep(found):
+            return (found.folder / "sweep.yaml").read_text()
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        assert len(set(pool.map(open_it, range(8)))) == 1

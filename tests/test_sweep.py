@@ -1,6 +1,7 @@
 """Sweeps: that each trial is its own run, and what becomes of trials."""
 
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -221,10 +222,49 @@ def test_a_killed_sweep_goes_on_where_it_was(space):
         np.testing.assert_array_equal(*of_both)
 
 
-def test_another_sweep_does_not_write_into_a_sweeps_folder(space):
+def test_a_stop_saves_all_trials_beside_one_that_fails(space):
+    """The loss of the failing one is known to be infinite only once the signal has come."""
+    found = space("  optimizer.learning_rate: [1e38, 0.1]\n  at_once: 2\n", "evaluation.every=6")
+    stops = "if here[0].run.progress.step == 1: os.kill(os.getpid(), 15)"
+    stopping = sweep_process(found, stops, "evaluation.every=6")
+    errors = stopping.communicate()[1]
+    assert stopping.returncode == 128 + 15, errors
+    assert "stopped, all saved" in errors
+    failed, other = found.trials()
+    assert Outcome.read(failed.folder).state == "failed"
+    assert Outcome.read(other.folder) is None
+    assert [path.name for path in (other.folder / "checkpoints").iterdir()] == ["2"]
+
+
+def test_a_trial_whose_folder_will_not_do_fails_and_the_others_go_on(space):
+    spoilt = sweep(space("  seed: [0, 1]\n", "training.steps=1"))[0].folder
+    shutil.rmtree(spoilt)
+    spoilt.mkdir()
+    (spoilt / "notes.txt").write_text("mine")
+    trials = sweep(space("  seed: [0, 1]\n", "training.steps=1"))
+    first, second = (Outcome.read(trial.folder) for trial in trials)
+    assert (first.state, second.state) == ("failed", "finished")
+    assert "is no run's folder (it has notes.txt" in first.error
+    assert "--folder" in first.error
+    assert (spoilt / "notes.txt").read_text() == "mine"
+
+
+def test_a_file_that_cannot_be_written_is_one_line(space):
+    trial = sweep(space("  seed: [0]\n", "training.steps=1"))[0].folder
+    shutil.rmtree(trial)
+    trial.touch()
+    with pytest.raises(UserError, match=r"000: cannot be read or written \(File exists\)"):
+        sweep(space("  seed: [0]\n", "training.steps=1"))
+
+
+def test_another_sweep_does_not_write_into_a_sweeps_folder(space, capsys):
     sweep(space("  seed: [0]\n", "training.steps=1"))
-    with pytest.raises(UserError, match="holds another sweep"):
-        sweep(space("  seed: [1]\n", "training.steps=1"))
+    other = space("  seed: [1]\n", "training.steps=1")
+    with pytest.raises(UserError, match=r"another sweep \(sweep.parameters.seed: \[0\] there"):
+        sweep(other)
+    command = ["sweep", str(other.file.path), "training.steps=1", "--folder", str(other.folder)]
+    assert main([*command, "--dry-run"]) == 1
+    assert "holds another sweep" in capsys.readouterr().err
     train(space("  seed: [0]\n").file.experiment(), space("  seed: [0]\n", folder="run").folder)
     with pytest.raises(UserError, match="is no sweep's folder"):
         sweep(space("  seed: [0]\n", folder="run"))

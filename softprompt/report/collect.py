@@ -11,7 +11,7 @@ from softprompt.errors import UserError
 from softprompt.experiment_file import flattened, load_experiment
 from softprompt.metrics.named import merit
 from softprompt.sweep.outcome import Outcome
-from softprompt.training.run_folder import read_metrics
+from softprompt.training.run_folder import read_metrics, read_summary
 
 _APART = ("name", "seed")  # keys that say nothing of what is compared
 
@@ -28,9 +28,10 @@ class RunRecord:
       validation: metrics of the best prompt, or of an unfinished run the last ones.
       test: metrics on the test data, if there are any.
       records: of `metrics.jsonl`.
-      seconds: of its training steps, if it is finished.
+      seconds: of its training steps, as far as they were logged.
       peak_memory_bytes: of its process, if it is finished.
       error: why it failed.
+      split: `test` if all finished runs beside it have test metrics, else `validation`.
     """
 
     folder: Path
@@ -43,6 +44,7 @@ class RunRecord:
     seconds: float | None
     peak_memory_bytes: int | None
     error: str | None
+    split: str = "validation"
 
     @property
     def metric(self) -> str:
@@ -51,8 +53,8 @@ class RunRecord:
 
     @property
     def quality(self) -> float | None:
-        """That metric, on the test data if there are any, else on the validation data."""
-        return self.test.get(self.metric, self.validation.get(self.metric))
+        """That metric, of `split`."""
+        return (self.test if self.split == "test" else self.validation).get(self.metric)
 
 
 def collect(paths: Iterable[Path]) -> list[RunRecord]:
@@ -63,21 +65,23 @@ def collect(paths: Iterable[Path]) -> list[RunRecord]:
     Raises:
       UserError: if there is none.
     """
-    folders: dict[Path, None] = {}
+    folders: dict[Path, Path] = {}
     for path in paths:
         found = [path] if (path / "config.yaml").is_file() else []
         found += sorted(config.parent for config in path.glob("*/**/config.yaml"))
         if not found:
             raise UserError(f"{path}: no run there")
-        folders |= dict.fromkeys(found)
+        folders = {folder.resolve(): folder for folder in found} | folders
     records = []
-    for folder in folders:
+    for folder in folders.values():
         try:
             records.append(_read(folder))
-        except (UserError, OSError, ValueError, KeyError) as error:
+        except (UserError, OSError, KeyError) as error:
             say(f"{folder}: left out ({str(error).splitlines()[0]})")
     if not records:
         raise UserError("no run can be read")
+    if all(record.metric in record.test for record in records if record.state == "finished"):
+        return [dataclasses.replace(record, split="test") for record in records]
     return records
 
 
@@ -103,9 +107,8 @@ def best(records: Sequence[RunRecord]) -> RunRecord | None:
 def _read(folder: Path) -> RunRecord:
     settings = flattened(load_experiment(folder / "config.yaml").model_dump())
     outcome, records = Outcome.read(folder), read_metrics(folder)
-    summary: dict[str, Any] = {}
-    if (folder / "summary.json").exists():
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    summary = read_summary(folder) or {}
+    seconds = [record["seconds"] for record in records if "seconds" in record]
     measured = [record for record in records if record["split"] == "validation"]
     last = {k: v for k, v in measured[-1].items() if k not in ("step", "split")} if measured else {}
     return RunRecord(
@@ -116,7 +119,7 @@ def _read(folder: Path) -> RunRecord:
         summary.get("validation", last),
         summary.get("test", {}),
         records,
-        summary.get("train_seconds"),
+        summary.get("train_seconds", seconds[-1] if seconds else None),
         summary.get("peak_memory_bytes"),
         outcome.error if outcome else None,
     )

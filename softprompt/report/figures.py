@@ -9,11 +9,12 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from softprompt.metrics.named import lower_is_better
 from softprompt.report.collect import RunRecord
-from softprompt.report.tables import cell, seed_rows
+from softprompt.report.tables import cell, seed_rows, short
 
 STYLE: Any = {  # to be in force while a figure is drawn
     "font.family": "sans-serif",
@@ -26,10 +27,13 @@ STYLE: Any = {  # to be in force while a figure is drawn
     "ytick.color": "#37414b",
     "grid.color": "#e3e7eb",
     "svg.fonttype": "none",
+    "text.parse_math": False,
 }
 _COLOURS = ["#1f6feb", "#d9480f", "#2b8a3e", "#862e9c", "#c2255c", "#0b7285", "#a16207", "#495057"]
 _SHADES = "viridis"
 MOST_LINES = len(_COLOURS)  # of `spread_figure`
+_MOST_NAMED = 12  # colours of learning curves that are explained
+_MOST_CHARACTERS = 60  # of all ticks, that these are not turned
 
 
 def spread_figure(records: Sequence[RunRecord], axis: str, others: Sequence[str]) -> str:
@@ -54,8 +58,12 @@ def spread_figure(records: Sequence[RunRecord], axis: str, others: Sequence[str]
         at = [where[_key(row[axis])] for row in rows]
         means = [row["mean"] for row in rows]
         low, high = [row["lowest"] for row in rows], [row["highest"] for row in rows]
-        axes.fill_between(at, low, high, color=colour, alpha=0.14, linewidth=0)
-        axes.plot(at, means, color=colour, marker="o", markersize=4.5, label=name or None)
+        if numeric:
+            axes.fill_between(at, low, high, color=colour, alpha=0.14, linewidth=0)
+        else:
+            axes.vlines(at, low, high, color=colour, alpha=0.4)
+        line = "-" if numeric else ""
+        axes.plot(at, means, line, color=colour, marker="o", markersize=4.5, label=name or None)
         each = [where[_key(r.settings.get(axis))] for r in group]
         axes.scatter(each, [r.quality or 0 for r in group], 12, colour, alpha=0.45, linewidth=0)
     positive = numeric and min(places) > 0
@@ -63,7 +71,9 @@ def spread_figure(records: Sequence[RunRecord], axis: str, others: Sequence[str]
         axes.set_xscale("log")
     if numeric:
         axes.minorticks_off()
-    axes.set_xticks(places, [cell(value) for value in values])
+    axes.set_xticks(places, list(map(_tick, values)))
+    if sum(len(_tick(value)) for value in values) > _MOST_CHARACTERS:
+        axes.tick_params("x", rotation=20)
     axes.set(xlabel=axis, ylabel=metric)
     if others:
         axes.legend(frameon=False, fontsize=9)
@@ -85,13 +95,10 @@ def curves_figure(records: Sequence[RunRecord], axis: str | None) -> str:
     figure = Figure(figsize=(9.6, 3.8), layout="constrained")
     panels = [("train", "loss"), ("validation", metric)]
     for axes, (split, name) in zip(figure.subplots(1, 2), panels, strict=True):
-        said: set[str] = set()
         for record, value in zip(records, of_runs, strict=True):
             points = [(r["step"], r[name]) for r in record.records if _has(r, split, name)]
             if not points:
                 continue
-            label = cell(value) if axis and cell(value) not in said else None
-            said.add(cell(value))
             marker = "o" if split == "validation" else None
             axes.plot(
                 *zip(*points, strict=True),
@@ -100,13 +107,21 @@ def curves_figure(records: Sequence[RunRecord], axis: str | None) -> str:
                 linewidth=1.2,
                 marker=marker,
                 markersize=3.5,
-                label=label,
             )
         _dress(axes)
         axes.set(xlabel="step", ylabel=f"{split} {name}")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        if axis and 1 < len(said) <= 12 and split == "train":
-            axes.legend(title=axis, frameon=False, fontsize=8, title_fontsize=8)
+    if axis and 1 < len(values) <= _MOST_NAMED:
+        names = [Line2D([], [], color=colours[_key(value)]) for value in values]
+        figure.legend(
+            names,
+            list(map(_tick, values)),
+            title=axis,
+            loc="outside right upper",
+            frameon=False,
+            fontsize=8,
+            title_fontsize=8,
+        )
     return _svg(figure, "curves")
 
 
@@ -133,10 +148,10 @@ def heat_map(records: Sequence[RunRecord], rows: str, columns: str) -> str:
     middle = (np.nanmin(shown) + np.nanmax(shown)) / 2
     for (y, x), value in np.ndenumerate(means):
         if np.isfinite(value):
-            dark = shown[y, x] < middle
+            dark = shown[y, x] <= middle
             axes.text(x, y, f"{value:.3f}", ha="center", va="center", color="w" if dark else "k")
-    axes.set_xticks(range(len(xs)), list(map(cell, xs)))
-    axes.set_yticks(range(len(ys)), list(map(cell, ys)))
+    axes.set_xticks(range(len(xs)), list(map(_tick, xs)))
+    axes.set_yticks(range(len(ys)), list(map(_tick, ys)))
     axes.set(xlabel=columns, ylabel=rows, title=_metric(records))
     return _svg(figure, f"heat {rows} {columns}")
 
@@ -175,7 +190,7 @@ def _scale(values: Sequence[Any]) -> tuple[list[float], list[tuple[float, str]]]
         names = _ordered({_key(value): value for value in values})
         keys = [_key(name) for name in names]
         step = 1 / max(len(names) - 1, 1)
-        ticks = [(i * step, cell(name)[:18]) for i, name in enumerate(names)]
+        ticks = [(i * step, short(cell(name), 18)) for i, name in enumerate(names)]
         return [keys.index(_key(value)) * step for value in values], ticks
     numbers = np.array(values, np.float64)
     far = numbers.min() > 0 and numbers.max() / numbers.min() >= 10
@@ -196,12 +211,15 @@ def _merit(values: np.ndarray, records: Sequence[RunRecord]) -> np.ndarray:
 
 
 def _metric(records: Sequence[RunRecord]) -> str:
-    split = "test" if all(record.metric in record.test for record in records) else "validation"
-    return f"{split} {records[0].metric}"
+    return f"{records[0].split} {records[0].metric}"
 
 
 def _named(record: RunRecord, keys: Sequence[str]) -> str:
-    return ", ".join(f"{key} {cell(record.settings.get(key))}" for key in keys)
+    return ", ".join(f"{key} {_tick(record.settings.get(key))}" for key in keys)
+
+
+def _tick(value: Any) -> str:
+    return short(cell(value), 24)
 
 
 def _key(value: Any) -> str:

@@ -21,6 +21,7 @@ from softprompt.report.collect import RunRecord, best, collect, varied
 from softprompt.report.tables import cell, run_rows, seed_rows, table
 from softprompt.training.run_folder import write_file
 
+_PAGE = "report.html"
 _SAMPLES = 8  # predictions that are shown
 _TOKENS = 20  # virtual tokens that are shown
 
@@ -36,11 +37,19 @@ def write_report(paths: Sequence[Path], folder: Path) -> Path:
       The page.
 
     Raises:
-      UserError: if there are no runs, or the folder cannot be written.
+      UserError: if there are no runs, or the folder cannot be written or has other tables.
     """
-    records = collect(paths)
+    everything = collect(paths)
+    metric = everything[0].metric
+    records = [record for record in everything if record.metric == metric]
+    if others := len(everything) - len(records):
+        say(f"{others} runs are of another metric than {metric}: in the table of runs alone")
     keys = varied(records)
-    rows, by_settings = run_rows(records, keys, folder), seed_rows(records, keys)
+    rows, by_settings = run_rows(everything, varied(everything), folder), seed_rows(records, keys)
+    tables = {"runs": rows, "settings": by_settings}
+    files = [folder / f"{name}.{end}" for name in tables for end in ("csv", "md")]
+    if not (folder / _PAGE).exists() and (kept := [file for file in files if file.exists()]):
+        raise UserError(f"{kept[0]}: is of no report; choose another folder with --output")
     template = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -49,7 +58,7 @@ def write_report(paths: Sequence[Path], folder: Path) -> Path:
     page = environment.from_string(template).render(
         title=_title(records),
         facts=_facts(records),
-        metric=records[0].metric,
+        metric=metric,
         figures=_figures(records, keys),
         by_settings=by_settings,
         rows=rows,
@@ -57,14 +66,14 @@ def write_report(paths: Sequence[Path], folder: Path) -> Path:
     )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name, of_table in (("runs", rows), ("settings", by_settings)):
+        for name, of_table in tables.items():
             if of_table:
                 write_file(folder / f"{name}.csv", table(of_table, "csv") + "\n")
                 write_file(folder / f"{name}.md", table(of_table, "markdown") + "\n")
-        write_file(folder / "report.html", page)
+        write_file(folder / _PAGE, page)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror})") from None
-    return folder / "report.html"
+    return folder / _PAGE
 
 
 def _title(records: Sequence[RunRecord]) -> str:
@@ -82,7 +91,7 @@ def _facts(records: Sequence[RunRecord]) -> dict[str, str]:
         "steps": f"{sum(record.step for record in records):,}",
     }
     if seconds:
-        facts["training of the finished ones"] = f"{sum(seconds) / 60:,.1f} min"
+        facts["training"] = f"{sum(seconds) / 60:,.1f} min"
     if memory:
         facts["peak memory"] = f"{max(memory) / 1e9:.2f} GB"
     return facts
@@ -105,12 +114,13 @@ def _figures(records: Sequence[RunRecord], keys: Sequence[str]) -> list[tuple[st
             by = others if lines <= figures.MOST_LINES else []
             caption = f"{axis}: the mean of the runs, and from the worst to the best of them"
             found.append((caption, figures.spread_figure(finished, axis, by)))
-        if finished and len(keys) == 2:
+        if len(keys) == 2 and 2 * len(seed_rows(finished, keys)) >= math.prod(counts.values()) > 0:
             found.append((f"{keys[0]} and {keys[1]}", figures.heat_map(finished, keys[0], keys[1])))
         if finished and len(keys) > 1:
             caption = "every run through its settings; the lighter, the better"
             found.append((caption, figures.parallel_coordinates(finished, keys)))
-        found.append(("learning curves", figures.curves_figure(records, axis)))
+        if any(record.records for record in records):
+            found.append(("learning curves", figures.curves_figure(records, axis)))
     return found
 
 

@@ -29,6 +29,7 @@ def run_rows(
       within: the folder that theirs are named from; by default the current one.
     """
     metrics = dict.fromkeys(record.metric for record in records)
+    failed = any(record.error for record in records)
     rows = []
     for record in records:
         folder = os.path.relpath(record.folder, within) if within else str(record.folder)
@@ -38,7 +39,8 @@ def run_rows(
         row |= {f"validation {name}": record.validation.get(name) for name in metrics}
         if any(each.test for each in records):
             row |= {f"test {name}": record.test.get(name) for name in metrics}
-        rows.append(row | {"seconds": record.seconds})
+        row |= {"seconds": record.seconds}
+        rows.append(row | ({"error": record.error} if failed else {}))
     return rows
 
 
@@ -64,7 +66,7 @@ def chosen_rows(rows: Sequence[Row], where: Sequence[str], sort: str | None) -> 
     Args:
       rows: with the same columns.
       where: `column=value` each.
-      sort: a column; metrics come best first, if it begins with `-` the other way round.
+      sort: a column; of metrics the best come first.
 
     Raises:
       UserError: if there is no such column.
@@ -83,20 +85,29 @@ def chosen_rows(rows: Sequence[Row], where: Sequence[str], sort: str | None) -> 
         name, equals, value = condition.partition("=")
         if not equals:
             raise UserError(f"{condition!r}: a condition is written column=value")
-        kept = [row for row in kept if cell(row[column(name)]) == value] if kept else kept
-    if sort and kept:
-        name = column(sort.removeprefix("-"))
-        of_metric = name.startswith(("validation ", "test "))
-        downward = of_metric and not lower_is_better(name.split(" ", 1)[1])
-        there = [row for row in kept if row[name] is not None]
-        if any(isinstance(row[name], str) for row in there):
-            there.sort(key=lambda row: cell(row[name]))
+        key = column(name)
+        kept = [row for row in kept if _is(row[key], value)]
+    if sort:
+        key = column(sort)
+        of_metric = key.startswith(("validation ", "test "))
+        downward = of_metric and not lower_is_better(key.split(" ", 1)[1])
+        there = [row for row in kept if row[key] is not None]
+        if any(isinstance(row[key], str) for row in there):
+            there.sort(key=lambda row: cell(row[key]))
         else:
-            there.sort(key=lambda row: row[name], reverse=downward)
-        if sort.startswith("-"):
-            there.reverse()
-        kept = [*there, *(row for row in kept if row[name] is None)]
+            there.sort(key=lambda row: row[key], reverse=downward)
+        kept = [*there, *(row for row in kept if row[key] is None)]
     return kept
+
+
+def _is(value: Any, text: str) -> bool:
+    """Whether a cell has a value, as it stands in a table or as a number written otherwise."""
+    if cell(value) == text:
+        return True
+    try:
+        return isinstance(value, float) and value == float(text)
+    except ValueError:
+        return False
 
 
 def cell(value: Any) -> str:
@@ -114,15 +125,21 @@ def table(rows: Sequence[Row], form: str) -> str:
         written = io.StringIO()
         writer = csv.DictWriter(written, list(rows[0]), lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows({key: _scalar(value) for key, value in row.items()} for row in rows)
         return written.getvalue().rstrip("\n")
-    lines = aligned([list(rows[0]), *([_short(cell(v)) for v in row.values()] for row in rows)])
+    cells = [list(rows[0]), *([short(cell(v)) for v in row.values()] for row in rows)]
     if form == "text":
-        return "\n".join("  ".join(line).rstrip() for line in lines)
+        return "\n".join("  ".join(line).rstrip() for line in aligned(cells))
+    lines = aligned([[each.replace("|", "\\|") for each in line] for line in cells])
     rule = [f"{'-' * (len(each) - 1)}{':' if i else '-'}" for i, each in enumerate(lines[0])]
     return "\n".join(f"| {' | '.join(line)} |" for line in [lines[0], rule, *lines[1:]])
 
 
-def _short(text: str) -> str:
-    line = text.replace("\n", "\\n").replace("|", "\\|")
-    return line if len(line) <= _WIDEST else f"{line[: _WIDEST - 1]}…"
+def _scalar(value: Any) -> Any:
+    return value if value is None or isinstance(value, str | int | float) else json.dumps(value)
+
+
+def short(text: str, widest: int = _WIDEST) -> str:
+    """A text on one line of at most so many characters."""
+    line = text.replace("\n", "\\n")
+    return line if len(line) <= widest else f"{line[: widest - 1]}…"

@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 from typing import Literal
 
+import pydantic
+
 from softprompt.errors import UserError
 from softprompt.training.run_folder import read_metrics, write_file
 
@@ -39,10 +41,10 @@ class Outcome:
         """
         path = folder / _FILE
         try:
-            return cls(**json.loads(path.read_text(encoding="utf-8")))
-        except FileNotFoundError:
+            return pydantic.TypeAdapter(cls).validate_json(path.read_bytes())
+        except (FileNotFoundError, NotADirectoryError):
             return None
-        except (OSError, ValueError, TypeError):
+        except (OSError, ValueError):
             raise UserError(f"{path}: damaged; delete it to go on with the trial") from None
 
 

@@ -26,23 +26,26 @@ from softprompt.training.stop import StopSignals
 
 @dataclasses.dataclass(frozen=True)
 class Opened:
-    """A trial whose folder this process has locked; `close` gives it back."""
+    """A trial whose folder this process has locked; `close` gives it back.
+
+    Attributes:
+      error: why its folder will not do, if so.
+    """
 
     trial: Trial
     close: Callable[[], None]
+    error: UserError | None = None
 
     @classmethod
     def of(cls, trial: Trial) -> "Opened | None":
-        """Lock a trial's folder; None if another process has it.
-
-        Raises:
-          UserError: if the folder cannot be had for another reason.
-        """
+        """Lock a trial's folder; None if another process has it."""
         stack = contextlib.ExitStack()
         try:
-            stack.enter_context(open_run(trial.folder, trial.experiment))
+            stack.enter_context(open_run(trial.folder, trial.experiment, "--folder"))
         except InUseError:
             return None
+        except UserError as error:
+            return cls(trial, stack.close, error)
         return cls(trial, stack.close)
 
 
@@ -110,30 +113,33 @@ class Places:
                         self._taken = self._taken or peak_memory()
                         at_once = fitting(place.run, count, self._taken)
                         say(f"{at_once} of {count} trials at once")
+                if self._stop.requested:  # after some had been looked at, maybe
+                    places = [each for each in places if self._goes_on(each, source, until)]
                 if self._stop.requested or not places:
                     return
                 self._step(places)
         finally:
             for place in places:
-                if self._stop.requested and place.error is None:
-                    place.run.save()
                 self._leave(place)
 
     def _start(self, opened: Opened, source: Source) -> _Place | None:
         trial = opened.trial
         steps = trial.experiment.training.steps
         try:
-            if finished(trial.folder):  # and stopped before it could say so
+            if opened.error is not None:
+                raise opened.error
+            if summary := finished(trial.folder):  # and stopped before it could say so
                 self._bar.drop(steps)
-                self._end(opened, source, Outcome("finished", steps))
+                self._end(opened, source, Outcome("finished", summary["steps"]))
                 return None
             prepared = self._preparation.prepare(trial.experiment)
+            context = prepared.base.backbone.arch.context_length
             run = Run(
                 trial.experiment,
                 trial.folder,
                 self._stop,
                 prepared,
-                room=self._space.longest(trial.experiment),
+                room=self._space.longest(trial.experiment, context),
                 name=trial.name,
             )
         except UserError as error:
@@ -147,7 +153,7 @@ class Places:
         return _Place(opened, run, bar)
 
     def _goes_on(self, place: _Place, source: Source, until: int | None) -> bool:
-        """Do what is due in a place; False if its trial left it."""
+        """Do what is due in a place, if work stops save it; False if its trial left it."""
         run, trial = place.run, place.opened.trial
         step = run.progress.step
         outcome = None
@@ -156,6 +162,7 @@ class Places:
                 raise place.error
             another = run.attend()
             if self._stop.requested:
+                run.save()
                 return True
             if not another:
                 run.close()

@@ -13,7 +13,7 @@ from softprompt.evaluation.scoring import applied, score
 from softprompt.sweep.outcome import Outcome
 from softprompt.sweep.program import fitting, step_together
 from softprompt.sweep.space import Space, Trial
-from softprompt.sweep.sweep import groups
+from softprompt.sweep.sweep import groups, require_same
 from softprompt.training.cost import peak_memory
 from softprompt.training.preparation import Preparation, Prepared
 from softprompt.training.run import Run
@@ -75,8 +75,9 @@ def plan(space: Space) -> Plan:
     What `how: tpe` will choose is not known: the file's own values stand for it.
 
     Raises:
-      UserError: if a trial's data or base model will not do.
+      UserError: if a trial's data or base model will not do, or the folder is another sweep's.
     """
+    require_same(space)
     if space.sweep.how == "tpe":
         trials = [space.trial(number, {}) for number in range(space.sweep.trials or 0)]
     else:
@@ -105,7 +106,7 @@ def _group(space: Space, trials: Sequence[Trial], preparation: Preparation) -> G
             Path(folder),
             StopSignals(),
             prepared,
-            room=space.longest(experiment),
+            room=space.longest(experiment, prepared.base.backbone.arch.context_length),
         )
         if run.steps:
             at_once = min(

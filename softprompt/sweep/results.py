@@ -1,12 +1,12 @@
 """What a sweep gave, as a table."""
 
-import json
 from collections.abc import Sequence
 
 from softprompt.console import aligned
 from softprompt.metrics.named import merit
 from softprompt.sweep.outcome import Outcome, validation_at
 from softprompt.sweep.space import Trial, text
+from softprompt.training.run_folder import read_summary
 
 
 def measured(trial: Trial) -> dict[str, float] | None:
@@ -15,7 +15,8 @@ def measured(trial: Trial) -> dict[str, float] | None:
     if outcome is None or outcome.step is None:
         return None
     if outcome.state == "finished":
-        return json.loads((trial.folder / "summary.json").read_text())["validation"]
+        summary = read_summary(trial.folder)
+        return summary["validation"] if summary else None
     return validation_at(trial.folder, outcome.step)
 
 

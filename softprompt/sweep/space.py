@@ -15,7 +15,16 @@ from softprompt.config import Experiment, Section
 from softprompt.errors import UserError
 from softprompt.experiment_file import ExperimentFile
 
-Number = int | float
+_LARGEST = 1e300
+
+
+def _number(value: Any) -> int | float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < _LARGEST:
+        raise ValueError(f"must be a number of less than {_LARGEST}")
+    return value
+
+
+Number = Annotated[int | float, pydantic.PlainValidator(_number)]
 Value = Any  # of a parameter: whatever an experiment takes
 
 
@@ -67,6 +76,12 @@ class Halving(Section):
     rungs: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)]
     factor: Annotated[int, Field(ge=2)] = 3
 
+    @pydantic.model_validator(mode="after")
+    def _rungs_rise(self) -> Self:
+        if any(low >= high for low, high in itertools.pairwise(self.rungs)):
+            raise ValueError("each of the rungs must be above the one before")
+        return self
+
 
 class Sweep(Section):
     """What is tried.
@@ -95,6 +110,8 @@ class Sweep(Section):
     def _parts_fit(self) -> Self:
         if bool(self.parameters) == bool(self.points):
             raise ValueError("give keys of the experiment with lists of values, or points")
+        if self.points and (self.how != "grid" or self.trials is not None):
+            raise ValueError("points are the trials; with them there is no how and no trials")
         drawn = self.how in ("random", "tpe")
         ranges = [name for name, v in self.parameters.items() if isinstance(v, Range)]
         if ranges and not drawn:
@@ -107,6 +124,9 @@ class Sweep(Section):
         if self.storage and self.how != "tpe":
             raise ValueError("storage is that of how: tpe")
         return self
+
+
+_OWN = Sweep.model_fields.keys() - {"parameters"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,17 +170,18 @@ class Space:
             raise UserError(f"{file.path}: has no section sweep, which says what to try")
         if not isinstance(file.sweep, dict):
             raise UserError(f"{file.where('')}: sweep: a mapping of keys to values")
-        own = {k: v for k, v in file.sweep.items() if k in Sweep.model_fields}
-        others = {k: v for k, v in file.sweep.items() if k not in own}
-        parameters = dict(_flat(others))
-        known = set(Experiment.model_fields) - {"name"}
-        for name in parameters:
-            if name.split(".")[0] not in known:
-                raise UserError(f"{file.where(name)}: sweep.{name}: no key of an experiment")
         self.file, self.folder = file, folder
-        values = {name: self._values(name, value) for name, value in parameters.items()}
+        own = {k: v for k, v in file.sweep.items() if k in _OWN}
+        others = dict(_flat({k: v for k, v in file.sweep.items() if k not in _OWN}))
+        for name in others:
+            self._require_key(name)
+        values = {name: self._values(name, value) for name, value in others.items()}
         self.sweep = file.settings(Sweep, {**own, "parameters": values})
-        if self.sweep.how != "tpe":
+        for name in itertools.chain(*(self.sweep.points or ())):
+            self._require_key(name)
+        if self.sweep.how == "tpe":
+            self._require_values()
+        else:
             self.trials()
 
     def trials(self) -> list[Trial]:
@@ -184,15 +205,41 @@ class Space:
                 )
         return Trial(number, parameters, experiment, self.folder / "trials" / f"{number:03d}")
 
-    def longest(self, experiment: Experiment) -> int:
-        """Virtual tokens of the longest prompt that a trial may have."""
+    def longest(self, experiment: Experiment, context: int) -> int:
+        """Virtual tokens of the longest prompt that a trial may have.
+
+        Args:
+          experiment: of one of them.
+          context: most tokens of the base model; prompts for which it is too short do not count.
+        """
         lengths = [experiment.prompt.length]
         if isinstance(values := self.sweep.parameters.get("prompt.length"), Range):
-            lengths.append(int(values.high))
+            lengths.append(min(int(values.high), context - 1))
         else:
             lengths += values or []
         lengths += [each.get("prompt.length", 1) for each in self.sweep.points or []]
-        return max(lengths)
+        return max(length for length in lengths if length < context)
+
+    def _require_key(self, name: str) -> None:
+        """That trials may differ in a key."""
+        where = self.file.where(name)
+        if name.split(".")[0] not in Experiment.model_fields or name == "name":
+            raise UserError(f"{where}: sweep.{name}: no key of an experiment")
+        if name == "evaluation.metric":
+            raise UserError(f"{where}: sweep.{name}: trials are compared by one metric")
+        if name in self.file.overridden:
+            raise UserError(f"command line: {name}: trials differ in it; set sweep.{name}")
+
+    def _require_values(self) -> None:
+        """That each value which `tpe` may choose is one, beside the first ones of other keys."""
+        choices = {
+            name: [values.low, values.high] if isinstance(values, Range) else values
+            for name, values in self.sweep.parameters.items()
+        }
+        first = {name: values[0] for name, values in choices.items()}
+        for name, values in choices.items():
+            for value in values:
+                self.trial(0, {**first, name: value})
 
     def _values(self, name: str, value: Value) -> Values:
         if isinstance(value, Mapping):
@@ -228,8 +275,9 @@ def shown(parameters: Mapping[str, Value]) -> str:
 
 
 def text(value: Value) -> str:
-    """A parameter's value as YAML."""
-    return value if isinstance(value, str) else json.dumps(value)
+    """A parameter's value as YAML, on one line."""
+    plain = isinstance(value, str) and "\n" not in value
+    return value if plain else json.dumps(value, ensure_ascii=False)
 
 
 def _drawn(values: Values, random: np.random.Generator) -> Value:

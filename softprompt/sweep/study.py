@@ -6,9 +6,9 @@ that asks for a trial, and goes on from its checkpoint.
 """
 
 import contextlib
-import fcntl
 import json
-from collections.abc import Iterator, Mapping
+import secrets
+from collections.abc import Mapping
 from typing import Any
 
 from softprompt.errors import UserError
@@ -17,6 +17,7 @@ from softprompt.sweep.outcome import Outcome
 from softprompt.sweep.places import Opened
 from softprompt.sweep.results import measured
 from softprompt.sweep.space import Range, Space, Trial, Value
+from softprompt.training.run_folder import alone, write_file
 
 
 class Study:
@@ -40,13 +41,17 @@ class Study:
         self._optuna, self._space = optuna, space
         experiment = space.file.experiment()
         self._metric, self._seed = experiment.evaluation.metric, experiment.seed
+        named = space.folder / "study.txt"  # so that folders can share a database
         with self._alone():
+            name = f"{experiment.name}-{secrets.token_hex(4)}"
             self._study = optuna.create_study(
                 storage=self._storage(),
-                study_name=experiment.name,
+                study_name=named.read_text("utf-8").strip() if named.exists() else name,
                 direction="minimize" if lower_is_better(self._metric) else "maximize",
                 load_if_exists=True,
             )
+            if not named.exists():
+                write_file(named, f"{name}\n")
 
     def next(self) -> Opened | None:
         """A trial that nobody runs any more, or a new one; None if all have been asked for."""
@@ -75,7 +80,8 @@ class Study:
         halving, value = self._space.sweep.halving, measured[self._metric]
         with self._alone():
             frozen = self._study.get_trials(deepcopy=False)[trial.number]
-            self._optuna.trial.Trial(self._study, frozen._trial_id).report(value, step)
+            if step not in frozen.intermediate_values:  # by a process that was killed
+                self._optuna.trial.Trial(self._study, frozen._trial_id).report(value, step)
             if halving is None or step not in halving.rungs:
                 return True
             there = [
@@ -129,12 +135,9 @@ class Study:
         except Exception as error:  # whatever the database's driver raises
             raise UserError(f"sweep.storage: {url}: {str(error).splitlines()[0]}") from None
 
-    @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
+    def _alone(self) -> contextlib.AbstractContextManager[None]:
         """Keep other processes that sweep in the folder from asking and telling."""
-        with (self._space.folder / ".study.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
+        return alone(self._space.folder / ".study.lock")
 
 
 def _suggest(asked: Any, name: str, values: list[Value] | Range) -> None:

@@ -7,13 +7,13 @@ import yaml
 
 from softprompt.console import Bar, say
 from softprompt.errors import Stopped, UserError
-from softprompt.experiment_file import dump_experiment
+from softprompt.experiment_file import differences, dump_experiment
 from softprompt.metrics.named import merit
 from softprompt.sweep.outcome import Outcome, validation_at
 from softprompt.sweep.places import Opened, Places
 from softprompt.sweep.program import shared
 from softprompt.sweep.space import Halving, Space, Trial
-from softprompt.training.run_folder import locked_folder, write_file
+from softprompt.training.run_folder import alone, locked_folder, write_file
 from softprompt.training.stop import StopSignals
 
 _FILE = "sweep.yaml"
@@ -27,7 +27,7 @@ def sweep(space: Space) -> list[Trial]:
       Stopped: on SIGTERM or Ctrl-C, once everything is saved.
     """
     settings = space.sweep
-    with StopSignals() as stop, stop.deferred(), _open_sweep(space):
+    with StopSignals() as stop, stop.deferred(), open_sweep(space):
         if settings.how == "tpe":
             from softprompt.sweep.study import Study
 
@@ -61,7 +61,7 @@ def groups(trials: Sequence[Trial]) -> list[list[Trial]]:
 
 def _run_listed(space: Space, trials: Sequence[Trial], stop: StopSignals, bar: Bar) -> None:
     halving, places = space.sweep.halving, Places(stop, bar, space)
-    for until in [*(sorted(halving.rungs) if halving else ()), None]:
+    for until in [*(halving.rungs if halving else ()), None]:
         for group in groups(trials):
             source = _Listed(group)
             places.train(source, len(source.left), until)
@@ -112,22 +112,38 @@ class _Listed:
 
 
 @contextlib.contextmanager
-def _open_sweep(space: Space) -> Iterator[None]:
+def open_sweep(space: Space) -> Iterator[None]:
     """Make a sweep's folder, or find it as this sweep left it.
 
     Its lock is shared by processes that take trials from one study.
     """
-    folder, written = space.folder, _described(space)
-    path, of_study = folder / _FILE, space.sweep.how == "tpe"
+    folder, of_study = space.folder, space.sweep.how == "tpe"
     with locked_folder(folder, _FILE, "sweep", "sweeping", "--folder", shared=of_study):
-        if path.exists() and path.read_text(encoding="utf-8") != written:
-            raise UserError(
-                f"{folder}: holds another sweep, see {path}; choose another folder with "
-                "--folder (make: RUN=DIR)"
-            )
-        if not path.exists():
-            write_file(path, written)
+        with alone(folder / ".sweep.lock"):
+            require_same(space)
+            write_file(folder / _FILE, _described(space))
         yield
+
+
+def require_same(space: Space) -> None:
+    """Refuse the folder of another sweep, if that has begun.
+
+    Raises:
+      UserError: if it is one.
+    """
+    folder, now = space.folder, _described(space)
+    path = folder / _FILE
+    begun = path.exists() and any(p.name[0] != "." and p != path for p in folder.iterdir())
+    was = path.read_text(encoding="utf-8", errors="replace") if begun else now
+    if was != now:
+        try:
+            changed = "; ".join(differences(yaml.safe_load(was), yaml.safe_load(now)))
+        except (yaml.YAMLError, AttributeError):
+            changed = f"{path} is damaged"
+        raise UserError(
+            f"{folder}: holds another sweep ({changed}); choose another folder with --folder "
+            "(make: RUN=DIR)"
+        )
 
 
 def _described(space: Space) -> str:

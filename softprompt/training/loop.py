@@ -1,6 +1,5 @@
 """The training of one experiment, from its data to a prompt."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ from softprompt.errors import Stopped, UserError
 from softprompt.inference.saved import read_description
 from softprompt.training.preparation import Preparation
 from softprompt.training.run import Run
-from softprompt.training.run_folder import open_run
+from softprompt.training.run_folder import open_run, read_summary
 from softprompt.training.step import train_step
 from softprompt.training.stop import StopSignals
 
@@ -28,21 +27,17 @@ def train(experiment: Experiment, folder: str | Path) -> dict[str, Any]:
         if summary := finished(folder):
             say(f"{folder}: this run is finished; for another one set --run-dir (make: RUN=DIR)")
             return summary
-        try:
-            run = Run(experiment, folder, stop, Preparation().prepare(experiment))
-            _train(run, stop)
-            return run.finish()
-        except OSError as error:
-            where = error.filename or folder
-            raise UserError(f"{where}: cannot be read or written ({error.strerror})") from error
+        run = Run(experiment, folder, stop, Preparation().prepare(experiment))
+        _train(run, stop)
+        return run.finish()
 
 
 def finished(folder: Path) -> dict[str, Any] | None:
     """The summary of a finished run whose prompt is intact."""
     try:
         read_description(folder / "prompt")
-        return json.loads((folder / "summary.json").read_text())
-    except (UserError, OSError, ValueError):
+        return read_summary(folder)
+    except UserError:
         return None
 
 

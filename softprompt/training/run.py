@@ -6,7 +6,6 @@ seed and its number, and a checkpoint holds all else.
 """
 
 import dataclasses
-import json
 import math
 import time
 from pathlib import Path
@@ -39,9 +38,9 @@ from softprompt.training.progress import Progress
 from softprompt.training.run_folder import (
     MetricsLog,
     write_config,
-    write_file,
     write_predictions,
     write_samples,
+    write_summary,
 )
 from softprompt.training.step import split
 from softprompt.training.stop import StopSignals
@@ -217,7 +216,7 @@ class Run:
             "test_intervals": intervals,
         }
         draw_curves(self.folder, self.experiment.evaluation.metric)
-        write_file(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+        write_summary(self.folder, summary)
         return summary
 
     def _resume(self) -> None:
@@ -275,6 +274,7 @@ class Run:
                 ),
                 "padding": float(np.mean(progress.padding)),
                 "examples_per_second": rate(len(progress.losses) * self.rows, seconds),
+                "seconds": round(progress.step_seconds, 3),
             }
             self.metrics.write(progress.step, "train", values)
             self.note = (
@@ -288,9 +288,9 @@ class Run:
         self.checkpoints.wait()
         newest = self.checkpoints.steps[-1:]
         kept = f"checkpoint {self.checkpoints.path(newest[0])} is kept" if newest else ""
+        where = "" if self.name else ", in another folder with --run-dir (make: RUN=DIR)"
         return UserError(
-            f"step {self.progress.step}: {what}; lower optimizer.learning_rate, in another "
-            "folder with --run-dir (make: RUN=DIR); "
+            f"step {self.progress.step}: {what}; lower optimizer.learning_rate{where}; "
             f"{kept or 'there is no checkpoint yet'}"
         )
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pydantic
 import tensorboardX
 
 from softprompt.config import Experiment
@@ -17,6 +18,7 @@ from softprompt.errors import UserError
 from softprompt.experiment_file import differences, dump_experiment, load_experiment
 
 _METRICS = "metrics.jsonl"
+_SUMMARY = "summary.json"
 
 
 class InUseError(UserError):
@@ -55,25 +57,42 @@ def locked_folder(
             fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except OSError:
             raise InUseError(f"{folder}: another process is {work} there") from None
+        try:
+            yield
+        except OSError as error:
+            where, reason = error.filename or folder, error.strerror or error
+            raise UserError(f"{where}: cannot be read or written ({reason})") from error
+
+
+@contextlib.contextmanager
+def alone(lock: Path) -> Iterator[None]:
+    """Wait until no other process holds the lock of a file, and hold it."""
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 @contextlib.contextmanager
-def open_run(folder: Path, experiment: Experiment) -> Iterator[None]:
+def open_run(folder: Path, experiment: Experiment, option: str = "--run-dir") -> Iterator[None]:
     """Make a run's folder, or find it as this experiment left it, and hold its lock.
+
+    Args:
+      folder: where.
+      experiment: what is to be run there.
+      option: how another folder is chosen.
 
     Raises:
       UserError: if the folder belongs to another experiment or to a process still
         running, or cannot be written.
     """
     config = folder / "config.yaml"
-    with locked_folder(folder, config.name, "run", "training", "--run-dir"):
+    with locked_folder(folder, config.name, "run", "training", option):
         if any(folder.glob("checkpoints/*")):  # else there is nothing to mix up
-            changed = differences(load_experiment(config), experiment)
+            changed = differences(load_experiment(config).model_dump(), experiment.model_dump())
             if changed:
                 raise UserError(
                     f"{folder}: holds a run with other settings ({'; '.join(changed)}); "
-                    "choose another folder with --run-dir (make: RUN=DIR)"
+                    f"choose another folder with {option} (make: RUN=DIR)"
                 )
         yield
 
@@ -91,6 +110,38 @@ def write_file(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     new.replace(path)
+
+
+class _Summary(pydantic.BaseModel):
+    steps: int
+    train_seconds: float
+    peak_memory_bytes: int
+    validation: Mapping[str, float]
+    test: Mapping[str, float]
+
+
+def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
+    """Write `summary.json`, with which a run is finished."""
+    write_file(folder / _SUMMARY, json.dumps(summary, indent=2) + "\n")
+
+
+def read_summary(folder: Path) -> dict[str, Any] | None:
+    """The summary of a run, or None if it is not finished.
+
+    Raises:
+      UserError: if it is damaged.
+    """
+    path = folder / _SUMMARY
+    if not path.exists():
+        return None
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+        _Summary.model_validate(summary)
+    except (OSError, ValueError):
+        raise UserError(
+            f"{path}: damaged; without it and trial.json the run is finished again"
+        ) from None
+    return summary
 
 
 def write_samples(folder: Path, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
@@ -154,6 +205,11 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")
     records = [record.fields for record in parse_jsonl(lines, str(path))]
     for number, record in enumerate(records, 1):
-        if not {"step", "split"} <= record.keys():
+        numbers = [value for key, value in record.items() if key != "split"]
+        if not ({"step", "split"} <= record.keys() and all(map(_is_number, numbers))):
             raise UserError(f"{path}:{number}: not a record of metrics; move the file away")
     return [dict(record) for record in records]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float)
