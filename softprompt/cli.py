@@ -297,7 +297,7 @@ examples:
     )
     runs.add_argument("folders", type=Path, nargs="*", metavar="FOLDER", help="default: runs")
     runs.add_argument("--sort", metavar="COLUMN", help="of metrics the best come first")
-    runs.add_argument("--reverse", action="store_true", help="the other way round")
+    runs.add_argument("--reverse", action="store_true", help="sort the other way round")
     runs.add_argument(
         "--where", action="append", default=[], metavar="COLUMN=VALUE", help="only these"
     )

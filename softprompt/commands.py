@@ -267,11 +267,10 @@ def runs(options: argparse.Namespace) -> None:
     from softprompt.report.tables import chosen_rows, run_rows, table
 
     records = collect(options.folders or [Path("runs")])
-    rows = chosen_rows(run_rows(records, varied(records)), options.where, options.sort)
-    if options.reverse:
-        rows.reverse()
+    rows = run_rows(records, varied(records))
+    rows = chosen_rows(rows, options.where, options.sort, reverse=options.reverse)
     if not rows:
-        say(f"none of {len(records)} runs is like that")
+        say(f"none of {len(records)} runs")
     elif options.json:
         for row in rows:
             print(json.dumps(row))

@@ -3,7 +3,6 @@
 import csv
 import dataclasses
 import io
-import json
 import statistics
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from softprompt.console import say
 from softprompt.errors import UserError
 from softprompt.experiment_file import differences, load_experiment
 from softprompt.report import tables
+from softprompt.training.run_folder import read_summary
 
 METHODS = ("none", "few-shot", "prompt", "prefix", "dept", "lora", "full")
 _SHOTS = 4  # of `few-shot`, where the experiment says none
@@ -119,7 +119,7 @@ def _overrides(method: str, own: Experiment, given: Sequence[str]) -> list[str]:
 def _train(file: Path, overrides: Sequence[str], run: Path) -> None:
     """Run an experiment in a process of its own, unless it is finished."""
     config = run / "config.yaml"
-    if (run / "summary.json").exists() and config.exists():
+    if read_summary(run) and config.exists():
         changed = differences(
             load_experiment(config).model_dump(), load_experiment(file, overrides).model_dump()
         )
@@ -137,7 +137,7 @@ def _train(file: Path, overrides: Sequence[str], run: Path) -> None:
 
 
 def _row(method: str, own: Experiment, runs: Sequence[Path]) -> Row:
-    summaries = [json.loads((run / "summary.json").read_text()) for run in runs]
+    summaries = [summary for run in runs if (summary := read_summary(run))]
     split = "test" if summaries[0]["test"] else "validation"
     metric = own.evaluation.metric
 

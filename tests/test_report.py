@@ -200,7 +200,7 @@ def test_runs_of_several_metrics_are_not_compared(folder, tmp_path, capsys):
     config.write_text(config.read_text().replace("metric: accuracy", "metric: loss"))
     capsys.readouterr()
     assert main(["report", str(tmp_path), "--output", str(tmp_path / "out")]) == 0
-    assert "1 runs are of another metric than accuracy" in capsys.readouterr().err
+    assert "runs of another metric than accuracy: 1" in capsys.readouterr().err
     tables = [
         list(csv.DictReader(io.StringIO((tmp_path / "out" / f"{name}.csv").read_text())))
         for name in ("runs", "settings")

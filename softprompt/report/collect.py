@@ -71,7 +71,8 @@ def collect(paths: Iterable[Path]) -> list[RunRecord]:
         found += sorted(config.parent for config in path.glob("*/**/config.yaml"))
         if not found:
             raise UserError(f"{path}: no run there")
-        folders = {folder.resolve(): folder for folder in found} | folders
+        for folder in found:
+            folders.setdefault(folder.resolve(), folder)
     records = []
     for folder in folders.values():
         try:
@@ -80,7 +81,8 @@ def collect(paths: Iterable[Path]) -> list[RunRecord]:
             say(f"{folder}: left out ({str(error).splitlines()[0]})")
     if not records:
         raise UserError("no run can be read")
-    if all(record.metric in record.test for record in records if record.state == "finished"):
+    finished = [record for record in records if record.state == "finished"]
+    if finished and all(record.metric in record.test for record in finished):
         return [dataclasses.replace(record, split="test") for record in records]
     return records
 

@@ -43,7 +43,7 @@ def write_report(paths: Sequence[Path], folder: Path) -> Path:
     metric = everything[0].metric
     records = [record for record in everything if record.metric == metric]
     if others := len(everything) - len(records):
-        say(f"{others} runs are of another metric than {metric}: in the table of runs alone")
+        say(f"runs of another metric than {metric}: {others}, in the table of runs alone")
     keys = varied(records)
     rows, by_settings = run_rows(everything, varied(everything), folder), seed_rows(records, keys)
     tables = {"runs": rows, "settings": by_settings}

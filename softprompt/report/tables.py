@@ -60,13 +60,16 @@ def seed_rows(records: Sequence[RunRecord], keys: Sequence[str]) -> list[Row]:
     return rows
 
 
-def chosen_rows(rows: Sequence[Row], where: Sequence[str], sort: str | None) -> list[Row]:
+def chosen_rows(
+    rows: Sequence[Row], where: Sequence[str], sort: str | None, *, reverse: bool = False
+) -> list[Row]:
     """The rows whose columns have the given values, sorted.
 
     Args:
       rows: with the same columns.
       where: `column=value` each.
       sort: a column; of metrics the best come first.
+      reverse: sorted the other way round.
 
     Raises:
       UserError: if there is no such column.
@@ -96,6 +99,8 @@ def chosen_rows(rows: Sequence[Row], where: Sequence[str], sort: str | None) -> 
             there.sort(key=lambda row: cell(row[key]))
         else:
             there.sort(key=lambda row: row[key], reverse=downward)
+        if reverse:
+            there.reverse()
         kept = [*there, *(row for row in kept if row[key] is None)]
     return kept
 

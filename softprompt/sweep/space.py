@@ -218,7 +218,7 @@ class Space:
         else:
             lengths += values or []
         lengths += [each.get("prompt.length", 1) for each in self.sweep.points or []]
-        return max(length for length in lengths if length < context)
+        return max((length for length in lengths if length < context), default=0)
 
     def _require_key(self, name: str) -> None:
         """That trials may differ in a key."""
