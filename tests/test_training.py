@@ -16,7 +16,7 @@ from orbax.checkpoint import v1 as orbax
 from softprompt import UserError, load_experiment, load_prompt, train
 from softprompt.training.run_folder import read_metrics
 
-TIMES = {"examples_per_second", "train_seconds", "wall_seconds", "peak_memory_bytes"}
+TIMES = {"examples_per_second", "seconds", "train_seconds", "wall_seconds", "peak_memory_bytes"}
 
 
 def outcome(folder):
