@@ -113,7 +113,7 @@ class Places:
                         self._taken = self._taken or peak_memory()
                         at_once = fitting(place.run, count, self._taken)
                         say(f"{at_once} of {count} trials at once")
-                if self._stop.requested:  # after some had been looked at, maybe
+                if self._stop.requested:  # it may have come when some had been looked at
                     places = [each for each in places if self._goes_on(each, source, until)]
                 if self._stop.requested or not places:
                     return
