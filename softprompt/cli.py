@@ -288,7 +288,7 @@ examples:
         """\
 Finds the runs in the folders and below them (by default in runs/), and prints a line for
 each: the settings in which they differ, how far they came, and the metric that decides. A
-column can be named by its end: length for prompt.length, accuracy for test accuracy.
+column can be named by its end: length for prompt.length, accuracy for validation accuracy.
 
 examples:
   softprompt runs

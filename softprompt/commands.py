@@ -50,10 +50,8 @@ def sweep(options: argparse.Namespace) -> None:
             parameters = shown(trial.parameters) or "chosen when it is its turn"
             print(f"trial {trial.number}: {parameters} (program {trial.group}, {trial.state})")
         for number, group in enumerate(planned.groups):
-            print(
-                f"program {number}: {group.waiting} trials to run, {group.at_once} at once, "
-                f"about {duration(group.seconds)}"
-            )
+            about = f"{group.at_once} at once, about {duration(group.seconds)}"
+            print(f"program {number}: {group.waiting} trials to run, {group.error or about}")
         print(f"in all about {duration(planned.seconds)}")
         return
     trials = sweep(space)
@@ -267,7 +265,8 @@ def runs(options: argparse.Namespace) -> None:
     from softprompt.report.tables import chosen_rows, run_rows, table
 
     records = collect(options.folders or [Path("runs")])
-    rows = run_rows(records, varied(records))
+    asked = [condition.partition("=")[0] for condition in options.where]
+    rows = run_rows(records, varied(records, [*asked, options.sort]))
     rows = chosen_rows(rows, options.where, options.sort, reverse=options.reverse)
     if not rows:
         say(f"none of {len(records)} runs")

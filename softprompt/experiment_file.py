@@ -7,6 +7,7 @@ a file are relative to that file; paths on the command line, to the current fold
 import copy
 import dataclasses
 import difflib
+import itertools
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -238,8 +239,9 @@ def _nested(sweep: Mapping[str, Any], origins: dict[Key, _Origin]) -> dict[str, 
             given = {section: given}
         for key in [key for key in origins if key[:2] == ("sweep", name)]:
             origins["sweep", *sections, last, *key[2:]] = origins[key]
-        if twice := flattened(nested).keys() & flattened(given).keys():
-            raise UserError(f"{origins['sweep', name].where}: sweep.{twice.pop()}: given twice")
+        for before, now in itertools.product(flattened(nested), flattened(given)):
+            if f"{before}.".startswith(f"{now}.") or f"{now}.".startswith(f"{before}."):
+                raise UserError(f"{origins['sweep', name].where}: sweep.{now}: given twice")
         nested = _merge(nested, given)
     return nested
 

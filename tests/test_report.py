@@ -1,6 +1,7 @@
 """Tables and pages about runs, the page in a real browser."""
 
 import csv
+import dataclasses
 import html
 import io
 import json
@@ -17,9 +18,12 @@ from conftest import write_experiment
 from softprompt import UserError, load_experiment
 from softprompt.cli import main
 from softprompt.report.collect import collect, varied
+from softprompt.report.figures import spread_figure
 from softprompt.report.tables import chosen_rows, run_rows, seed_rows, table
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+TEXT = """{"steps": 1, "train_seconds": 1.0, "peak_memory_bytes": 1, "test": {},
+    "validation": {"accuracy": "0.5", "loss": "1"}}"""
 SWEEP = """\
 sweep:
   prompt.length: [2, 4]
@@ -85,7 +89,7 @@ def test_runs_are_listed_sorted_and_filtered(folder, capsys):
         return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
     assert len(listed()) == 12
-    best_first = [row["test accuracy"] for row in listed("--sort", "accuracy")]
+    best_first = [row["validation accuracy"] for row in listed("--sort", "accuracy")]
     there = [value for value in best_first if value is not None]
     assert there == sorted(there, reverse=True)
     assert best_first[len(there) :] == [None] * 4
@@ -226,13 +230,15 @@ def test_a_run_is_counted_once_by_whatever_path(folder, monkeypatch):
 
 
 def test_a_report_does_not_replace_what_is_no_report(folder, tmp_path, capsys):
-    (tmp_path / "runs.csv").write_text("mine")
-    assert main(["report", str(folder), "--output", str(tmp_path)]) == 1
-    assert "runs.csv: is of no report; choose another folder" in capsys.readouterr().err
-    assert (tmp_path / "runs.csv").read_text() == "mine"
+    for name in ("report.html", "runs.csv"):
+        (tmp_path / name).write_text("mine")
+        assert main(["report", str(folder), "--output", str(tmp_path)]) == 1
+        assert f"{name}: is of no report; choose another folder" in capsys.readouterr().err
+        assert (tmp_path / name).read_text() == "mine"
+        (tmp_path / name).unlink()
 
 
-@pytest.mark.parametrize("damaged", ["", "{}", "[1]", '{"validation": 5}', '{"steps": "a"}'])
+@pytest.mark.parametrize("damaged", ["", "{}", "[1]", '{"validation": 5}', '{"steps": "a"}', TEXT])
 def test_a_damaged_summary_leaves_its_run_out(folder, tmp_path, capsys, damaged):
     for number in ("000", "001"):
         shutil.copytree(folder / "trials" / number, tmp_path / number)
@@ -241,3 +247,38 @@ def test_a_damaged_summary_leaves_its_run_out(folder, tmp_path, capsys, damaged)
     captured = capsys.readouterr()
     assert "summary.json: damaged" in captured.err
     assert len(captured.out.splitlines()) == 2
+
+
+def test_why_runs_failed_is_on_the_page_even_if_none_began(tmp_path, capsys):
+    path = write_experiment(tmp_path, 5, 5)
+    path.write_text(path.read_text() + "sweep:\n  prompt.length: [90000, 100000]\n")
+    command = ["sweep", str(path), "--folder", str(tmp_path / "sweep")]
+    assert main([*command, "--dry-run"]) == 0
+    assert "2 trials to run, base" in capsys.readouterr().out
+    assert main(command) == 1
+    assert main(["report", str(tmp_path / "sweep")]) == 0
+    text = (tmp_path / "sweep" / "report.html").read_text()
+    assert text.count("too short for the") == 2
+    assert "2 failed" in text
+    assert "<h2>Figures</h2>" not in text
+
+
+def test_categories_are_not_joined_by_a_line(folder):
+    records = [r for r in collect([folder]) if r.state == "finished"]
+    by_name = [
+        dataclasses.replace(r, settings={**r.settings, "prompt.length": f"of {r.settings['seed']}"})
+        for r in records
+    ]
+    joined, apart = (spread_figure(each, "prompt.length", []) for each in (records, by_name))
+    curve = (
+        r'<g id="line2d_\d+">\s*<path d="M [\d. ]+\s+L [\d. ]+[^"]*" clip-path[^>]*stroke: #1f6feb'
+    )
+    assert re.search(curve, joined)
+    assert not re.search(curve, apart)
+
+
+def test_runs_are_chosen_by_settings_that_all_of_them_have(folder, capsys):
+    assert main(["runs", str(folder), "--where", "method=prompt", "--where", "seed=0.0"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "method" in lines[0]
+    assert len(lines) == 1 + 6

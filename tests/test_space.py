@@ -27,6 +27,8 @@ def test_zip_and_points_have_the_ones_named(space):
     expected = [{"prompt.length": 1, "seed": 4}, {"prompt.length": 5, "seed": 7}]
     assert parameters(space("  how: zip\n  prompt.length: [1, 5]\n  seed: [4, 7]\n")) == expected
     assert parameters(space(f"  points: {json.dumps(expected)}\n")) == expected
+    nested = [{"prompt": {"length": 1}, "seed": 4}, {"prompt": {"length": 5}, "seed": 7}]
+    assert parameters(space(f"  points: {json.dumps(nested)}\n")) == expected
 
 
 def test_random_trials_are_drawn_from_their_ranges_and_more_of_them_begin_alike(space):
@@ -74,6 +76,10 @@ def test_random_trials_are_drawn_from_their_ranges_and_more_of_them_begin_alike(
         ("  points: [{seed: 1}]\n  how: tpe\n  trials: 3\n", "points are the trials"),
         ("  points: [{name: x}]\n", "sweep.name: no key of an experiment"),
         ("  parameters: {seed: [1]}\n", "sweep.parameters.seed: no key of an experiment"),
+        ("  prompt: [{length: 2}, {length: 5}]\n", "sweep.prompt: a section; give its keys, as"),
+        ("  prompt: [{length: 2}]\n  prompt.init: [random]\n", "sweep.prompt.init: given twice"),
+        ("  points: [{evaluation: {metric: loss}}]\n", "trials are compared by one metric"),
+        ("  seed: [1, 2, 1]\n", "seed: a value is given twice"),
         ("  evaluation.metric: [loss]\n", "trials are compared by one metric"),
         ("  seed: [1]\n  prompt: {length: [1]}\n  prompt.length: [2]\n", "length: given twice"),
         ("  how: tpe\n  trials: 3\n  prompt.length: [3, 0]\n", "greater than or equal to 1, not 0"),

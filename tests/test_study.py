@@ -11,6 +11,7 @@ from conftest import sweep_process
 from softprompt import UserError
 from softprompt.cli import main
 from softprompt.sweep.outcome import Outcome, validation_at
+from softprompt.sweep.study import Study
 from softprompt.sweep.sweep import open_sweep, sweep
 from softprompt.training.run_folder import read_metrics
 
@@ -117,3 +118,15 @@ def test_many_can_open_a_folder_at_once(space):
 
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         assert len(set(pool.map(open_it, range(8)))) == 1
+
+
+def test_a_trial_that_ended_without_being_told_is_not_run_again(space):
+    """Its process was killed in between."""
+    found = space(STUDY, "sweep.trials=2", "training.steps=1")
+    with open_sweep(found):
+        opened = Study(found).next()
+    opened.close()
+    Outcome("failed", None, "of a test").write(opened.trial.folder)
+    trials = sweep(found)
+    assert [Outcome.read(trial.folder).state for trial in trials] == ["failed", "finished"]
+    assert [known.state.name for known in known_trials(found.folder)] == ["FAIL", "COMPLETE"]

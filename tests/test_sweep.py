@@ -1,5 +1,6 @@
 """Sweeps: that each trial is its own run, and what becomes of trials."""
 
+import errno
 import json
 import shutil
 
@@ -17,7 +18,7 @@ from softprompt.sweep.outcome import Outcome, validation_at
 from softprompt.sweep.program import shared, step_together
 from softprompt.sweep.sweep import groups, sweep
 from softprompt.training.optimizers import UpdateRule, hyperparameters
-from softprompt.training.run_folder import read_metrics
+from softprompt.training.run_folder import MetricsLog, read_metrics
 from softprompt.training.step import split, train_step
 
 
@@ -255,6 +256,24 @@ def test_a_file_that_cannot_be_written_is_one_line(space):
     trial.touch()
     with pytest.raises(UserError, match=r"000: cannot be read or written \(File exists\)"):
         sweep(space("  seed: [0]\n", "training.steps=1"))
+
+
+def test_a_file_that_cannot_be_written_leaves_what_others_did(space, monkeypatch):
+    section = "  seed: [0, 1]\n  at_once: 2\n"
+    trials = space(section).trials()
+    log = MetricsLog.write
+
+    def write(self, step, split, values):
+        if step == 4 and self._file.name.startswith(str(trials[0].folder)):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        log(self, step, split, values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsLog, "write", write)
+        with pytest.raises(UserError, match="No space left on device"):
+            sweep(space(section, "evaluation.every=12", "training.log_every=4"))
+    saved = trials[1].folder / "checkpoints"
+    assert [int(path.name) >= 3 for path in saved.iterdir()] == [True]
 
 
 def test_another_sweep_does_not_write_into_a_sweeps_folder(space, capsys):

@@ -87,8 +87,13 @@ def collect(paths: Iterable[Path]) -> list[RunRecord]:
     return records
 
 
-def varied(records: Sequence[RunRecord]) -> list[str]:
-    """The settings in which runs of one experiment differ; and `name`, if there are several."""
+def varied(records: Sequence[RunRecord], asked: Sequence[str | None] = ()) -> list[str]:
+    """The settings in which runs of one experiment differ; and `name`, if there are several.
+
+    Args:
+      records: of the runs.
+      asked: keys, or ends of keys, that are among them in any case.
+    """
     names = dict.fromkeys(record.settings["name"] for record in records)
     found = {"name": None} if len(names) > 1 else {}
     for name in names:
@@ -97,6 +102,9 @@ def varied(records: Sequence[RunRecord]) -> list[str]:
             values = {json.dumps(settings.get(key)) for settings in group}
             if key not in _APART and len(values) > 1:
                 found[key] = None
+    for name in asked:
+        keys = [key for key in [*found, *records[0].settings] if name in (key, key.split(".")[-1])]
+        found |= dict.fromkeys(keys[:1])
     return list(found)
 
 
@@ -110,6 +118,7 @@ def _read(folder: Path) -> RunRecord:
     settings = flattened(load_experiment(folder / "config.yaml").model_dump())
     outcome, records = Outcome.read(folder), read_metrics(folder)
     summary = read_summary(folder) or {}
+    steps = [record["step"] for record in records] + [outcome.step or 0 if outcome else 0]
     seconds = [record["seconds"] for record in records if "seconds" in record]
     measured = [record for record in records if record["split"] == "validation"]
     last = {k: v for k, v in measured[-1].items() if k not in ("step", "split")} if measured else {}
@@ -117,7 +126,7 @@ def _read(folder: Path) -> RunRecord:
         folder,
         settings,
         outcome.state if outcome else "finished" if summary else "unfinished",
-        summary.get("steps", records[-1]["step"] if records else 0),
+        summary.get("steps", max(steps, default=0)),
         summary.get("validation", last),
         summary.get("test", {}),
         records,

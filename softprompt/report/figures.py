@@ -62,8 +62,15 @@ def spread_figure(records: Sequence[RunRecord], axis: str, others: Sequence[str]
             axes.fill_between(at, low, high, color=colour, alpha=0.14, linewidth=0)
         else:
             axes.vlines(at, low, high, color=colour, alpha=0.4)
-        line = "-" if numeric else ""
-        axes.plot(at, means, line, color=colour, marker="o", markersize=4.5, label=name or None)
+        axes.plot(
+            at,
+            means,
+            linestyle="-" if numeric else "none",
+            color=colour,
+            marker="o",
+            markersize=4.5,
+            label=name or None,
+        )
         each = [where[_key(r.settings.get(axis))] for r in group]
         axes.scatter(each, [r.quality or 0 for r in group], 12, colour, alpha=0.45, linewidth=0)
     positive = numeric and min(places) > 0
@@ -99,7 +106,7 @@ def curves_figure(records: Sequence[RunRecord], axis: str | None) -> str:
             points = [(r["step"], r[name]) for r in record.records if _has(r, split, name)]
             if not points:
                 continue
-            marker = "o" if split == "validation" else None
+            marker = "o" if split == "validation" or len(points) == 1 else None
             axes.plot(
                 *zip(*points, strict=True),
                 color=colours[_key(value)],
@@ -110,7 +117,7 @@ def curves_figure(records: Sequence[RunRecord], axis: str | None) -> str:
             )
         _dress(axes)
         axes.set(xlabel="step", ylabel=f"{split} {name}")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     if axis and 1 < len(values) <= _MOST_NAMED:
         names = [Line2D([], [], color=colours[_key(value)]) for value in values]
         figure.legend(

@@ -47,8 +47,9 @@ def write_report(paths: Sequence[Path], folder: Path) -> Path:
     keys = varied(records)
     rows, by_settings = run_rows(everything, varied(everything), folder), seed_rows(records, keys)
     tables = {"runs": rows, "settings": by_settings}
-    files = [folder / f"{name}.{end}" for name in tables for end in ("csv", "md")]
-    if not (folder / _PAGE).exists() and (kept := [file for file in files if file.exists()]):
+    files = [_PAGE, *(f"{name}.{end}" for name in tables for end in ("csv", "md"))]
+    kept = [file for name in files if (file := folder / name).exists()]
+    if kept and not _is_report(folder / _PAGE):
         raise UserError(f"{kept[0]}: is of no report; choose another folder with --output")
     template = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
     environment = jinja2.Environment(
@@ -61,7 +62,8 @@ def write_report(paths: Sequence[Path], folder: Path) -> Path:
         metric=metric,
         figures=_figures(records, keys),
         by_settings=by_settings,
-        rows=rows,
+        rows=[{k: v for k, v in row.items() if k != "error"} for row in rows],
+        failures={row["run"]: row["error"] for row in rows if row.get("error")},
         best=_best(records, keys),
     )
     try:
@@ -74,6 +76,10 @@ def write_report(paths: Sequence[Path], folder: Path) -> Path:
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror})") from None
     return folder / _PAGE
+
+
+def _is_report(page: Path) -> bool:
+    return page.is_file() and "· softprompt</title>" in page.read_text("utf-8", errors="replace")
 
 
 def _title(records: Sequence[RunRecord]) -> str:

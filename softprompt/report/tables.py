@@ -81,7 +81,7 @@ def chosen_rows(
         known = [each for each in rows[0] if each.endswith((f" {name}", f".{name}"))]
         if not known:
             raise UserError(f"no column {name!r}; there are {', '.join(rows[0])}")
-        return known[-1]
+        return known[0]
 
     kept = list(rows)
     for condition in where:
@@ -110,7 +110,7 @@ def _is(value: Any, text: str) -> bool:
     if cell(value) == text:
         return True
     try:
-        return isinstance(value, float) and value == float(text)
+        return isinstance(value, int | float) and value == float(text)
     except ValueError:
         return False
 

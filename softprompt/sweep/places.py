@@ -20,7 +20,7 @@ from softprompt.training.cost import peak_memory
 from softprompt.training.loop import finished
 from softprompt.training.preparation import Preparation
 from softprompt.training.run import Run
-from softprompt.training.run_folder import InUseError, open_run
+from softprompt.training.run_folder import InUseError, open_run, write_config
 from softprompt.training.stop import StopSignals
 
 
@@ -42,6 +42,7 @@ class Opened:
         stack = contextlib.ExitStack()
         try:
             stack.enter_context(open_run(trial.folder, trial.experiment, "--folder"))
+            write_config(trial.folder, trial.experiment)  # also of one that fails at its start
         except InUseError:
             return None
         except UserError as error:
@@ -118,6 +119,11 @@ class Places:
                 if self._stop.requested or not places:
                     return
                 self._step(places)
+        except OSError:  # of one trial's files; the others lose nothing
+            for place in places:
+                with contextlib.suppress(OSError, UserError):
+                    place.run.save()
+            raise
         finally:
             for place in places:
                 self._leave(place)
@@ -224,8 +230,8 @@ class Places:
 
     def _end(self, opened: Opened, source: Source, outcome: Outcome) -> None:
         outcome.write(opened.trial.folder)
+        source.ended(opened.trial, outcome)
         opened.close()
         if outcome.state != "finished":
             what = f"failed: {outcome.error}" if outcome.error else f"left at step {outcome.step}"
             say(f"{opened.trial.name}: {what}")
-        source.ended(opened.trial, outcome)

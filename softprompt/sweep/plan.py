@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from softprompt.errors import UserError
 from softprompt.evaluation.scoring import applied, score
 from softprompt.sweep.outcome import Outcome
 from softprompt.sweep.program import fitting, step_together
@@ -46,11 +47,13 @@ class Group:
       waiting: how many of them have not ended.
       at_once: how many of them train side by side.
       seconds: that they will take.
+      error: why none of this is known, if so.
     """
 
     waiting: int
     at_once: int
     seconds: float
+    error: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +78,7 @@ def plan(space: Space) -> Plan:
     What `how: tpe` will choose is not known: the file's own values stand for it.
 
     Raises:
-      UserError: if a trial's data or base model will not do, or the folder is another sweep's.
+      UserError: if the folder is another sweep's.
     """
     require_same(space)
     if space.sweep.how == "tpe":
@@ -90,7 +93,10 @@ def plan(space: Space) -> Plan:
             state = outcome.state if outcome else "waiting"
             planned.append(Planned(trial.number, trial.parameters, number, state))
         waiting = [each for each, end in zip(group, outcomes, strict=True) if end is None]
-        found.append(_group(space, waiting, preparation) if waiting else Group(0, 0, 0.0))
+        try:
+            found.append(_group(space, waiting, preparation) if waiting else Group(0, 0, 0.0))
+        except UserError as error:
+            found.append(Group(len(waiting), 0, 0.0, str(error)))
     seconds = round(sum(group.seconds for group in found), 1)
     return Plan(sorted(planned, key=lambda each: each.number), found, seconds)
 

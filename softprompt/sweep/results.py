@@ -15,9 +15,10 @@ def measured(trial: Trial) -> dict[str, float] | None:
     if outcome is None or outcome.step is None:
         return None
     if outcome.state == "finished":
-        summary = read_summary(trial.folder)
-        return summary["validation"] if summary else None
-    return validation_at(trial.folder, outcome.step)
+        values = (read_summary(trial.folder) or {}).get("validation", {})
+    else:
+        values = validation_at(trial.folder, outcome.step) or {}
+    return values if trial.experiment.evaluation.metric in values else None
 
 
 def ranked(trials: Sequence[Trial]) -> list[Trial]:

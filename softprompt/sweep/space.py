@@ -118,7 +118,11 @@ class Sweep(Section):
             raise ValueError(f"{ranges[0]}: a range needs how: random or how: tpe")
         if drawn != (self.trials is not None):
             raise ValueError("how: random and how: tpe need trials, the others have none")
-        counts = {len(v) for v in self.parameters.values() if not isinstance(v, Range)}
+        lists = {name: v for name, v in self.parameters.items() if not isinstance(v, Range)}
+        for name, values in lists.items():
+            if self.how != "zip" and len({*map(repr, values)}) < len(values):
+                raise ValueError(f"{name}: a value is given twice")
+        counts = {*map(len, lists.values())}
         if self.how == "zip" and len(counts) > 1:
             raise ValueError("how: zip needs as many values of every key")
         if self.storage and self.how != "tpe":
@@ -127,6 +131,12 @@ class Sweep(Section):
 
 
 _OWN = Sweep.model_fields.keys() - {"parameters"}
+_SECTIONS = {
+    name
+    for name, field in Experiment.model_fields.items()
+    if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+}
+_VALUES = Experiment.model_fields.keys() - _SECTIONS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +182,9 @@ class Space:
             raise UserError(f"{file.where('')}: sweep: a mapping of keys to values")
         self.file, self.folder = file, folder
         own = {k: v for k, v in file.sweep.items() if k in _OWN}
-        others = dict(_flat({k: v for k, v in file.sweep.items() if k not in _OWN}))
+        if isinstance(points := own.get("points"), list):
+            own["points"] = [_flat(each) if isinstance(each, dict) else each for each in points]
+        others = _flat({k: v for k, v in file.sweep.items() if k not in _OWN})
         for name in others:
             self._require_key(name)
         values = {name: self._values(name, value) for name, value in others.items()}
@@ -225,6 +237,8 @@ class Space:
         where = self.file.where(name)
         if name.split(".")[0] not in Experiment.model_fields or name == "name":
             raise UserError(f"{where}: sweep.{name}: no key of an experiment")
+        if name in _SECTIONS:
+            raise UserError(f"{where}: sweep.{name}: a section; give its keys, as {name}.KEY")
         if name == "evaluation.metric":
             raise UserError(f"{where}: sweep.{name}: trials are compared by one metric")
         if name in self.file.overridden:
@@ -286,11 +300,12 @@ def _drawn(values: Values, random: np.random.Generator) -> Value:
     return values[int(random.integers(len(values)))]
 
 
-def _flat(tree: Mapping[str, Value], above: str = "") -> Iterator[tuple[str, Value]]:
-    """Nested sections as keys with dots; a range is a value."""
+def _flat(tree: Mapping[str, Value]) -> dict[str, Value]:
+    """Values in sections by keys with dots."""
+    flat: dict[str, Value] = {}
     for key, value in tree.items():
-        name = f"{above}{key}"
-        if isinstance(value, Mapping) and not {"low", "high"} & value.keys():
-            yield from _flat(value, f"{name}.")
+        if isinstance(value, Mapping) and key not in _VALUES:
+            flat |= {f"{key}.{inner}": each for inner, each in value.items()}
         else:
-            yield name, value
+            flat[key] = value
+    return flat

@@ -57,8 +57,13 @@ class Study:
         """A trial that nobody runs any more, or a new one; None if all have been asked for."""
         with self._alone():
             for frozen in self._study.get_trials(states=[self._optuna.trial.TrialState.RUNNING]):
-                if opened := Opened.of(self._trial(frozen.number, frozen.params)):
+                trial = self._trial(frozen.number, frozen.params)
+                if (opened := Opened.of(trial)) is None:
+                    continue
+                if (outcome := Outcome.read(trial.folder)) is None:
                     return opened
+                self._tell(trial, outcome)  # its process was killed before it could
+                opened.close()
             count = len(self._study.get_trials(deepcopy=False))
             if count >= (self._space.sweep.trials or 0):
                 return None
@@ -95,15 +100,8 @@ class Study:
 
     def ended(self, trial: Trial, outcome: Outcome) -> None:
         """Tell Optuna."""
-        states = self._optuna.trial.TrialState
         with self._alone():
-            if outcome.state == "finished":
-                values = measured(trial)
-                assert values is not None
-                self._study.tell(trial.number, values[self._metric], skip_if_finished=True)
-            else:
-                state = states.PRUNED if outcome.state == "pruned" else states.FAIL
-                self._study.tell(trial.number, state=state, skip_if_finished=True)
+            self._tell(trial, outcome)
 
     def trials(self) -> list[Trial]:
         """All that have been asked for so far, by whatever process."""
@@ -114,6 +112,16 @@ class Study:
         """Steps of the schedules of all trials that have ended."""
         ended = [trial for trial in self.trials() if Outcome.read(trial.folder)]
         return sum(trial.experiment.training.steps for trial in ended)
+
+    def _tell(self, trial: Trial, outcome: Outcome) -> None:
+        states = self._optuna.trial.TrialState
+        if outcome.state == "finished":
+            values = measured(trial)
+            assert values is not None
+            self._study.tell(trial.number, values[self._metric], skip_if_finished=True)
+        else:
+            state = states.PRUNED if outcome.state == "pruned" else states.FAIL
+            self._study.tell(trial.number, state=state, skip_if_finished=True)
 
     def _trial(self, number: int, chosen: Mapping[str, Any]) -> Trial:
         parameters = self._space.sweep.parameters

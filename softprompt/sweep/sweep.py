@@ -133,13 +133,14 @@ def require_same(space: Space) -> None:
     """
     folder, now = space.folder, _described(space)
     path = folder / _FILE
-    begun = path.exists() and any(p.name[0] != "." and p != path for p in folder.iterdir())
+    begun = path.is_file() and any(p.name[0] != "." and p != path for p in folder.iterdir())
     was = path.read_text(encoding="utf-8", errors="replace") if begun else now
     if was != now:
-        try:
-            changed = "; ".join(differences(yaml.safe_load(was), yaml.safe_load(now)))
-        except (yaml.YAMLError, AttributeError):
-            changed = f"{path} is damaged"
+        changed = f"{path} is damaged"
+        with contextlib.suppress(yaml.YAMLError):
+            old = yaml.safe_load(was)
+            if isinstance(old, dict) and "sweep" in old:
+                changed = "; ".join(differences(old, yaml.safe_load(now)))
         raise UserError(
             f"{folder}: holds another sweep ({changed}); choose another folder with --folder "
             "(make: RUN=DIR)"

@@ -136,7 +136,7 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
-        _Summary.model_validate(summary)
+        _Summary.model_validate(summary, strict=True)
     except (OSError, ValueError):
         raise UserError(
             f"{path}: damaged; without it and trial.json the run is finished again"
