@@ -148,7 +148,7 @@ def heat_map(records: Sequence[RunRecord], rows: str, columns: str) -> str:
             [_key(x) for x in xs].index(_key(row[columns])),
         )
         means[places] = row["mean"]
-    figure, axes = _figure(1.9 + 0.95 * len(xs), 1.5 + 0.5 * len(ys))
+    figure, axes = _figure(max(4.6, 2.4 + 0.95 * len(xs)), 1.5 + 0.5 * len(ys))
     axes.grid(False)
     axes.imshow(_merit(means, records), cmap=_SHADES, aspect="auto")
     shown = _merit(means, records)

@@ -60,7 +60,7 @@ def write_report(paths: Sequence[Path], folder: Path) -> Path:
         title=_title(records),
         facts=_facts(records),
         metric=metric,
-        figures=_figures(records, keys),
+        figures=_figures(records),
         by_settings=by_settings,
         rows=[{k: v for k, v in row.items() if k != "error"} for row in rows],
         failures={row["run"]: row["error"] for row in rows if row.get("error")},
@@ -103,31 +103,37 @@ def _facts(records: Sequence[RunRecord]) -> dict[str, str]:
     return facts
 
 
-def _figures(records: Sequence[RunRecord], keys: Sequence[str]) -> list[tuple[str, str]]:
+def _figures(records: Sequence[RunRecord]) -> list[tuple[str, str]]:
     """Captions and figures."""
     finished = [r for r in records if r.state == "finished" and _is_number(r.quality)]
-    counts = {key: len({json.dumps(r.settings.get(key)) for r in records}) for key in keys}
-    axis = (
-        "prompt.length"
-        if "prompt.length" in keys
-        else max(keys, key=counts.__getitem__, default=None)
-    )
-    others = [key for key in keys if key != axis]
-    found = []
+    keys, axis, found = varied(finished), _axis(finished), []
+    lines = _combinations(finished, [key for key in keys if key != axis])
     with matplotlib.rc_context(figures.STYLE):
-        if finished and axis:
-            lines = math.prod(counts[key] for key in others)
-            by = others if lines <= figures.MOST_LINES else []
+        if axis:
+            by = [key for key in keys if key != axis] if lines <= figures.MOST_LINES else []
             caption = f"{axis}: the mean of the runs, and from the worst to the best of them"
             found.append((caption, figures.spread_figure(finished, axis, by)))
-        if len(keys) == 2 and 2 * len(seed_rows(finished, keys)) >= math.prod(counts.values()) > 0:
+        if len(keys) == 2 and 2 * len(seed_rows(finished, keys)) >= _combinations(finished, keys):
             found.append((f"{keys[0]} and {keys[1]}", figures.heat_map(finished, keys[0], keys[1])))
-        if finished and len(keys) > 1:
+        if len(keys) > 1:
             caption = "every run through its settings; the lighter, the better"
             found.append((caption, figures.parallel_coordinates(finished, keys)))
         if any(record.records for record in records):
-            found.append(("learning curves", figures.curves_figure(records, axis)))
+            found.append(("learning curves", figures.curves_figure(records, _axis(records))))
     return found
+
+
+def _axis(records: Sequence[RunRecord]) -> str | None:
+    """The setting to look at first: the prompt's length, or else the one with most values."""
+    keys = varied(records)
+    if "prompt.length" in keys:
+        return "prompt.length"
+    return max(keys, key=lambda key: _combinations(records, [key]), default=None)
+
+
+def _combinations(records: Sequence[RunRecord], keys: Sequence[str]) -> int:
+    """Of all values that settings have."""
+    return math.prod(len({json.dumps(r.settings.get(key)) for r in records}) for key in keys)
 
 
 def _is_number(value: float | None) -> bool:
