@@ -22,6 +22,7 @@ from softprompt.report.tables import cell, run_rows, seed_rows, table
 from softprompt.training.run_folder import write_file
 
 _PAGE = "report.html"
+_FORMS = {"csv": "csv", "md": "markdown"}  # of tables, by the ends of their files' names
 _SAMPLES = 8  # predictions that are shown
 _TOKENS = 20  # virtual tokens that are shown
 
@@ -37,7 +38,7 @@ def write_report(paths: Sequence[Path], folder: Path) -> Path:
       The page.
 
     Raises:
-      UserError: if there are no runs, or the folder cannot be written or has other tables.
+      UserError: if there are no runs, or the folder cannot be written or has files of others.
     """
     everything = collect(paths)
     metric = everything[0].metric
@@ -47,10 +48,7 @@ def write_report(paths: Sequence[Path], folder: Path) -> Path:
     keys = varied(records)
     rows, by_settings = run_rows(everything, varied(everything), folder), seed_rows(records, keys)
     tables = {"runs": rows, "settings": by_settings}
-    files = [_PAGE, *(f"{name}.{end}" for name in tables for end in ("csv", "md"))]
-    kept = [file for name in files if (file := folder / name).exists()]
-    if kept and not _is_report(folder / _PAGE):
-        raise UserError(f"{kept[0]}: is of no report; choose another folder with --output")
+    _require_report(folder, [_PAGE, *(f"{name}.{end}" for name in tables for end in _FORMS)])
     template = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -70,16 +68,20 @@ def write_report(paths: Sequence[Path], folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         for name, of_table in tables.items():
             if of_table:
-                write_file(folder / f"{name}.csv", table(of_table, "csv") + "\n")
-                write_file(folder / f"{name}.md", table(of_table, "markdown") + "\n")
+                for end, form in _FORMS.items():
+                    write_file(folder / f"{name}.{end}", table(of_table, form) + "\n")
         write_file(folder / _PAGE, page)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror})") from None
     return folder / _PAGE
 
 
-def _is_report(page: Path) -> bool:
-    return page.is_file() and "· softprompt</title>" in page.read_text("utf-8", errors="replace")
+def _require_report(folder: Path, names: Sequence[str]) -> None:
+    """Refuse a folder with files of these names that are of no report."""
+    page, there = folder / _PAGE, [folder / name for name in names if (folder / name).exists()]
+    ours = page.is_file() and "· softprompt</title>" in page.read_text("utf-8", errors="replace")
+    if there and not ours:
+        raise UserError(f"{there[0]}: is of no report; choose another folder with --output")
 
 
 def _title(records: Sequence[RunRecord]) -> str:
@@ -107,10 +109,11 @@ def _figures(records: Sequence[RunRecord]) -> list[tuple[str, str]]:
     """Captions and figures."""
     finished = [r for r in records if r.state == "finished" and _is_number(r.quality)]
     keys, axis, found = varied(finished), _axis(finished), []
-    lines = _combinations(finished, [key for key in keys if key != axis])
+    others = [key for key in keys if key != axis]
+    lines = _combinations(finished, others)
     with matplotlib.rc_context(figures.STYLE):
         if axis:
-            by = [key for key in keys if key != axis] if lines <= figures.MOST_LINES else []
+            by = others if lines <= figures.MOST_LINES else []
             caption = f"{axis}: the mean of the runs, and from the worst to the best of them"
             found.append((caption, figures.spread_figure(finished, axis, by)))
         if len(keys) == 2 and 2 * len(seed_rows(finished, keys)) >= _combinations(finished, keys):

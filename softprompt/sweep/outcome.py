@@ -41,11 +41,14 @@ class Outcome:
         """
         path = folder / _FILE
         try:
-            return pydantic.TypeAdapter(cls).validate_json(path.read_bytes())
+            return _OUTCOME.validate_json(path.read_bytes())
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError):
             raise UserError(f"{path}: damaged; delete it to go on with the trial") from None
+
+
+_OUTCOME = pydantic.TypeAdapter(Outcome)
 
 
 def validation_at(folder: Path, step: int) -> dict[str, float] | None:

@@ -101,7 +101,10 @@ class Places:
         at_once = self._space.sweep.at_once or 0
         try:
             while True:
+                stopping = self._stop.requested
                 places = [each for each in places if self._goes_on(each, source, until)]
+                if stopping:  # and every place has seen it, and saved
+                    return
                 while not self._stop.requested and len(places) < max(at_once, 1):
                     opened = source.next()
                     if opened is None:
@@ -114,11 +117,10 @@ class Places:
                         self._taken = self._taken or peak_memory()
                         at_once = fitting(place.run, count, self._taken)
                         say(f"{at_once} of {count} trials at once")
-                if self._stop.requested:  # it may have come when some had been looked at
-                    places = [each for each in places if self._goes_on(each, source, until)]
-                if self._stop.requested or not places:
+                if not places:
                     return
-                self._step(places)
+                if not self._stop.requested:
+                    self._step(places)
         except OSError:  # of one trial's files; the others lose nothing
             for place in places:
                 with contextlib.suppress(OSError, UserError):
