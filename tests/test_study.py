@@ -10,6 +10,7 @@ from conftest import sweep_process
 
 from softprompt import UserError
 from softprompt.cli import main
+from softprompt.sweep import study
 from softprompt.sweep.outcome import Outcome, validation_at
 from softprompt.sweep.study import Study
 from softprompt.sweep.sweep import open_sweep, sweep
@@ -89,6 +90,33 @@ def test_two_processes_share_a_study_and_one_is_killed(space, storage, tmp_path)
         assert Outcome.read(folder).state == "finished"
         summary = json.loads((folder / "summary.json").read_text())
         assert of_optuna.value == summary["validation"]["accuracy"]
+
+
+def test_a_trial_whose_values_are_not_all_chosen_yet(space, monkeypatch):
+    """Others do not see it; where its process was killed, the next one chooses the rest."""
+    found, seen = space(STUDY, "sweep.trials=2", "training.steps=1"), []
+    suggest = study._suggest
+
+    def dies(asked, name, values):
+        seen.append(other.trials())
+        if name == "prompt.length":
+            raise KeyboardInterrupt
+        suggest(asked, name, values)
+
+    with open_sweep(found), monkeypatch.context() as patch:
+        mine, other = Study(found), Study(found)
+        patch.setattr(study, "_suggest", dies)
+        with pytest.raises(KeyboardInterrupt):
+            mine.next()
+    assert seen == [[], []]
+    assert Study(found).trials() == []
+    (half,) = known_trials(found.folder)
+    assert [*half.params] == ["optimizer.learning_rate"]
+    trials = sweep(found)
+    assert [Outcome.read(trial.folder).state for trial in trials] == ["finished"] * 2
+    chosen = trials[0].parameters
+    assert chosen["optimizer.learning_rate"] == half.params["optimizer.learning_rate"]
+    assert chosen["prompt.length"] in (2, 4)
 
 
 def test_folders_share_a_database_without_sharing_a_study(space, tmp_path):

@@ -57,28 +57,30 @@ class Study:
         """A trial that nobody runs any more, or a new one; None if all have been asked for."""
         with self._alone():
             for frozen in self._study.get_trials(states=[self._optuna.trial.TrialState.RUNNING]):
-                trial = self._trial(frozen.number, frozen.params)
-                if (opened := Opened.of(trial)) is None:
+                opened = self._opened(self._optuna.trial.Trial(self._study, frozen._trial_id))
+                if opened is None:
                     continue
-                if (outcome := Outcome.read(trial.folder)) is None:
+                if (outcome := Outcome.read(opened.trial.folder)) is None:
                     return opened
-                self._tell(trial, outcome)  # its process was killed before it could
+                self._tell(opened.trial, outcome)  # its process was killed before it could
                 opened.close()
-            count = len(self._study.get_trials(deepcopy=False))
-            if count >= (self._space.sweep.trials or 0):
+            if len(self._study.get_trials(deepcopy=False)) >= (self._space.sweep.trials or 0):
                 return None
-            # Every trial has a seed of its own, in whatever process it is asked for.
-            self._study.sampler = self._optuna.samplers.TPESampler(
-                seed=(self._seed + count) % 2**32, constant_liar=True
-            )
-            asked = self._study.ask()
-            for name, values in self._space.sweep.parameters.items():
-                _suggest(asked, name, values)
-            try:
-                return Opened.of(self._trial(asked.number, asked.params))
-            except UserError:
-                self._study.tell(asked.number, state=self._optuna.trial.TrialState.FAIL)
-                raise
+            return self._opened(self._study.ask())
+
+    def _opened(self, asked: Any) -> Opened | None:
+        """Choose those values of a trial that are not chosen yet, and lock its folder."""
+        # Every trial has a seed of its own, in whatever process it is asked for.
+        self._study.sampler = self._optuna.samplers.TPESampler(
+            seed=(self._seed + asked.number) % 2**32, constant_liar=True
+        )
+        for name, values in self._space.sweep.parameters.items():
+            _suggest(asked, name, values)
+        try:
+            return Opened.of(self._trial(asked.number, asked.params))
+        except UserError:
+            self._study.tell(asked.number, state=self._optuna.trial.TrialState.FAIL)
+            raise
 
     def goes_on(self, trial: Trial, step: int, measured: Mapping[str, float]) -> bool:
         """Report an evaluation; at a rung, whether the trial is among the best there."""
@@ -104,9 +106,9 @@ class Study:
             self._tell(trial, outcome)
 
     def trials(self) -> list[Trial]:
-        """All that have been asked for so far, by whatever process."""
-        found = self._study.get_trials(deepcopy=False)
-        return [self._trial(frozen.number, frozen.params) for frozen in found]
+        """All whose values have been chosen so far, by whatever process."""
+        found, names = self._study.get_trials(deepcopy=False), set(self._space.sweep.parameters)
+        return [self._trial(each.number, each.params) for each in found if names <= {*each.params}]
 
     def steps_done(self) -> int:
         """Steps of the schedules of all trials that have ended."""
