@@ -128,6 +128,22 @@ def test_folders_share_a_database_without_sharing_a_study(space, tmp_path):
         assert [Outcome.read(trial.folder).state for trial in trials] == ["finished"] * 2
 
 
+def test_a_database_that_another_sweep_is_making(space, monkeypatch, tmp_path):
+    """Optuna fails on tables that appear while it makes them; then they are there."""
+    real, url = optuna.storages.RDBStorage, f"sqlite:///{tmp_path}/study.db"
+
+    def meets_another(url):
+        monkeypatch.setattr(optuna.storages, "RDBStorage", real)
+        real(url)
+        raise RuntimeError("table studies already exists")
+
+    monkeypatch.setattr(optuna.storages, "RDBStorage", meets_another)
+    found = space(f"{STUDY}  storage: {url}\n")
+    with open_sweep(found):
+        Study(found)
+    assert known_trials(found.folder, url) == []
+
+
 def test_a_sweep_that_could_not_begin_leaves_its_folder_to_others(space):
     with pytest.raises(UserError, match=r"sweep.storage: nonsense: "):
         sweep(space(f"{STUDY}  storage: nonsense\n", "training.steps=1"))

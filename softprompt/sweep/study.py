@@ -8,6 +8,7 @@ that asks for a trial, and goes on from its checkpoint.
 import contextlib
 import json
 import secrets
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -140,10 +141,13 @@ class Study:
                 str(self._space.folder / "study.journal")
             )
             return optuna.storages.JournalStorage(journal)
-        try:
-            return optuna.storages.RDBStorage(url)
-        except Exception as error:  # whatever the database's driver raises
-            raise UserError(f"sweep.storage: {url}: {str(error).splitlines()[0]}") from None
+        for last in (False, True):
+            try:
+                return optuna.storages.RDBStorage(url)
+            except Exception as error:  # whatever the database's driver raises
+                if last:
+                    raise UserError(f"sweep.storage: {url}: {str(error).splitlines()[0]}") from None
+                time.sleep(1)  # another sweep may be making the same new database
 
     def _alone(self) -> contextlib.AbstractContextManager[None]:
         """Keep other processes that sweep in the folder from asking and telling."""
