@@ -57,8 +57,16 @@ def sweep(options: argparse.Namespace) -> None:
     trials = sweep(space)
     print(results_table(trials))
     outcomes = [(trial, Outcome.read(trial.folder)) for trial in trials]
+    elsewhere = sum(end is None for _, end in outcomes)
     if any(end and end.state == "finished" for _, end in outcomes):
-        print(f"best: {ranked(trials)[0].folder / 'prompt'}", file=sys.stderr)
+        best = "best so far" if elsewhere else "best"
+        print(f"{best}: {ranked(trials)[0].folder / 'prompt'}", file=sys.stderr)
+    if elsewhere:
+        print(
+            f"{elsewhere} of {len(trials)} trials are left to other processes; "
+            "if these were killed, the same command goes on with them",
+            file=sys.stderr,
+        )
     if failed := [(trial, end) for trial, end in outcomes if end and end.state == "failed"]:
         first, end = failed[0]
         again = f"; without its folder ({first.folder}) it is tried again"

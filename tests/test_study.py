@@ -119,6 +119,24 @@ def test_a_trial_whose_values_are_not_all_chosen_yet(space, monkeypatch):
     assert chosen["prompt.length"] in (2, 4)
 
 
+def test_a_trial_that_another_process_has_is_left_to_it(space, capsys):
+    short = ["sweep.trials=2", "training.steps=1"]
+    found = space(STUDY, *short)
+    command = ["sweep", str(found.file.path), *short, "--folder", str(found.folder)]
+    with open_sweep(found):
+        opened = Study(found).next()
+        assert main(command) == 0
+    printed = capsys.readouterr()
+    _, mine, theirs = printed.out.splitlines()
+    assert (mine.split()[0], mine.split()[3]) == ("1", "finished")
+    assert (theirs.split()[0], theirs.split()[3]) == ("0", "running")
+    assert f"best so far: {found.folder}/trials/001/prompt" in printed.err
+    assert "1 of 2 trials are left to other processes" in printed.err
+    opened.close()
+    assert main(command) == 0
+    assert f"best: {found.folder}/trials/" in capsys.readouterr().err
+
+
 def test_folders_share_a_database_without_sharing_a_study(space, tmp_path):
     section = (
         STUDY.replace("trials: 6", "trials: 2") + f"  storage: sqlite:///{tmp_path}/study.db\n"

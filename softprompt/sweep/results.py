@@ -47,7 +47,7 @@ def results_table(trials: Sequence[Trial]) -> str:
             [
                 str(trial.number),
                 *given,
-                outcome.state if outcome else "waiting",
+                outcome.state if outcome else "running",
                 str(outcome.step) if outcome and outcome.step is not None else "-",
                 f"{values[metric]:.4f}" if values else "-",
             ]
