@@ -77,7 +77,7 @@ def collect(paths: Iterable[Path]) -> list[RunRecord]:
     for folder in folders.values():
         try:
             records.append(_read(folder))
-        except (UserError, OSError, KeyError) as error:
+        except (UserError, OSError) as error:
             say(f"{folder}: left out ({str(error).splitlines()[0]})")
     if not records:
         raise UserError("no run can be read")

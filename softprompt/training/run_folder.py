@@ -206,10 +206,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     records = [record.fields for record in parse_jsonl(lines, str(path))]
     for number, record in enumerate(records, 1):
         numbers = [value for key, value in record.items() if key != "split"]
-        if not ({"step", "split"} <= record.keys() and all(map(_is_number, numbers))):
+        of_numbers = all(isinstance(value, int | float) for value in numbers)
+        if not ({"step", "split"} <= record.keys() and of_numbers):
             raise UserError(f"{path}:{number}: not a record of metrics; move the file away")
     return [dict(record) for record in records]
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float)
