@@ -249,6 +249,20 @@ def test_a_damaged_summary_leaves_its_run_out(folder, tmp_path, capsys, damaged)
     assert len(captured.out.splitlines()) == 2
 
 
+@pytest.mark.parametrize(
+    "damaged",
+    ['{"step": 4}', '{"step": 4, "split": "train", "loss": "1"}', '{"step": [], "split": "train"}'],
+)
+def test_damaged_metrics_leave_their_run_out(folder, tmp_path, capsys, damaged):
+    for number in ("000", "001"):
+        shutil.copytree(folder / "trials" / number, tmp_path / number)
+    (tmp_path / "001" / "metrics.jsonl").write_text(f"{damaged}\n")
+    assert main(["runs", str(tmp_path)]) == 0
+    captured = capsys.readouterr()
+    assert "metrics.jsonl:1: not a record of metrics; move the file away" in captured.err
+    assert len(captured.out.splitlines()) == 2
+
+
 def test_why_runs_failed_is_on_the_page_even_if_none_began(tmp_path, capsys):
     path = write_experiment(tmp_path, 5, 5)
     path.write_text(path.read_text() + "sweep:\n  prompt.length: [90000, 100000]\n")
