@@ -23,7 +23,7 @@ import numpy as np
 
 from softprompt import load_base
 from softprompt.backbones.loading import find_model
-from softprompt.config import Generation
+from softprompt.experiment.schema import GenerationSettings
 from softprompt.generation import decoding
 from softprompt.generation.sampling import Sampling
 
@@ -37,11 +37,11 @@ def generate(base, prefix, tokens, new):
     rows = len(tokens)
     packed = prefix.packed([prefix], [0] * rows)
     lengths, seeds = np.full(rows, tokens.shape[1]), np.zeros(rows, np.uint32)
-    how = Sampling.of(Generation()), NEVER
+    how = Sampling.of(GenerationSettings()), NEVER
     state = decoding.start(
         base.backbone, packed, tokens, lengths, seeds, None, *how, room=NEW_TOKENS
     )
-    state = decoding.write_on(base.backbone, packed, state, *how, np.array(new))
+    state = decoding.continue_decoding(base.backbone, packed, state, *how, np.array(new))
     return np.asarray(state.written)[:, :new]
 
 

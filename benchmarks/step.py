@@ -16,10 +16,10 @@ import numpy as np
 from flax import nnx
 
 from softprompt import SoftPrompt, load_base
-from softprompt.config import Optimizer
 from softprompt.data.batches import Layout
 from softprompt.data.examples import Example
 from softprompt.data.records import Record
+from softprompt.experiment.schema import OptimizerSettings
 from softprompt.training.optimizers import UpdateRule, hyperparameters
 from softprompt.training.step import split, train_step
 
@@ -46,9 +46,9 @@ class _PrependingBackbone(nnx.Module):
 
 def stepper(base, method, batch):
     """A function that runs one training step and waits for it."""
-    optimizer = UpdateRule.of(Optimizer())
+    optimizer = UpdateRule.of(OptimizerSettings())
     graphdef, trainable, frozen = split(method, base.backbone)
-    opt_state = optimizer.init(trainable, hyperparameters(Optimizer(), 1000))
+    opt_state = optimizer.init(trainable, hyperparameters(OptimizerSettings(), 1000))
     key = jax.random.key(0)
 
     def step():

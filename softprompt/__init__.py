@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from softprompt.backbones.loading import Base, load_base
-    from softprompt.config import Experiment
     from softprompt.errors import UserError
-    from softprompt.experiment_file import load_experiment
-    from softprompt.generation.writer import Generated
+    from softprompt.experiment.reading import load_experiment
+    from softprompt.experiment.schema import Experiment
+    from softprompt.generation.engine import Generated
     from softprompt.inference.generator import Generator
     from softprompt.inference.prompt import Prediction, TrainedPrompt, load_prompt
     from softprompt.methods.soft_prompt import SoftPrompt
@@ -28,15 +28,15 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 _MODULES = {
     "Base": "backbones.loading",
-    "Experiment": "config",
-    "Generated": "generation.writer",
+    "Experiment": "experiment.schema",
+    "Generated": "generation.engine",
     "Generator": "inference.generator",
     "Prediction": "inference.prompt",
     "SoftPrompt": "methods.soft_prompt",
     "TrainedPrompt": "inference.prompt",
     "UserError": "errors",
     "load_base": "backbones.loading",
-    "load_experiment": "experiment_file",
+    "load_experiment": "experiment.reading",
     "load_prompt": "inference.prompt",
     "train": "training.loop",
 }

@@ -19,12 +19,13 @@ from transformers import PreTrainedTokenizerFast
 
 import softprompt
 from softprompt import Base
-from softprompt.backbones.directory import ModelDirectory
+from softprompt.backbones.formats.directory import ModelDirectory
 from softprompt.backbones.loading import Backbone, load_backbone
-from softprompt.config import Experiment, Generation
+from softprompt.cli.progress import printed_log
 from softprompt.data.examples import Example
 from softprompt.data.records import Record
-from softprompt.experiment_file import ExperimentFile, load_experiment
+from softprompt.experiment.reading import ExperimentFile, load_experiment
+from softprompt.experiment.schema import Experiment, GenerationSettings
 from softprompt.generation import decoding
 from softprompt.generation.sampling import Sampling
 from softprompt.sweep.space import Space
@@ -53,6 +54,13 @@ def forget_programs():
     """Each compiled program takes hundreds of memory maps, of which Linux allows 65,530."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(autouse=True)
+def log():
+    """Log messages go to standard error, as on the command line."""
+    with printed_log():
+        yield
 
 
 @pytest.fixture
@@ -89,10 +97,10 @@ def golden_backbone(variant: str, dtype: str = "float32", int8: bool = False) ->
 
 def greedy(backbone, prefix, tokens, lengths, end: int, *, count: int) -> np.ndarray:
     """The likeliest `count` tokens behind each row, `[B, N]`; behind its end there is `end`."""
-    how = Sampling.of(Generation()), np.array([end])
+    how = Sampling.of(GenerationSettings()), np.array([end])
     seeds = np.zeros(len(tokens), np.uint32)
     state = decoding.start(backbone, prefix, tokens, lengths, seeds, None, *how, room=count)
-    state = decoding.write_on(backbone, prefix, state, *how, np.array(count))
+    state = decoding.continue_decoding(backbone, prefix, state, *how, np.array(count))
     unwritten = np.arange(count)[None] >= np.asarray(state.lengths)[:, None]
     return np.where(unwritten, end, np.asarray(state.written))
 
@@ -185,13 +193,13 @@ def space(tmp_path: Path) -> Callable[..., Space]:
 _SWEEP = """\
 import os, sys, time
 from pathlib import Path
-from softprompt.cli import main
-from softprompt.sweep import places
-real = places.Places._step
+from softprompt.cli.main import main
+from softprompt.sweep import scheduler
+real = scheduler.Scheduler._step
 def step(self, here):
 {before}
     real(self, here)
-places.Places._step = step
+scheduler.Scheduler._step = step
 sys.exit(main())
 """
 

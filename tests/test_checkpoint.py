@@ -7,13 +7,8 @@ import pytest
 from flax import nnx
 
 from softprompt import SoftPrompt, UserError
-from softprompt.checkpoint import (
-    Checkpoints,
-    DamagedError,
-    load_arrays,
-    load_description,
-    save_arrays,
-)
+from softprompt.storage.arrays import DamagedError, load_arrays, load_description, save_arrays
+from softprompt.storage.checkpoints import Checkpoints
 
 ARRAYS = {"vectors": jnp.arange(12.0).reshape(3, 4), "count": jnp.array(7)}
 
@@ -81,7 +76,7 @@ def test_saving_replaces_a_folder_and_leaves_nothing_beside_it(saved):
 
 
 def test_a_failed_save_leaves_the_old_one(saved, monkeypatch):
-    monkeypatch.setattr("softprompt.checkpoint._sha256", lambda path: 1 / 0)
+    monkeypatch.setattr("softprompt.storage.arrays._sha256", lambda path: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         save_arrays(saved, ARRAYS | {"count": jnp.array(8)}, {}, "about.json")
     monkeypatch.undo()

@@ -10,7 +10,7 @@ import pytest
 from conftest import GOLDEN, write_experiment
 
 from softprompt import load_experiment, train
-from softprompt.cli import main
+from softprompt.cli.main import main
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +159,7 @@ def test_help_teaches_by_example(command, capsys):
 
 def test_help_does_not_wait_for_jax():
     code = (
-        "import sys\nfrom softprompt.cli import main\n"
+        "import sys\nfrom softprompt.cli.main import main\n"
         "try: main(['--help'])\nfinally: assert 'jax' not in sys.modules"
     )
     assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL).returncode == 0

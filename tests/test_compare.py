@@ -8,9 +8,9 @@ import pytest
 from conftest import write_experiment
 
 from softprompt import UserError
-from softprompt.cli import main
-from softprompt.compare import compare, table
-from softprompt.experiment_file import load_experiment
+from softprompt.cli.main import main
+from softprompt.experiment.reading import load_experiment
+from softprompt.sweep.comparison import compare, table
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,9 @@ from flax import nnx
 
 from softprompt import UserError, load_base
 from softprompt.backbones import decoder
-from softprompt.backbones.attention import Source, attend, behind
+from softprompt.backbones.attention import Source, attend, causal_mask
 from softprompt.backbones.flash import choose_attention, flash_attend, trial
-from softprompt.backbones.weights import quantise
+from softprompt.backbones.formats.weights import quantise
 
 MIXED = "gemma3_text-pattern"  # windows shorter than the prompt, two rotary embeddings, a soft-cap
 
@@ -97,9 +97,9 @@ def test_flash_attention_is_plain_attention(window, virtual):
     queries, keys, values = draw(random, 2, 7, 4, 8), *(draw(random, 2, 7, 2, 8) for _ in "kv")
     prefix = (draw(random, virtual, 2, 8), draw(random, virtual, 2, 8)) if virtual else None
     places = jnp.arange(7)[None] + virtual
-    sources = [Source(keys, values, behind(places, places, window))]
+    sources = [Source(keys, values, causal_mask(places, places, window))]
     if prefix:
-        seen = behind(places, jnp.arange(virtual)[None], window)
+        seen = causal_mask(places, jnp.arange(virtual)[None], window)
         sources.append(Source(*prefix, visible=seen))
     plain = attend(queries, sources, scale=0.3)
     flash = flash_attend(

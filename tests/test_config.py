@@ -5,8 +5,8 @@ import yaml
 from conftest import REPOSITORY
 
 from softprompt import UserError, load_experiment
-from softprompt.config import template_fields
-from softprompt.experiment_file import ExperimentFile, differences, dump_experiment
+from softprompt.experiment.reading import ExperimentFile, differences, dump_experiment
+from softprompt.experiment.schema import template_fields
 from softprompt.sweep.space import Space
 
 MINIMAL = """\

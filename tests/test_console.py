@@ -2,7 +2,7 @@
 
 from types import SimpleNamespace
 
-from softprompt import console
+from softprompt.cli import progress as console
 
 
 def test_the_time_left_is_that_of_the_units_and_not_of_what_comes_before(monkeypatch, capsys):

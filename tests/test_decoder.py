@@ -7,7 +7,7 @@ import pytest
 from conftest import GOLDEN
 
 from softprompt import load_base
-from softprompt.backbones.attention import Source, attend, behind
+from softprompt.backbones.attention import Source, attend, causal_mask
 
 pytestmark = pytest.mark.usefixtures("strict_types")
 
@@ -107,7 +107,7 @@ def test_attention_is_a_softmax_over_prefix_and_own_keys():
     keys, values = random.normal(size=(2, batch, length, kv_heads, size))
     prefix_keys, prefix_values = random.normal(size=(2, virtual, kv_heads, size))
     positions = np.broadcast_to(np.arange(length), (batch, length))
-    visible = behind(jnp.asarray(positions), jnp.asarray(positions), None)
+    visible = causal_mask(jnp.asarray(positions), jnp.asarray(positions), None)
 
     expected = np.empty(queries.shape)
     for row, head, query in np.ndindex(batch, kv_heads * group, length):

@@ -9,12 +9,12 @@ import pytest
 from conftest import example_of, write_experiment
 
 from softprompt import SoftPrompt, UserError, load_experiment
-from softprompt.config import Scoring, Template
 from softprompt.data.records import Record
 from softprompt.data.task import make_task
 from softprompt.evaluation import scoring
 from softprompt.evaluation.evaluate import evaluate, likelihood
-from softprompt.evaluation.scoring import make_prefix, score, weighed
+from softprompt.evaluation.scoring import calibrated_scores, make_prefix, score
+from softprompt.experiment.schema import ScoringSettings, TemplateSettings
 from softprompt.inference.inspect import nearest_tokens
 from softprompt.inference.prompt import TrainedPrompt
 from softprompt.metrics.named import measure
@@ -22,7 +22,9 @@ from softprompt.metrics.named import measure
 
 def trained(base, vectors, verbalizer):
     method = SoftPrompt(vectors)
-    task = make_task(base, Template(input="{text}:"), verbalizer, virtual_tokens=len(vectors))
+    task = make_task(
+        base, TemplateSettings(input="{text}:"), verbalizer, virtual_tokens=len(vectors)
+    )
     backbone = method.adapt(base.backbone)
     return TrainedPrompt(base, method, backbone, make_prefix(method, backbone), task, {})
 
@@ -107,7 +109,7 @@ def test_the_base_model_alone_is_evaluated_without_a_prefix(tiny, tmp_path):
 def test_labels_are_chosen_as_the_scoring_says(tiny, how):
     verbalizer = {"one": " ab", "two": " a", "three": "xyz"}
     vectors = jax.random.normal(jax.random.key(0), (4, 32))
-    prompt = dataclasses.replace(trained(tiny, vectors, verbalizer), scoring=Scoring(**how))
+    prompt = dataclasses.replace(trained(tiny, vectors, verbalizer), scoring=ScoringSettings(**how))
     texts = ["first", "a", "the second, which is longer"]
 
     def scores(text):
@@ -148,10 +150,12 @@ def test_both_forms_of_scoring_together(tiny):
     """The example that shows the order: the difference is what is divided."""
     scores = np.array([[-4.0, -1.5]])
     example = example_of([1, 2], [[5, 6], [7]], 0)
-    task = make_task(tiny, Template(input="{text}"), {"a": "ab", "b": "c"})
-    both = Scoring(normalize=True, calibrate="x")
-    of_empty = weighed(0 * scores, [example], tiny.backbone, None, task, Scoring(calibrate="x"))
-    found = weighed(scores, [example], tiny.backbone, None, task, both)
+    task = make_task(tiny, TemplateSettings(input="{text}"), {"a": "ab", "b": "c"})
+    both = ScoringSettings(normalize=True, calibrate="x")
+    of_empty = calibrated_scores(
+        0 * scores, [example], tiny.backbone, None, task, ScoringSettings(calibrate="x")
+    )
+    found = calibrated_scores(scores, [example], tiny.backbone, None, task, both)
     np.testing.assert_allclose(found, (scores + of_empty) / [2, 1], rtol=1e-6)
 
 

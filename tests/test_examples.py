@@ -6,15 +6,15 @@ import sys
 import pytest
 
 from softprompt import UserError
-from softprompt.config import Template
 from softprompt.data.records import Record, read_records
 from softprompt.data.task import make_task
+from softprompt.experiment.schema import TemplateSettings
 
 VERBALIZER = {"good": " yes", "bad": " no"}
 
 
 def task(base, input="{title}: {text} ->", target="{label}", verbalizer=VERBALIZER, most=100):
-    template = Template(input=input, target=target, max_tokens=most)
+    template = TemplateSettings(input=input, target=target, max_tokens=most)
     return make_task(base, template, verbalizer)
 
 

@@ -7,9 +7,9 @@ from conftest import REPOSITORY
 
 from softprompt import load_experiment, load_prompt, train
 from softprompt.data.records import read_records
-from softprompt.experiment_file import ExperimentFile
-from softprompt.templates import template_fields
-from softprompt.training.run_folder import read_metrics
+from softprompt.experiment.reading import ExperimentFile
+from softprompt.experiment.templates import template_fields
+from softprompt.storage.run_folder import read_metrics
 
 EXPERIMENTS = sorted((REPOSITORY / "experiments").glob("*.yaml"))
 

@@ -12,7 +12,7 @@ from conftest import GOLDEN, greedy, write_experiment
 from safetensors.numpy import load_file
 
 from softprompt import UserError, load_base, load_experiment, load_prompt, train
-from softprompt.cli import main
+from softprompt.cli.main import main
 from softprompt.interop import export as exporting
 
 LONG = ["training.steps=12", "optimizer.learning_rate=0.3"]

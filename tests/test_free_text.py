@@ -7,11 +7,11 @@ import pytest
 from conftest import write_experiment
 
 from softprompt import UserError, load_experiment, load_prompt, train
-from softprompt.cli import main
-from softprompt.config import Generation
-from softprompt.generation.writer import Writer
+from softprompt.cli.main import main
+from softprompt.experiment.schema import GenerationSettings
+from softprompt.generation.engine import Engine
 from softprompt.metrics.named import measure
-from softprompt.training.run_folder import read_metrics, write_samples
+from softprompt.storage.run_folder import read_metrics, write_samples
 
 FREE = [
     "verbalizer=null",
@@ -87,7 +87,7 @@ def test_eval_agrees_with_the_summary_and_writes_answers(run, call, tmp_path):
 
 def test_eval_writes_nothing_that_nobody_measures(run, call, monkeypatch):
     folder, _ = run
-    monkeypatch.setattr(Writer, "_write_batch", None)
+    monkeypatch.setattr(Engine, "_write_batch", None)
     _, out, _ = call("eval", folder, "--metrics", "perplexity")
     assert set(json.loads(out)) == {"split", "examples", "loss", "perplexity"}
 
@@ -105,7 +105,7 @@ def test_generate_writes_as_the_prompt_was_trained_to(run, call, tiny):
         {"input": {"text": text}, "texts": each.texts, "ended": each.ended}
         for text, each in zip(["aaa", "zz"], shorter, strict=True)
     ]
-    drawing = dataclasses.replace(prompt, generation=Generation(temperature=1.0, top_k=3))
+    drawing = dataclasses.replace(prompt, generation=GenerationSettings(temperature=1.0, top_k=3))
     greedy = prompt.generate(["aaa"], max_new_tokens=6, stop=[])
     assert drawing.generate(["aaa"], max_new_tokens=6, temperature=0) == greedy
     drawn = ["--temperature", "1", "--samples", "2", "--seed", "3", "--stop", "a", "--stop", "b"]

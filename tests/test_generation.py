@@ -9,10 +9,10 @@ import pytest
 from conftest import GOLDEN, golden_backbone
 
 from softprompt import UserError
-from softprompt.config import Generation
-from softprompt.generation import beams, decoding, writer
+from softprompt.experiment.schema import GenerationSettings
+from softprompt.generation import beams, decoding, engine
+from softprompt.generation.engine import Engine, Request
 from softprompt.generation.sampling import Sampling, filtered, penalised
-from softprompt.generation.writer import Request, Writer
 
 # As in golden/make_generation.py.
 SETTINGS = [
@@ -34,7 +34,7 @@ NEW_TOKENS = 12
 
 
 def sampling(**settings):
-    return Sampling.of(Generation(**settings))
+    return Sampling.of(GenerationSettings(**settings))
 
 
 def prefill(backbone, vectors):
@@ -55,9 +55,9 @@ def write(tiny, prefix):
     """What is written behind texts with one prefix."""
 
     def write(texts, batch_size=4, **settings):
-        how = Generation(**{"max_new_tokens": 10, **settings})
+        how = GenerationSettings(**{"max_new_tokens": 10, **settings})
         requests = [request(tiny, text, prefix) for text in texts]
-        return Writer(tiny.backbone, tiny.tokenizer, how).write(requests, batch_size)
+        return Engine(tiny.backbone, tiny.tokenizer, how).generate(requests, batch_size)
 
     return write
 
@@ -77,13 +77,15 @@ def test_the_likeliest_64_tokens_are_those_of_stock_transformers(smollm2):
     state = decoding.start(
         smollm2.backbone, packed, tokens, golden["lengths"], seeds, None, *how, room=64
     )
-    state = decoding.write_on(smollm2.backbone, packed, state, *how, np.array(64))
+    state = decoding.continue_decoding(smollm2.backbone, packed, state, *how, np.array(64))
     np.testing.assert_array_equal(state.written, golden["outputs"])
 
     end = smollm2.tokenizer.eos_token_id
     requests = [Request(smollm2.tokenizer(str(text)).input_ids, prefix) for text in golden["texts"]]
     assert [list(each.tokens) for each in requests] == [ids.tolist() for ids in inputs]
-    generated = Writer(smollm2.backbone, smollm2.tokenizer, Generation()).write(requests, 24)
+    generated = Engine(smollm2.backbone, smollm2.tokenizer, GenerationSettings()).generate(
+        requests, 24
+    )
     for written, ids in zip(generated, golden["outputs"].tolist(), strict=True):
         ended = end in ids
         expected = ids[: ids.index(end)] if ended else ids
@@ -196,7 +198,7 @@ def test_the_seed_decides_what_is_drawn(write):
 
 
 def test_every_input_and_every_sample_has_a_seed_of_its_own(tiny):
-    one = Writer(tiny.backbone, tiny.tokenizer, Generation(temperature=1.0, samples=3))
+    one = Engine(tiny.backbone, tiny.tokenizer, GenerationSettings(temperature=1.0, samples=3))
     asked = [request(tiny, text) for text in ("ab", "cd", "ab")]
     seeds = one._seeds(asked, 4).reshape(4, 3)
     assert len({*seeds[:2].flat}) == 6
@@ -204,7 +206,7 @@ def test_every_input_and_every_sample_has_a_seed_of_its_own(tiny):
 
 
 def test_no_token_is_decoded_behind_the_end_of_all_rows(tiny):
-    one = Writer(tiny.backbone, tiny.tokenizer, Generation(max_new_tokens=40))
+    one = Engine(tiny.backbone, tiny.tokenizer, GenerationSettings(max_new_tokens=40))
     packed, state = one._start([request(tiny, "abc")], 1)
     (ids,) = one._ids(one._write_on(packed, state, 40))
     one._end = ids[3]
@@ -215,8 +217,8 @@ def test_no_token_is_decoded_behind_the_end_of_all_rows(tiny):
 @pytest.mark.parametrize("penalty", [None, 1e6])
 def test_a_penalty_is_for_what_was_read_and_written(tiny, prefix, penalty):
     """A great one leaves no token that was there before."""
-    how = Generation(max_new_tokens=40, repetition_penalty=penalty)
-    one = Writer(tiny.backbone, tiny.tokenizer, how)
+    how = GenerationSettings(max_new_tokens=40, repetition_penalty=penalty)
+    one = Engine(tiny.backbone, tiny.tokenizer, how)
     one._end = -1  # it would end before it repeats itself
     asked = dataclasses.replace(request(tiny, "abcdefg", prefix), opening=[100, ~0])
     packed, state = one._start([asked], 1)
@@ -239,30 +241,34 @@ def test_a_stop_text_ends_a_row_and_is_left_out(write):
 
 
 def test_of_overlapping_stop_texts_the_one_complete_first_counts(tiny, prefix, write):
-    one = Writer(tiny.backbone, tiny.tokenizer, Generation(stop=["bcdef", "cd"]))
+    one = Engine(tiny.backbone, tiny.tokenizer, GenerationSettings(stop=["bcdef", "cd"]))
     assert one._text(tiny.tokenizer.encode("abcdefg", add_special_tokens=False)) == ("ab", True)
     (free,) = write(["aaaaaaa"], max_new_tokens=30)
     long, short = free.text[3:12], free.text[6:8]
     settings = {"max_new_tokens": 30, "stop": [long, short]}
     (stopped,) = write(["aaaaaaa"], **settings)
     assert stopped.text == free.text[: free.text.index(short)]
-    one = Writer(tiny.backbone, tiny.tokenizer, Generation(**settings))
+    one = Engine(tiny.backbone, tiny.tokenizer, GenerationSettings(**settings))
     assert "".join(one.stream(request(tiny, "aaaaaaa", prefix))) == stopped.text
 
 
 @pytest.mark.parametrize("settings", [{}, {"temperature": 1.0}, {"stop": [" ", "e"]}], ids=str)
 def test_a_stream_is_the_text_in_pieces(tiny, prefix, write, settings):
-    how = Generation(max_new_tokens=20, **settings)
-    one = Writer(tiny.backbone, tiny.tokenizer, how)
+    how = GenerationSettings(max_new_tokens=20, **settings)
+    one = Engine(tiny.backbone, tiny.tokenizer, how)
     pieces = list(one.stream(request(tiny, "the fourth", prefix)))
     assert "".join(pieces) == write(["the fourth"], max_new_tokens=20, **settings)[0].text
     assert len(pieces) > 1 or settings.get("stop")
     with pytest.raises(UserError, match="cannot be shown as it is written"):
-        next(Writer(tiny.backbone, tiny.tokenizer, Generation(beams=2)).stream(request(tiny, "a")))
+        next(
+            Engine(tiny.backbone, tiny.tokenizer, GenerationSettings(beams=2)).stream(
+                request(tiny, "a")
+            )
+        )
 
 
 def test_what_a_stop_text_may_begin_with_is_held_back(tiny):
-    one = Writer(tiny.backbone, tiny.tokenizer, Generation(stop=["\n\n", "END"]))
+    one = Engine(tiny.backbone, tiny.tokenizer, GenerationSettings(stop=["\n\n", "END"]))
     held = {"abc": 0, "abc\n": 1, "abc E": 1, "abc EN": 2, "ab\N{REPLACEMENT CHARACTER}": 1}
     assert {text: one._uncertain(text) for text in held} == held
 
@@ -280,16 +286,16 @@ def out_of_memory(most, function):
 
 def test_a_batch_too_large_is_halved_until_it_fits(tiny, write, monkeypatch, capsys):
     expected = write(TEXTS)
-    monkeypatch.setattr(writer.decoding, "start", out_of_memory(1, decoding.start))
+    monkeypatch.setattr(engine.decoding, "start", out_of_memory(1, decoding.start))
     assert write(TEXTS) == expected
     said = capsys.readouterr().err
     assert "no memory for 4 inputs at a time: trying 2" in said
     assert "no memory for 2 inputs at a time: trying 1" in said
     assert said.count("no memory") == 2
-    monkeypatch.setattr(writer.decoding, "start", out_of_memory(0, decoding.start))
+    monkeypatch.setattr(engine.decoding, "start", out_of_memory(0, decoding.start))
     with pytest.raises(UserError, match="no memory for a single input"):
         write(TEXTS)
-    one = Writer(tiny.backbone, tiny.tokenizer, Generation())
+    one = Engine(tiny.backbone, tiny.tokenizer, GenerationSettings())
     with pytest.raises(UserError, match="no memory for a single input"):
         next(one.stream(request(tiny, "a")))
 
@@ -298,13 +304,13 @@ def test_other_errors_of_the_device_are_not_hidden(write, monkeypatch):
     def fail(*_, **__):
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
 
-    monkeypatch.setattr(writer.decoding, "start", fail)
+    monkeypatch.setattr(engine.decoding, "start", fail)
     with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
         write(TEXTS)
 
 
 def test_rows_of_a_batch_are_of_few_shapes():
-    assert [writer._rounded(n) for n in (1, 16, 17, 24, 25, 33, 48, 49, 65, 97)] == [
+    assert [engine._rounded(n) for n in (1, 16, 17, 24, 25, 33, 48, 49, 65, 97)] == [
         *(16, 16, 24, 24, 32, 48, 48, 64, 96, 128)
     ]
 
@@ -313,6 +319,6 @@ def test_prefixes_of_a_batch_have_bounded_length(prefix):
     long = dataclasses.replace(prefix, keys=jnp.zeros((3, 300, 2, 8)))
     other = dataclasses.replace(long)
     requests = [Request([1] * n, p) for n, p in ((1, long), (2, other), (3, long), (4, prefix))]
-    assert list(writer._groups(requests)) == [[0, 2], [1, 3]]
-    assert list(writer._groups(requests[2:])) == [[0, 1]]
-    assert list(writer._groups([Request([1], None), *requests[::2]])) == [[0, 1, 2]]
+    assert list(engine._groups(requests)) == [[0, 2], [1, 3]]
+    assert list(engine._groups(requests[2:])) == [[0, 1]]
+    assert list(engine._groups([Request([1], None), *requests[::2]])) == [[0, 1, 2]]

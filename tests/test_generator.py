@@ -7,19 +7,21 @@ import pytest
 from conftest import write_experiment
 
 from softprompt import Generator, SoftPrompt, UserError, load_base, load_experiment, train
-from softprompt.config import Template
 from softprompt.data.task import make_task
 from softprompt.evaluation.scoring import make_prefix
+from softprompt.experiment.schema import TemplateSettings
 from softprompt.inference.prompt import TrainedPrompt
 from softprompt.methods.lora import LoRA
-from softprompt.methods.prefix import PrefixTuning
+from softprompt.methods.prefix_tuning import PrefixTuning
 
 NEW = {"max_new_tokens": 6}
 
 
 def trained(base, method, template="{text}:", length=0, before=0):
     """A method with the prefix it gives."""
-    task = make_task(base, Template(input=template), None, virtual_tokens=length, before=before)
+    task = make_task(
+        base, TemplateSettings(input=template), None, virtual_tokens=length, before=before
+    )
     backbone = method(task.opening).adapt(base.backbone)
     made = method(task.opening)
     return TrainedPrompt(base, made, backbone, make_prefix(made, backbone), task, {})

@@ -11,7 +11,7 @@ from transformers import AutoConfig
 
 from softprompt import UserError
 from softprompt.backbones.families import FAMILIES
-from softprompt.backbones.gguf import GGUFFile
+from softprompt.backbones.formats.gguf import GGUFFile
 from softprompt.backbones.loading import load_backbone
 
 FILES = sorted((GOLDEN / "gguf").glob("*.gguf"))
@@ -45,13 +45,13 @@ def test_transformers_reads_the_config_as_we_do(path, tmp_path):
 
 
 def write_tensor(path, kind):
-    writer = gguf.GGUFWriter(path, "llama")
+    engine = gguf.GGUFWriter(path, "llama")
     array = np.linspace(-1, 1, 512, dtype=np.float32).reshape(2, 256)
-    writer.add_tensor("x", gguf.quants.quantize(array, kind), raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    engine.add_tensor("x", gguf.quants.quantize(array, kind), raw_dtype=kind)
+    engine.write_header_to_file()
+    engine.write_kv_data_to_file()
+    engine.write_tensors_to_file()
+    engine.close()
     return array
 
 
@@ -82,12 +82,12 @@ def test_a_tensor_that_ends_behind_the_file_is_refused(tmp_path):
 
 def test_metadata_that_will_not_do_are_refused(tmp_path):
     for key, value in (("llama.embedding_length", "wide"), ("general.alignment", "32")):
-        writer = gguf.GGUFWriter(tmp_path / "x.gguf", "llama")
-        writer.add_head_count(2)
-        writer.add_string(key, value)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.close()
+        engine = gguf.GGUFWriter(tmp_path / "x.gguf", "llama")
+        engine.add_head_count(2)
+        engine.add_string(key, value)
+        engine.write_header_to_file()
+        engine.write_kv_data_to_file()
+        engine.close()
         with pytest.raises(UserError, match="not a readable GGUF file"):
             GGUFFile(tmp_path / "x.gguf")
 

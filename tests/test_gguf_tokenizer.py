@@ -7,7 +7,7 @@ import pytest
 from conftest import GOLDEN
 
 from softprompt import UserError
-from softprompt.backbones.gguf import GGUFFile
+from softprompt.backbones.formats.gguf import GGUFFile
 from softprompt.backbones.loading import find_model
 
 sys.path.append(str(GOLDEN))

@@ -7,8 +7,8 @@ import pytest
 from conftest import example_of, golden_backbone
 
 from softprompt import Base, UserError, load_experiment
-from softprompt.config import Compute
 from softprompt.data.batches import Layout
+from softprompt.experiment.schema import ComputeSettings
 from softprompt.methods.lora import LoRA, find_targets, first_matrices
 from softprompt.methods.making import make_method
 
@@ -34,7 +34,7 @@ def test_lora_starts_from_the_base_model(tiny, experiment_file):
 
 @pytest.mark.parametrize("variant", ["llama-biased", "gpt2-inner", "t5-gated", "qwen3_moe-normed"])
 def test_merged_lora_is_that_beside_the_matrices(variant):
-    base = Base(variant, "", {}, golden_backbone(variant), None, Compute())
+    base = Base(variant, "", {}, golden_backbone(variant), None, ComputeSettings())
     method = lora_of(base)
     before = [np.array(leaf) for leaf in jax.tree.leaves(base.backbone)]
     examples = [example_of([5, 6, 7], [[8, 9]], 0)]

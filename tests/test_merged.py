@@ -11,11 +11,11 @@ from conftest import FAMILIES_GOLDEN, GOLDEN
 from transformers import AutoConfig
 
 from softprompt import Base, SoftPrompt
-from softprompt.backbones.directory import ModelDirectory
 from softprompt.backbones.families import FAMILIES
-from softprompt.backbones.gguf import GGUFFile
+from softprompt.backbones.formats.directory import ModelDirectory
+from softprompt.backbones.formats.gguf import GGUFFile
 from softprompt.backbones.loading import load_backbone
-from softprompt.config import Compute, Template
+from softprompt.experiment.schema import ComputeSettings, TemplateSettings
 from softprompt.inference.prompt import TrainedPrompt
 from softprompt.interop.merged import export_merged
 from softprompt.methods.method import FullFineTuning
@@ -27,8 +27,8 @@ MODELS = [*sorted(FAMILIES_GOLDEN.iterdir()), *sorted((GOLDEN / "gguf").glob("*.
 def test_the_config_means_the_same_architecture_to_transformers(path, tiny, tmp_path):
     file = ModelDirectory(path) if path.is_dir() else GGUFFile(path)
     backbone, _ = load_backbone(file)
-    base = Base(str(path), "", file.config, backbone, tiny.tokenizer, Compute())
-    task = SimpleNamespace(template=Template(input="{text}"), demonstrations=(), tasks={})
+    base = Base(str(path), "", file.config, backbone, tiny.tokenizer, ComputeSettings())
+    task = SimpleNamespace(template=TemplateSettings(input="{text}"), demonstrations=(), tasks={})
     export_merged(TrainedPrompt(base, FullFineTuning(), backbone, None, task, {}), tmp_path)
     again, _ = load_backbone(ModelDirectory(tmp_path))
     theirs = AutoConfig.from_pretrained(tmp_path).to_dict()
@@ -43,12 +43,12 @@ def test_new_tokens_are_the_vectors_and_never_win(variant, tiny, tmp_path):
     """Of a family: its embedding's factor, its head, tied or not, and what T5 starts from."""
     file = ModelDirectory(FAMILIES_GOLDEN / variant)
     backbone, _ = load_backbone(file)
-    base = Base(variant, "", file.config, backbone, tiny.tokenizer, Compute())
+    base = Base(variant, "", file.config, backbone, tiny.tokenizer, ComputeSettings())
     scale = float(backbone.embedding.table[...].std()) * backbone.embedding.scale
     method = SoftPrompt(
         scale * jax.random.normal(jax.random.key(0), (3, backbone.arch.hidden_size))
     )
-    task = SimpleNamespace(template=Template(input="{text}"), demonstrations=(), tasks={})
+    task = SimpleNamespace(template=TemplateSettings(input="{text}"), demonstrations=(), tasks={})
     about = {"method": "prompt"}
     export_merged(TrainedPrompt(base, method, backbone, None, task, about), tmp_path)
     merged, _ = load_backbone(ModelDirectory(tmp_path))

@@ -12,17 +12,17 @@ from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from softprompt import Base, SoftPrompt, UserError, load_experiment, load_prompt, train
-from softprompt.config import LEARNING_RATES, Compute, Template
 from softprompt.data.examples import make_examples
 from softprompt.data.records import Record, read_records
 from softprompt.data.task import make_task
 from softprompt.evaluation.evaluate import evaluate
 from softprompt.evaluation.scoring import make_prefix, score
+from softprompt.experiment.schema import LEARNING_RATES, ComputeSettings, TemplateSettings
 from softprompt.inference.ensemble import evaluate_ensemble, shared_task
 from softprompt.methods.making import make_method
 from softprompt.methods.method import Method
 from softprompt.methods.multitask import MultiTask
-from softprompt.methods.prefix import PrefixTuning, ReparametrizedPrefix
+from softprompt.methods.prefix_tuning import PrefixTuning, ReparametrizedPrefix
 from softprompt.methods.soft_prompt import DecomposedPrompt, Reparametrized
 
 D, P = 32, 3
@@ -118,7 +118,7 @@ PLACES = {  # template, demonstrations, and the parts of an input
 @pytest.mark.parametrize("place", PLACES)
 def test_virtual_tokens_stand_where_the_template_says(tiny, place):
     text, shown, parts = PLACES[place]
-    task = make_task(tiny, Template(input=text), VERBALIZER, shown, virtual_tokens=P)
+    task = make_task(tiny, TemplateSettings(input=text), VERBALIZER, shown, virtual_tokens=P)
     found = scores(tiny, SoftPrompt(VECTORS, task.opening), task, {"text": "hello"})
     expected = [whole(tiny, *parts, target) for target in VERBALIZER.values()]
     np.testing.assert_allclose(found, expected, rtol=1e-4)
@@ -126,7 +126,7 @@ def test_virtual_tokens_stand_where_the_template_says(tiny, place):
 
 
 def test_text_that_all_inputs_share_is_run_once(tiny):
-    task = make_task(tiny, Template(input="{text}:"), VERBALIZER, SHOWN)
+    task = make_task(tiny, TemplateSettings(input="{text}:"), VERBALIZER, SHOWN)
     assert task.opening == ids(tiny, "aa: ab\n\nbb:xyz\n\n")
     found = scores(tiny, Method(task.opening), task, {"text": "hello"})
     shown = "aa: ab\n\nbb:xyz\n\n"
@@ -144,16 +144,18 @@ def test_special_tokens_stand_around_the_pieces(smollm2, tmp_path):
     )
     base = dataclasses.replace(smollm2, tokenizer=tokenizer)
     record = Record({"text": "hello"}, "here")
-    front = make_task(base, Template(input="{text}:"), VERBALIZER, virtual_tokens=2)
+    front = make_task(base, TemplateSettings(input="{text}:"), VERBALIZER, virtual_tokens=2)
     assert front.opening == [~0, ~1]
     assert front.example(record, with_answer=False).input == [1, *ids(base, "hello:"), 2]
-    behind = make_task(base, Template(input="{prompt}{text}:"), VERBALIZER, virtual_tokens=2)
+    behind = make_task(
+        base, TemplateSettings(input="{prompt}{text}:"), VERBALIZER, virtual_tokens=2
+    )
     assert behind.opening == [1, ~0, ~1]
     assert behind.example(record, with_answer=False).input == [*ids(base, "hello:"), 2]
 
 
 def test_a_chat_template_is_written_out(smollm2):
-    template = Template(input="{prompt}Say {text}", chat=True, system="Be {{kind}}.")
+    template = TemplateSettings(input="{prompt}Say {text}", chat=True, system="Be {{kind}}.")
     task = make_task(smollm2, template, VERBALIZER, SHOWN, virtual_tokens=2)
     example = task.example(Record({"text": "{hello}"}, "here"), with_answer=False)
     messages = [{"role": "system", "content": "Be {kind}."}]
@@ -171,11 +173,11 @@ def test_a_chat_template_is_written_out(smollm2):
 
 def test_a_base_model_without_a_chat_template_is_named(tiny):
     with pytest.raises(UserError, match=r"template\.chat: the base model's chat template"):
-        make_task(tiny, Template(input="{text}", chat=True), VERBALIZER)
+        make_task(tiny, TemplateSettings(input="{text}", chat=True), VERBALIZER)
 
 
 def test_a_field_named_prompt_is_refused_where_it_would_be_mistaken(tiny):
-    task = make_task(tiny, Template(input="{text}{prompt}"), VERBALIZER, virtual_tokens=1)
+    task = make_task(tiny, TemplateSettings(input="{text}{prompt}"), VERBALIZER, virtual_tokens=1)
     with pytest.raises(UserError, match="give the field 'prompt' another name"):
         task.example(Record({"text": "a", "prompt": "b"}, "here"), with_answer=False)
 
@@ -187,7 +189,11 @@ def test_every_task_of_several_has_a_prompt_of_its_own(tiny):
     source.columns.set_value(jnp.asarray(columns, jnp.float32))
     source.rows.set_value(jnp.asarray(rows, jnp.float32))
     task = make_task(
-        tiny, Template(input="{text}:"), VERBALIZER, virtual_tokens=P, tasks=["film", "book"]
+        tiny,
+        TemplateSettings(input="{text}:"),
+        VERBALIZER,
+        virtual_tokens=P,
+        tasks=["film", "book"],
     )
     method = Reparametrized(source, task.opening)
     for number, name in enumerate(task.tasks):
@@ -202,7 +208,7 @@ def test_every_task_of_several_has_a_prompt_of_its_own(tiny):
 def test_offsets_are_added_by_position(tiny):
     random = np.random.default_rng(0)
     down, up = (jnp.asarray(random.normal(size=s), jnp.float32) for s in ((4, 2), (2, D)))
-    task = make_task(tiny, Template(input="{text}"), VERBALIZER, virtual_tokens=P)
+    task = make_task(tiny, TemplateSettings(input="{text}"), VERBALIZER, virtual_tokens=P)
     method = DecomposedPrompt(VECTORS, down, up, task.opening)
     found = scores(tiny, method, task, {"text": "hello"})  # 5 tokens, 4 offsets
     read = tiny.backbone.embedding(jnp.array(ids(tiny, "hello")))
@@ -237,7 +243,7 @@ def test_offsets_reach_generated_tokens(tiny):
 def test_prefix_tuning_from_text_is_the_text(tiny, experiment_file):
     overrides = ["method=prefix", "prefix.init=text", "prefix.init_text=Say", "prefix.length=3"]
     method = make_method(load_experiment(experiment_file, overrides), tiny, [])
-    task = make_task(tiny, Template(input="{text}:"), VERBALIZER, before=3)
+    task = make_task(tiny, TemplateSettings(input="{text}:"), VERBALIZER, before=3)
     found = scores(tiny, method, task, {"text": "hello"})
     expected = [whole(tiny, "Say", "hello:", target) for target in VERBALIZER.values()]
     np.testing.assert_allclose(found, expected, rtol=1e-4)
@@ -345,9 +351,10 @@ def test_prompts_together_score_as_each_alone(experiment_file, tmp_path):
 
 def test_a_prefix_of_a_decoder_takes_no_room_from_the_encoder(tiny):
     for variant, taken in (("t5-gated", 0), ("llama-biased", 9)):
-        base = Base(variant, "", {}, golden_backbone(variant), tiny.tokenizer, Compute())
+        base = Base(variant, "", {}, golden_backbone(variant), tiny.tokenizer, ComputeSettings())
         with_prefix, without = (
-            make_task(base, Template(input="{text}"), None, before=before) for before in (9, 0)
+            make_task(base, TemplateSettings(input="{text}"), None, before=before)
+            for before in (9, 0)
         )
         assert without.max_tokens - with_prefix.max_tokens == taken
 

@@ -8,8 +8,9 @@ from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU, CHRF, TER
 
 from softprompt import UserError
+from softprompt.experiment.metric_names import metric_values
 from softprompt.metrics.labels import label_scores
-from softprompt.metrics.named import measure, metric_values
+from softprompt.metrics.named import measure
 from softprompt.metrics.scores import mean_of, paired_test
 from softprompt.metrics.text import UnicodeTokenizer, rouge
 

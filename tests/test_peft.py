@@ -14,13 +14,13 @@ from safetensors.numpy import load_file, save_file
 from softprompt import SoftPrompt, UserError
 from softprompt.backbones.batch import Batch
 from softprompt.backbones.loading import Base
-from softprompt.config import Compute
+from softprompt.experiment.schema import ComputeSettings
 from softprompt.inference.prompt import TrainedPrompt
 from softprompt.interop.peft_export import export_adapter
 from softprompt.interop.peft_import import import_adapter, import_array
 from softprompt.methods.lora import LoRA
 from softprompt.methods.making import method_of
-from softprompt.methods.prefix import PrefixTuning
+from softprompt.methods.prefix_tuning import PrefixTuning
 from softprompt.methods.soft_prompt import DecomposedPrompt
 
 ADAPTERS = GOLDEN / "adapters"
@@ -30,7 +30,7 @@ PAIRS = sorted(str(p.parent.relative_to(ADAPTERS)) for p in ADAPTERS.glob("*/*/*
 def base_of(variant: str) -> Base:
     backbone = golden_backbone(variant)
     config = json.loads((FAMILIES_GOLDEN / variant / "config.json").read_text())
-    return Base(variant, "", config, backbone, None, Compute())
+    return Base(variant, "", config, backbone, None, ComputeSettings())
 
 
 def imported(base, folder):

@@ -16,7 +16,7 @@ import pytest
 from conftest import write_experiment
 
 from softprompt import UserError, load_experiment
-from softprompt.cli import main
+from softprompt.cli.main import main
 from softprompt.report.collect import collect, varied
 from softprompt.report.figures import spread_figure
 from softprompt.report.tables import chosen_rows, run_rows, seed_rows, table

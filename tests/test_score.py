@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from softprompt.cli import main
+from softprompt.cli.main import main
 from softprompt.metrics.named import measure
 
 ANSWERS = [

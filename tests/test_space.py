@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from softprompt import UserError
-from softprompt.cli import main
+from softprompt.cli.main import main
 
 
 def parameters(space):

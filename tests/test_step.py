@@ -9,8 +9,8 @@ from conftest import example_of
 
 from softprompt import SoftPrompt
 from softprompt.backbones.batch import target_log_probabilities
-from softprompt.config import Optimizer
 from softprompt.data.batches import Layout
+from softprompt.experiment.schema import OptimizerSettings
 from softprompt.training.optimizers import UpdateRule, hyperparameters, learning_rate
 from softprompt.training.step import split, train_step
 
@@ -25,7 +25,7 @@ KEY = jax.random.key(0)
 VECTORS = np.random.default_rng(0).normal(size=(5, 32)).astype(np.float32)
 
 
-ADAMW = Optimizer()
+ADAMW = OptimizerSettings()
 
 
 def setup(base, settings=ADAMW, steps=10):
@@ -59,7 +59,7 @@ def expected(tiny):
 @pytest.mark.parametrize("accumulate", [1, 2, 4])
 def test_one_step_is_that_of_the_mean_loss_over_target_tokens(tiny, expected, accumulate):
     """Also in several passes, although these have different numbers of targets."""
-    plain = Optimizer(name="sgd", learning_rate=0.5, schedule="constant", clip_norm=None)
+    plain = OptimizerSettings(name="sgd", learning_rate=0.5, schedule="constant", clip_norm=None)
     trainable, opt_state, frozen, fixed = setup(tiny, plain)
     loss, gradient = expected
     after, _, measured = train_step(
@@ -85,7 +85,7 @@ def test_only_the_prompt_changes(tiny):
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "sgd", "lion"])
 def test_every_optimizer_lowers_the_loss_and_keeps_only_the_prompts_shape(tiny, name):
     rate = 1.0 if name == "sgd" else 0.1
-    settings = Optimizer(name=name, learning_rate=rate, weight_decay=1e-4)
+    settings = OptimizerSettings(name=name, learning_rate=rate, weight_decay=1e-4)
     trainable, opt_state, frozen, fixed = setup(tiny, settings, 30)
     shapes = {leaf.shape for leaf in jax.tree.leaves(opt_state)}
     assert shapes <= {VECTORS.shape, (), (1,)}
@@ -148,15 +148,17 @@ def test_candidates_side_by_side_score_as_each_alone(tiny):
     ],
 )
 def test_schedules_warm_up_and_fall(schedule, expected):
-    warm = hyperparameters(Optimizer(learning_rate=1.0, warmup_steps=2), 6)
+    warm = hyperparameters(OptimizerSettings(learning_rate=1.0, warmup_steps=2), 6)
     rates = [learning_rate(schedule, warm, i) for i in range(6)]
     np.testing.assert_allclose(rates, expected, atol=1e-6)
-    assert learning_rate(schedule, hyperparameters(Optimizer(learning_rate=1.0), 6), 0) == 1
+    assert learning_rate(schedule, hyperparameters(OptimizerSettings(learning_rate=1.0), 6), 0) == 1
 
 
 def test_an_update_rule_is_optax_with_plain_numbers():
     """Its numbers are in the state; the reference has them in its program."""
-    settings = Optimizer(learning_rate=0.3, warmup_steps=3, weight_decay=0.05, clip_norm=0.5)
+    settings = OptimizerSettings(
+        learning_rate=0.3, warmup_steps=3, weight_decay=0.05, clip_norm=0.5
+    )
     schedule = optax.warmup_cosine_decay_schedule(0.1, 0.3, 2, 12)  # it has no step of rate 0
     schedule = optax.join_schedules([schedule, optax.cosine_decay_schedule(0.3, 9)], [3])
     reference = optax.chain(
@@ -175,7 +177,7 @@ def test_an_update_rule_is_optax_with_plain_numbers():
 
 
 def test_clipping_bounds_the_update(tiny):
-    settings = Optimizer(name="sgd", learning_rate=1.0, schedule="constant", clip_norm=1e-3)
+    settings = OptimizerSettings(name="sgd", learning_rate=1.0, schedule="constant", clip_norm=1e-3)
     trainable, opt_state, frozen, fixed = setup(tiny, settings)
     after, _, measured = train_step(trainable, opt_state, frozen, BATCH, KEY, **fixed)
     assert measured["gradient_norm"] > 1e-2

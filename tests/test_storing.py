@@ -12,12 +12,12 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from softprompt import UserError
-from softprompt.backbones import names
-from softprompt.backbones.directory import ModelDirectory
 from softprompt.backbones.families import FAMILIES
-from softprompt.backbones.gguf import GGUFFile
+from softprompt.backbones.formats import names
+from softprompt.backbones.formats.directory import ModelDirectory
+from softprompt.backbones.formats.gguf import GGUFFile
+from softprompt.backbones.formats.storing import stored_tensors
 from softprompt.backbones.loading import load_backbone
-from softprompt.backbones.storing import stored_tensors
 
 VARIANTS = sorted(path.name for path in FAMILIES_GOLDEN.iterdir() if path.is_dir())
 GGUF_FILES = sorted((GOLDEN / "gguf").glob("*.gguf"))

@@ -9,12 +9,12 @@ import pytest
 from conftest import sweep_process
 
 from softprompt import UserError
-from softprompt.cli import main
+from softprompt.cli.main import main
+from softprompt.storage.run_folder import read_metrics
 from softprompt.sweep import study
 from softprompt.sweep.outcome import Outcome, validation_at
+from softprompt.sweep.runner import open_sweep, sweep
 from softprompt.sweep.study import Study
-from softprompt.sweep.sweep import open_sweep, sweep
-from softprompt.training.run_folder import read_metrics
 
 STUDY = """\
   how: tpe

@@ -11,14 +11,14 @@ import pytest
 from conftest import example_of, sweep_process
 
 from softprompt import SoftPrompt, UserError, load_prompt, train
-from softprompt.cli import main
-from softprompt.config import Optimizer
+from softprompt.cli.main import main
 from softprompt.data.batches import Layout, side_by_side
+from softprompt.experiment.schema import OptimizerSettings
+from softprompt.storage.run_folder import MetricsLog, read_metrics
 from softprompt.sweep.outcome import Outcome, validation_at
-from softprompt.sweep.program import shared, step_together
-from softprompt.sweep.sweep import groups, sweep
+from softprompt.sweep.program import shared, step_group
+from softprompt.sweep.runner import groups, sweep
 from softprompt.training.optimizers import UpdateRule, hyperparameters
-from softprompt.training.run_folder import MetricsLog, read_metrics
 from softprompt.training.step import split, train_step
 
 
@@ -27,7 +27,7 @@ def test_a_padded_prompt_trains_as_an_unpadded_one(tiny):
     vectors = np.random.default_rng(0).normal(size=(5, 32)).astype(np.float32)
     examples = [example_of([5, 6, 7, 8], [[20, 21]], 0), example_of([9, 10], [[23]], 0)]
     batch = Layout.of(examples).lay_out(examples, 2, 8, 2)
-    settings = Optimizer(learning_rate=0.01, weight_decay=0.1, clip_norm=0.5)
+    settings = OptimizerSettings(learning_rate=0.01, weight_decay=0.1, clip_norm=0.5)
     rule, after = UpdateRule.of(settings), []
     for method in (SoftPrompt(jnp.array(vectors)), SoftPrompt(jnp.array(vectors)).padded(9)):
         graphdef, trainable, frozen = split(method, tiny.backbone)
@@ -114,11 +114,11 @@ def test_without_memory_for_all_trials_at_once_a_step_is_of_fewer(space, monkeyp
         widths.append(len(runs))
         if len(runs) > 2:
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
-        return step_together(runs, inputs)
+        return step_group(runs, inputs)
 
     in_pairs = sweep(space(f"{section}  at_once: 2\n", folder="pairs"))
     section += "  at_once: 4\n"
-    monkeypatch.setattr("softprompt.sweep.places.step_together", step_with_memory_for_two)
+    monkeypatch.setattr("softprompt.sweep.scheduler.step_group", step_with_memory_for_two)
     trials = sweep(space(section, folder="narrow"))
     assert widths == [4, *[2] * 24]
     assert "no memory for a step of 4 trials at once: trying 2" in capsys.readouterr().err
@@ -128,7 +128,7 @@ def test_without_memory_for_all_trials_at_once_a_step_is_of_fewer(space, monkeyp
     def step_without_memory(runs, inputs):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
 
-    monkeypatch.setattr("softprompt.sweep.places.step_together", step_without_memory)
+    monkeypatch.setattr("softprompt.sweep.scheduler.step_group", step_without_memory)
     with pytest.raises(UserError, match="no memory for a single trial; set a smaller training"):
         sweep(space(section, folder="none"))
 

@@ -14,7 +14,7 @@ from conftest import GOLDEN, write_experiment
 from orbax.checkpoint import v1 as orbax
 
 from softprompt import UserError, load_experiment, load_prompt, train
-from softprompt.training.run_folder import read_metrics
+from softprompt.storage.run_folder import read_metrics
 
 TIMES = {"examples_per_second", "seconds", "train_seconds", "wall_seconds", "peak_memory_bytes"}
 
@@ -47,7 +47,7 @@ def start(experiment_file):
         command = [
             sys.executable,
             "-c",
-            "import sys; from softprompt.cli import main; sys.exit(main())",
+            "import sys; from softprompt.cli.main import main; sys.exit(main())",
         ]
         command += ["train", str(experiment_file), *overrides, "--run-dir", str(folder)]
         return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
@@ -116,7 +116,7 @@ def fsync(descriptor):
     left -= 1
     os._exit(9) if not left else real(descriptor)
 os.fsync = fsync
-from softprompt.cli import main
+from softprompt.cli.main import main
 sys.exit(main())
 """
     command = [sys.executable, "-c", code, str(write), "train", str(experiment_file)]

@@ -91,7 +91,7 @@ def attend(
     return mixed.reshape(batch, length, heads, size)
 
 
-def behind(queries: jax.Array, keys: jax.Array, window: int | None) -> jax.Array:
+def causal_mask(queries: jax.Array, keys: jax.Array, window: int | None) -> jax.Array:
     """Whether a key is at a query's own or an earlier position, and within its window.
 
     Args:

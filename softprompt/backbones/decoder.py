@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from softprompt.backbones.architecture import Architecture, LayerKind
-from softprompt.backbones.attention import NOWHERE, Source, attend, behind, same_sequence
+from softprompt.backbones.attention import NOWHERE, Source, attend, causal_mask, same_sequence
 from softprompt.backbones.batch import Batch
 from softprompt.backbones.flash import flash_attend
 from softprompt.backbones.layers import (
@@ -260,15 +260,15 @@ class Decoder(nnx.Module):
 
         def view(kind: LayerKind):
             """Rotary angles, and what is visible of a row's own tokens, the prefix, the cache."""
-            own = behind(positions, positions, kind.window)
+            own = causal_mask(positions, positions, kind.window)
             if segments is not None:
                 own &= same_sequence(segments)
             hidden = prefix is not None and (spans is not None or windows)
             return (
                 None if kind.rope is None else angles(kind.rope, positions + start),
                 own,
-                behind(positions + start, virtual, kind.window) if hidden else None,
-                behind(positions, cache.positions, kind.window) if cache else None,
+                causal_mask(positions + start, virtual, kind.window) if hidden else None,
+                causal_mask(positions, cache.positions, kind.window) if cache else None,
             )
 
         windows = any(kind.window for kind in arch.layers)

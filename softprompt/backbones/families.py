@@ -8,8 +8,8 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from softprompt.backbones import names as named
 from softprompt.backbones.architecture import Architecture, LayerKind
+from softprompt.backbones.formats import names as named
 from softprompt.backbones.rope import make_rope
 from softprompt.backbones.t5 import T5Architecture
 from softprompt.errors import UserError

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from softprompt.backbones.attention import Source, attend, behind
+from softprompt.backbones.attention import Source, attend, causal_mask
 from softprompt.errors import UserError
 
 ATTENTIONS = ("auto", "xla", "cudnn")
@@ -111,8 +111,8 @@ def trial(arch, implementation: Literal["cudnn", "xla"]) -> str | None:
     places = jnp.arange(32)[None] + 16
 
     def plain(queries, keys, values):
-        own = Source(keys, values, behind(places, places, window))
-        before = Source(*prefix, visible=behind(places, jnp.arange(16)[None], window))
+        own = Source(keys, values, causal_mask(places, places, window))
+        before = Source(*prefix, visible=causal_mask(places, jnp.arange(16)[None], window))
         return attend(queries, [own, before], scale=scale)
 
     def flash(queries, keys, values):

@@ -12,13 +12,13 @@ from flax import nnx
 from transformers import PreTrainedTokenizerFast
 
 from softprompt.backbones import decoder, prefix, t5
-from softprompt.backbones.directory import ModelDirectory, ModelFile
 from softprompt.backbones.families import FAMILIES, family_of
 from softprompt.backbones.flash import choose_attention
-from softprompt.backbones.gguf import GGUFFile
-from softprompt.backbones.weights import fill
-from softprompt.config import Compute
+from softprompt.backbones.formats.directory import ModelDirectory, ModelFile
+from softprompt.backbones.formats.gguf import GGUFFile
+from softprompt.backbones.formats.weights import fill
 from softprompt.errors import UserError
+from softprompt.experiment.schema import ComputeSettings
 
 Backbone = decoder.Decoder | t5.T5
 Prefix = prefix.Prefix | prefix.T5Prefix
@@ -53,7 +53,7 @@ class Base:
     config: Mapping[str, Any]
     backbone: Backbone
     tokenizer: PreTrainedTokenizerFast
-    compute: Compute
+    compute: ComputeSettings
 
     @property
     def hub_name(self) -> str:
@@ -96,7 +96,7 @@ def load_base(
     path = find_model(name)
     file: ModelFile = ModelDirectory(path) if path.is_dir() else GGUFFile(path)
     backbone, weights = load_backbone(file, dtype=dtype, int8=int8, attention=attention)
-    compute = Compute(dtype=dtype, int8=int8, attention=backbone.attention)
+    compute = ComputeSettings(dtype=dtype, int8=int8, attention=backbone.attention)
     tokenizer, size = file.tokenizer(), backbone.arch.vocab_size
     added = tokenizer.added_tokens_decoder  # which may be more than there are embeddings
     if any(token >= size and token not in added for token in tokenizer.get_vocab().values()):

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from softprompt.backbones.attention import Source, attend, behind, same_sequence
+from softprompt.backbones.attention import Source, attend, causal_mask, same_sequence
 from softprompt.backbones.batch import Batch
 from softprompt.backbones.layers import (
     ACTIVATIONS,
@@ -207,7 +207,7 @@ class T5(nnx.Module):
         tokens = jnp.where(is_first, self.arch.start_token, read)
         positions = places - first
         segments = jnp.where(batch.target_candidates < 0, -1, batch.target_candidates + 1)
-        visible = behind(positions, positions, None) & same_sequence(segments)
+        visible = causal_mask(positions, positions, None) & same_sequence(segments)
         # One bias for all rows: within a candidate, places differ as positions do.
         bias = self._bias(self.decoder_bias, places, places, both_ways=False)
         before, *seen_before = self._before(prefix, positions)
@@ -303,7 +303,7 @@ class T5(nnx.Module):
             virtual, start = positions_within(prefix.spans, virtual.size)
         positions = positions + start
         bias = self._bias(self.decoder_bias, positions, virtual, both_ways=False)
-        return (prefix.keys, prefix.values), behind(positions, virtual, None), bias
+        return (prefix.keys, prefix.values), causal_mask(positions, virtual, None), bias
 
     def _bias(self, table: nnx.Param, queries, keys, *, both_ways: bool) -> jax.Array:
         """What a head adds to the score of a key by its distance, `[B, H, T, S]` float32.

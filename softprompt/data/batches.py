@@ -12,7 +12,7 @@ import numpy as np
 
 from softprompt.backbones.batch import Batch
 from softprompt.data.examples import Example
-from softprompt.memory import Result, run_batches
+from softprompt.runtime.memory import Result, run_batches
 
 _WINDOW = 32  # batches whose examples are sorted by length together
 _MULTIPLE = 8  # lengths are rounded up to this

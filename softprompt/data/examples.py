@@ -3,11 +3,14 @@
 import dataclasses
 import hashlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from softprompt.console import Bar, say
 from softprompt.data.records import Record
+from softprompt.runtime.progress import Progress, silent
+
+_log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from softprompt.data.task import Task
@@ -32,14 +35,16 @@ class Example:
     truncated: bool
 
 
-def make_examples(task: "Task", records: Sequence[Record], split: str) -> list[Example]:
+def make_examples(
+    task: "Task", records: Sequence[Record], split: str, progress: Progress = silent
+) -> list[Example]:
     """An example of every record, under a progress bar; says how many were cut."""
     examples = []
-    with Bar(f"tokenise {split}", len(records), "examples") as bar:
+    with progress(f"tokenise {split}", len(records), "examples") as bar:
         for record in records:
             examples.append(task.example(record))
             bar.advance()
-    say(f"{split}: {len(examples)} examples")
+    _log.info(f"{split}: {len(examples)} examples")
     say_truncated(examples, task, split)
     return examples
 
@@ -62,4 +67,6 @@ def examples_digest(splits: Mapping[str, Sequence[Example]]) -> str:
 def say_truncated(examples: Sequence[Example], task: "Task", split: str) -> None:
     """Say how many inputs were cut, if any were."""
     if cut := sum(example.truncated for example in examples):
-        say(f"{split}: {cut} cut to {task.max_tokens} tokens, at the end of their longest field")
+        _log.info(
+            f"{split}: {cut} cut to {task.max_tokens} tokens, at the end of their longest field"
+        )

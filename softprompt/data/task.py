@@ -13,11 +13,11 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from softprompt.backbones.loading import Base
-from softprompt.config import Template
 from softprompt.data.examples import Example
 from softprompt.data.records import Record
 from softprompt.errors import UserError
-from softprompt.templates import template_fields, template_pieces
+from softprompt.experiment.schema import TemplateSettings
+from softprompt.experiment.templates import template_fields, template_pieces
 
 Demonstration = tuple[str, str]  # an input and its target
 Piece = str | list[int] | None  # a template, ids, or the place of the virtual tokens
@@ -46,7 +46,7 @@ class Task:
     """
 
     base: Base
-    template: Template
+    template: TemplateSettings
     verbalizer: Mapping[str, str] | None
     demonstrations: Sequence[Demonstration]
     max_tokens: int
@@ -184,7 +184,7 @@ class Task:
 
 def make_task(
     base: Base,
-    template: Template,
+    template: TemplateSettings,
     verbalizer: Mapping[str, str] | None,
     demonstrations: Sequence[Demonstration] = (),
     *,
@@ -242,7 +242,7 @@ def make_task(
 
 
 def draw_demonstrations(
-    template: Template,
+    template: TemplateSettings,
     verbalizer: Mapping[str, str] | None,
     records: Sequence[Record],
     count: int,
@@ -260,7 +260,7 @@ def draw_demonstrations(
 
 
 def _demonstrate(
-    template: Template, verbalizer: Mapping[str, str] | None, record: Record
+    template: TemplateSettings, verbalizer: Mapping[str, str] | None, record: Record
 ) -> Demonstration:
     text = _fill("".join(template_pieces(template.input)), record)[0]
     if not verbalizer:
@@ -270,7 +270,7 @@ def _demonstrate(
     return text, target
 
 
-def _label(template: Template, verbalizer: Mapping[str, str], record: Record) -> str:
+def _label(template: TemplateSettings, verbalizer: Mapping[str, str], record: Record) -> str:
     (field,) = template_fields(template.target)
     label = record.text(field)
     if label not in verbalizer:
@@ -282,7 +282,7 @@ def _label(template: Template, verbalizer: Mapping[str, str], record: Record) ->
 
 
 def pieces_of(
-    template: Template,
+    template: TemplateSettings,
     demonstrations: Sequence[Demonstration],
     tokenizer: PreTrainedTokenizerFast,
     virtual: bool,
@@ -317,7 +317,9 @@ def _is_constant(piece: Piece, tasks: Sequence[str]) -> bool:
 
 
 def _chat(
-    template: Template, demonstrations: Sequence[Demonstration], tokenizer: PreTrainedTokenizerFast
+    template: TemplateSettings,
+    demonstrations: Sequence[Demonstration],
+    tokenizer: PreTrainedTokenizerFast,
 ) -> list[str]:
     """What the chat template makes of the conversation, up to the input and from there on."""
     contents = [] if template.system is None else [template.system]

@@ -10,14 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from softprompt.config import Experiment
-from softprompt.console import Bar
 from softprompt.data.examples import Example
 from softprompt.data.task import Task
-from softprompt.evaluation.scoring import score, weighed
-from softprompt.generation.writer import Writer, requests_of
-from softprompt.metrics.named import MODEL_METRICS, measure
+from softprompt.evaluation.scoring import calibrated_scores, score
+from softprompt.experiment.metric_names import MODEL_METRICS
+from softprompt.experiment.schema import Experiment
+from softprompt.generation.engine import Engine, requests_of
+from softprompt.metrics.named import measure
 from softprompt.metrics.scores import Scores, all_intervals, all_values
+from softprompt.runtime.progress import Progress, silent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +52,7 @@ def evaluate(
     label: str,
     *,
     written: int | None = None,
+    progress: Progress = silent,
 ) -> Measured:
     """Score examples and answer them, under progress bars.
 
@@ -61,6 +63,7 @@ def evaluate(
       experiment: whose metrics, scoring and settings of generation to use.
       label: what stands in front of the bars.
       written: behind how many of them to write, if they are of free text; None: all.
+      progress: shows how many examples are done.
 
     Returns:
       `loss`, the mean negative log-likelihood per token of the right targets in nats; of
@@ -68,7 +71,7 @@ def evaluate(
     """
     settings = experiment.evaluation
     scores = np.empty((len(examples), len(examples[0].candidates)), np.float32)
-    with Bar(label, len(examples), "examples") as bar:
+    with progress(label, len(examples), "examples") as bar:
         for numbers, part in score(backbone, prefix, examples, settings.batch_size):
             scores[numbers] = part
             bar.advance(len(numbers))
@@ -78,7 +81,7 @@ def evaluate(
     if task.labels:
         answered = examples
         names = list(dict.fromkeys(["accuracy", *names]))
-        chosen = weighed(scores, examples, backbone, prefix, task, experiment.scoring)
+        chosen = calibrated_scores(scores, examples, backbone, prefix, task, experiment.scoring)
         predictions = [task.labels[i] for i in chosen.argmax(axis=1)]
         references = [task.labels[example.answer or 0] for example in examples]
     else:
@@ -86,8 +89,8 @@ def evaluate(
         requests = []
         if answered:  # else there need not be room to write anything
             requests = requests_of([e.record for e in answered], task, prefix, how)
-        writer = Writer(backbone, task.base.tokenizer, how)
-        generated = writer.write(requests, settings.batch_size, f"{label}: write")
+        engine = Engine(backbone, task.base.tokenizer, how)
+        generated = engine.generate(requests, settings.batch_size, f"{label}: write", progress)
         predictions = [each.text.strip() for each in generated]
         references = [task.reference(example.record) for example in answered]
     if answered:

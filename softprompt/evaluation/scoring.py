@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from softprompt.backbones.batch import Batch, target_log_probabilities
-from softprompt.config import Scoring
 from softprompt.data.batches import evaluation_batches
 from softprompt.data.examples import Example
 from softprompt.data.task import Task
+from softprompt.experiment.schema import ScoringSettings
 
 
 @jax.jit
@@ -24,7 +24,7 @@ def make_prefix(method, backbone):
     return method.make_prefix(backbone)
 
 
-def applied(method, backbone) -> tuple[Any, Any]:
+def prepare_model(method, backbone) -> tuple[Any, Any]:
     """What a method says to run, as `Method.apply` gives it, once for many batches."""
     adapted = method.adapt(backbone)
     return adapted, make_prefix(method, adapted)
@@ -61,8 +61,13 @@ def score(
         yield numbers, scores[: len(numbers)]
 
 
-def weighed(
-    scores: np.ndarray, examples: Sequence[Example], backbone, prefix, task: Task, scoring: Scoring
+def calibrated_scores(
+    scores: np.ndarray,
+    examples: Sequence[Example],
+    backbone,
+    prefix,
+    task: Task,
+    scoring: ScoringSettings,
 ) -> np.ndarray:
     """Log-probabilities `[N, C]` as labels are chosen by them.
 

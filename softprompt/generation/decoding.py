@@ -80,7 +80,7 @@ def start(
 
 
 @partial(jax.jit, donate_argnames="state")
-def write_on(
+def continue_decoding(
     backbone, prefix, state: State, sampling: Sampling, ends: jax.Array, until: jax.Array
 ) -> State:
     """Write until all rows have ended, or have so many tokens.

@@ -8,13 +8,13 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from softprompt.config import Generation
+from softprompt.experiment.schema import GenerationSettings
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How a token is chosen; None where a rule is not used. See `config.Generation`."""
+    """How a token is chosen; None where a rule is not used. See `GenerationSettings`."""
 
     temperature: float | None
     top_k: int | None
@@ -23,7 +23,7 @@ class Sampling:
     repetition_penalty: float | None
 
     @classmethod
-    def of(cls, settings: Generation) -> "Sampling":
+    def of(cls, settings: GenerationSettings) -> "Sampling":
         """The rules of an experiment's or a caller's settings."""
         return cls(
             **{field.name: getattr(settings, field.name) for field in dataclasses.fields(cls)}

@@ -15,19 +15,23 @@ import numpy as np
 
 from softprompt.backbones.batch import Batch
 from softprompt.backbones.prefix import Prefix
-from softprompt.config import Scoring
-from softprompt.console import Bar
 from softprompt.data.batches import evaluation_batches
 from softprompt.data.examples import Example
 from softprompt.data.task import Task
 from softprompt.errors import UserError
 from softprompt.evaluation.evaluate import likelihood
 from softprompt.evaluation.scoring import candidate_scores
+from softprompt.experiment.schema import ScoringSettings
 from softprompt.inference.prompt import TrainedPrompt
+from softprompt.runtime.progress import Progress, silent
 
 
 def evaluate_ensemble(
-    prompts: Sequence[TrainedPrompt], examples: Sequence[Example], batch_size: int, label: str
+    prompts: Sequence[TrainedPrompt],
+    examples: Sequence[Example],
+    batch_size: int,
+    label: str,
+    progress: Progress = silent,
 ) -> dict[str, dict[str, float]]:
     """Accuracy of prompts alone and together, each batch in one pass for all of them.
 
@@ -39,6 +43,7 @@ def evaluate_ensemble(
       examples: with their answers, made by the `shared_task` of the prompts.
       batch_size: rows at a time.
       label: what stands in front of the progress bar.
+      progress: shows how many examples are done.
 
     Returns:
       By the prompts' numbers (`1`, `2`, …) loss and accuracy of each, and the accuracy by
@@ -56,7 +61,7 @@ def evaluate_ensemble(
         batch_size,
         lambda batch: np.asarray(_scores(backbone, prefix, batch, scores.shape[-1])),
     )
-    with Bar(label, len(examples), "examples") as bar:
+    with progress(label, len(examples), "examples") as bar:
         for numbers, of_batch in batches:
             scores[:, numbers] = of_batch[:, : len(numbers)]
             bar.advance(len(numbers))
@@ -92,7 +97,7 @@ def shared_task(prompts: Sequence[TrainedPrompt]) -> Task:
             )
         if not isinstance(prompt.prefix, Prefix):
             raise UserError(f"prompt {number}: an encoder-decoder's cannot be evaluated together")
-        if prompt.scoring != Scoring():
+        if prompt.scoring != ScoringSettings():
             raise UserError(f"prompt {number}: has a scoring of its own")
         if rows(task) != rows(first):
             raise UserError(f"prompt {number}: of another task than the first")

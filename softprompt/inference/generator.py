@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from softprompt.backbones.loading import Base, load_base
-from softprompt.config import Generation, Template
 from softprompt.data.records import Record
 from softprompt.data.task import make_task
 from softprompt.errors import UserError
-from softprompt.generation.writer import Generated, Request, Writer
+from softprompt.experiment.schema import GenerationSettings, TemplateSettings
+from softprompt.generation.engine import Engine, Generated, Request
 from softprompt.inference.prompt import Input, TrainedPrompt, changed, load_prompt
 from softprompt.methods.method import Method
 
@@ -36,7 +36,7 @@ class Generator:
     ):
         self.base = base if isinstance(base, Base) else load_base(base)
         self._bank: dict[str, TrainedPrompt] = {}
-        task = make_task(self.base, Template(input="{text}"), None)
+        task = make_task(self.base, TemplateSettings(input="{text}"), None)
         self._alone = TrainedPrompt(self.base, Method(), self.base.backbone, None, task, {})
         for name, prompt in (prompts or {}).items():
             self.add(name, prompt)
@@ -83,7 +83,7 @@ class Generator:
           prompts: the name of each input's prompt, or None for the base model alone, which
             reads the text as it is; or one for all of them.
           batch_size: texts at a time; fewer if the device has no memory for as many.
-          settings: see `config.Generation`; the same for all rows.
+          settings: see `GenerationSettings`; the same for all rows.
 
         Raises:
           UserError: if there is no such prompt, an input is empty or lacks a field, or the
@@ -94,7 +94,7 @@ class Generator:
         names = [prompts] * len(inputs) if prompts is None or isinstance(prompts, str) else prompts
         if len(names) != len(inputs):
             raise UserError(f"{len(inputs)} inputs and {len(names)} names of prompts")
-        how = changed(Generation(), settings)
+        how = changed(GenerationSettings(), settings)
         bank = [self._prompt(name) for name in names]
         requests: dict[int, Request] = {}
         for numbers in _grouped(map(id, bank)):
@@ -104,14 +104,16 @@ class Generator:
         backbones = [self.base.backbone if p.is_prefix else p.backbone for p in bank]
         results: dict[int, Generated] = {}
         for numbers in _grouped(map(id, backbones)):
-            writer = Writer(backbones[numbers[0]], self.base.tokenizer, how)
-            written = writer.write([requests[i] for i in numbers], batch_size)
+            engine = Engine(backbones[numbers[0]], self.base.tokenizer, how)
+            written = engine.generate([requests[i] for i in numbers], batch_size)
             results.update(zip(numbers, written, strict=True))
         return [results[i] for i in range(len(inputs))]
 
     def stream(self, text: Input, prompt: str | None, **settings: Any) -> Iterator[str]:
         """Pieces of what the model writes behind an input, as they are written."""
-        return self._prompt(prompt).stream(text, **changed(Generation(), settings).model_dump())
+        return self._prompt(prompt).stream(
+            text, **changed(GenerationSettings(), settings).model_dump()
+        )
 
     def _prompt(self, name: str | None) -> TrainedPrompt:
         if name is None:

@@ -11,18 +11,19 @@ import numpy as np
 import pydantic
 
 from softprompt.backbones.loading import Backbone, Base, Prefix, load_base
-from softprompt.config import Generation, Scoring
 from softprompt.data.examples import say_truncated
 from softprompt.data.records import Record
 from softprompt.data.task import Task
 from softprompt.errors import UserError
-from softprompt.evaluation.scoring import applied, score, weighed
-from softprompt.generation.writer import Generated, Request, Writer, requests_of
-from softprompt.inference.saved import SavedPrompt
+from softprompt.evaluation.scoring import calibrated_scores, prepare_model, score
+from softprompt.experiment.schema import GenerationSettings, ScoringSettings
+from softprompt.experiment.templates import template_fields
+from softprompt.generation.engine import Engine, Generated, Request, requests_of
 from softprompt.methods.method import FullFineTuning, Method, with_parameters
-from softprompt.methods.prefix import PrefixTuning
+from softprompt.methods.prefix_tuning import PrefixTuning
+from softprompt.methods.saved import SavedPrompt
 from softprompt.methods.soft_prompt import SoftPrompt
-from softprompt.templates import template_fields
+from softprompt.runtime.progress import Progress, silent
 
 Input = str | Mapping[str, Any] | Record  # a text, or fields by name where there are several
 
@@ -54,8 +55,8 @@ class TrainedPrompt:
     prefix: Prefix | None
     task: Task
     description: Mapping[str, Any]
-    scoring: Scoring = dataclasses.field(default_factory=Scoring)
-    generation: Generation = dataclasses.field(default_factory=Generation)
+    scoring: ScoringSettings = dataclasses.field(default_factory=ScoringSettings)
+    generation: GenerationSettings = dataclasses.field(default_factory=GenerationSettings)
 
     @property
     def is_prefix(self) -> bool:
@@ -84,7 +85,7 @@ class TrainedPrompt:
         model = self.backbone, self.prefix
         for numbers, part in score(*model, examples, batch_size):
             scores[numbers] = part
-        scores = weighed(scores, examples, *model, self.task, self.scoring)
+        scores = calibrated_scores(scores, examples, *model, self.task, self.scoring)
         probabilities = np.asarray(jax.nn.softmax(jnp.asarray(scores), axis=-1))
         return [
             Prediction(labels[row.argmax()], dict(zip(labels, row.tolist(), strict=True)))
@@ -149,7 +150,12 @@ class TrainedPrompt:
         return perplexities.tolist()
 
     def generate(
-        self, inputs: Sequence[Input], batch_size: int = 32, **settings: Any
+        self,
+        inputs: Sequence[Input],
+        batch_size: int = 32,
+        *,
+        progress: Progress = silent,
+        **settings: Any,
     ) -> list[Generated]:
         """What the model writes behind each input.
 
@@ -157,28 +163,30 @@ class TrainedPrompt:
           inputs: texts, or fields by name where the template has more than one. One that
             leaves no room for the new tokens is cut as in training.
           batch_size: texts at a time; fewer if the device has no memory for as many.
+          progress: shows how many texts are done.
           settings: instead of those that the prompt was trained with: see
-            `config.Generation`.
+            `GenerationSettings`.
 
         Raises:
           UserError: if an input is empty or lacks a field, or the model has no such room.
         """
         how = changed(self.generation, settings)
-        writer = Writer(self.backbone, self.base.tokenizer, how)
-        return writer.write(self.requests(self._records(inputs), how), batch_size)
+        engine = Engine(self.backbone, self.base.tokenizer, how)
+        requests = self.requests(self._records(inputs), how)
+        return engine.generate(requests, batch_size, progress=progress)
 
     def stream(self, text: Input, **settings: Any) -> Iterator[str]:
         """Pieces of what the model writes behind an input, as they are written."""
         how = changed(self.generation, settings)
         (request,) = self.requests(self._records([text]), how)
-        return Writer(self.backbone, self.base.tokenizer, how).stream(request)
+        return Engine(self.backbone, self.base.tokenizer, how).stream(request)
 
-    def requests(self, records: Sequence[Record], settings: Generation) -> list[Request]:
-        """Records as what a `Writer` writes behind."""
+    def requests(self, records: Sequence[Record], settings: GenerationSettings) -> list[Request]:
+        """Records as what a `Engine` writes behind."""
         return requests_of(records, self.task, self.prefix, settings)
 
 
-def changed(settings: Generation, changes: Mapping[str, Any]) -> Generation:
+def changed(settings: GenerationSettings, changes: Mapping[str, Any]) -> GenerationSettings:
     """The settings with some of them changed.
 
     Raises:
@@ -188,7 +196,7 @@ def changed(settings: Generation, changes: Mapping[str, Any]) -> Generation:
     if "temperature" in changes and not changes["temperature"]:  # and what is only for draws
         kept |= dict.fromkeys(("top_k", "top_p", "min_p"))
     try:
-        return Generation(**kept | dict(changes))
+        return GenerationSettings(**kept | dict(changes))
     except pydantic.ValidationError as errors:
         raise UserError("; ".join(map(_explained, errors.errors()))) from None
 
@@ -196,7 +204,7 @@ def changed(settings: Generation, changes: Mapping[str, Any]) -> Generation:
 def _explained(error: Any) -> str:
     name = ".".join(map(str, error["loc"]))
     if error["type"] == "extra_forbidden":
-        return f"{name}: no setting of generation ({', '.join(Generation.model_fields)})"
+        return f"{name}: no setting of generation ({', '.join(GenerationSettings.model_fields)})"
     message = error["msg"].removeprefix("Value error, ")
     return f"{name}: {message}, not {error['input']!r}" if name else message
 
@@ -220,7 +228,7 @@ def load_prompt(path: str | Path, base: Base | str | None = None) -> TrainedProm
     trained_on = base.backbone
     if isinstance(method, FullFineTuning):
         trained_on = with_parameters(trained_on, arrays)
-    backbone, prefix = applied(method, trained_on)
+    backbone, prefix = prepare_model(method, trained_on)
     return TrainedPrompt(
         base, method, backbone, prefix, task, saved.description, saved.scoring, saved.generation
     )

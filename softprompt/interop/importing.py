@@ -3,13 +3,13 @@
 from pathlib import Path
 
 from softprompt.backbones.loading import Base
-from softprompt.config import Experiment, Template
 from softprompt.data.task import make_task
 from softprompt.errors import UserError
-from softprompt.inference.saved import save_prompt, usage
+from softprompt.experiment.schema import Experiment, TemplateSettings
 from softprompt.interop.export import make_folder
 from softprompt.interop.peft_import import import_adapter, import_array
 from softprompt.methods.making import method_of
+from softprompt.methods.saved import save_prompt, usage
 
 
 def import_prompt(
@@ -31,7 +31,7 @@ def import_prompt(
         raise UserError(f"experiment {experiment.name}: shots and tasks cannot be imported to")
     read = import_array if source.suffix == ".npy" else import_adapter
     name, arrays, scales = read(source, base)
-    template = experiment.template if experiment else Template(input="{text}")
+    template = experiment.template if experiment else TemplateSettings(input="{text}")
     try:
         task = make_task(
             base,

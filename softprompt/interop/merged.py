@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from softprompt.backbones.families import FAMILIES
+from softprompt.backbones.formats.storing import save_tensors, stored_tensors
 from softprompt.backbones.loading import Base
-from softprompt.backbones.storing import save_tensors, stored_tensors
 from softprompt.backbones.t5 import T5Architecture
 from softprompt.data.task import pieces_of
 from softprompt.errors import UserError

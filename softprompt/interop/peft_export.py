@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 
+from softprompt.backbones.formats.storing import save_tensors
 from softprompt.backbones.loading import Base
-from softprompt.backbones.storing import save_tensors
 from softprompt.errors import UserError
 from softprompt.inference.prompt import TrainedPrompt
 from softprompt.interop.peft_layout import peft_embedding_scale, stored_modules
 from softprompt.methods.lora import LoRA, matrices_of
-from softprompt.methods.prefix import PrefixTuning
+from softprompt.methods.prefix_tuning import PrefixTuning
 from softprompt.methods.soft_prompt import SoftPrompt
 
 

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from softprompt.backbones.formats.names import WHOLE
 from softprompt.backbones.loading import Base
-from softprompt.backbones.names import WHOLE
 from softprompt.errors import UserError
 from softprompt.interop.peft_layout import peft_embedding_scale, stored_modules
 from softprompt.methods.lora import matrices_of

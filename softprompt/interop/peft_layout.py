@@ -3,8 +3,8 @@
 from typing import Any
 
 from softprompt.backbones.families import FAMILIES
+from softprompt.backbones.formats.storing import find_entry
 from softprompt.backbones.loading import Base
-from softprompt.backbones.storing import find_entry
 from softprompt.methods.lora import matrices_of
 
 

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from softprompt.backbones.loading import Base
-from softprompt.config import Initial
 from softprompt.errors import UserError
+from softprompt.experiment.schema import InitializationSettings
 
 
 def initial_vectors(
-    settings: Initial,
+    settings: InitializationSettings,
     length: int,
     base: Base,
     labels: Sequence[str],

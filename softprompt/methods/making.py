@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 
 from softprompt.backbones.loading import Base
-from softprompt.config import Experiment
 from softprompt.errors import UserError
+from softprompt.experiment.schema import Experiment
 from softprompt.methods.initializers import initial_vectors
 from softprompt.methods.lora import LoRA, find_targets, first_matrices
 from softprompt.methods.method import FullFineTuning, Method
 from softprompt.methods.multitask import MultiTask
-from softprompt.methods.prefix import PrefixTuning, ReparametrizedPrefix
+from softprompt.methods.prefix_tuning import PrefixTuning, ReparametrizedPrefix
 from softprompt.methods.reparametrization import LSTM, MLP, LowRank, Residual
 from softprompt.methods.soft_prompt import DecomposedPrompt, Reparametrized, SoftPrompt
 

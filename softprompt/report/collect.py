@@ -2,16 +2,18 @@
 
 import dataclasses
 import json
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from softprompt.console import say
 from softprompt.errors import UserError
-from softprompt.experiment_file import flattened, load_experiment
+from softprompt.experiment.reading import flattened, load_experiment
 from softprompt.metrics.named import merit
+from softprompt.storage.run_folder import read_metrics, read_summary
 from softprompt.sweep.outcome import Outcome
-from softprompt.training.run_folder import read_metrics, read_summary
+
+_log = logging.getLogger(__name__)
 
 _APART = ("name", "seed")  # keys that say nothing of what is compared
 
@@ -78,7 +80,7 @@ def collect(paths: Iterable[Path]) -> list[RunRecord]:
         try:
             records.append(_read(folder))
         except (UserError, OSError) as error:
-            say(f"{folder}: left out ({str(error).splitlines()[0]})")
+            _log.info(f"{folder}: left out ({str(error).splitlines()[0]})")
     if not records:
         raise UserError("no run can be read")
     finished = [record for record in records if record.state == "finished"]

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from softprompt.metrics.named import lower_is_better
+from softprompt.experiment.metric_names import lower_is_better
 from softprompt.report.collect import RunRecord
 from softprompt.report.tables import cell, seed_rows, short
 

@@ -1,6 +1,7 @@
 """A report: one HTML file that needs nothing else, and its tables as CSV and Markdown."""
 
 import json
+import logging
 import math
 import shlex
 from collections.abc import Sequence
@@ -10,16 +11,17 @@ from typing import Any
 import jinja2
 import matplotlib
 
-from softprompt.console import say
 from softprompt.data.records import read_records
 from softprompt.errors import UserError
-from softprompt.experiment_file import load_experiment
+from softprompt.experiment.reading import load_experiment
 from softprompt.inference.inspect import nearest_tokens
 from softprompt.inference.prompt import TrainedPrompt, load_prompt
 from softprompt.report import figures
 from softprompt.report.collect import RunRecord, best, collect, varied
 from softprompt.report.tables import cell, run_rows, seed_rows, table
-from softprompt.training.run_folder import write_file
+from softprompt.storage.files import write_file
+
+_log = logging.getLogger(__name__)
 
 _PAGE = "report.html"
 _FORMS = {"csv": "csv", "md": "markdown"}  # of tables, by the ends of their files' names
@@ -44,7 +46,7 @@ def write_report(paths: Sequence[Path], folder: Path) -> Path:
     metric = everything[0].metric
     records = [record for record in everything if record.metric == metric]
     if others := len(everything) - len(records):
-        say(f"runs of another metric than {metric}: {others}, in the table of runs alone")
+        _log.info(f"runs of another metric than {metric}: {others}, in the table of runs alone")
     keys = varied(records)
     rows, by_settings = run_rows(everything, varied(everything), folder), seed_rows(records, keys)
     tables = {"runs": rows, "settings": by_settings}
@@ -166,7 +168,7 @@ def _best(records: Sequence[RunRecord], keys: Sequence[str]) -> dict[str, Any] |
         if found.settings["method"] == "prompt":
             about["tokens"] = nearest_tokens(prompt, 5)[:_TOKENS]
     except UserError as error:
-        say(f"{found.folder}: without predictions and nearest tokens ({error})")
+        _log.info(f"{found.folder}: without predictions and nearest tokens ({error})")
     return about
 
 

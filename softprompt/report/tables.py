@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from softprompt.console import aligned
 from softprompt.errors import UserError
-from softprompt.metrics.named import lower_is_better
+from softprompt.experiment.metric_names import lower_is_better
 from softprompt.report.collect import RunRecord
 
 Row = dict[str, Any]
@@ -122,6 +121,15 @@ def cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     return value if isinstance(value, str) else json.dumps(value)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Cells padded to columns: the first one's text to the left, the others' to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        [cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(pairs)]
+        for pairs in (zip(row, widths, strict=True) for row in rows)
+    ]
 
 
 def table(rows: Sequence[Row], form: str) -> str:

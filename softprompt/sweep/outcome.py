@@ -8,7 +8,8 @@ from typing import Literal
 import pydantic
 
 from softprompt.errors import UserError
-from softprompt.training.run_folder import read_metrics, write_file
+from softprompt.storage.files import write_file
+from softprompt.storage.run_folder import read_metrics
 
 _FILE = "trial.json"
 

@@ -10,15 +10,16 @@ from typing import Any
 import jax
 
 from softprompt.errors import UserError
-from softprompt.evaluation.scoring import applied, score
+from softprompt.evaluation.scoring import prepare_model, score
+from softprompt.runtime.memory import peak_memory
+from softprompt.runtime.progress import Progress, silent
+from softprompt.runtime.signals import StopSignals
 from softprompt.sweep.outcome import Outcome
-from softprompt.sweep.program import fitting, step_together
+from softprompt.sweep.program import step_group, trials_that_fit
+from softprompt.sweep.runner import groups, require_same
 from softprompt.sweep.space import Space, Trial
-from softprompt.sweep.sweep import groups, require_same
-from softprompt.training.cost import peak_memory
 from softprompt.training.preparation import Preparation, Prepared
 from softprompt.training.run import Run
-from softprompt.training.stop import StopSignals
 
 _SAMPLE = 32  # batches that are taken for all
 
@@ -72,7 +73,7 @@ class Plan:
     seconds: float
 
 
-def plan(space: Space) -> Plan:
+def plan(space: Space, progress: Progress = silent) -> Plan:
     """Plan the sweep of a space.
 
     What `how: tpe` will choose is not known: the file's own values stand for it.
@@ -85,7 +86,7 @@ def plan(space: Space) -> Plan:
         trials = [space.trial(number, {}) for number in range(space.sweep.trials or 0)]
     else:
         trials = space.trials()
-    preparation = Preparation()
+    preparation = Preparation(progress)
     planned, found = [], []
     for number, group in enumerate(groups(trials)):
         outcomes = [Outcome.read(trial.folder) for trial in group]
@@ -116,12 +117,12 @@ def _group(space: Space, trials: Sequence[Trial], preparation: Preparation) -> G
         )
         if run.steps:
             at_once = min(
-                space.sweep.at_once or fitting(run, len(trials), peak_memory()), len(trials)
+                space.sweep.at_once or trials_that_fit(run, len(trials), peak_memory()), len(trials)
             )
             sample = [run.batches[number] for number in range(min(run.steps, _SAMPLE))]
             sample.sort(key=lambda batch: batch.tokens.size)
             inputs = [(sample[len(sample) // 2], run.key)] * at_once
-            first, again = _seconds(lambda: step_together([run] * at_once, inputs))
+            first, again = _seconds(lambda: step_group([run] * at_once, inputs))
             seconds += (first - again) * len({batch.tokens.shape for batch in sample})
             step = again / at_once
         run.close()
@@ -140,7 +141,7 @@ def _seconds_of_a_row(prepared: Prepared, batch_size: int) -> float:
     by_length = sorted(prepared.examples["validation"], key=lambda example: len(example.input))
     first = max(0, (len(by_length) - batch_size) // 2)
     examples = by_length[first : first + batch_size]
-    model = applied(prepared.method, prepared.base.backbone)
+    model = prepare_model(prepared.method, prepared.base.backbone)
     _, again = _seconds(lambda: list(score(*model, examples, batch_size)))
     return again / len(examples)
 

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from softprompt.backbones.batch import Batch
-from softprompt.config import Experiment
 from softprompt.data.batches import side_by_side
+from softprompt.experiment.schema import Experiment
 from softprompt.training.run import Run
 from softprompt.training.step import PROGRAM, update
 
@@ -31,7 +31,7 @@ _NUMBERS = {  # settings that are arrays in a program, or that the step does not
     "dept": {"learning_rate"},
 }
 _INITIAL = {"init", "init_top", "init_scale", "init_text", "init_prompts"}
-MOST = 64  # trials that make a step together
+MAX_GROUP = 64  # trials that make a step together
 
 
 @partial(jax.jit, static_argnames=PROGRAM)
@@ -84,7 +84,7 @@ def shared(experiment: Experiment) -> str:
     return experiment.model_dump_json(exclude=excluded)
 
 
-def step_together(runs: Sequence[Run], inputs: Sequence[tuple[Batch, jax.Array]]) -> list[Any]:
+def step_group(runs: Sequence[Run], inputs: Sequence[tuple[Batch, jax.Array]]) -> list[Any]:
     """A step of runs that are one of `parts`, from the inputs of each: what it is to take."""
     return train_steps(*_arguments(runs, inputs), **runs[0].program)
 
@@ -108,7 +108,7 @@ def parts(runs: Sequence[Run], widest: int) -> list[list[Run]]:
     return found
 
 
-def fitting(run: Run, most: int, taken: float) -> int:
+def trials_that_fit(run: Run, most: int, taken: float) -> int:
     """How many trials like this one can train side by side, a power of two.
 
     On an accelerator, as many as its free memory has room for; on a CPU, which gains little
@@ -121,7 +121,7 @@ def fitting(run: Run, most: int, taken: float) -> int:
       taken: memory in bytes that the process had taken before the first of them.
     """
     batch, key, room = run.batches.largest(), run.key, _room(taken)
-    width = _power_of_two(min(most, MOST))
+    width = _power_of_two(min(most, MAX_GROUP))
     while width > 1:
         inputs = [(batch, key)] * width
         lowered = train_steps.lower(*_arguments([run] * width, inputs), **run.program)

@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
-from softprompt.console import aligned
 from softprompt.metrics.named import merit
+from softprompt.report.tables import aligned
+from softprompt.storage.run_folder import read_summary
 from softprompt.sweep.outcome import Outcome, validation_at
 from softprompt.sweep.space import Trial, text
-from softprompt.training.run_folder import read_summary
 
 
 def measured(trial: Trial) -> dict[str, float] | None:

@@ -11,9 +11,9 @@ import numpy as np
 import pydantic
 from pydantic import Field
 
-from softprompt.config import Experiment, Section
 from softprompt.errors import UserError
-from softprompt.experiment_file import ExperimentFile
+from softprompt.experiment.reading import ExperimentFile
+from softprompt.experiment.schema import Experiment, Section
 
 _LARGEST = 1e300
 

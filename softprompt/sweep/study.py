@@ -13,12 +13,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from softprompt.errors import UserError
-from softprompt.metrics.named import lower_is_better
+from softprompt.experiment.metric_names import lower_is_better
+from softprompt.storage.files import write_file
+from softprompt.storage.locks import alone
 from softprompt.sweep.outcome import Outcome
-from softprompt.sweep.places import Opened
 from softprompt.sweep.results import measured
+from softprompt.sweep.scheduler import Opened
 from softprompt.sweep.space import Range, Space, Trial, Value
-from softprompt.training.run_folder import alone, write_file
 
 
 class Study:

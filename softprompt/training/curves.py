@@ -4,7 +4,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from softprompt.training.run_folder import read_metrics
+from softprompt.storage.run_folder import read_metrics
 
 
 def draw_curves(folder: Path, metric: str) -> None:

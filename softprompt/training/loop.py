@@ -1,20 +1,25 @@
 """The training of one experiment, from its data to a prompt."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
-from softprompt.config import Experiment
-from softprompt.console import Bar, say
 from softprompt.errors import Stopped, UserError
-from softprompt.inference.saved import read_description
+from softprompt.experiment.schema import Experiment
+from softprompt.methods.saved import read_description
+from softprompt.runtime.progress import Progress, silent
+from softprompt.runtime.signals import StopSignals
+from softprompt.storage.run_folder import open_run, read_summary
 from softprompt.training.preparation import Preparation
 from softprompt.training.run import Run
-from softprompt.training.run_folder import open_run, read_summary
 from softprompt.training.step import train_step
-from softprompt.training.stop import StopSignals
+
+_log = logging.getLogger(__name__)
 
 
-def train(experiment: Experiment, folder: str | Path) -> dict[str, Any]:
+def train(
+    experiment: Experiment, folder: str | Path, *, progress: Progress = silent
+) -> dict[str, Any]:
     """Run an experiment in a folder, or go on with it, and return its summary.
 
     Raises:
@@ -25,10 +30,13 @@ def train(experiment: Experiment, folder: str | Path) -> dict[str, Any]:
     folder = Path(folder)
     with StopSignals() as stop, open_run(folder, experiment):
         if summary := finished(folder):
-            say(f"{folder}: this run is finished; for another one set --run-dir (make: RUN=DIR)")
+            _log.info(
+                f"{folder}: this run is finished; for another one set --run-dir (make: RUN=DIR)"
+            )
             return summary
-        run = Run(experiment, folder, stop, Preparation().prepare(experiment))
-        _train(run, stop)
+        prepared = Preparation(progress).prepare(experiment)
+        run = Run(experiment, folder, stop, prepared, progress=progress)
+        _train(run, stop, progress)
         return run.finish()
 
 
@@ -41,11 +49,11 @@ def finished(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def _train(run: Run, stop: StopSignals) -> None:
+def _train(run: Run, stop: StopSignals, progress: Progress) -> None:
     """Steps, evaluations and checkpoints, up to the last step or an early stop."""
     try:
-        with stop.deferred(), Bar("train", run.steps, "steps", done=run.progress.step) as bar:
-            while not stop.requested and run.attend() and not stop.requested:
+        with stop.deferred(), progress("train", run.steps, "steps", done=run.progress.step) as bar:
+            while not stop.requested and run.run_due_work() and not stop.requested:
                 batch, key = run.inputs()
                 results = train_step(
                     run.trainable, run.opt_state, run.frozen, batch, key, **run.program

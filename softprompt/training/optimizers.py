@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from softprompt.config import Optimizer
+from softprompt.experiment.schema import OptimizerSettings
 from softprompt.methods.soft_prompt import OffsetParam
 
 
@@ -37,7 +37,7 @@ class Hyperparameters(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class UpdateRule:
-    """What of an optimizer is part of the program; see `config.Optimizer`.
+    """What of an optimizer is part of the program; see `OptimizerSettings`.
 
     Adafactor is set as in Lester et al. 2021, section 3: no scaling by the size of the
     parameter.
@@ -48,7 +48,7 @@ class UpdateRule:
     clip_norm: float | None
 
     @classmethod
-    def of(cls, settings: Optimizer) -> "UpdateRule":
+    def of(cls, settings: OptimizerSettings) -> "UpdateRule":
         """That of an experiment."""
         return cls(settings.name, settings.schedule, settings.clip_norm)
 
@@ -97,7 +97,7 @@ class UpdateRule:
 
 
 def hyperparameters(
-    settings: Optimizer, steps: int, offsets_learning_rate: float | None = None
+    settings: OptimizerSettings, steps: int, offsets_learning_rate: float | None = None
 ) -> Hyperparameters:
     """The numbers of an experiment.
 

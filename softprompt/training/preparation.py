@@ -1,6 +1,7 @@
 """What a run has before its first step: base model, examples and method."""
 
 import dataclasses
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,16 +9,18 @@ from typing import Any
 import jax
 
 from softprompt.backbones.loading import Base, load_base
-from softprompt.config import Experiment
-from softprompt.console import say
 from softprompt.data.examples import Example, make_examples
 from softprompt.data.records import Record, read_records
 from softprompt.data.task import Task, draw_demonstrations, make_task
 from softprompt.errors import UserError
+from softprompt.experiment.schema import Experiment
 from softprompt.inference.prompt import load_prompt
 from softprompt.methods.making import make_method, virtual_tokens
 from softprompt.methods.method import Method
 from softprompt.methods.soft_prompt import SoftPrompt
+from softprompt.runtime.progress import Progress, silent
+
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +48,8 @@ class Preparation:
     Of base models the last one is kept, and of data the last examples of each split.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, progress: Progress = silent) -> None:
+        self._progress = progress
         self._bases: dict[str, Base] = {}
         self._records: dict[str, Sequence[Record]] = {}
         self._examples: dict[str, tuple[Any, Any, Sequence[Example]]] = {}
@@ -88,7 +92,7 @@ class Preparation:
             self._examples.clear()
             began = time.monotonic()
             base = load_base(experiment.base, **experiment.compute.model_dump())
-            say(
+            _log.info(
                 f"base {base.name}: loaded in {time.monotonic() - began:.1f} s, "
                 f"{base.compute.dtype}{', int8 matrices' if base.compute.int8 else ''}, "
                 f"{base.compute.attention} attention"
@@ -106,7 +110,7 @@ class Preparation:
         in_rows = any(piece is None for piece in task.pieces)
         fit = all(not e.truncated and _size(e) <= task.max_tokens for e in examples)
         if before != about or source is not records or in_rows or not fit:
-            examples = make_examples(task, records, split)
+            examples = make_examples(task, records, split, self._progress)
             self._examples[split] = about, records, examples
         return examples
 

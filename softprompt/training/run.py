@@ -6,6 +6,7 @@ seed and its number, and a checkpoint holds all else.
 """
 
 import dataclasses
+import logging
 import math
 import time
 from pathlib import Path
@@ -18,32 +19,35 @@ from flax import nnx
 
 from softprompt.backbones.batch import Batch
 from softprompt.backbones.loading import Backbone
-from softprompt.checkpoint import Checkpoints, DamagedError
-from softprompt.config import Experiment
-from softprompt.console import say
 from softprompt.data.batches import TrainingBatches
 from softprompt.data.examples import examples_digest
 from softprompt.errors import Stopped, UserError
 from softprompt.evaluation.evaluate import Measured, evaluate
-from softprompt.evaluation.scoring import applied
+from softprompt.evaluation.scoring import prepare_model
+from softprompt.experiment.schema import Experiment
 from softprompt.inference.prompt import load_prompt
-from softprompt.inference.saved import SavedPrompt, read_description, save_prompt, usage
+from softprompt.methods.saved import SavedPrompt, read_description, save_prompt, usage
 from softprompt.methods.soft_prompt import SoftPrompt
 from softprompt.metrics.named import is_better
-from softprompt.training.cost import peak_memory, rate
-from softprompt.training.curves import draw_curves
-from softprompt.training.optimizers import UpdateRule, hyperparameters, learning_rate
-from softprompt.training.preparation import Prepared
-from softprompt.training.progress import Progress
-from softprompt.training.run_folder import (
+from softprompt.runtime.memory import peak_memory
+from softprompt.runtime.progress import Progress, silent
+from softprompt.runtime.signals import StopSignals
+from softprompt.storage.arrays import DamagedError
+from softprompt.storage.checkpoints import Checkpoints
+from softprompt.storage.run_folder import (
     MetricsLog,
     write_config,
     write_predictions,
     write_samples,
     write_summary,
 )
+from softprompt.training.curves import draw_curves
+from softprompt.training.optimizers import UpdateRule, hyperparameters, learning_rate
+from softprompt.training.preparation import Prepared
+from softprompt.training.state import RunState
 from softprompt.training.step import split
-from softprompt.training.stop import StopSignals
+
+_log = logging.getLogger(__name__)
 
 
 class Run:
@@ -68,9 +72,11 @@ class Run:
         *,
         room: int | None = None,
         name: str = "",
+        progress: Progress = silent,
     ):
         self.experiment, self.folder, self.name = experiment, folder, name
         self.base, self.task, self.examples = prepared.base, prepared.task, prepared.examples
+        self._progress = progress
         self.accumulate = experiment.training.accumulate
         self.stop, self.rows = stop, experiment.training.batch_size * self.accumulate
         if len(self.examples["train"]) < self.rows:
@@ -105,7 +111,7 @@ class Run:
 
         write_config(folder, experiment)
         self.checkpoints = Checkpoints(folder / "checkpoints", experiment.checkpoints.keep)
-        self.progress = Progress(self.base.fingerprint, examples_digest(self.examples))
+        self.progress = RunState(self.base.fingerprint, examples_digest(self.examples))
         self._resume()
         self.metrics = MetricsLog(folder, self.progress.step, self.progress.records)
         self.saved_step = self.progress.step
@@ -124,7 +130,7 @@ class Run:
             "accumulate": self.accumulate,
         }
 
-    def attend(self) -> bool:
+    def run_due_work(self) -> bool:
         """Do what is due before the next step: evaluate, save; whether there is a next one.
 
         Cut short by a signal, an evaluation leaves no trace.
@@ -225,7 +231,7 @@ class Run:
         damage = [problem for problem in found.values() if isinstance(problem, DamagedError)]
         intact = {step: d for step, d in found.items() if not isinstance(d, DamagedError)}
         for problem in damage:
-            say(f"{problem}; not using this checkpoint")
+            _log.info(f"{problem}; not using this checkpoint")
         bests = {0, *intact, self._saved_prompt_step()}
         for step, description in intact.items():
             for key, what in (("base", "base model"), ("examples", "data")):
@@ -237,7 +243,7 @@ class Run:
             if description["best_step"] in bests:
                 arrays = self.checkpoints.load(step, self._saved_form())
                 self.trainable, self.opt_state = resized(arrays, (self.trainable, self.opt_state))
-                self.progress = Progress(**description)
+                self.progress = RunState(**description)
                 self.iterator.set_state(self.progress.data)
                 self._say(f"going on from step {step}")
                 return
@@ -300,7 +306,7 @@ class Run:
         method, backbone = nnx.merge(self.graphdef, self.trainable, *self.frozen)
         try:
             with self.stop.deferred(False):
-                measured = self._measure(*applied(method, backbone), "validation")
+                measured = self._measure(*prepare_model(method, backbone), "validation")
         except Stopped:
             return
         progress, key = self.progress, self.experiment.evaluation.metric
@@ -338,7 +344,14 @@ class Run:
             written = None
         label = f"{self.name}: {split}" if self.name else split
         return evaluate(
-            backbone, prefix, self.task, examples, self.experiment, label, written=written
+            backbone,
+            prefix,
+            self.task,
+            examples,
+            self.experiment,
+            label,
+            written=written,
+            progress=self._progress,
         )
 
     def _save_prompt(self, trainable: nnx.State) -> None:
@@ -378,10 +391,15 @@ class Run:
         saved = SavedPrompt.read(self.folder / "prompt")
         method, _ = saved.method(self.base, self.task.opening)
         assert isinstance(method, SoftPrompt)
-        return applied(method.padded(self.room), self.base.backbone)
+        return prepare_model(method.padded(self.room), self.base.backbone)
 
     def _say(self, line: str) -> None:
-        say(f"{self.name}: {line}" if self.name else line)
+        _log.info(f"{self.name}: {line}" if self.name else line)
+
+
+def rate(count: int, seconds: float) -> float:
+    """Units per second; 0 if there was no time."""
+    return round(count / seconds, 2) if seconds else 0.0
 
 
 def resized(tree: Any, like: Any) -> Any:

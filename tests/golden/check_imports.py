@@ -19,9 +19,9 @@ import numpy as np
 from export_adapters import logits_of
 
 from softprompt.backbones.batch import Batch
-from softprompt.backbones.directory import ModelDirectory
+from softprompt.backbones.formats.directory import ModelDirectory
 from softprompt.backbones.loading import Base, load_backbone
-from softprompt.config import Compute
+from softprompt.experiment.schema import ComputeSettings
 from softprompt.inference.prompt import TrainedPrompt
 from softprompt.interop.peft_export import export_adapter
 from softprompt.interop.peft_import import import_adapter
@@ -49,7 +49,7 @@ def comes_back(base: Base, method) -> bool:
 
 def main(model: Path, adapters: Path) -> bool:
     file = ModelDirectory(model)
-    base = Base(str(model), "", file.config, load_backbone(file)[0], None, Compute())
+    base = Base(str(model), "", file.config, load_backbone(file)[0], None, ComputeSettings())
     golden, good = dict(np.load(adapters / "golden.npz")), True
     tokens, lengths = golden["tokens"].astype(np.int32), golden["lengths"]
     places = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)

@@ -19,13 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from softprompt.backbones.batch import Batch
-from softprompt.backbones.directory import ModelDirectory
+from softprompt.backbones.formats.directory import ModelDirectory
 from softprompt.backbones.loading import Base, load_backbone
-from softprompt.config import Compute
+from softprompt.experiment.schema import ComputeSettings
 from softprompt.inference.prompt import TrainedPrompt
 from softprompt.interop.peft_export import export_adapter
 from softprompt.methods.lora import LoRA, find_targets, matrices_of
-from softprompt.methods.prefix import PrefixTuning
+from softprompt.methods.prefix_tuning import PrefixTuning
 from softprompt.methods.soft_prompt import SoftPrompt
 
 FAMILIES = Path(__file__).parent / "families"
@@ -98,7 +98,7 @@ def main(exports: Path, directories: list[str]) -> None:
     for path in map(Path, directories or first.values()):
         variant, file = path.name, ModelDirectory(path)
         random = np.random.default_rng(0)
-        base = Base(str(path), "", file.config, load_backbone(file)[0], None, Compute())
+        base = Base(str(path), "", file.config, load_backbone(file)[0], None, ComputeSettings())
         batch, arrays = batch_of(base, random)
         for kind, method in methods(base, random, trained=path.parent != FAMILIES):
             (exports / variant / kind).mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from softprompt import load_base
 from softprompt.backbones.families import FAMILIES
-from softprompt.backbones.storing import save_tensors, stored_tensors
+from softprompt.backbones.formats.storing import save_tensors, stored_tensors
 
 
 def main(name: str, folder: Path) -> None:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from softprompt import commands
-from softprompt.arguments import (
+from softprompt.cli import commands
+from softprompt.cli.arguments import (
     add_base,
     add_batch_size,
     add_command,
@@ -19,6 +19,7 @@ from softprompt.arguments import (
     count,
     numbers,
 )
+from softprompt.cli.progress import printed_log
 from softprompt.errors import Stopped, UserError
 
 
@@ -30,7 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = _parse(arguments)
         _configure_jax()
-        options.command(options)
+        with printed_log():
+            options.command(options)
     except UserError as error:
         print(error, file=sys.stderr)
         return 1

@@ -14,13 +14,19 @@ import jax
 import jax.numpy as jnp
 
 from softprompt.backbones.loading import Backbone, Base
-from softprompt.checkpoint import load_arrays, load_description, save_arrays
-from softprompt.config import Compute, Experiment, Generation, Scoring, Template
 from softprompt.data.task import Task, make_task
 from softprompt.errors import UserError
+from softprompt.experiment.schema import (
+    ComputeSettings,
+    Experiment,
+    GenerationSettings,
+    ScoringSettings,
+    TemplateSettings,
+)
 from softprompt.methods.lora import LoRA
 from softprompt.methods.making import method_of
 from softprompt.methods.method import FullFineTuning, Method, parameters_of
+from softprompt.storage.arrays import load_arrays, load_description, save_arrays
 
 _FILE = "prompt.json"
 _FORMAT = 2
@@ -97,10 +103,10 @@ class SavedPrompt:
     description: Mapping[str, Any]
     name: str
     fingerprint: str
-    compute: Compute
-    template: Template
-    scoring: Scoring
-    generation: Generation
+    compute: ComputeSettings
+    template: TemplateSettings
+    scoring: ScoringSettings
+    generation: GenerationSettings
 
     @classmethod
     def read(cls, path: Path) -> "SavedPrompt":
@@ -118,10 +124,10 @@ class SavedPrompt:
                 description,
                 base["name"],
                 base["fingerprint"],
-                Compute(**base["compute"]),
-                Template(**description["template"]),
-                Scoring(**description.get("scoring", {})),
-                Generation(**description.get("generation", {})),
+                ComputeSettings(**base["compute"]),
+                TemplateSettings(**description["template"]),
+                ScoringSettings(**description.get("scoring", {})),
+                GenerationSettings(**description.get("generation", {})),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise cls._malformed(folder, error) from error

@@ -14,15 +14,15 @@ from transformers import PreTrainedTokenizerFast
 
 from softprompt.backbones.loading import Backbone, Prefix
 from softprompt.backbones.prefix import MOST_MIXED
-from softprompt.config import Generation
-from softprompt.console import Bar
 from softprompt.data.examples import say_truncated
 from softprompt.data.records import Record
 from softprompt.data.task import Task
 from softprompt.errors import UserError
+from softprompt.experiment.schema import GenerationSettings
 from softprompt.generation import beams, decoding
 from softprompt.generation.sampling import Sampling
-from softprompt.memory import run_batches
+from softprompt.runtime.memory import run_batches
+from softprompt.runtime.progress import Progress, silent
 
 _CHUNK = 8  # tokens after which the host looks for stop texts
 
@@ -62,7 +62,7 @@ class Generated:
 
 
 def requests_of(
-    records: Sequence[Record], task: Task, prefix: Prefix | None, settings: Generation
+    records: Sequence[Record], task: Task, prefix: Prefix | None, settings: GenerationSettings
 ) -> list[Request]:
     """Records as what to write behind; says how many were cut.
 
@@ -75,7 +75,7 @@ def requests_of(
     return [Request(example.input, prefix, task.opening) for example in examples]
 
 
-class Writer:
+class Engine:
     """Writes on from inputs.
 
     Programs are compiled for rows, input lengths and room rounded up, so for few shapes.
@@ -92,7 +92,7 @@ class Writer:
     """
 
     def __init__(
-        self, backbone: Backbone, tokenizer: PreTrainedTokenizerFast, settings: Generation
+        self, backbone: Backbone, tokenizer: PreTrainedTokenizerFast, settings: GenerationSettings
     ):
         if tokenizer.eos_token_id is None:
             raise UserError("the base model's tokenizer has no end-of-text token to stop at")
@@ -101,21 +101,26 @@ class Writer:
         self._sampling = Sampling.of(settings)
         self._room = _power_of_two(max(settings.max_new_tokens, 16))
 
-    def write(
-        self, requests: Sequence[Request], batch_size: int, label: str = "write"
+    def generate(
+        self,
+        requests: Sequence[Request],
+        batch_size: int,
+        label: str = "write",
+        progress: Progress = silent,
     ) -> list[Generated]:
-        """Write on from all requests, those of like length together.
+        """Continue all requests, those of like length together.
 
         Args:
           requests: in any order, which the results are in too.
           batch_size: the most at a time; fewer if there is no memory for as many.
           label: what stands in front of the progress bar.
+          progress: shows how many texts are done.
 
         Raises:
           UserError: see `memory.run_batches`.
         """
         results: dict[int, Generated] = {}
-        with Bar(label, len(requests), "texts") as bar:
+        with progress(label, len(requests), "texts") as bar:
             for numbers, written in run_batches(
                 _groups(requests),
                 batch_size,
@@ -197,7 +202,7 @@ class Writer:
 
     def _write_on(self, prefix, state: decoding.State, until: int) -> decoding.State:
         ends = np.array([self._end])
-        return decoding.write_on(
+        return decoding.continue_decoding(
             self._backbone, prefix, state, self._sampling, ends, np.array(until)
         )
 

@@ -1,14 +1,16 @@
 """SIGTERM and Ctrl-C: stop where it does no harm."""
 
 import contextlib
+import logging
 import signal
 import threading
 from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-from softprompt.console import say
 from softprompt.errors import Stopped
+
+_log = logging.getLogger(__name__)
 
 
 class StopSignals:
@@ -51,4 +53,4 @@ class StopSignals:
         again, self.requested = self.requested is not None, number
         if again or not self._deferring:
             raise Stopped(number, "stopped")
-        say("stopping after this step; once more to stop at once")
+        _log.info("stopping after this step; once more to stop at once")

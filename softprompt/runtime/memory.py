@@ -1,14 +1,27 @@
-"""What to do when the device has no memory for a batch: halve it, and try again."""
+"""Memory: the peak so far, and smaller batches when the device runs out of it."""
 
+import logging
+import resource
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 import jax
 
-from softprompt.console import say
 from softprompt.errors import UserError
 
+_log = logging.getLogger(__name__)
+
 Result = TypeVar("Result")
+
+
+def peak_memory() -> int:
+    """Peak memory so far in bytes: of the accelerator, or on a CPU of this process."""
+    statistics = jax.devices()[0].memory_stats()
+    if statistics and "peak_bytes_in_use" in statistics:
+        return statistics["peak_bytes_in_use"]
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def is_out_of_memory(error: jax.errors.JaxRuntimeError) -> bool:
@@ -49,7 +62,7 @@ def run_batches(
                         "be written, or ask for fewer beams or samples"
                     ) from None
                 batch_size = len(part) // 2
-                say(f"no memory for {len(part)} inputs at a time: trying {batch_size}")
+                _log.warning(f"no memory for {len(part)} inputs at a time: trying {batch_size}")
                 continue
             yield part, result
             left = left[batch_size:]

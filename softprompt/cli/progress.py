@@ -1,11 +1,13 @@
-"""What a person sees while work goes on: a bar on a terminal, plain lines elsewhere.
+"""Progress and log messages: bars on a terminal, plain lines elsewhere.
 
-All of it goes to standard error; standard output is for results.
+Everything goes to standard error; standard output is for results.
 """
 
+import contextlib
+import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Self
 
@@ -14,19 +16,29 @@ from tqdm import tqdm
 _SECONDS = 10  # between plain lines
 
 
-def say(line: str) -> None:
+def print_line(line: str) -> None:
     """Print a line, above the bar if there is one."""
     tqdm.write(line, file=sys.stderr)
     sys.stderr.flush()
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> list[list[str]]:
-    """Cells padded to columns: the first one's text to the left, the others' to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        [cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(pairs)]
-        for pairs in (zip(row, widths, strict=True) for row in rows)
-    ]
+@contextlib.contextmanager
+def printed_log() -> Iterator[None]:
+    """Print what the library logs, one line per message."""
+    log, handler = logging.getLogger("softprompt"), _LineHandler()
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+
+
+class _LineHandler(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        print_line(record.getMessage())
 
 
 def duration(seconds: float) -> str:
@@ -94,4 +106,4 @@ class Bar:
             first, since = self._first
             left = (self._total - self._done) * (now - since) / (self._done - first)
             line = f"{self._label} {self._done}/{self._total} {self._unit}"
-            say(", ".join(filter(None, [line, f"{duration(left)} left", note])))
+            print_line(", ".join(filter(None, [line, f"{duration(left)} left", note])))

@@ -19,8 +19,8 @@ from typing import Any, TypeVar, get_args
 import pydantic
 import yaml
 
-from softprompt.config import Experiment
 from softprompt.errors import UserError
+from softprompt.experiment.schema import Experiment
 
 Key = tuple[str, ...]
 Settings = TypeVar("Settings", bound=pydantic.BaseModel)

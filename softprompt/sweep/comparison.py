@@ -3,18 +3,20 @@
 import csv
 import dataclasses
 import io
+import logging
 import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from softprompt.config import Experiment
-from softprompt.console import say
 from softprompt.errors import UserError
-from softprompt.experiment_file import differences, load_experiment
+from softprompt.experiment.reading import differences, load_experiment
+from softprompt.experiment.schema import Experiment
 from softprompt.report import tables
-from softprompt.training.run_folder import read_summary
+from softprompt.storage.run_folder import read_summary
+
+_log = logging.getLogger(__name__)
 
 METHODS = ("none", "few-shot", "prompt", "prefix", "dept", "lora", "full")
 _SHOTS = 4  # of `few-shot`, where the experiment says none
@@ -129,7 +131,7 @@ def _train(file: Path, overrides: Sequence[str], run: Path) -> None:
             f"{run}: holds a run with other settings ({'; '.join(changed)}); choose another "
             "folder with --folder"
         )
-    say(f"{run}: training")
+    _log.info(f"{run}: training")
     command = [sys.executable, "-m", "softprompt", "train", str(file), *overrides]
     done = subprocess.run([*command, "--run-dir", str(run)], stdout=subprocess.DEVNULL)
     if done.returncode:

@@ -5,23 +5,26 @@ A trial that ends leaves its place to the next one.
 
 import contextlib
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import jax
 
-from softprompt.console import Bar, say
 from softprompt.errors import UserError
-from softprompt.memory import is_out_of_memory
+from softprompt.runtime.memory import is_out_of_memory, peak_memory
+from softprompt.runtime.progress import Bar, Progress, silent
+from softprompt.runtime.signals import StopSignals
+from softprompt.storage.locks import InUseError
+from softprompt.storage.run_folder import open_run, write_config
 from softprompt.sweep.outcome import Outcome, validation_at
-from softprompt.sweep.program import MOST, fitting, parts, step_together
+from softprompt.sweep.program import MAX_GROUP, parts, step_group, trials_that_fit
 from softprompt.sweep.space import Space, Trial
-from softprompt.training.cost import peak_memory
 from softprompt.training.loop import finished
 from softprompt.training.preparation import Preparation
 from softprompt.training.run import Run
-from softprompt.training.run_folder import InUseError, open_run, write_config
-from softprompt.training.stop import StopSignals
+
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +67,7 @@ class Source(Protocol):
 
 
 @dataclasses.dataclass
-class _Place:
+class _Slot:
     opened: Opened
     run: Run
     bar: Bar
@@ -72,7 +75,7 @@ class _Place:
     error: UserError | None = None
 
 
-class Places:
+class Scheduler:
     """Runs trials, as many side by side as there are places.
 
     Args:
@@ -82,11 +85,12 @@ class Places:
         memory for.
     """
 
-    def __init__(self, stop: StopSignals, bar: Bar, space: Space):
+    def __init__(self, stop: StopSignals, bar: Bar, space: Space, progress: Progress = silent):
+        self._progress = progress
         self._stop, self._bar, self._space = stop, bar, space
-        self._preparation = Preparation()
+        self._preparation = Preparation(progress)
         self._taken = 0.0  # bytes of memory before the first trial's first step
-        self._widest = MOST  # trials that make a step together
+        self._widest = MAX_GROUP  # trials that make a step together
         self._seen: set[int] = set()  # trials whose earlier steps are off the bar
 
     def train(self, source: Source, count: int, until: int | None = None) -> None:
@@ -97,7 +101,7 @@ class Places:
           count: how many they are at most.
           until: the step to stop each at, one with an evaluation; None: their end.
         """
-        places: list[_Place] = []
+        places: list[_Slot] = []
         at_once = self._space.sweep.at_once or 0
         try:
             while True:
@@ -115,8 +119,8 @@ class Places:
                     places.append(place)
                     if not at_once:
                         self._taken = self._taken or peak_memory()
-                        at_once = fitting(place.run, count, self._taken)
-                        say(f"{at_once} of {count} trials at once")
+                        at_once = trials_that_fit(place.run, count, self._taken)
+                        _log.info(f"{at_once} of {count} trials at once")
                 if not places:
                     return
                 if not self._stop.requested:
@@ -130,7 +134,7 @@ class Places:
             for place in places:
                 self._leave(place)
 
-    def _start(self, opened: Opened, source: Source) -> _Place | None:
+    def _start(self, opened: Opened, source: Source) -> _Slot | None:
         trial = opened.trial
         steps = trial.experiment.training.steps
         try:
@@ -149,6 +153,7 @@ class Places:
                 prepared,
                 room=self._space.longest(trial.experiment, context),
                 name=trial.name,
+                progress=self._progress,
             )
         except UserError as error:
             self._bar.drop(steps)
@@ -157,10 +162,10 @@ class Places:
         if trial.number not in self._seen:
             self._seen.add(trial.number)
             self._bar.drop(run.progress.step)
-        bar = Bar(trial.name, run.steps, "steps", done=run.progress.step, part=True)
-        return _Place(opened, run, bar)
+        bar = self._progress(trial.name, run.steps, "steps", done=run.progress.step, part=True)
+        return _Slot(opened, run, bar)
 
-    def _goes_on(self, place: _Place, source: Source, until: int | None) -> bool:
+    def _goes_on(self, place: _Slot, source: Source, until: int | None) -> bool:
         """Do what is due in a place, if work stops save it; False if its trial left it."""
         run, trial = place.run, place.opened.trial
         step = run.progress.step
@@ -168,7 +173,7 @@ class Places:
         try:
             if place.error is not None:
                 raise place.error
-            another = run.attend()
+            another = run.run_due_work()
             if self._stop.requested:
                 run.save()
                 return True
@@ -191,14 +196,14 @@ class Places:
             self._end(place.opened, source, outcome)
         return False
 
-    def _step(self, places: list[_Place]) -> None:
+    def _step(self, places: list[_Slot]) -> None:
         inputs = {id(place.run): place.run.inputs() for place in places}
         by_run = {id(place.run): place for place in places}
         left = [place.run for place in places]
         while left:
             runs = parts(left, self._widest)[0]
             try:
-                results = step_together(runs, [inputs[id(run)] for run in runs])
+                results = step_group(runs, [inputs[id(run)] for run in runs])
             except jax.errors.JaxRuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
@@ -222,9 +227,9 @@ class Places:
                 "with training.accumulate for as many examples a step: what was done is kept"
             )
         self._widest = count // 2
-        say(f"no memory for a step of {count} trials at once: trying {self._widest}")
+        _log.info(f"no memory for a step of {count} trials at once: trying {self._widest}")
 
-    def _leave(self, place: _Place, *, close: bool = True) -> None:
+    def _leave(self, place: _Slot, *, close: bool = True) -> None:
         place.run.close()
         place.bar.close()
         if close:
@@ -236,4 +241,4 @@ class Places:
         opened.close()
         if outcome.state != "finished":
             what = f"failed: {outcome.error}" if outcome.error else f"left at step {outcome.step}"
-            say(f"{opened.trial.name}: {what}")
+            _log.info(f"{opened.trial.name}: {what}")

@@ -16,7 +16,7 @@ import gguf
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from softprompt.backbones.gguf_tokenizer import read_tokenizer
+from softprompt.backbones.formats.gguf_tokenizer import read_tokenizer
 from softprompt.errors import UserError
 
 _MODEL_TYPES = {"gemma3": "gemma3_text"}  # where `general.architecture` has another name

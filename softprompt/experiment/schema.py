@@ -5,8 +5,8 @@ from typing import Annotated, Any, Literal, Self
 import pydantic
 from pydantic import Field
 
-from softprompt.metrics.named import LABEL_METRICS, MODEL_METRICS, metric_values
-from softprompt.templates import template_fields, template_pieces
+from softprompt.experiment.metric_names import LABEL_METRICS, MODEL_METRICS, metric_values
+from softprompt.experiment.templates import template_fields, template_pieces
 
 
 class Section(pydantic.BaseModel):
@@ -15,7 +15,7 @@ class Section(pydantic.BaseModel):
     )
 
 
-class Data(Section):
+class DataSettings(Section):
     """Where the records are: `.jsonl` or `.csv` files, or `hub:NAME#SPLIT`."""
 
     train: str
@@ -23,7 +23,7 @@ class Data(Section):
     test: str | None = None
 
 
-class Template(Section):
+class TemplateSettings(Section):
     """How a record becomes text; `{field}` stands for a field of the record.
 
     Attributes:
@@ -63,7 +63,7 @@ class Template(Section):
         return self
 
 
-class Compute(Section):
+class ComputeSettings(Section):
     """How the frozen base model is held and run.
 
     Attributes:
@@ -77,7 +77,7 @@ class Compute(Section):
     attention: Literal["auto", "xla", "cudnn"] = "auto"
 
 
-class Initial(Section):
+class InitializationSettings(Section):
     """Where the first values of virtual tokens come from.
 
     Attributes:
@@ -104,7 +104,7 @@ class Initial(Section):
         return self
 
 
-class Prompt(Initial):
+class PromptSettings(InitializationSettings):
     """The soft prompt.
 
     Attributes:
@@ -133,7 +133,7 @@ class Prompt(Initial):
         return self
 
 
-class PrefixTuning(Initial):
+class PrefixSettings(InitializationSettings):
     """Prefix tuning; its first keys and values are what the model makes of `init`.
 
     Attributes:
@@ -146,7 +146,7 @@ class PrefixTuning(Initial):
     size: Annotated[int, Field(ge=1)] | None = None
 
 
-class DePT(Section):
+class DePTSettings(Section):
     """DePT's offsets of the input embeddings; its short prompt is that of `prompt`.
 
     Attributes:
@@ -160,7 +160,7 @@ class DePT(Section):
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
 
 
-class LoRA(Section):
+class LoRASettings(Section):
     """LoRA's low-rank additions to weight matrices.
 
     Attributes:
@@ -188,7 +188,7 @@ LEARNING_RATES = {  # by method, where the experiment says none; see docs/method
 }
 
 
-class Optimizer(Section):
+class OptimizerSettings(Section):
     """The update rule; `learning_rate` is the peak, reached after `warmup_steps`.
 
     By default it is the method's. sgd has a momentum of 0.9. `clip_norm` bounds the norm
@@ -203,7 +203,7 @@ class Optimizer(Section):
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
 
 
-class Training(Section):
+class TrainingSettings(Section):
     """`batch_size` examples a pass, `accumulate` passes an update, `steps` updates."""
 
     steps: Annotated[int, Field(ge=1)]
@@ -212,7 +212,7 @@ class Training(Section):
     log_every: Annotated[int, Field(ge=1)] = 10
 
 
-class Scoring(Section):
+class ScoringSettings(Section):
     """How the label of an input is chosen, by the log-probabilities of the verbalizers.
 
     Attributes:
@@ -225,7 +225,7 @@ class Scoring(Section):
     calibrate: Annotated[str, Field(pattern=r"\S")] | None = None
 
 
-class Generation(Section):
+class GenerationSettings(Section):
     """How text is written.
 
     Attributes:
@@ -271,7 +271,7 @@ class Generation(Section):
         return self
 
 
-class Evaluation(Section):
+class EvaluationSettings(Section):
     """When to look at the validation data, and what decides which prompt is the best.
 
     Attributes:
@@ -311,7 +311,7 @@ class Evaluation(Section):
         return self
 
 
-class Checkpoints(Section):
+class CheckpointSettings(Section):
     """Full states are saved at every evaluation, and every `every` steps if set."""
 
     every: Annotated[int, Field(ge=1)] | None = None
@@ -327,23 +327,23 @@ class Experiment(Section):
 
     name: str
     base: str
-    compute: Compute = Compute()
+    compute: ComputeSettings = ComputeSettings()
     method: Method = "prompt"
     shots: Annotated[int, Field(ge=0)] = 0
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    data: Data
-    template: Template
+    data: DataSettings
+    template: TemplateSettings
     verbalizer: Annotated[dict[str, str], Field(min_length=2)] | None = None
-    prompt: Prompt = Prompt()
-    prefix: PrefixTuning = PrefixTuning()
-    dept: DePT = DePT()
-    lora: LoRA = LoRA()
-    optimizer: Optimizer = Optimizer()
-    training: Training
-    evaluation: Evaluation = Evaluation()
-    scoring: Scoring = Scoring()
-    generation: Generation = Generation()
-    checkpoints: Checkpoints = Checkpoints()
+    prompt: PromptSettings = PromptSettings()
+    prefix: PrefixSettings = PrefixSettings()
+    dept: DePTSettings = DePTSettings()
+    lora: LoRASettings = LoRASettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    training: TrainingSettings
+    evaluation: EvaluationSettings = EvaluationSettings()
+    scoring: ScoringSettings = ScoringSettings()
+    generation: GenerationSettings = GenerationSettings()
+    checkpoints: CheckpointSettings = CheckpointSettings()
 
     @pydantic.model_validator(mode="before")
     @classmethod
@@ -382,5 +382,5 @@ class Experiment(Section):
                     raise ValueError(f"evaluation.{key}: {name} needs a verbalizer")
         if evaluation.metric not in MODEL_METRICS and not evaluation.samples:
             raise ValueError(f"evaluation.metric: {evaluation.metric} needs evaluation.samples")
-        if self.scoring != Scoring():
+        if self.scoring != ScoringSettings():
             raise ValueError("scoring needs a verbalizer")

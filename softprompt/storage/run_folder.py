@@ -1,9 +1,8 @@
 """The folder of one run: who may write to it, its config, metrics and summary."""
 
 import contextlib
-import fcntl
 import json
-import os
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,65 +10,17 @@ from typing import Any
 import pydantic
 import tensorboardX
 
-from softprompt.config import Experiment
-from softprompt.console import say
 from softprompt.data.records import parse_jsonl
 from softprompt.errors import UserError
-from softprompt.experiment_file import differences, dump_experiment, load_experiment
+from softprompt.experiment.reading import differences, dump_experiment, load_experiment
+from softprompt.experiment.schema import Experiment
+from softprompt.storage.files import write_file
+from softprompt.storage.locks import locked_folder
+
+_log = logging.getLogger(__name__)
 
 _METRICS = "metrics.jsonl"
 _SUMMARY = "summary.json"
-
-
-class InUseError(UserError):
-    """A process that is still running has the folder."""
-
-
-@contextlib.contextmanager
-def locked_folder(
-    folder: Path, file: str, kind: str, work: str, option: str, *, shared: bool = False
-) -> Iterator[None]:
-    """Make a folder, or find it as one of its kind, and hold its lock.
-
-    Args:
-      folder: where.
-      file: what a folder of this kind has.
-      kind, work, option: the kind, what processes do there, and how another one is chosen.
-      shared: whether several processes may hold it.
-
-    Raises:
-      UserError: if it is a folder of another kind, or cannot be written.
-      InUseError: if another process has it.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        others = [p.name for p in folder.iterdir() if p.name[0] != "."]
-        if others and not (folder / file).exists():
-            raise UserError(
-                f"{folder}: is no {kind}'s folder (it has {others[0]}, but no {file}); "
-                f"choose another folder with {option} (make: RUN=DIR)"
-            )
-        lock = (folder / ".lock").open("w")
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror})") from None
-    with lock:
-        try:
-            fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except OSError:
-            raise InUseError(f"{folder}: another process is {work} there") from None
-        try:
-            yield
-        except OSError as error:
-            where, reason = error.filename or folder, error.strerror or error
-            raise UserError(f"{where}: cannot be read or written ({reason})") from error
-
-
-@contextlib.contextmanager
-def alone(lock: Path) -> Iterator[None]:
-    """Wait until no other process holds the lock of a file, and hold it."""
-    with lock.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 @contextlib.contextmanager
@@ -100,16 +51,6 @@ def open_run(folder: Path, experiment: Experiment, option: str = "--run-dir") ->
 def write_config(folder: Path, experiment: Experiment) -> None:
     """Write the resolved experiment, from which the run can be made again."""
     write_file(folder / "config.yaml", dump_experiment(experiment, folder))
-
-
-def write_file(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    new = path.with_name(f".{path.name}.new")
-    with new.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)
 
 
 class _Summary(pydantic.BaseModel):
@@ -173,7 +114,9 @@ class MetricsLog:
     def __init__(self, folder: Path, step: int, records: int):
         kept = read_metrics(folder)[:records]
         if len(kept) < records:
-            say(f"{folder / _METRICS}: {records - len(kept)} of {records} records are missing")
+            _log.warning(
+                f"{folder / _METRICS}: {records - len(kept)} of {records} records are missing"
+            )
         write_file(folder / _METRICS, "".join(json.dumps(record) + "\n" for record in kept))
         self.records = records
         self._file = (folder / _METRICS).open("a", encoding="utf-8")

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from softprompt.cli.progress import Bar, duration, print_line
 from softprompt.errors import UserError
 
 if TYPE_CHECKING:
@@ -17,32 +18,31 @@ if TYPE_CHECKING:
 
 def train(options: argparse.Namespace) -> None:
     """`softprompt train EXPERIMENT`."""
-    from softprompt.experiment_file import load_experiment
+    from softprompt.experiment.reading import load_experiment
     from softprompt.training.loop import train
 
     experiment = load_experiment(options.experiment, options.words)
     folder = options.run_dir or Path("runs") / experiment.name
-    summary = train(experiment, folder)
+    summary = train(experiment, folder, progress=Bar)
     print(json.dumps(summary, indent=2))
     print(f"prompt: {folder / 'prompt'}", file=sys.stderr)
 
 
 def sweep(options: argparse.Namespace) -> None:
     """`softprompt sweep EXPERIMENT`."""
-    from softprompt.console import duration
-    from softprompt.experiment_file import ExperimentFile
+    from softprompt.experiment.reading import ExperimentFile
     from softprompt.sweep.outcome import Outcome
     from softprompt.sweep.plan import plan
     from softprompt.sweep.results import ranked, results_table
+    from softprompt.sweep.runner import sweep
     from softprompt.sweep.space import Space, shown
-    from softprompt.sweep.sweep import sweep
 
     if options.json and not options.dry_run:
         raise UserError("--json is for --dry-run")
     folder = options.folder or Path("runs") / options.experiment.stem
     space = Space(ExperimentFile(options.experiment, options.words), folder)
     if options.dry_run:
-        planned = plan(space)
+        planned = plan(space, Bar)
         if options.json:
             print(json.dumps(dataclasses.asdict(planned)))
             return
@@ -54,7 +54,7 @@ def sweep(options: argparse.Namespace) -> None:
             print(f"program {number}: {group.waiting} trials to run, {group.error or about}")
         print(f"in all about {duration(planned.seconds)}")
         return
-    trials = sweep(space)
+    trials = sweep(space, Bar)
     print(results_table(trials))
     outcomes = [(trial, Outcome.read(trial.folder)) for trial in trials]
     elsewhere = sum(end is None for _, end in outcomes)
@@ -81,11 +81,11 @@ def evaluate(options: argparse.Namespace) -> None:
     from softprompt.data.examples import make_examples
     from softprompt.data.records import read_records
     from softprompt.evaluation.evaluate import evaluate
-    from softprompt.experiment_file import load_experiment
+    from softprompt.experiment.metric_names import MODEL_METRICS
+    from softprompt.experiment.reading import load_experiment
     from softprompt.inference.ensemble import evaluate_ensemble, shared_task
     from softprompt.inference.prompt import load_prompt
-    from softprompt.metrics.named import MODEL_METRICS
-    from softprompt.training.run_folder import write_predictions
+    from softprompt.storage.run_folder import write_predictions
 
     first, *others = options.runs
     config = first / "config.yaml"
@@ -103,7 +103,7 @@ def evaluate(options: argparse.Namespace) -> None:
     prompt = _with_scoring(load_prompt(first, options.base), options)
     prompts = [prompt, *(load_prompt(run, prompt.base) for run in others)]
     task = shared_task(prompts) if others else prompt.task
-    examples = make_examples(task, read_records(data[options.split]), options.split)
+    examples = make_examples(task, read_records(data[options.split]), options.split, Bar)
     about = {"split": options.split, "examples": len(examples)}
     if not others:
         answers = options.output or set(experiment.evaluation.metrics) - {*MODEL_METRICS}
@@ -115,12 +115,13 @@ def evaluate(options: argparse.Namespace) -> None:
             experiment.model_copy(update={"scoring": prompt.scoring}),
             options.split,
             written=None if answers else 0,
+            progress=Bar,
         )
         print(json.dumps({**about, **measured.values()}))
         if options.output:
             write_predictions(options.output, measured.samples)
         return
-    results = evaluate_ensemble(prompts, examples, options.batch_size, options.split)
+    results = evaluate_ensemble(prompts, examples, options.batch_size, options.split, Bar)
     for name, metrics in zip([*options.runs, "vote", "mean"], results.values(), strict=True):
         print(json.dumps({"run": str(name), **about, **metrics}))
 
@@ -147,7 +148,7 @@ def generate(options: argparse.Namespace) -> None:
         print()
         return
     for record, written in zip(
-        records, prompt.generate(records, options.batch_size, **settings), strict=True
+        records, prompt.generate(records, options.batch_size, progress=Bar, **settings), strict=True
     ):
         if options.json:
             line = {"input": record.fields, **dataclasses.asdict(written)}
@@ -165,12 +166,18 @@ def _can_stream(prompt: "TrainedPrompt", settings: dict[str, Any]) -> bool:
 
 def score(options: argparse.Namespace) -> None:
     """`softprompt score FILE`."""
-    from softprompt.metrics.named import OF_A_TABLE, measure
+    from softprompt.evaluation.predictions import (
+        compare_answers,
+        difference_table,
+        read_answers,
+        score_table,
+    )
+    from softprompt.experiment.metric_names import CORPUS_METRICS
+    from softprompt.metrics.named import measure
     from softprompt.metrics.scores import all_intervals, all_values
-    from softprompt.score import compare_answers, difference_table, read_answers, score_table
 
     metrics = [name.strip() for name in options.metrics.split(",")]
-    if options.each and (of_all := [name for name in metrics if name in OF_A_TABLE]):
+    if options.each and (of_all := [name for name in metrics if name in CORPUS_METRICS]):
         raise UserError(f"--each: {of_all[0]} is of all examples together")
     answers = read_answers(options.file)
     scores = measure(metrics, answers.predictions, answers.references, stem=options.stem)
@@ -256,8 +263,8 @@ def inspect(options: argparse.Namespace) -> None:
 
 def compare(options: argparse.Namespace) -> None:
     """`softprompt compare EXPERIMENT`."""
-    from softprompt.compare import compare, table
-    from softprompt.training.run_folder import write_file
+    from softprompt.storage.files import write_file
+    from softprompt.sweep.comparison import compare, table
 
     folder = options.folder or Path("runs") / "compare" / options.experiment.stem
     rows = compare(options.experiment, options.methods, options.seeds, options.words, folder)
@@ -268,7 +275,6 @@ def compare(options: argparse.Namespace) -> None:
 
 def runs(options: argparse.Namespace) -> None:
     """`softprompt runs`."""
-    from softprompt.console import say
     from softprompt.report.collect import collect, varied
     from softprompt.report.tables import chosen_rows, run_rows, table
 
@@ -277,7 +283,7 @@ def runs(options: argparse.Namespace) -> None:
     rows = run_rows(records, varied(records, [*asked, options.sort]))
     rows = chosen_rows(rows, options.where, options.sort, reverse=options.reverse)
     if not rows:
-        say(f"none of {len(records)} runs")
+        print_line(f"none of {len(records)} runs")
     elif options.json:
         for row in rows:
             print(json.dumps(row))
@@ -305,7 +311,7 @@ def export(options: argparse.Namespace) -> None:
 def import_(options: argparse.Namespace) -> None:
     """`softprompt import SOURCE DIR`."""
     from softprompt.backbones.loading import load_base
-    from softprompt.experiment_file import load_experiment
+    from softprompt.experiment.reading import load_experiment
     from softprompt.interop.importing import import_prompt
 
     experiment = load_experiment(options.experiment) if options.experiment else None

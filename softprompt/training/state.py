@@ -5,7 +5,7 @@ from typing import Any
 
 
 @dataclasses.dataclass
-class Progress:
+class RunState:
     """Where a run stands, apart from its arrays; part of every checkpoint.
 
     Attributes:

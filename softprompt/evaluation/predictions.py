@@ -4,11 +4,11 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from softprompt.console import aligned
 from softprompt.data.records import read_records
 from softprompt.errors import UserError
 from softprompt.metrics.named import measure
 from softprompt.metrics.scores import Difference, Scores, paired_test
+from softprompt.report.tables import aligned
 
 
 @dataclasses.dataclass(frozen=True)

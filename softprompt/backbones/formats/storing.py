@@ -10,8 +10,8 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
 
+from softprompt.backbones.formats.names import WHOLE, Names, Stored, place_of
 from softprompt.backbones.loading import Backbone
-from softprompt.backbones.names import WHOLE, Names, Stored, place_of
 
 
 def stored_tensors(backbone: Backbone, names: Names) -> Iterator[tuple[str, np.ndarray]]:

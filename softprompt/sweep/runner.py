@@ -1,25 +1,29 @@
 """A sweep, from its file to the outcome of every trial."""
 
 import contextlib
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 
 import yaml
 
-from softprompt.console import Bar, say
 from softprompt.errors import Stopped, UserError
-from softprompt.experiment_file import differences, dump_experiment
+from softprompt.experiment.reading import differences, dump_experiment
 from softprompt.metrics.named import merit
+from softprompt.runtime.progress import Bar, Progress, silent
+from softprompt.runtime.signals import StopSignals
+from softprompt.storage.files import write_file
+from softprompt.storage.locks import alone, locked_folder
 from softprompt.sweep.outcome import Outcome, validation_at
-from softprompt.sweep.places import Opened, Places
 from softprompt.sweep.program import shared
+from softprompt.sweep.scheduler import Opened, Scheduler
 from softprompt.sweep.space import Halving, Space, Trial
-from softprompt.training.run_folder import alone, locked_folder, write_file
-from softprompt.training.stop import StopSignals
+
+_log = logging.getLogger(__name__)
 
 _FILE = "sweep.yaml"
 
 
-def sweep(space: Space) -> list[Trial]:
+def sweep(space: Space, progress: Progress = silent) -> list[Trial]:
     """Run all trials of a sweep, or go on with it, and return them.
 
     Raises:
@@ -34,14 +38,16 @@ def sweep(space: Space) -> list[Trial]:
             study = Study(space)
             first = space.file.experiment()
             total = (settings.trials or 0) * first.training.steps
-            with Bar("sweep", total, "steps", done=study.steps_done()) as bar:
-                Places(stop, bar, space).train(study, settings.trials or 0)
+            with progress("sweep", total, "steps", done=study.steps_done()) as bar:
+                Scheduler(stop, bar, space, progress).train(study, settings.trials or 0)
             trials = study.trials()
         else:
             trials = space.trials()
             todo = [each for each in trials if Outcome.read(each.folder) is None]
-            with Bar("sweep", sum(each.experiment.training.steps for each in todo), "steps") as bar:
-                _run_listed(space, trials, stop, bar)
+            with progress(
+                "sweep", sum(each.experiment.training.steps for each in todo), "steps"
+            ) as bar:
+                _run_listed(space, trials, stop, bar, progress)
         if stop.requested:
             raise Stopped(stop.requested, "stopped, all saved; the same command goes on from there")
     return trials
@@ -59,8 +65,10 @@ def groups(trials: Sequence[Trial]) -> list[list[Trial]]:
     return [sorted(group, key=place) for group in found.values()]
 
 
-def _run_listed(space: Space, trials: Sequence[Trial], stop: StopSignals, bar: Bar) -> None:
-    halving, places = space.sweep.halving, Places(stop, bar, space)
+def _run_listed(
+    space: Space, trials: Sequence[Trial], stop: StopSignals, bar: Bar, progress: Progress
+) -> None:
+    halving, places = space.sweep.halving, Scheduler(stop, bar, space, progress)
     for until in [*(halving.rungs if halving else ()), None]:
         for group in groups(trials):
             source = _Listed(group)
@@ -71,7 +79,7 @@ def _run_listed(space: Space, trials: Sequence[Trial], stop: StopSignals, bar: B
             for trial in losers(trials, until, halving):
                 bar.drop(trial.experiment.training.steps - until)
                 Outcome("pruned", until).write(trial.folder)
-                say(f"{trial.name}: left at step {until}")
+                _log.info(f"{trial.name}: left at step {until}")
 
 
 def losers(trials: Sequence[Trial], rung: int, halving: Halving) -> list[Trial]:

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from softprompt.backbones.directory import ModelFile
-from softprompt.backbones.names import Names, Stored, place_of
+from softprompt.backbones.formats.directory import ModelFile
+from softprompt.backbones.formats.names import Names, Stored, place_of
 from softprompt.errors import UserError
 
 # What older versions of transformers saved beside the weights, and nobody needs.

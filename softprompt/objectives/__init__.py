@@ -1,0 +1,1 @@
+"""Objectives: what training minimizes, as pure functions of a model and a batch."""

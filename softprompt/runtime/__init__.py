@@ -1,0 +1,1 @@
+"""What any long computation needs: progress, memory, signals and the compilation cache."""

@@ -1,0 +1,74 @@
+"""How the library reports progress: a callback that it calls when a piece of work begins.
+
+The library never prints. A caller that wants to show progress passes a `Progress`; the
+command line passes one that draws bars.
+"""
+
+from types import TracebackType
+from typing import Protocol, Self
+
+
+class Bar(Protocol):
+    """The progress of one piece of work, used as a context manager."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        """Count units as done; `note` is the latest news, such as the loss."""
+
+    def drop(self, count: int) -> None:
+        """Take units off the total that will not be done."""
+
+    def close(self) -> None:
+        """End the display."""
+
+
+class Progress(Protocol):
+    """Called at the beginning of each piece of work."""
+
+    def __call__(
+        self, label: str, total: int, unit: str, *, done: int = 0, part: bool = False
+    ) -> Bar:
+        """Start to show a piece of work.
+
+        Args:
+          label: what is done, such as `train`.
+          total: number of units.
+          unit: what is counted, such as `steps`.
+          done: units that were done earlier.
+          part: whether it is part of a larger piece of work that is shown as well.
+        """
+
+
+class _SilentBar:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        pass
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        pass
+
+    def drop(self, count: int) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def silent(label: str, total: int, unit: str, *, done: int = 0, part: bool = False) -> Bar:
+    """The default: show nothing."""
+    return _SilentBar()
