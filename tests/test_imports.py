@@ -1,0 +1,72 @@
+"""The storeys of the package: imports point down only."""
+
+import ast
+from pathlib import Path
+
+import softprompt
+
+PACKAGE = Path(softprompt.__file__).parent
+
+# From the top down. A module may import from its own storey and from storeys below it.
+STOREYS = [
+    "cli",
+    "report",
+    "sweep",
+    "training",
+    "interop",
+    "inference",
+    "evaluation",
+    "metrics",
+    "generation",
+    "objectives",
+    "methods",
+    "data",
+    "backbones",
+    "storage",
+    "experiment",
+    "runtime",
+]
+
+
+def imported(path: Path) -> set[str]:
+    """The storeys that a module imports from, also inside functions."""
+    storeys = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("softprompt."):
+            storeys.add((node.module or "").split(".")[1])
+        elif isinstance(node, ast.Import):
+            storeys |= {a.name.split(".")[1] for a in node.names if a.name.startswith("softprompt.")}
+    return storeys - {"errors"}
+
+
+def test_the_package_root_holds_no_other_modules():
+    assert {p.name for p in PACKAGE.iterdir() if p.is_file()} == {
+        "__init__.py",
+        "__main__.py",
+        "errors.py",
+        "py.typed",
+    }
+    folders = {p.name for p in PACKAGE.iterdir() if p.is_dir() and p.name != "__pycache__"}
+    assert folders == set(STOREYS)
+
+
+def test_imports_point_down():
+    upward = [
+        f"{path.relative_to(PACKAGE)} imports {other}"
+        for level, storey in enumerate(STOREYS)
+        for path in sorted((PACKAGE / storey).rglob("*.py"))
+        for other in sorted(imported(path))
+        if other not in STOREYS[level:]
+    ]
+    assert upward == []
+
+
+def test_the_experiment_storey_imports_no_jax():
+    for path in (PACKAGE / "experiment").glob("*.py"):
+        modules = [
+            alias.name if isinstance(node, ast.Import) else node.module or ""
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Import | ast.ImportFrom)
+            for alias in node.names
+        ]
+        assert not any(m.split(".")[0] in ("jax", "flax", "optax") for m in modules), path
