@@ -3,6 +3,7 @@
 import hashlib
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -52,9 +53,9 @@ def fill(state: nnx.State, file: ModelFile, names: Names, arch: Any, dtype: str)
         kind = np.float32 if is_norm else np.int8 if quantised else jnp.dtype(dtype)
         values, scales = reader.parameter(path, parameter.shape, kind)
         if not reader.problems:
-            parameter.set_value(jnp.asarray(values))
+            parameter.set_value(jax.device_put(values))  # asarray compiles for each shape
             if quantised:
-                flat[*path[:-1], "scale"].set_value(jnp.asarray(scales))
+                flat[*path[:-1], "scale"].set_value(jax.device_put(scales))
     reader.raise_problems()
     return reader.digest.hexdigest()
 
