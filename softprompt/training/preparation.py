@@ -1,4 +1,4 @@
-"""What a run has before its first step: base model, examples and method."""
+"""What a run needs before its first step: base model, examples and method."""
 
 import dataclasses
 import logging
@@ -25,14 +25,14 @@ _log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """What `Preparation` made of an experiment.
+    """A prepared experiment.
 
     Attributes:
       base: the base model.
-      task: what turns records into examples.
-      examples: by split, of all data that the experiment names.
-      method: as it is before training.
-      seconds: that it took.
+      task: turns records into examples.
+      examples: the examples of each split.
+      method: the method before training.
+      seconds: duration of the preparation.
     """
 
     base: Base
@@ -43,9 +43,12 @@ class Prepared:
 
 
 class Preparation:
-    """Prepares experiments; what follows one another in several is read once.
+    """Prepares experiments one after another, and reuses what they have in common.
 
-    Of base models the last one is kept, and of data the last examples of each split.
+    It keeps the last base model and the last examples of each split.
+
+    Args:
+      progress: shows how many examples are tokenized.
     """
 
     def __init__(self, progress: Progress = silent) -> None:
@@ -55,10 +58,10 @@ class Preparation:
         self._examples: dict[str, tuple[Any, Any, Sequence[Example]]] = {}
 
     def prepare(self, experiment: Experiment) -> Prepared:
-        """Read an experiment's data, load its base model, and make its method.
+        """Read the data of an experiment, load its base model, and build its method.
 
         Raises:
-          UserError: if the experiment, its data or its base model will not do.
+          UserError: if the experiment, its data or its base model is invalid.
         """
         began = time.monotonic()
         sources = experiment.data.model_dump(exclude_none=True)
@@ -88,7 +91,7 @@ class Preparation:
     def _base(self, experiment: Experiment) -> Base:
         wanted = experiment.model_dump_json(include={"base", "compute"})
         if wanted not in self._bases:
-            self._bases.clear()  # before another takes its place in memory
+            self._bases.clear()  # free the memory before loading another one
             self._examples.clear()
             began = time.monotonic()
             base = load_base(experiment.base, **experiment.compute.model_dump())
@@ -101,9 +104,10 @@ class Preparation:
         return self._bases[wanted]
 
     def _examples_of(self, task: Task, records: Sequence[Record], split: str) -> Sequence[Example]:
-        """The examples, as they were made before if nothing that they depend on has changed.
+        """Encode the examples of a split, unless those of the last experiment can be reused.
 
-        A longer opening leaves less room, which matters if there is not enough.
+        A longer opening leaves fewer tokens for the input. That matters only to examples
+        that no longer fit.
         """
         about = dataclasses.replace(task, opening=(), max_tokens=0, virtual_tokens=0)
         before, source, examples = self._examples.get(split, (None, None, []))
@@ -120,7 +124,7 @@ def _size(example: Example) -> int:
 
 
 def _initial_prompts(experiment: Experiment, base: Base) -> list[jax.Array]:
-    """The trained prompts that what is learned starts from."""
+    """Load the trained prompts that initialize the method."""
     settings = {
         "prompt": experiment.prompt,
         "dept": experiment.prompt,
