@@ -30,20 +30,20 @@ class Layout:
     """How a dataset's examples become batches.
 
     Attributes:
-      encoder_decoder: whether the backbone reads candidates apart from the input.
+      separate_targets: whether a separate decoder reads the candidates.
       branching: whether rows may hold several candidates that are read.
       shapes: the few `(T, M)` that batches have, T rising.
     """
 
-    encoder_decoder: bool
+    separate_targets: bool
     branching: bool
     shapes: Sequence[tuple[int, int]]
 
     @classmethod
-    def of(cls, examples: Sequence[Example], encoder_decoder: bool = False) -> "Layout":
+    def of(cls, examples: Sequence[Example], separate_targets: bool = False) -> "Layout":
         """At most six lengths, chosen so that padding single examples wastes least."""
         branching = any(sum(len(c) > 1 for c in e.candidates) > 1 for e in examples)
-        layout = cls(encoder_decoder, branching and not encoder_decoder, [])
+        layout = cls(separate_targets, branching and not separate_targets, [])
         lengths = np.array([layout.length(e) for e in examples])
         lengths = -(-lengths // _MULTIPLE) * _MULTIPLE
         bounds = _least_padding(lengths, _MOST_LENGTHS)
@@ -53,7 +53,7 @@ class Layout:
 
     def length(self, example: Example) -> int:
         """Tokens of an example's row."""
-        read = 0 if self.encoder_decoder else sum(len(c) - 1 for c in example.candidates)
+        read = 0 if self.separate_targets else sum(len(c) - 1 for c in example.candidates)
         return len(example.input) + read
 
     def batch(self, examples: Sequence[Example], rows: int) -> Batch:
@@ -79,7 +79,7 @@ class Layout:
         )
         for row, example in enumerate(examples):
             self._fill(batch, row, example)
-        if self.encoder_decoder:
+        if self.separate_targets:
             batch = dataclasses.replace(batch, target_indices=None)
         if not self.branching:
             batch = dataclasses.replace(batch, positions=None, segments=None)
@@ -97,7 +97,7 @@ class Layout:
             batch.targets[row, scored] = candidate
             batch.target_candidates[row, scored] = number
             target = scored.stop
-            if self.encoder_decoder:
+            if self.separate_targets:
                 continue
             read, stop = candidate[:-1], end + len(candidate) - 1
             batch.tokens[row, end:stop] = read
@@ -144,7 +144,7 @@ class TrainingBatches:
       examples: at least `batch_size`, each with its answer.
       batch_size: examples in a batch, B.
       seed: of the order.
-      encoder_decoder: whether they are for an encoder-decoder.
+      separate_targets: whether a separate decoder reads the targets.
     """
 
     def __init__(
@@ -153,10 +153,10 @@ class TrainingBatches:
         batch_size: int,
         seed: int,
         *,
-        encoder_decoder: bool = False,
+        separate_targets: bool = False,
     ):
         self._examples = [only_answer(example) for example in examples]
-        self._layout = Layout.of(self._examples, encoder_decoder)
+        self._layout = Layout.of(self._examples, separate_targets)
         self._batch_size = batch_size
         self._per_epoch = len(examples) // batch_size
         self._seed = seed
@@ -214,7 +214,7 @@ def evaluation_batches(
     batch_size: int,
     run: Callable[[Batch], Result],
     *,
-    encoder_decoder: bool = False,
+    separate_targets: bool = False,
 ) -> Iterator[tuple[list[int], Result]]:
     """Run all examples once, those of like length together.
 
@@ -222,12 +222,12 @@ def evaluation_batches(
       examples: at least one.
       batch_size: the most in a batch; fewer if there is no memory for as many.
       run: what to do with a batch.
-      encoder_decoder: whether they are for an encoder-decoder.
+      separate_targets: whether a separate decoder reads the targets.
 
     Yields:
       The examples' numbers in the rows of each batch, and what `run` gave.
     """
-    layout = Layout.of(examples, encoder_decoder)
+    layout = Layout.of(examples, separate_targets)
     order = sorted(range(len(examples)), key=lambda i: layout.length(examples[i]))
     return run_batches(
         [order],

@@ -91,7 +91,7 @@ class Task:
             raise UserError(
                 f"{record.where}: its target has {longest} tokens, more than {self.max_tokens}"
             )
-        room = self.max_tokens - (0 if self.base.backbone.is_encoder_decoder else longest)
+        room = self.max_tokens - (0 if self.base.backbone.separate_targets else longest)
         tokens, truncated = self._input(record, room)
         self.base.require_embeddings(itertools.chain(tokens, *candidates), record.where)
         return Example(tokens, candidates, answer, record, truncated)
@@ -121,7 +121,7 @@ class Task:
         """
         context = self.base.backbone.arch.context_length
         room = context - in_front
-        if not self.base.backbone.is_encoder_decoder:
+        if not self.base.backbone.separate_targets:
             room -= new_tokens
         if room < 1:
             raise UserError(
@@ -204,7 +204,7 @@ def make_task(
     Raises:
       UserError: if the model's context is too short, or it has no chat template.
     """
-    if base.backbone.is_encoder_decoder:
+    if base.backbone.separate_targets:
         before = 0
     pieces = pieces_of(template, demonstrations, base.tokenizer, virtual=virtual_tokens > 0)
     constant = list(itertools.takewhile(lambda piece: _is_constant(piece, tasks), pieces))
