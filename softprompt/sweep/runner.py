@@ -89,9 +89,7 @@ def _run_listed(
                 _log.info(f"{trial.name}: pruned at step {until}")
 
 
-def trials_to_prune(
-    trials: Sequence[Trial], rung: int, halving: HalvingSettings
-) -> list[Trial]:
+def trials_to_prune(trials: Sequence[Trial], rung: int, halving: HalvingSettings) -> list[Trial]:
     """Return the trials that reached a rung and are not among the best there.
 
     Deciding a rung again gives the same result.

@@ -102,9 +102,7 @@ class Reporter:
         best_note = " (the best so far)" if best else ""
         log_message(self._name, f"step {run.step}: validation {shown}{best_note}")
 
-    def summary(
-        self, state: TrainState, seconds: float, test: Measured | None
-    ) -> dict[str, Any]:
+    def summary(self, state: TrainState, seconds: float, test: Measured | None) -> dict[str, Any]:
         """Write and return the summary of the finished run.
 
         Args:
