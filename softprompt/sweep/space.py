@@ -179,7 +179,7 @@ class Space:
     def __init__(self, file: ExperimentFile, folder: Path):
         if file.sweep is None:
             raise UserError(
-                f"{file.path}: has no section sweep; add one that lists the values to try"
+                f"{file.path}: has no section sweep; list the values to try there"
             )
         if not isinstance(file.sweep, dict):
             raise UserError(f"{file.where('')}: sweep: must be a mapping of keys to values")
@@ -246,7 +246,7 @@ class Space:
             raise UserError(f"{where}: sweep.{name}: trials are compared by one metric")
         if name in self.file.overridden:
             raise UserError(
-                f"command line: {name}: the trials differ in it; set sweep.{name} instead"
+                f"command line: {name}: trials differ in it; set sweep.{name} instead"
             )
 
     def _require_values(self) -> None:
@@ -266,7 +266,8 @@ class Space:
         if isinstance(value, list) and value:
             return value
         raise UserError(
-            f"{self.file.where(name)}: sweep.{name}: must be a list of values, or {{low: ..., high: ...}}"
+            f"{self.file.where(name)}: sweep.{name}: must be a list of values, "
+            "or {low: ..., high: ...}"
         )
 
     def _points(self) -> Iterator[Mapping[str, Value]]:
