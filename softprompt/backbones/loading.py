@@ -12,6 +12,7 @@ from flax import nnx
 from transformers import PreTrainedTokenizerFast
 
 from softprompt.backbones import decoder, prefix, t5
+from softprompt.backbones.backbone import Backbone
 from softprompt.backbones.families import FAMILIES, family_of
 from softprompt.backbones.flash import choose_attention
 from softprompt.backbones.formats.directory import ModelDirectory, ModelFile
@@ -20,7 +21,6 @@ from softprompt.backbones.formats.weights import fill
 from softprompt.errors import UserError
 from softprompt.experiment.schema import ComputeSettings
 
-Backbone = decoder.Decoder | t5.T5
 Prefix = prefix.Prefix | prefix.T5Prefix
 
 SHORT_NAMES = {

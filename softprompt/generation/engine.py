@@ -265,7 +265,7 @@ class Engine:
         if self._settings.repetition_penalty is None:
             return None
         seen = np.zeros((rows, self._backbone.arch.vocab_size), bool)
-        if not self._backbone.is_encoder_decoder:  # whose penalty is for what it writes
+        if not self._backbone.separate_targets:  # whose penalty is for what it writes
             for row, request in zip(seen, requests, strict=False):
                 row[[token for token in (*request.opening, *request.tokens) if token >= 0]] = True
         return seen.repeat(copies, axis=0)

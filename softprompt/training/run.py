@@ -88,7 +88,7 @@ class Run:
             self.examples["train"],
             self.rows,
             experiment.seed,
-            encoder_decoder=self.base.backbone.is_encoder_decoder,
+            separate_targets=self.base.backbone.separate_targets,
         )
         self.iterator = self.batches.iterate()
 
