@@ -9,9 +9,10 @@ from typing import Any
 import jax
 
 from softprompt.backbones.loading import Base, load_base
-from softprompt.data.examples import Example, make_examples
+from softprompt.data.examples import Dataset
 from softprompt.data.records import Record, read_records
-from softprompt.data.task import Task, draw_demonstrations, make_task
+from softprompt.data.task import Task, make_examples, make_task
+from softprompt.data.template import draw_demonstrations
 from softprompt.errors import UserError
 from softprompt.experiment.schema import Experiment
 from softprompt.inference.prompt import load_prompt
@@ -37,7 +38,7 @@ class Prepared:
 
     base: Base
     task: Task
-    examples: Mapping[str, Sequence[Example]]
+    examples: Mapping[str, Dataset]
     method: Method
     seconds: float
 
@@ -55,7 +56,7 @@ class Preparation:
         self._progress = progress
         self._bases: dict[str, Base] = {}
         self._records: dict[str, Sequence[Record]] = {}
-        self._examples: dict[str, tuple[Any, Any, Sequence[Example]]] = {}
+        self._examples: dict[str, tuple[Task, Sequence[Record], Dataset]] = {}
 
     def prepare(self, experiment: Experiment) -> Prepared:
         """Read the data of an experiment, load its base model, and build its method.
@@ -103,24 +104,26 @@ class Preparation:
             self._bases[wanted] = base
         return self._bases[wanted]
 
-    def _examples_of(self, task: Task, records: Sequence[Record], split: str) -> Sequence[Example]:
-        """Encode the examples of a split, unless those of the last experiment can be reused.
-
-        A longer opening leaves fewer tokens for the input. That matters only to examples
-        that no longer fit.
-        """
-        about = dataclasses.replace(task, opening=(), max_tokens=0, virtual_tokens=0)
-        before, source, examples = self._examples.get(split, (None, None, []))
-        in_rows = any(piece is None for piece in task.pieces)
-        fit = all(not e.truncated and _size(e) <= task.max_tokens for e in examples)
-        if before != about or source is not records or in_rows or not fit:
-            examples = make_examples(task, records, split, self._progress)
-            self._examples[split] = about, records, examples
+    def _examples_of(self, task: Task, records: Sequence[Record], split: str) -> Dataset:
+        """Encode the examples of a split, or reuse the examples of the last experiment."""
+        # The opening is not part of an example. It only limits the length of the input.
+        key = dataclasses.replace(task, opening=(), max_tokens=0, virtual_tokens=0)
+        prompt_in_rows = any(piece is None for piece in task.pieces)
+        if split in self._examples and not prompt_in_rows:
+            last_key, source, examples = self._examples[split]
+            if last_key == key and source is records and _fit(examples, task):
+                return examples
+        examples = make_examples(task, records, split, self._progress)
+        self._examples[split] = key, records, examples
         return examples
 
 
-def _size(example: Example) -> int:
-    return len(example.input) + max(map(len, example.candidates))
+def _fit(examples: Dataset, task: Task) -> bool:
+    """Whether the examples are as they would be with the limit of a task."""
+    lengths = examples.lengths
+    return not examples.truncated and bool(
+        (lengths.input + lengths.longest <= task.max_tokens).all()
+    )
 
 
 def _initial_prompts(experiment: Experiment, base: Base) -> list[jax.Array]:

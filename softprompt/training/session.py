@@ -18,7 +18,7 @@ from flax import nnx
 from softprompt.backbones.batch import Batch
 from softprompt.backbones.loading import Backbone
 from softprompt.data.batches import TrainingBatches
-from softprompt.data.examples import examples_digest
+from softprompt.data.examples import data_digest, same_data
 from softprompt.errors import Stopped, UserError
 from softprompt.evaluation.evaluate import Measured, evaluate
 from softprompt.evaluation.scoring import prepare_model
@@ -94,7 +94,7 @@ class Session:
 
         write_config(folder, experiment)
         self._checkpoints = Checkpoints(folder / "checkpoints", experiment.checkpoints.keep)
-        self.run = RunState(self.base.fingerprint, examples_digest(self.examples))
+        self.run = RunState(self.base.fingerprint, data_digest(self.examples))
         self._resume()
         self.reporter = Reporter(experiment, folder, self.run, name)
         self._saved_step = self.run.step
@@ -200,12 +200,7 @@ class Session:
                 intact[step] = description
         best_prompts = {0, *intact, self._saved_prompt_step()}
         for step, description in intact.items():
-            for key, what in (("base", "base model"), ("examples", "data")):
-                if description[key] != getattr(self.run, key):
-                    raise UserError(
-                        f"{self.folder}: the {what} has changed since the run began; restore it, "
-                        "or choose another folder"
-                    )
+            self._require_unchanged(description)
             if description["best_step"] in best_prompts:
                 self.state.restore(self._checkpoints.load(step, self.state.saved_shapes()))
                 self.run = RunState(**description)
@@ -214,6 +209,19 @@ class Session:
                 return
         if found:
             log_message(self.name, "no checkpoint can be used: starting from the beginning")
+
+    def _require_unchanged(self, description: dict[str, Any]) -> None:
+        """Check that a checkpoint belongs to this base model and this data."""
+        changed = None
+        if description["base"] != self.base.fingerprint:
+            changed = "base model"
+        elif not same_data(description["examples"], self.examples):
+            changed = "data"
+        if changed:
+            raise UserError(
+                f"{self.folder}: its {changed} has changed since the run began; restore it, "
+                "or choose another folder"
+            )
 
     def _finish_step(self) -> None:
         """Wait for the pending step, check that its results are finite, and report them."""
