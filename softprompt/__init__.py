@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from softprompt.data.task import make_examples, make_task
     from softprompt.errors import UserError
     from softprompt.experiment.reading import load_experiment
-    from softprompt.experiment.schema import Experiment, OptimizerSettings, TemplateSettings
+    from softprompt.experiment.schema import Experiment, TemplateSettings
     from softprompt.generation.engine import Generated
     from softprompt.inference.generator import Generator
     from softprompt.inference.prompt import Prediction, TrainedPrompt, load_prompt
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from softprompt.objectives.cross_entropy import cross_entropy
     from softprompt.objectives.model import Model
     from softprompt.training.loop import train
-    from softprompt.training.optimizers import UpdateRule, hyperparameters
     from softprompt.training.step import split, train_step
 
     __version__: str
@@ -49,7 +48,6 @@ _MODULES = {
     "Generator": "inference.generator",
     "LoRA": "methods.lora",
     "Model": "objectives.model",
-    "OptimizerSettings": "experiment.schema",
     "Prediction": "inference.prompt",
     "PrefixTuning": "methods.prefix_tuning",
     "PromptParam": "methods.soft_prompt",
@@ -58,10 +56,8 @@ _MODULES = {
     "TemplateSettings": "experiment.schema",
     "TrainedPrompt": "inference.prompt",
     "TrainingBatches": "data.batches",
-    "UpdateRule": "training.optimizers",
     "UserError": "errors",
     "cross_entropy": "objectives.cross_entropy",
-    "hyperparameters": "training.optimizers",
     "load_base": "backbones.loading",
     "load_experiment": "experiment.reading",
     "load_prompt": "inference.prompt",
@@ -82,7 +78,6 @@ __all__ = [
     "Generator",
     "LoRA",
     "Model",
-    "OptimizerSettings",
     "Prediction",
     "PrefixTuning",
     "PromptParam",
@@ -91,11 +86,9 @@ __all__ = [
     "TemplateSettings",
     "TrainedPrompt",
     "TrainingBatches",
-    "UpdateRule",
     "UserError",
     "__version__",
     "cross_entropy",
-    "hyperparameters",
     "load_base",
     "load_experiment",
     "load_prompt",

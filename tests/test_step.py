@@ -186,6 +186,22 @@ def test_clipping_bounds_the_update(tiny):
     np.testing.assert_allclose(change, 1e-3, rtol=1e-3)
 
 
+def test_a_step_takes_any_optax_optimizer(tiny, expected):
+    graphdef, trainable, frozen = split(SoftPrompt(jnp.array(VECTORS)), tiny.backbone)
+    optimizer = optax.sgd(0.5)
+    after, _, _ = train_step(
+        trainable,
+        optimizer.init(trainable),
+        frozen,
+        BATCH,
+        KEY,
+        graphdef=graphdef,
+        optimizer=optimizer,
+        objective=cross_entropy,
+    )
+    np.testing.assert_allclose(jax.tree.leaves(after)[0], VECTORS - 0.5 * expected[1], atol=1e-6)
+
+
 def test_an_objective_decides_what_is_differentiated_and_logged(tiny):
     """A custom objective: half of the loss, weighted by rows, with a metric."""
 

@@ -178,9 +178,7 @@ class Space:
 
     def __init__(self, file: ExperimentFile, folder: Path):
         if file.sweep is None:
-            raise UserError(
-                f"{file.path}: has no section sweep; list the values to try there"
-            )
+            raise UserError(f"{file.path}: has no section sweep; list the values to try there")
         if not isinstance(file.sweep, dict):
             raise UserError(f"{file.where('')}: sweep: must be a mapping of keys to values")
         self.file, self.folder = file, folder
@@ -245,9 +243,7 @@ class Space:
         if name == "evaluation.metric":
             raise UserError(f"{where}: sweep.{name}: trials are compared by one metric")
         if name in self.file.overridden:
-            raise UserError(
-                f"command line: {name}: trials differ in it; set sweep.{name} instead"
-            )
+            raise UserError(f"command line: {name}: trials differ in it; set sweep.{name} instead")
 
     def _require_values(self) -> None:
         """Check each value that `tpe` may choose, with the first values of the other keys."""

@@ -35,7 +35,7 @@ def update(
     key: jax.Array,
     *,
     graphdef: Any,
-    optimizer: UpdateRule,
+    optimizer: UpdateRule | optax.GradientTransformation,
     objective: Objective,
     accumulate: int = 1,
 ) -> tuple[nnx.State, Any, dict[str, jax.Array]]:
@@ -46,7 +46,8 @@ def update(
       opt_state: state of the optimizer.
       batch: its rows are run in `accumulate` passes of equal size.
       key: random key for the objective, such as for dropout.
-      optimizer: turns gradients into updates.
+      optimizer: turns gradients into updates; any Optax optimizer will do, or our
+        `UpdateRule`, whose hyperparameters are not compiled in.
       objective: the loss; see `Objective`.
       accumulate: number of passes.
 
