@@ -78,8 +78,8 @@ def sweep(options: argparse.Namespace) -> None:
 
 def evaluate(options: argparse.Namespace) -> None:
     """`softprompt eval RUN...`."""
-    from softprompt.data.examples import make_examples
     from softprompt.data.records import read_records
+    from softprompt.data.task import make_examples
     from softprompt.evaluation.evaluate import evaluate
     from softprompt.experiment.metric_names import MODEL_METRICS
     from softprompt.experiment.reading import load_experiment

@@ -78,13 +78,13 @@ class Preparation:
             *texts,
             shown,
             virtual_tokens=virtual,
-            before=before,
+            prefix_length=before,
             tasks=experiment.prompt.tasks or () if virtual else (),
             task_field=experiment.prompt.task_field,
         )
         examples = {split: self._examples_of(task, part, split) for split, part in records.items()}
         if not task.labels and experiment.evaluation.samples:
-            task.with_room(experiment.generation.max_new_tokens, before + len(task.opening))
+            task.for_generation(experiment.generation.max_new_tokens, before + len(task.opening))
         method = make_method(experiment, base, task.opening, _initial_prompts(experiment, base))
         return Prepared(base, task, examples, method, time.monotonic() - began)
 
