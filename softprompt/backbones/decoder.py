@@ -140,6 +140,10 @@ class Decoder(nnx.Module):
         if not arch.tied_head:
             self.head = Linear(arch.hidden_size, arch.vocab_size, int8=int8)
 
+    def __repr__(self) -> str:
+        arch = self.arch
+        return f"Decoder({len(arch.layers)} layers, hidden size {arch.hidden_size})"
+
     def __call__(
         self,
         embeddings: jax.Array,

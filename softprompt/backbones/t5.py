@@ -143,6 +143,11 @@ class T5(nnx.Module):
         if not arch.tied_head:
             self.head = Linear(arch.hidden_size, arch.vocab_size, int8=int8)
 
+    def __repr__(self) -> str:
+        arch = self.arch
+        layers = f"{arch.num_encoder_layers} + {arch.num_decoder_layers} layers"
+        return f"T5({layers}, hidden size {arch.hidden_size})"
+
     @property
     def tied_head_scale(self) -> float:
         """The factor of the embedding table's rows where it is also the output head."""
