@@ -63,7 +63,9 @@ def _sections(model: type[pydantic.BaseModel], prefix: str):
 
 def _section(annotation) -> type[pydantic.BaseModel] | None:
     kinds = [annotation, *typing.get_args(annotation)]
-    return next((k for k in kinds if isinstance(k, type) and issubclass(k, pydantic.BaseModel)), None)
+    return next(
+        (k for k in kinds if isinstance(k, type) and issubclass(k, pydantic.BaseModel)), None
+    )
 
 
 def _described(title: str, model: type[pydantic.BaseModel], prefix: str) -> str:
@@ -78,7 +80,9 @@ def _described(title: str, model: type[pydantic.BaseModel], prefix: str) -> str:
             continue  # a section has its own table; parameters are not a key of the file
         about = field.description or attributes.get(name, "")
         kind = _limited(_kind(field.annotation), field.metadata)
-        rows.append(f"| `{key}` | {kind} | {_DEFAULTS.get(key) or _default(field)} | {_cell(about)} |")
+        rows.append(
+            f"| `{key}` | {kind} | {_DEFAULTS.get(key) or _default(field)} | {_cell(about)} |"
+        )
     return "\n".join([*lines, "| key | type | default | |", "| --- | --- | --- | --- |", *rows, ""])
 
 
