@@ -15,6 +15,7 @@ from flax import nnx
 
 from softprompt.backbones.batch import Batch
 from softprompt.data.batches import side_by_side
+from softprompt.experiment.methods import method_class
 from softprompt.experiment.schema import Experiment
 from softprompt.training.run import Run
 from softprompt.training.step import PROGRAM, update
@@ -76,8 +77,8 @@ def shared(experiment: Experiment) -> str:
     at all of a matrix. Solved examples, which the seed draws, are part of the program.
     """
     excluded: dict[str, Any] = {**_NUMBERS, "prompt": set(_INITIAL), "prefix": set(_INITIAL)}
-    plain = experiment.method == "prompt" and experiment.prompt.reparametrization is None
-    if plain and experiment.optimizer.name != "adafactor":
+    length_may_vary = method_class(experiment.method).length_may_vary(experiment)
+    if length_may_vary and experiment.optimizer.name != "adafactor":
         excluded["prompt"].add("length")
     if experiment.shots:
         del excluded["seed"]

@@ -13,11 +13,10 @@ from softprompt.data.examples import Example, make_examples
 from softprompt.data.records import Record, read_records
 from softprompt.data.task import Task, draw_demonstrations, make_task
 from softprompt.errors import UserError
+from softprompt.experiment.methods import method_class
 from softprompt.experiment.schema import Experiment
 from softprompt.inference.prompt import load_prompt
-from softprompt.methods.making import make_method, virtual_tokens
 from softprompt.methods.method import Method
-from softprompt.methods.soft_prompt import SoftPrompt
 from softprompt.runtime.progress import Progress, silent
 
 _log = logging.getLogger(__name__)
@@ -69,7 +68,8 @@ class Preparation:
         base = self._base(experiment)
         texts = experiment.template, experiment.verbalizer
         shown = draw_demonstrations(*texts, records["train"], experiment.shots, experiment.seed)
-        virtual, before = virtual_tokens(experiment)
+        kind = method_class(experiment.method)
+        virtual, before = kind.virtual_tokens(experiment)
         task = make_task(
             base,
             *texts,
@@ -82,7 +82,8 @@ class Preparation:
         examples = {split: self._examples_of(task, part, split) for split, part in records.items()}
         if not task.labels and experiment.evaluation.samples:
             task.with_room(experiment.generation.max_new_tokens, before + len(task.opening))
-        method = make_method(experiment, base, task.opening, _initial_prompts(experiment, base))
+        trained = [_vectors_of(path, base) for path in kind.initial_prompts(experiment)]
+        method = kind.build(experiment, base, task.opening, trained)
         return Prepared(base, task, examples, method, time.monotonic() - began)
 
     def _base(self, experiment: Experiment) -> Base:
@@ -119,17 +120,9 @@ def _size(example: Example) -> int:
     return len(example.input) + max(map(len, example.candidates))
 
 
-def _initial_prompts(experiment: Experiment, base: Base) -> list[jax.Array]:
-    """The trained prompts that what is learned starts from."""
-    settings = {
-        "prompt": experiment.prompt,
-        "dept": experiment.prompt,
-        "prefix": experiment.prefix,
-    }.get(experiment.method)
-    vectors = []
-    for path in settings.init_prompts or () if settings else ():
-        trained = load_prompt(path, base).method
-        if not isinstance(trained, SoftPrompt):
-            raise UserError(f"init_prompts: {path} is no soft prompt")
-        vectors.append(trained.vectors[...])
+def _vectors_of(path: str, base: Base) -> jax.Array:
+    """Return the vectors `[P, D]` of a trained soft prompt."""
+    vectors = load_prompt(path, base).method.plain_vectors()
+    if vectors is None:
+        raise UserError(f"init_prompts: {path} is no soft prompt")
     return vectors

@@ -24,10 +24,10 @@ from softprompt.data.examples import examples_digest
 from softprompt.errors import Stopped, UserError
 from softprompt.evaluation.evaluate import Measured, evaluate
 from softprompt.evaluation.scoring import prepare_model
+from softprompt.experiment.methods import method_class
 from softprompt.experiment.schema import Experiment
 from softprompt.inference.prompt import load_prompt
-from softprompt.methods.saved import SavedPrompt, read_description, save_prompt, usage
-from softprompt.methods.soft_prompt import SoftPrompt
+from softprompt.methods.saved import SavedPrompt, read_description, save_prompt
 from softprompt.metrics.named import is_better
 from softprompt.runtime.memory import peak_memory
 from softprompt.runtime.progress import Progress, silent
@@ -92,7 +92,7 @@ class Run:
         )
         self.iterator = self.batches.iterate()
 
-        offsets = experiment.dept.learning_rate if experiment.method == "dept" else None
+        offsets = method_class(experiment.method).offsets_learning_rate(experiment)
         steps = experiment.training.steps
         self.optimizer = UpdateRule.of(experiment.optimizer)
         self.numbers = hyperparameters(experiment.optimizer, steps, offsets)
@@ -101,7 +101,7 @@ class Run:
         # What is saved has the method's own shapes.
         self.own = graphdef, jax.eval_shape(lambda: trainable), frozen
         self.room = None
-        if room is not None and isinstance(method, SoftPrompt) and method.can_be_padded(backbone):
+        if room is not None and method.can_be_padded(backbone):
             self.room = room
             graphdef, trainable, frozen = split(method.padded(room), backbone)
         self.graphdef, self.trainable, self.frozen = graphdef, trainable, frozen
@@ -357,20 +357,17 @@ class Run:
     def _save_prompt(self, trainable: nnx.State) -> None:
         graphdef, own, frozen = self.own
         method, backbone = nnx.merge(graphdef, resized(trainable, own), *frozen)
-        about = {
-            "experiment": self.experiment.name,
-            "step": self.progress.best_step,
-            "validation": self.progress.best_metrics,
-            **usage(self.experiment),
-        }
         save_prompt(
             self.folder / "prompt",
-            method.folded(),
-            backbone,
-            self.experiment.method,
+            method,
             self.base,
             self.task,
-            about,
+            backbone=backbone,
+            experiment=self.experiment.name,
+            step=self.progress.best_step,
+            validation=self.progress.best_metrics,
+            scoring=self.experiment.scoring,
+            generation=self.experiment.generation,
         )
 
     def _saved_prompt_step(self) -> int:
@@ -390,7 +387,6 @@ class Run:
             return trained.backbone, trained.prefix
         saved = SavedPrompt.read(self.folder / "prompt")
         method, _ = saved.method(self.base, self.task.opening)
-        assert isinstance(method, SoftPrompt)
         return prepare_model(method.padded(self.room), self.base.backbone)
 
     def _say(self, line: str) -> None:
