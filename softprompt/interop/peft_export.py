@@ -142,7 +142,7 @@ def _lora(base: Base, method: LoRA) -> tuple[dict[str, np.ndarray], dict[str, An
                 factor = np.float32(scales[path] / scales[learned[0]])
                 parts[paths.index(path)][:, end - size : end] = matrices[path][1][layer].T * factor
             module = name.format(layer=layer)
-            up = entry.form.together(tuple(parts), base.backbone.arch)  # [out, R]
+            up = entry.form.join(tuple(parts), base.backbone.arch)  # [out, R]
             arrays[f"base_model.model.{module}.lora_A.weight"] = np.ascontiguousarray(down)
             arrays[f"base_model.model.{module}.lora_B.weight"] = np.ascontiguousarray(up)
             ranks[module] = int(ends[-1])
