@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-NOWHERE = 2**30  # the position of a key that no query can attend to
+MASKED_POSITION = 2**30  # the position of a key that no query can attend to
 
 
 @dataclasses.dataclass(frozen=True)
