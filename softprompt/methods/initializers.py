@@ -8,7 +8,7 @@ import numpy as np
 
 from softprompt.backbones.loading import Base
 from softprompt.errors import UserError
-from softprompt.experiment.schema import InitializationSettings
+from softprompt.experiment.method_settings import InitializationSettings
 
 
 def initial_vectors(
