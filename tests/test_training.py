@@ -263,7 +263,7 @@ def test_another_experiment_does_not_write_into_a_run(experiment, experiment_fil
     train(experiment, tmp_path / "run")
     other = load_experiment(experiment_file, ["prompt.length=4"])
     with pytest.raises(
-        UserError, match=r"other settings \(prompt.length: 3 there, 4 now\); choose"
+        UserError, match=r"other settings \(prompt.length: was 3, is now 4\); choose"
     ):
         train(other, tmp_path / "run")
     (tmp_path / "mine").mkdir()
