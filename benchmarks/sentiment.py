@@ -23,9 +23,8 @@ SOFTPROMPT = str(Path(sys.executable).parent / "softprompt")
 def zero_shot():
     """Accuracy and loss of the base model alone on the test split."""
     from softprompt import load_base, load_experiment
-    from softprompt.data.examples import make_examples
     from softprompt.data.records import read_records
-    from softprompt.data.task import make_task
+    from softprompt.data.task import make_examples, make_task
     from softprompt.evaluation.evaluate import evaluate
 
     experiment = load_experiment(Path(EXPERIMENT))

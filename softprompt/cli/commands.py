@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from softprompt.errors import UserError
 if TYPE_CHECKING:
     from softprompt.data.records import Record
     from softprompt.inference.prompt import TrainedPrompt
+    from softprompt.metrics.scores import Difference, Scores
 
 
 def train(options: argparse.Namespace) -> None:
@@ -78,8 +79,8 @@ def sweep(options: argparse.Namespace) -> None:
 
 def evaluate(options: argparse.Namespace) -> None:
     """`softprompt eval RUN...`."""
-    from softprompt.data.examples import make_examples
     from softprompt.data.records import read_records
+    from softprompt.data.task import make_examples
     from softprompt.evaluation.evaluate import evaluate
     from softprompt.experiment.metric_names import MODEL_METRICS
     from softprompt.experiment.reading import load_experiment
@@ -166,12 +167,7 @@ def _can_stream(prompt: "TrainedPrompt", settings: dict[str, Any]) -> bool:
 
 def score(options: argparse.Namespace) -> None:
     """`softprompt score FILE`."""
-    from softprompt.evaluation.predictions import (
-        compare_answers,
-        difference_table,
-        read_answers,
-        score_table,
-    )
+    from softprompt.evaluation.predictions import compare_answers, read_answers
     from softprompt.experiment.metric_names import CORPUS_METRICS
     from softprompt.metrics.named import measure
     from softprompt.metrics.scores import all_intervals, all_values
@@ -189,7 +185,7 @@ def score(options: argparse.Namespace) -> None:
             found = {name: dataclasses.asdict(one) for name, one in differences.items()}
             print(json.dumps({**values, "differences": found}))
         else:
-            print(difference_table(scores, theirs, differences))
+            print(_difference_table(scores, theirs, differences))
     elif options.each:
         for parts in zip(*(one.each() for one in scores.values()), strict=True):
             print(json.dumps({key: v for part in parts for key, v in part.items()}))
@@ -198,7 +194,41 @@ def score(options: argparse.Namespace) -> None:
         signatures = {name: one.signature for name, one in scores.items() if one.signature}
         print(json.dumps({**values, "intervals": intervals, "signatures": signatures}))
     else:
-        print(score_table(scores))
+        print(_score_table(scores))
+
+
+def _score_table(scores: "Mapping[str, Scores]") -> str:
+    """Return every value with its bootstrap interval, and the metrics' signatures."""
+    from softprompt.report.tables import aligned
+
+    rows = [("metric", "value", "95 % interval")]
+    for metric in scores.values():
+        intervals = metric.intervals()
+        for name, value in metric.values().items():
+            low, high = intervals[name]
+            rows.append((name, f"{value:.4f}", f"{low:.4f} to {high:.4f}"))
+    lines = ["  ".join(line) for line in aligned(rows)]
+    lines += [f"{name}: {one.signature}" for name, one in scores.items() if one.signature]
+    return "\n".join(lines)
+
+
+def _difference_table(
+    ours: "Mapping[str, Scores]",
+    theirs: "Mapping[str, Scores]",
+    differences: "Mapping[str, Difference]",
+) -> str:
+    """Return the values of two systems and their differences."""
+    from softprompt.report.tables import aligned
+
+    rows = [("metric", "this", "the other", "difference", "95 % interval", "p")]
+    for name in ours:
+        values, others = ours[name].values(), theirs[name].values()
+        for key, value in values.items():
+            found = differences[key]
+            cells = f"{value:.4f}", f"{others[key]:.4f}", f"{found.difference:+.4f}"
+            low, high = found.interval
+            rows.append((key, *cells, f"{low:+.4f} to {high:+.4f}", f"{found.p_value:.3f}"))
+    return "\n".join("  ".join(line) for line in aligned(rows))
 
 
 def _prompt_and_inputs(options: argparse.Namespace) -> "tuple[TrainedPrompt, list[Record]]":

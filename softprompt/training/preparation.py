@@ -9,9 +9,10 @@ from typing import Any
 import jax
 
 from softprompt.backbones.loading import Base, load_base
-from softprompt.data.examples import Example, make_examples
+from softprompt.data.examples import Dataset
 from softprompt.data.records import Record, read_records
-from softprompt.data.task import Task, draw_demonstrations, make_task
+from softprompt.data.task import Task, make_examples, make_task
+from softprompt.data.template import draw_demonstrations
 from softprompt.errors import UserError
 from softprompt.experiment.schema import Experiment
 from softprompt.inference.prompt import load_prompt
@@ -37,7 +38,7 @@ class Prepared:
 
     base: Base
     task: Task
-    examples: Mapping[str, Sequence[Example]]
+    examples: Mapping[str, Dataset]
     method: Method
     seconds: float
 
@@ -52,7 +53,7 @@ class Preparation:
         self._progress = progress
         self._bases: dict[str, Base] = {}
         self._records: dict[str, Sequence[Record]] = {}
-        self._examples: dict[str, tuple[Any, Any, Sequence[Example]]] = {}
+        self._examples: dict[str, tuple[Any, Any, Dataset]] = {}
 
     def prepare(self, experiment: Experiment) -> Prepared:
         """Read an experiment's data, load its base model, and make its method.
@@ -75,13 +76,13 @@ class Preparation:
             *texts,
             shown,
             virtual_tokens=virtual,
-            before=before,
+            prefix_length=before,
             tasks=experiment.prompt.tasks or () if virtual else (),
             task_field=experiment.prompt.task_field,
         )
         examples = {split: self._examples_of(task, part, split) for split, part in records.items()}
         if not task.labels and experiment.evaluation.samples:
-            task.with_room(experiment.generation.max_new_tokens, before + len(task.opening))
+            task.for_generation(experiment.generation.max_new_tokens, before + len(task.opening))
         method = make_method(experiment, base, task.opening, _initial_prompts(experiment, base))
         return Prepared(base, task, examples, method, time.monotonic() - began)
 
@@ -100,23 +101,21 @@ class Preparation:
             self._bases[wanted] = base
         return self._bases[wanted]
 
-    def _examples_of(self, task: Task, records: Sequence[Record], split: str) -> Sequence[Example]:
+    def _examples_of(self, task: Task, records: Sequence[Record], split: str) -> Dataset:
         """The examples, as they were made before if nothing that they depend on has changed.
 
         A longer opening leaves less room, which matters if there is not enough.
         """
         about = dataclasses.replace(task, opening=(), max_tokens=0, virtual_tokens=0)
-        before, source, examples = self._examples.get(split, (None, None, []))
-        in_rows = any(piece is None for piece in task.pieces)
-        fit = all(not e.truncated and _size(e) <= task.max_tokens for e in examples)
-        if before != about or source is not records or in_rows or not fit:
-            examples = make_examples(task, records, split, self._progress)
-            self._examples[split] = about, records, examples
+        if split in self._examples and None not in task.pieces:
+            before, source, examples = self._examples[split]
+            longest = (examples.lengths.input + examples.lengths.longest).max()
+            fit = not examples.truncated and longest <= task.max_tokens
+            if before == about and source is records and fit:
+                return examples
+        examples = make_examples(task, records, split, self._progress)
+        self._examples[split] = about, records, examples
         return examples
-
-
-def _size(example: Example) -> int:
-    return len(example.input) + max(map(len, example.candidates))
 
 
 def _initial_prompts(experiment: Experiment, base: Base) -> list[jax.Array]:

@@ -9,6 +9,7 @@ import dataclasses
 import logging
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,9 @@ from flax import nnx
 from softprompt.backbones.batch import Batch
 from softprompt.backbones.loading import Backbone
 from softprompt.data.batches import TrainingBatches
-from softprompt.data.examples import examples_digest
+from softprompt.data.examples import Example, data_digest, same_data
 from softprompt.errors import Stopped, UserError
-from softprompt.evaluation.evaluate import Measured, evaluate
+from softprompt.evaluation.evaluate import EvaluationResult, evaluate
 from softprompt.evaluation.scoring import prepare_model
 from softprompt.experiment.schema import Experiment
 from softprompt.inference.prompt import load_prompt
@@ -111,7 +112,7 @@ class Run:
 
         write_config(folder, experiment)
         self.checkpoints = Checkpoints(folder / "checkpoints", experiment.checkpoints.keep)
-        self.progress = RunState(self.base.fingerprint, examples_digest(self.examples))
+        self.progress = RunState(self.base.fingerprint, data_digest(self.examples))
         self._resume()
         self.metrics = MetricsLog(folder, self.progress.step, self.progress.records)
         self.saved_step = self.progress.step
@@ -234,8 +235,12 @@ class Run:
             _log.info(f"{problem}; not using this checkpoint")
         bests = {0, *intact, self._saved_prompt_step()}
         for step, description in intact.items():
-            for key, what in (("base", "base model"), ("examples", "data")):
-                if description[key] != getattr(self.progress, key):
+            same = {
+                "base model": description["base"] == self.progress.base,
+                "data": same_data(description["examples"], self.examples),
+            }
+            for what, unchanged in same.items():
+                if not unchanged:
                     raise UserError(
                         f"{self.folder}: its {what} has changed since the run began; put it back, "
                         "or choose another folder with --run-dir (make: RUN=DIR)"
@@ -334,9 +339,9 @@ class Run:
             self._save_prompt(self.trainable)
         self.mark = time.monotonic()
 
-    def _measure(self, backbone, prefix, split: str) -> Measured:
+    def _measure(self, backbone, prefix, split: str) -> EvaluationResult:
         settings = self.experiment.evaluation
-        examples = self.examples[split]
+        examples: Sequence[Example] = self.examples[split]
         written: int | None = settings.samples
         if split == "validation":
             examples = examples[: settings.examples]
