@@ -1,4 +1,4 @@
-"""What ends a command without a traceback: a person's mistake, or a signal."""
+"""Exceptions that end a command without a traceback: a user's mistake, or a signal."""
 
 
 class UserError(Exception):
@@ -9,8 +9,16 @@ class UserError(Exception):
     """
 
 
+class FolderError(UserError):
+    """A folder holds something else, so that another one is needed.
+
+    The message ends with "choose another folder". The command line completes it with the
+    name of the option that sets the folder.
+    """
+
+
 class Stopped(Exception):
-    """Work was stopped by a signal; the message says where it stands.
+    """A signal stopped the work; the message says what was saved.
 
     The command line prints it and exits with status 128 + `number`.
     """

@@ -8,7 +8,6 @@ from softprompt.data.records import read_records
 from softprompt.errors import UserError
 from softprompt.metrics.named import measure
 from softprompt.metrics.scores import Difference, Scores, paired_test
-from softprompt.report.tables import aligned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,31 +59,3 @@ def compare_answers(
     for name, scores in own.items():
         differences |= paired_test(scores, other[name])
     return other, differences
-
-
-def score_table(scores: dict[str, Scores]) -> str:
-    """Every value with its bootstrap interval, as text, and the signatures."""
-    rows = [("metric", "value", "95 % interval")]
-    for one in scores.values():
-        intervals = one.intervals()
-        for name, value in one.values().items():
-            low, high = intervals[name]
-            rows.append((name, f"{value:.4f}", f"{low:.4f} to {high:.4f}"))
-    lines = ["  ".join(line) for line in aligned(rows)]
-    lines += [f"{name}: {one.signature}" for name, one in scores.items() if one.signature]
-    return "\n".join(lines)
-
-
-def difference_table(
-    ours: dict[str, Scores], theirs: dict[str, Scores], differences: dict[str, Difference]
-) -> str:
-    """Values of two systems, and their differences, as text."""
-    rows = [("metric", "this", "the other", "difference", "95 % interval", "p")]
-    for name in ours:
-        values, others = ours[name].values(), theirs[name].values()
-        for key, value in values.items():
-            found = differences[key]
-            cells = f"{value:.4f}", f"{others[key]:.4f}", f"{found.difference:+.4f}"
-            low, high = found.interval
-            rows.append((key, *cells, f"{low:+.4f} to {high:+.4f}", f"{found.p_value:.3f}"))
-    return "\n".join("  ".join(line) for line in aligned(rows))

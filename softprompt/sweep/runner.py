@@ -6,13 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import yaml
 
-from softprompt.errors import Stopped, UserError
+from softprompt.errors import FolderError, Stopped
 from softprompt.experiment.reading import differences, dump_experiment
 from softprompt.metrics.named import merit
 from softprompt.runtime.progress import Bar, Progress, silent
 from softprompt.runtime.signals import StopSignals
 from softprompt.storage.files import write_file
-from softprompt.storage.locks import alone, locked_folder
+from softprompt.storage.locks import file_lock, locked_folder
 from softprompt.sweep.outcome import Outcome, validation_at
 from softprompt.sweep.program import shared
 from softprompt.sweep.scheduler import Opened, Scheduler
@@ -126,18 +126,18 @@ def open_sweep(space: Space) -> Iterator[None]:
     Its lock is shared by processes that take trials from one study.
     """
     folder, of_study = space.folder, space.sweep.how == "tpe"
-    with locked_folder(folder, _FILE, "sweep", "sweeping", "--folder", shared=of_study):
-        with alone(folder / ".sweep.lock"):
+    with locked_folder(folder, _FILE, "sweep", "sweeping", shared=of_study):
+        with file_lock(folder / ".sweep.lock"):
             require_same(space)
             write_file(folder / _FILE, _described(space))
         yield
 
 
 def require_same(space: Space) -> None:
-    """Refuse the folder of another sweep, if that has begun.
+    """Require that the folder does not hold another sweep that has begun.
 
     Raises:
-      UserError: if it is one.
+      FolderError: if it does.
     """
     folder, now = space.folder, _described(space)
     path = folder / _FILE
@@ -149,10 +149,7 @@ def require_same(space: Space) -> None:
             old = yaml.safe_load(was)
             if isinstance(old, dict) and "sweep" in old:
                 changed = "; ".join(differences(old, yaml.safe_load(now)))
-        raise UserError(
-            f"{folder}: holds another sweep ({changed}); choose another folder with --folder "
-            "(make: RUN=DIR)"
-        )
+        raise FolderError(f"{folder}: holds another sweep ({changed}); choose another folder")
 
 
 def _described(space: Space) -> str:

@@ -44,7 +44,7 @@ class Opened:
         """Lock a trial's folder; None if another process has it."""
         stack = contextlib.ExitStack()
         try:
-            stack.enter_context(open_run(trial.folder, trial.experiment, "--folder"))
+            stack.enter_context(open_run(trial.folder, trial.experiment))
             write_config(trial.folder, trial.experiment)  # also of one that fails at its start
         except InUseError:
             return None

@@ -15,7 +15,7 @@ from typing import Any
 from softprompt.errors import UserError
 from softprompt.experiment.metric_names import lower_is_better
 from softprompt.storage.files import write_file
-from softprompt.storage.locks import alone
+from softprompt.storage.locks import file_lock
 from softprompt.sweep.outcome import Outcome
 from softprompt.sweep.results import measured
 from softprompt.sweep.scheduler import Opened
@@ -152,7 +152,7 @@ class Study:
 
     def _alone(self) -> contextlib.AbstractContextManager[None]:
         """Keep other processes that sweep in the folder from asking and telling."""
-        return alone(self._space.folder / ".study.lock")
+        return file_lock(self._space.folder / ".study.lock")
 
 
 def _suggest(asked: Any, name: str, values: list[Value] | Range) -> None:
