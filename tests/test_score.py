@@ -90,7 +90,7 @@ def test_two_systems_are_compared(call, file, tmp_path):
     [
         ('{"prediction": "a"}', ":1: has no 'reference'"),
         ('{"reference": "a"}', ":1: has no 'prediction'"),
-        ('{"prediction": 1, "reference": "a"}', ":1: 'prediction' is no text"),
+        ('{"prediction": 1, "reference": "a"}', ":1: 'prediction' is not text"),
         ('{"prediction": "a", "reference": []}', ":1: 'reference' is neither a text nor a list"),
         ('{"prediction": "a", "reference": [1]}', ":1: 'reference' is neither"),
         ('{"prediction": "a", "reference": "b"}\n{', ":2: not valid JSON"),

@@ -1,4 +1,4 @@
-"""Files of predictions, scored and compared."""
+"""Score and compare files of predictions."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -12,17 +12,24 @@ from softprompt.metrics.scores import Difference, Scores, paired_test
 
 @dataclasses.dataclass(frozen=True)
 class Answers:
-    """Predictions, and for each a reference, or several of which any will do."""
+    """The predictions of one system and their references.
+
+    Attributes:
+      predictions: N texts.
+      references: for each prediction a text, or a list of texts that are all correct.
+    """
 
     predictions: Sequence[str]
     references: Sequence[str | Sequence[str]]
 
 
 def read_answers(path: str) -> Answers:
-    """Read `{"prediction": ..., "reference": ...}` a line; other keys do not matter.
+    """Read a file with a line `{"prediction": ..., "reference": ...}` per example.
+
+    Other keys are ignored.
 
     Raises:
-      UserError: with file and line, if one of them is missing or no text.
+      UserError: with file and line, if one of the keys is missing or is not text.
     """
     if Path(path).suffix != ".jsonl":
         raise UserError(f"{path}: predictions are read from a .jsonl file")
@@ -34,7 +41,7 @@ def read_answers(path: str) -> Answers:
                 raise UserError(f"{record.where}: has no {key!r}")
         prediction, reference = record.fields["prediction"], record.fields["reference"]
         if not isinstance(prediction, str):
-            raise UserError(f"{record.where}: 'prediction' is no text")
+            raise UserError(f"{record.where}: 'prediction' is not text")
         listed = reference if isinstance(reference, list) else [reference]
         if not listed or not all(isinstance(text, str) for text in listed):
             raise UserError(f"{record.where}: 'reference' is neither a text nor a list of texts")
@@ -46,10 +53,18 @@ def read_answers(path: str) -> Answers:
 def compare_answers(
     ours: Answers, theirs: Answers, metrics: Sequence[str], *, stem: bool
 ) -> tuple[dict[str, Scores], dict[str, Difference]]:
-    """Scores of others' answers to the same examples, and by how much ours differ from them.
+    """Compare two systems on the same examples.
+
+    Args:
+      ours, theirs: answers of the two systems, in the same order.
+      metrics: names of the metrics.
+      stem: whether ROUGE stems English words.
+
+    Returns:
+      Their scores by metric, and our differences from them by value name.
 
     Raises:
-      UserError: if the references of the two are not the same.
+      UserError: if the references of the two systems differ.
     """
     if ours.references != theirs.references:
         raise UserError("the two files do not have the same references in the same order")

@@ -23,7 +23,7 @@ from softprompt.backbones.loading import Backbone
 from softprompt.data.batches import TrainingBatches
 from softprompt.data.examples import Example, data_digest, same_data
 from softprompt.errors import Stopped, UserError
-from softprompt.evaluation.evaluate import Measured, evaluate
+from softprompt.evaluation.evaluate import EvaluationResult, evaluate
 from softprompt.evaluation.scoring import prepare_model
 from softprompt.experiment.schema import Experiment
 from softprompt.inference.prompt import load_prompt
@@ -339,7 +339,7 @@ class Run:
             self._save_prompt(self.trainable)
         self.mark = time.monotonic()
 
-    def _measure(self, backbone, prefix, split: str) -> Measured:
+    def _measure(self, backbone, prefix, split: str) -> EvaluationResult:
         settings = self.experiment.evaluation
         examples: Sequence[Example] = self.examples[split]
         written: int | None = settings.samples
