@@ -6,13 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import yaml
 
-from softprompt.errors import Stopped, UserError
+from softprompt.errors import FolderError, Stopped
 from softprompt.experiment.reading import differences, dump_experiment
 from softprompt.metrics.named import merit
 from softprompt.runtime.progress import Bar, Progress, silent
 from softprompt.runtime.signals import StopSignals
 from softprompt.storage.files import write_file
-from softprompt.storage.locks import alone, locked_folder
+from softprompt.storage.locks import file_lock, locked_folder
 from softprompt.sweep.outcome import Outcome, validation_at
 from softprompt.sweep.program import shared_settings
 from softprompt.sweep.scheduler import OpenedTrial, Scheduler
@@ -132,23 +132,37 @@ def open_sweep(space: Space) -> Iterator[None]:
 
     Processes that take trials from one Optuna study share the lock.
     """
+<<<<<<< HEAD
     folder, shared = space.folder, space.sweep.how == "tpe"
     with locked_folder(folder, _FILE, "sweep", "sweeping", shared=shared):
         with alone(folder / ".sweep.lock"):
+=======
+    folder, of_study = space.folder, space.sweep.how == "tpe"
+    with locked_folder(folder, _FILE, "sweep", "sweeping", shared=of_study):
+        with file_lock(folder / ".sweep.lock"):
+>>>>>>> e3e41dd807f612ba3e483116874108afd5d881c9
             require_same(space)
             write_file(folder / _FILE, _describe(space))
         yield
 
 
 def require_same(space: Space) -> None:
+<<<<<<< HEAD
     """Reject the folder of another sweep that has begun.
 
     Raises:
       UserError: if the folder belongs to another sweep.
+=======
+    """Require that the folder does not hold another sweep that has begun.
+
+    Raises:
+      FolderError: if it does.
+>>>>>>> e3e41dd807f612ba3e483116874108afd5d881c9
     """
     folder, now = space.folder, _describe(space)
     path = folder / _FILE
     begun = path.is_file() and any(p.name[0] != "." and p != path for p in folder.iterdir())
+<<<<<<< HEAD
     before = path.read_text(encoding="utf-8", errors="replace") if begun else now
     if before == now:
         return
@@ -158,6 +172,16 @@ def require_same(space: Space) -> None:
         if isinstance(old, dict) and "sweep" in old:
             changed = "; ".join(differences(old, yaml.safe_load(now)))
     raise UserError(f"{folder}: holds another sweep ({changed}); choose another folder")
+=======
+    was = path.read_text(encoding="utf-8", errors="replace") if begun else now
+    if was != now:
+        changed = f"{path} is damaged"
+        with contextlib.suppress(yaml.YAMLError):
+            old = yaml.safe_load(was)
+            if isinstance(old, dict) and "sweep" in old:
+                changed = "; ".join(differences(old, yaml.safe_load(now)))
+        raise FolderError(f"{folder}: holds another sweep ({changed}); choose another folder")
+>>>>>>> e3e41dd807f612ba3e483116874108afd5d881c9
 
 
 def _describe(space: Space) -> str:

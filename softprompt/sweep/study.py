@@ -15,7 +15,7 @@ from typing import Any
 from softprompt.errors import UserError
 from softprompt.experiment.metric_names import lower_is_better
 from softprompt.storage.files import write_file
-from softprompt.storage.locks import alone
+from softprompt.storage.locks import file_lock
 from softprompt.sweep.outcome import Outcome
 from softprompt.sweep.results import measured
 from softprompt.sweep.scheduler import OpenedTrial
@@ -154,9 +154,15 @@ class Study:
                     raise UserError(f"sweep.storage: {url}: {str(error).splitlines()[0]}") from None
                 time.sleep(1)  # another sweep may be creating the same database
 
+<<<<<<< HEAD
     def _exclusive(self) -> contextlib.AbstractContextManager[None]:
         """Keep other processes of the sweep from using the study."""
         return alone(self._space.folder / ".study.lock")
+=======
+    def _alone(self) -> contextlib.AbstractContextManager[None]:
+        """Keep other processes that sweep in the folder from asking and telling."""
+        return file_lock(self._space.folder / ".study.lock")
+>>>>>>> e3e41dd807f612ba3e483116874108afd5d881c9
 
 
 def _suggest(asked: Any, name: str, values: list[Value] | Range) -> None:
