@@ -51,7 +51,7 @@ def test_rows_of_one_sequence_each_need_no_mask():
 
 def test_an_encoder_decoder_reads_no_candidate_behind_the_input():
     example = example_of([5, 6, 7], [[10, 11, 12], [13]], 0)
-    batch = Layout.of([example], encoder_decoder=True).lay_out([example], 1, 4, 5)
+    batch = Layout.of([example], separate_targets=True).lay_out([example], 1, 4, 5)
     np.testing.assert_array_equal(batch.tokens, [[5, 6, 7, 0]])
     np.testing.assert_array_equal(batch.lengths, [3])
     np.testing.assert_array_equal(batch.targets, [[10, 11, 12, 13, 0]])

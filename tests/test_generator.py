@@ -20,7 +20,7 @@ NEW = {"max_new_tokens": 6}
 def trained(base, method, template="{text}:", length=0, before=0):
     """A method with the prefix it gives."""
     task = make_task(
-        base, TemplateSettings(input=template), None, virtual_tokens=length, before=before
+        base, TemplateSettings(input=template), None, virtual_tokens=length, prefix_length=before
     )
     backbone = method(task.opening).adapt(base.backbone)
     made = method(task.opening)
@@ -172,7 +172,9 @@ def test_what_cannot_be_is_refused(tiny, t5):
         generator.generate(["x"], "a", temprature=1.0)
     with pytest.raises(UserError, match="top_p needs a temperature"):
         generator.generate(["x"], "a", top_p=0.5)
-    with pytest.raises(UserError, match="max_new_tokens 1000: the base model has room for 128"):
+    with pytest.raises(
+        UserError, match="max_new_tokens 1000: the context window of the base model has 128"
+    ):
         generator.generate(["x"], "a", max_new_tokens=1000)
     assert generator.generate([], "a") == []
     assert generator.prompts == ["a"]
@@ -181,7 +183,7 @@ def test_what_cannot_be_is_refused(tiny, t5):
 def test_a_long_input_is_cut_and_said(tiny, capsys):
     generator = Generator(tiny, {"a": soft_prompt(tiny, 0, 2)})
     (cut,) = generator.generate(["a" * 500], "a", max_new_tokens=20)
-    assert "inputs: 1 cut to 106 tokens" in capsys.readouterr().err
+    assert "inputs: 1 truncated to 106 tokens" in capsys.readouterr().err
     assert cut == generator.generate(["a" * 105], "a", max_new_tokens=20)[0]
 
 

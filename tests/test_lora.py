@@ -38,7 +38,7 @@ def test_merged_lora_is_that_beside_the_matrices(variant):
     method = lora_of(base)
     before = [np.array(leaf) for leaf in jax.tree.leaves(base.backbone)]
     examples = [example_of([5, 6, 7], [[8, 9]], 0)]
-    batch = Layout.of(examples, base.backbone.is_encoder_decoder).batch(examples, 1)
+    batch = Layout.of(examples, base.backbone.separate_targets).batch(examples, 1)
 
     @jax.jit
     def states(backbone):

@@ -12,9 +12,8 @@ from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from softprompt import Base, SoftPrompt, UserError, load_experiment, load_prompt, train
-from softprompt.data.examples import make_examples
 from softprompt.data.records import Record, read_records
-from softprompt.data.task import make_task
+from softprompt.data.task import make_examples, make_task
 from softprompt.evaluation.evaluate import evaluate
 from softprompt.evaluation.scoring import make_prefix, score
 from softprompt.experiment.schema import LEARNING_RATES, ComputeSettings, TemplateSettings
@@ -243,7 +242,7 @@ def test_offsets_reach_generated_tokens(tiny):
 def test_prefix_tuning_from_text_is_the_text(tiny, experiment_file):
     overrides = ["method=prefix", "prefix.init=text", "prefix.init_text=Say", "prefix.length=3"]
     method = make_method(load_experiment(experiment_file, overrides), tiny, [])
-    task = make_task(tiny, TemplateSettings(input="{text}:"), VERBALIZER, before=3)
+    task = make_task(tiny, TemplateSettings(input="{text}:"), VERBALIZER, prefix_length=3)
     found = scores(tiny, method, task, {"text": "hello"})
     expected = [whole(tiny, "Say", "hello:", target) for target in VERBALIZER.values()]
     np.testing.assert_allclose(found, expected, rtol=1e-4)
@@ -353,7 +352,7 @@ def test_a_prefix_of_a_decoder_takes_no_room_from_the_encoder(tiny):
     for variant, taken in (("t5-gated", 0), ("llama-biased", 9)):
         base = Base(variant, "", {}, golden_backbone(variant), tiny.tokenizer, ComputeSettings())
         with_prefix, without = (
-            make_task(base, TemplateSettings(input="{text}"), None, before=before)
+            make_task(base, TemplateSettings(input="{text}"), None, prefix_length=before)
             for before in (9, 0)
         )
         assert without.max_tokens - with_prefix.max_tokens == taken

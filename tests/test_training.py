@@ -345,10 +345,10 @@ def test_free_text_trains_and_is_measured_by_its_loss(experiment_file, tmp_path)
     ("override", "message"),
     [
         ("training.batch_size=31", "30 examples do not fill a batch of 31"),
-        ("prompt.length=127", "too short for the 127 that stand in front of every input"),
+        ("prompt.length=127", "too short for the 127 that every input begins with"),
         (
             "template.max_tokens=126",
-            "too short for the 3 that stand in front of every input and template.max_tokens 126",
+            "too short for the 3 that every input begins with and template.max_tokens 126",
         ),
         ("template.input='{title}'", "train.jsonl:1: no field 'title'"),
         ("base=./nowhere", "no such file or directory"),

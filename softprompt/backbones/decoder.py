@@ -121,7 +121,11 @@ class Block(nnx.Module):
 class Decoder(nnx.Module):
     """A causal language model. Its layers are stacked `[L, ...]` and run by one scan."""
 
-    is_encoder_decoder = False
+    separate_targets = False
+    caches_prompt = True
+    tied_head_scale = 1.0
+    auto_class = "AutoModelForCausalLM"
+    decoder_start_token: int | None = None
 
     def __init__(
         self, arch: Architecture, *, int8: bool = False, attention: Literal["xla", "cudnn"] = "xla"
@@ -135,6 +139,10 @@ class Decoder(nnx.Module):
         self.norm = norm(arch.hidden_size, arch.norm_epsilon)
         if not arch.tied_head:
             self.head = Linear(arch.hidden_size, arch.vocab_size, int8=int8)
+
+    def __repr__(self) -> str:
+        arch = self.arch
+        return f"Decoder({len(arch.layers)} layers, hidden size {arch.hidden_size})"
 
     def __call__(
         self,
@@ -162,9 +170,15 @@ class Decoder(nnx.Module):
         arch = self.arch
         return len(arch.layers), length, arch.num_kv_heads, arch.head_size
 
-    def prefix_of(self, keys: jax.Array, values: jax.Array) -> Prefix:
-        """Keys and values `[L, P, K, h]` as a prefix."""
+    def prefix_from(self, keys: jax.Array, values: jax.Array) -> Prefix:
+        """Make a prefix from keys and values `[L, P, K, h]`."""
         return Prefix(keys, values)
+
+    def initial_prefix(self, vectors: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Start prefix tuning from the keys and values that the model computes for `vectors`."""
+        vectors = vectors.astype(self.embedding.table.dtype)
+        prefix = jax.jit(lambda backbone, x: backbone.prefill(x))(self, vectors)
+        return prefix.keys.astype(jnp.float32), prefix.values.astype(jnp.float32)
 
     def prefill(self, embeddings: jax.Array, prefix: Prefix | None = None) -> Prefix:
         """Run vectors `[P, D]` through the model once and keep each layer's keys and values.

@@ -12,6 +12,7 @@ from flax import nnx
 from transformers import PreTrainedTokenizerFast
 
 from softprompt.backbones import decoder, prefix, t5
+from softprompt.backbones.backbone import Backbone
 from softprompt.backbones.families import FAMILIES, family_of
 from softprompt.backbones.flash import choose_attention
 from softprompt.backbones.formats.directory import ModelDirectory, ModelFile
@@ -19,8 +20,8 @@ from softprompt.backbones.formats.gguf import GGUFFile
 from softprompt.backbones.formats.weights import fill
 from softprompt.errors import UserError
 from softprompt.experiment.schema import ComputeSettings
+from softprompt.runtime.compilation import use_compilation_cache
 
-Backbone = decoder.Decoder | t5.T5
 Prefix = prefix.Prefix | prefix.T5Prefix
 
 SHORT_NAMES = {
@@ -54,6 +55,9 @@ class Base:
     backbone: Backbone
     tokenizer: PreTrainedTokenizerFast
     compute: ComputeSettings
+
+    def __repr__(self) -> str:
+        return f"Base({self.name!r}, {self.backbone!r}, {self.compute.dtype})"
 
     @property
     def hub_name(self) -> str:
@@ -93,6 +97,7 @@ def load_base(
       UserError: if there is no such model, or it is of a kind that is not supported, or
         its weights do not fit its config.
     """
+    use_compilation_cache()
     path = find_model(name)
     file: ModelFile = ModelDirectory(path) if path.is_dir() else GGUFFile(path)
     backbone, weights = load_backbone(file, dtype=dtype, int8=int8, attention=attention)

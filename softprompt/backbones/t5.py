@@ -120,7 +120,9 @@ class T5(nnx.Module):
     A soft prompt stands in front of the encoder's input embeddings (Lester et al. 2021).
     """
 
-    is_encoder_decoder = True
+    separate_targets = True
+    caches_prompt = False
+    auto_class = "AutoModelForSeq2SeqLM"
     attention: Literal["xla"] = "xla"
 
     def __init__(self, arch: T5Architecture, *, int8: bool = False):
@@ -141,14 +143,38 @@ class T5(nnx.Module):
         if not arch.tied_head:
             self.head = Linear(arch.hidden_size, arch.vocab_size, int8=int8)
 
+    def __repr__(self) -> str:
+        arch = self.arch
+        layers = f"{arch.num_encoder_layers} + {arch.num_decoder_layers} layers"
+        return f"T5({layers}, hidden size {arch.hidden_size})"
+
+    @property
+    def tied_head_scale(self) -> float:
+        """The factor of the embedding table's rows where it is also the output head."""
+        return self.arch.hidden_size**-0.5
+
+    @property
+    def decoder_start_token(self) -> int | None:
+        """The id that every target starts with."""
+        return self.arch.start_token
+
     def prefix_shape(self, length: int) -> tuple[int, int, int, int]:
         """That of the keys, and of the values, of so many virtual tokens: `[L, P, H, h]`."""
         arch = self.arch
         return arch.num_decoder_layers, length, arch.num_heads, arch.head_size
 
-    def prefix_of(self, keys: jax.Array, values: jax.Array) -> T5Prefix:
-        """Keys and values `[L, P, H, h]` of the decoder as a prefix."""
+    def prefix_from(self, keys: jax.Array, values: jax.Array) -> T5Prefix:
+        """Make a prefix from keys and values `[L, P, H, h]` for the decoder."""
         return T5Prefix(keys=keys, values=values)
+
+    def initial_prefix(self, vectors: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Start prefix tuning from standard normal numbers.
+
+        The prefix is for the decoder, and `vectors` are embeddings for the encoder, so only
+        their number is used.
+        """
+        keys, values = jax.random.normal(key, (2, *self.prefix_shape(len(vectors))))
+        return keys, values
 
     def prefill(self, embeddings: jax.Array, prefix: T5Prefix | None = None) -> T5Prefix:
         """Vectors `[P, D]` as what stands in front of the encoder's input, behind `prefix`."""
@@ -233,7 +259,7 @@ class T5(nnx.Module):
             return self.head(hidden).astype(jnp.float32)
         table = self.embedding.table[...]
         logits = jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
-        return logits * self.arch.hidden_size**-0.5
+        return logits * self.tied_head_scale
 
     def start(
         self, tokens: jax.Array, lengths: jax.Array, prefix: T5Prefix | None, room: int

@@ -56,7 +56,7 @@ def score(
         examples,
         batch_size,
         lambda batch: np.asarray(candidate_scores(backbone, prefix, batch, candidates)),
-        encoder_decoder=backbone.is_encoder_decoder,
+        separate_targets=backbone.separate_targets,
     ):
         yield numbers, scores[: len(numbers)]
 

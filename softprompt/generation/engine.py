@@ -14,9 +14,8 @@ from transformers import PreTrainedTokenizerFast
 
 from softprompt.backbones.loading import Backbone, Prefix
 from softprompt.backbones.prefix import MOST_MIXED
-from softprompt.data.examples import say_truncated
 from softprompt.data.records import Record
-from softprompt.data.task import Task
+from softprompt.data.task import Task, log_truncated
 from softprompt.errors import UserError
 from softprompt.experiment.schema import GenerationSettings
 from softprompt.generation import beams, decoding
@@ -69,9 +68,9 @@ def requests_of(
     Raises:
       UserError: if a record does not fit the template, or there is no room.
     """
-    task = task.with_room(settings.max_new_tokens, prefix.length if prefix else 0)
+    task = task.for_generation(settings.max_new_tokens, prefix.length if prefix else 0)
     examples = [task.example(record, with_answer=False) for record in records]
-    say_truncated(examples, task, "inputs")
+    log_truncated(examples, task, "inputs")
     return [Request(example.input, prefix, task.opening) for example in examples]
 
 
@@ -265,7 +264,7 @@ class Engine:
         if self._settings.repetition_penalty is None:
             return None
         seen = np.zeros((rows, self._backbone.arch.vocab_size), bool)
-        if not self._backbone.is_encoder_decoder:  # whose penalty is for what it writes
+        if not self._backbone.separate_targets:  # whose penalty is for what it writes
             for row, request in zip(seen, requests, strict=False):
                 row[[token for token in (*request.opening, *request.tokens) if token >= 0]] = True
         return seen.repeat(copies, axis=0)

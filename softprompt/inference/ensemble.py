@@ -95,7 +95,7 @@ def shared_task(prompts: Sequence[TrainedPrompt]) -> Task:
             raise UserError(
                 f"prompt {number}: of method {method}, it is more than a prefix in front of inputs"
             )
-        if not isinstance(prompt.prefix, Prefix):
+        if not prompt.base.backbone.caches_prompt:
             raise UserError(f"prompt {number}: an encoder-decoder's cannot be evaluated together")
         if prompt.scoring != ScoringSettings():
             raise UserError(f"prompt {number}: has a scoring of its own")

@@ -38,7 +38,7 @@ def import_prompt(
             template,
             experiment.verbalizer if experiment else None,
             virtual_tokens=len(arrays["vectors"]) if name == "prompt" else 0,
-            before=arrays["keys"].shape[1] if name == "prefix" else 0,
+            prefix_length=arrays["keys"].shape[1] if name == "prefix" else 0,
         )
     except UserError as error:
         raise UserError(f"{source}: {error}") from None

@@ -17,8 +17,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from softprompt.backbones.families import FAMILIES
 from softprompt.backbones.formats.storing import save_tensors, stored_tensors
 from softprompt.backbones.loading import Base
-from softprompt.backbones.t5 import T5Architecture
-from softprompt.data.task import pieces_of
+from softprompt.data.template import compile_template
 from softprompt.errors import UserError
 from softprompt.inference.prompt import TrainedPrompt
 from softprompt.interop.card import written_input
@@ -79,13 +78,13 @@ def export_merged(prompt: TrainedPrompt, folder: Path) -> str:
     config = _config(base, size, untied=bool(names))
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     generation = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    if isinstance(base.backbone.arch, T5Architecture):
-        generation["decoder_start_token_id"] = base.backbone.arch.start_token
+    if base.backbone.decoder_start_token is not None:
+        generation["decoder_start_token_id"] = base.backbone.decoder_start_token
     if names:
         generation["suppress_tokens"] = tokenizer.convert_tokens_to_ids(names)
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
     task = prompt.task
-    pieces = pieces_of(task.template, task.demonstrations, tokenizer, virtual=bool(names))
+    pieces = compile_template(task.template, task.demonstrations, tokenizer, virtual=bool(names))
     return written_input(pieces, tokenizer, "".join(names))
 
 
@@ -101,8 +100,7 @@ def _add_tokens(
     embedding, head = f"{names['embedding']}.weight", f"{names['head']}.weight"
     table = tensors[embedding]
     if arch.tied_head:
-        scale = arch.hidden_size**-0.5 if base.backbone.is_encoder_decoder else 1.0
-        tensors[head] = table * table.dtype.type(scale)
+        tensors[head] = table * table.dtype.type(base.backbone.tied_head_scale)
     new = np.zeros((size - len(table), table.shape[1]), table.dtype)
     tensors[embedding] = np.concatenate([table, new])
     tensors[embedding][ids] = vectors / base.backbone.embedding.scale

@@ -46,9 +46,9 @@ def export_adapter(prompt: TrainedPrompt, folder: Path, *, as_prefix: bool = Fal
         arrays, config = _lora(prompt.base, method)
     else:
         raise UserError(f"method {name} has no form in peft")
-    encoder_decoder = prompt.base.backbone.is_encoder_decoder
+    separate_targets = prompt.base.backbone.separate_targets
     shared = {
-        "task_type": "SEQ_2_SEQ_LM" if encoder_decoder else "CAUSAL_LM",
+        "task_type": "SEQ_2_SEQ_LM" if separate_targets else "CAUSAL_LM",
         "base_model_name_or_path": prompt.base.hub_name,
         "inference_mode": True,
         "revision": None,
@@ -65,8 +65,8 @@ def _prompt(base: Base, method: SoftPrompt) -> tuple[dict[str, np.ndarray], dict
             "peft puts virtual tokens in front of everything, and these stand elsewhere or are "
             "not all; what stands in front of every input can be had as --format peft-prefix"
         )
-    arch: Any = base.backbone.arch
-    layers = arch.num_decoder_layers if base.backbone.is_encoder_decoder else len(arch.layers)
+    arch = base.backbone.arch
+    layers, *_ = base.backbone.prefix_shape(0)
     return {"prompt_embeddings": vectors / np.float32(peft_embedding_scale(base))}, {
         "peft_type": "PROMPT_TUNING",
         "num_virtual_tokens": len(vectors),
@@ -93,13 +93,13 @@ def _prefix(prompt: TrainedPrompt) -> tuple[dict[str, np.ndarray], dict[str, Any
             "nothing stands in front of every input as keys and values, which is what a "
             "prefix is in peft"
         )
-    encoder_decoder = prompt.base.backbone.is_encoder_decoder
-    if encoder_decoder and prefix.embeddings is not None:
+    separate_targets = prompt.base.backbone.separate_targets
+    if separate_targets and prefix.embeddings is not None:
         raise UserError("text in front of every input of an encoder has no form in peft")
     if isinstance(prompt.method, SoftPrompt) and not _in_front(prompt.method):
         raise UserError("these virtual tokens stand in the inputs, not in front of them")
     stacked = np.stack([prefix.keys, prefix.values]).astype(np.float32)  # [2, L, P, K, h]
-    if encoder_decoder:
+    if separate_targets:
         # Of two submodules peft gives layer 2i to layer i of the decoder, and drops the others;
         # with one it would put the prefix in front of the encoder's output as well.
         stacked = np.stack([stacked, np.zeros_like(stacked)], axis=2)
@@ -109,7 +109,7 @@ def _prefix(prompt: TrainedPrompt) -> tuple[dict[str, np.ndarray], dict[str, Any
         "peft_type": "PREFIX_TUNING",
         "num_virtual_tokens": length,
         "token_dim": kv_heads * size,
-        "num_transformer_submodules": 2 if encoder_decoder else 1,
+        "num_transformer_submodules": 2 if separate_targets else 1,
         "num_attention_heads": kv_heads,
         "num_layers": layers,
         "encoder_hidden_size": kv_heads * size,

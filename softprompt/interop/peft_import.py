@@ -181,7 +181,7 @@ def _prefix(config, tensors, base: Base) -> dict[str, Any]:
     embeddings = _embeddings(tensors)
     layers, _, kv_heads, size = base.backbone.prefix_shape(0)
     modules, stored = _count(config, "num_transformer_submodules", 1), layers
-    if base.backbone.is_encoder_decoder:
+    if base.backbone.separate_targets:
         stored = _count(config, "num_layers", layers)  # by default the encoder's
     elif modules != 1:
         raise _Misfit(f"adapter_config.json: num_transformer_submodules is {modules}, not 1")
@@ -197,7 +197,7 @@ def _prefix(config, tensors, base: Base) -> dict[str, Any]:
             f"{base.name!r} takes ({shape[0]}, {math.prod(shape[1:])})"
         )
     keys, values = embeddings.reshape(shape).transpose(2, 1, 0, 3, 4)
-    if base.backbone.is_encoder_decoder:
+    if base.backbone.separate_targets:
         if modules == 1 and stored < layers:
             raise _Misfit(f"adapter_config.json: num_layers is {stored}, the decoder has {layers}")
         used = np.arange(layers) * modules % stored  # see `peft_export`

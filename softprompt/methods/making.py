@@ -117,15 +117,7 @@ def _decomposed(
 def _prefix(
     base: Base, vectors: jax.Array, size: int | None, key: jax.Array, opening: Sequence[int]
 ) -> Method:
-    """From what the model makes of vectors; an encoder-decoder, whose decoder it is for, cannot."""
-    backbone = base.backbone
-    if backbone.is_encoder_decoder:
-        keys, values = jax.random.normal(key, (2, *backbone.prefix_shape(len(vectors))))
-    else:
-        first = jax.jit(lambda backbone, x: backbone.prefill(x))(
-            backbone, vectors.astype(backbone.embedding.table.dtype)
-        )
-        keys, values = first.keys.astype(jnp.float32), first.values.astype(jnp.float32)
+    keys, values = base.backbone.initial_prefix(vectors, key)
     if size is None:
         return PrefixTuning(keys, values, opening)
     return ReparametrizedPrefix(keys, values, size, key, opening)

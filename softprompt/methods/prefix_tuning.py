@@ -31,7 +31,9 @@ class PrefixTuning(Method):
     def make_prefix(self, backbone: Backbone) -> Prefix:
         """The keys and values, and behind them the opening's."""
         kind = backbone.embedding.table.dtype
-        prefix: Any = backbone.prefix_of(self.keys[...].astype(kind), self.values[...].astype(kind))
+        prefix: Any = backbone.prefix_from(
+            self.keys[...].astype(kind), self.values[...].astype(kind)
+        )
         if not self.opening.size:
             return prefix
         return backbone.prefill(backbone.embedding(self.opening[...]), prefix)

@@ -143,7 +143,7 @@ class SavedPrompt:
                 description["verbalizer"],
                 [(text, target) for text, target in description["demonstrations"]],
                 virtual_tokens=description["virtual_tokens"],
-                before=shapes["keys"][1] if description["method"] == "prefix" else 0,
+                prefix_length=shapes["keys"][1] if description["method"] == "prefix" else 0,
                 tasks=description["tasks"],
                 task_field=description["task_field"],
             )

@@ -49,7 +49,7 @@ class SoftPrompt(Method):
     def can_be_padded(self, backbone: Backbone) -> bool:
         """Whether all vectors stand in the opening of a causal model."""
         in_opening = int((np.asarray(self.opening[...]) < 0).sum())
-        return not backbone.is_encoder_decoder and in_opening == len(self.vectors[...])
+        return backbone.caches_prompt and in_opening == len(self.vectors[...])
 
     def padded(self, length: int) -> "SoftPrompt":
         """The same prompt with `length` vectors and an opening that is longer by as many.

@@ -10,11 +10,11 @@ from typing import Any
 import pydantic
 import tensorboardX
 
-from softprompt.data.records import parse_jsonl
 from softprompt.errors import UserError
 from softprompt.experiment.reading import differences, dump_experiment, load_experiment
 from softprompt.experiment.schema import Experiment
 from softprompt.storage.files import write_file
+from softprompt.storage.json_lines import parse_json_lines
 from softprompt.storage.locks import locked_folder
 
 _log = logging.getLogger(__name__)
@@ -91,8 +91,8 @@ def write_samples(folder: Path, step: int, samples: Sequence[Mapping[str, Any]])
     kept = []
     if path.exists():
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-        kept = [dict(record.fields) for record in parse_jsonl(lines, str(path))]
-        kept = [record for record in kept if record.get("step", step) < step]
+        kept = [sample for _, sample in parse_json_lines(lines, str(path))]
+        kept = [sample for sample in kept if sample.get("step", step) < step]
     write_predictions(path, [*kept, *({"step": step, **sample} for sample in samples)])
 
 
@@ -146,10 +146,10 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    records = [record.fields for record in parse_jsonl(lines, str(path))]
+    records = [record for _, record in parse_json_lines(lines, str(path))]
     for number, record in enumerate(records, 1):
         numbers = [value for key, value in record.items() if key != "split"]
         of_numbers = all(isinstance(value, int | float) for value in numbers)
         if not ({"step", "split"} <= record.keys() and of_numbers):
             raise UserError(f"{path}:{number}: not a record of metrics; move the file away")
-    return [dict(record) for record in records]
+    return records
