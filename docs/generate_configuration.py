@@ -17,7 +17,7 @@ from pathlib import Path
 import pydantic
 
 from softprompt.experiment.schema import Experiment
-from softprompt.sweep.space import Halving, Sweep
+from softprompt.sweep.space import HalvingSettings, SweepSettings
 
 _DEFAULTS = {"name": "the file's name", "optimizer.learning_rate": "set by the method"}
 
@@ -49,8 +49,8 @@ def page() -> str:
         "A file with a `sweep` section describes many trials: see [Sweeps](sweeps.md). Every other\n"
         "key of the section is a key of the experiment, with the values to try.\n\n"
     )
-    parts.append(_described("`sweep`", Sweep, "sweep."))
-    parts.append(_described("`sweep.halving`", Halving, "sweep.halving."))
+    parts.append(_described("`sweep`", SweepSettings, "sweep."))
+    parts.append(_described("`sweep.halving`", HalvingSettings, "sweep.halving."))
     return "\n".join(part.rstrip() + "\n" for part in parts)
 
 
