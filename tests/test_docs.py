@@ -19,6 +19,7 @@ import pytest
 import yaml
 from conftest import GOLDEN, REPOSITORY
 
+import softprompt
 from softprompt import load_experiment, train
 from softprompt.backbones import loading
 from softprompt.cli.main import _parse
@@ -149,7 +150,9 @@ def test_yaml_blocks_are_valid_experiments(page, tmp_path):
                 parent = "sentiment-length.yaml" if "sweep" in tree else "sentiment.yaml"
                 whole = "extends" in tree or "base" in tree
                 path.write_text(part if whole else f"extends: {parent}\n{part}")
-                file = ExperimentFile(path)
+                # A fragment of a sweep needs an experiment that is long enough for its rungs.
+                longer = ["training.steps=160", "evaluation.every=20"]
+                file = ExperimentFile(path, longer if "sweep" in tree and not whole else [])
                 if file.sweep is None:
                     file.experiment()
                 else:
@@ -176,6 +179,12 @@ def test_the_configuration_reference_is_up_to_date():
     generate = runpy.run_path(str(REPOSITORY / "docs" / "generate_configuration.py"))
     page = (REPOSITORY / "docs" / "configuration.md").read_text(encoding="utf-8")
     assert page == generate["page"](), "run: python docs/generate_configuration.py"
+
+
+def test_the_api_reference_describes_every_public_name():
+    page = (REPOSITORY / "docs" / "api.md").read_text(encoding="utf-8")
+    described = set(re.findall(r"^::: softprompt\.(\w+)$", page, re.MULTILINE))
+    assert described | {"__version__", "train_step"} == set(softprompt.__all__)
 
 
 def test_every_setting_is_described():
