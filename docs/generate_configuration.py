@@ -34,6 +34,7 @@ An experiment is one YAML file. This page lists every key with its type and defa
 - `extends: other.yaml` starts from another file. The keys of this file override those of the other.
 - On the command line, `key=value` overrides a key: `softprompt train experiments/sentiment.yaml
   prompt.length=50 seed=1`.
+- Each table leaves out the name of its section. `dtype` in the table of `compute` is `compute.dtype`.
 - Unknown keys and invalid values are rejected with the file, line and key.
 - A run folder keeps the resolved experiment in `config.yaml`.
 
@@ -78,7 +79,7 @@ def _described(title: str, model: type[pydantic.BaseModel], prefix: str) -> str:
             continue  # a section has its own table; parameters are not a key of the file
         about = field.description or attributes.get(name, "")
         kind = _limited(_kind(field.annotation), field.metadata)
-        rows.append(f"| `{key}` | {kind} | {_DEFAULTS.get(key) or _default(field)} | {_cell(about)} |")
+        rows.append(f"| `{name}` | {kind} | {_DEFAULTS.get(key) or _default(field)} | {_cell(about)} |")
     return "\n".join([*lines, "| key | type | default | |", "| --- | --- | --- | --- |", *rows, ""])
 
 
