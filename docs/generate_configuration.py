@@ -34,7 +34,8 @@ An experiment is one YAML file. This page lists every key with its type and defa
 - `extends: other.yaml` starts from another file. The keys of this file override those of the other.
 - On the command line, `key=value` overrides a key: `softprompt train experiments/sentiment.yaml
   prompt.length=50 seed=1`.
-- Each table leaves out the name of its section. `dtype` in the table of `compute` is `compute.dtype`.
+- Each table leaves out the name of its section: `dtype` in the section `compute` is the key
+  `compute.dtype`.
 - Unknown keys and invalid values are rejected with the file, line and key.
 - A run folder keeps the resolved experiment in `config.yaml`.
 
@@ -47,8 +48,8 @@ def page() -> str:
     parts = [_INTRODUCTION, _described("Top level", Experiment, "")]
     parts += [_described(f"`{key}`", model, f"{key}.") for key, model in sections]
     parts.append(
-        "A file with a `sweep` section describes many trials: see [Sweeps](sweeps.md). Every other\n"
-        "key of the section is a key of the experiment, with the values to try.\n\n"
+        "A file with a `sweep` section describes many trials: see [Sweeps](sweeps.md). Every\n"
+        "other key of the section is a key of the experiment, with the values to try.\n\n"
     )
     parts.append(_described("`sweep`", SweepSettings, "sweep."))
     parts.append(_described("`sweep.halving`", HalvingSettings, "sweep.halving."))
@@ -64,7 +65,9 @@ def _sections(model: type[pydantic.BaseModel], prefix: str):
 
 def _section(annotation) -> type[pydantic.BaseModel] | None:
     kinds = [annotation, *typing.get_args(annotation)]
-    return next((k for k in kinds if isinstance(k, type) and issubclass(k, pydantic.BaseModel)), None)
+    return next(
+        (k for k in kinds if isinstance(k, type) and issubclass(k, pydantic.BaseModel)), None
+    )
 
 
 def _described(title: str, model: type[pydantic.BaseModel], prefix: str) -> str:
@@ -79,7 +82,9 @@ def _described(title: str, model: type[pydantic.BaseModel], prefix: str) -> str:
             continue  # a section has its own table; parameters are not a key of the file
         about = field.description or attributes.get(name, "")
         kind = _limited(_kind(field.annotation), field.metadata)
-        rows.append(f"| `{name}` | {kind} | {_DEFAULTS.get(key) or _default(field)} | {_cell(about)} |")
+        rows.append(
+            f"| `{name}` | {kind} | {_DEFAULTS.get(key) or _default(field)} | {_cell(about)} |"
+        )
     return "\n".join([*lines, "| key | type | default | |", "| --- | --- | --- | --- |", *rows, ""])
 
 

@@ -26,9 +26,12 @@ from softprompt.cli.main import _parse
 from softprompt.experiment.reading import ExperimentFile
 from softprompt.sweep.space import Space
 
-PAGES = ["README.md", "CONTRIBUTING.md"] + sorted(
-    str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "docs").rglob("*.md")
-)
+_DOCS = sorted((REPOSITORY / "docs").rglob("*.md"))
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    *(path.relative_to(REPOSITORY).as_posix() for path in _DOCS),
+]
 
 # Pages whose Python or YAML blocks do not run, and why.
 FRAGMENTS = {
