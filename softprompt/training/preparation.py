@@ -13,11 +13,10 @@ from softprompt.data.records import Record, read_records
 from softprompt.data.task import Task, make_examples, make_task
 from softprompt.data.template import draw_demonstrations
 from softprompt.errors import UserError
+from softprompt.experiment.methods import method_class
 from softprompt.experiment.schema import Experiment
 from softprompt.inference.prompt import load_prompt
-from softprompt.methods.making import make_method, virtual_tokens
 from softprompt.methods.method import Method
-from softprompt.methods.soft_prompt import SoftPrompt
 from softprompt.runtime.progress import Progress, silent
 
 _log = logging.getLogger(__name__)
@@ -72,7 +71,8 @@ class Preparation:
         base = self._base(experiment)
         texts = experiment.template, experiment.verbalizer
         shown = draw_demonstrations(*texts, records["train"], experiment.shots, experiment.seed)
-        virtual, before = virtual_tokens(experiment)
+        kind = method_class(experiment.method)
+        virtual, before = kind.virtual_tokens(experiment)
         task = make_task(
             base,
             *texts,
@@ -85,7 +85,8 @@ class Preparation:
         examples = {split: self._examples_of(task, part, split) for split, part in records.items()}
         if not task.labels and experiment.evaluation.samples:
             task.for_generation(experiment.generation.max_new_tokens, before + len(task.opening))
-        method = make_method(experiment, base, task.opening, _initial_prompts(experiment, base))
+        trained = [_vectors_of(path, base) for path in kind.initial_prompts(experiment)]
+        method = kind.build(experiment, base, task.opening, trained)
         return Prepared(base, task, examples, method, time.monotonic() - began)
 
     def _base(self, experiment: Experiment) -> Base:
@@ -125,17 +126,9 @@ def _fit(examples: Dataset, task: Task) -> bool:
     )
 
 
-def _initial_prompts(experiment: Experiment, base: Base) -> list[jax.Array]:
-    """Load the trained prompts that initialize the method."""
-    settings = {
-        "prompt": experiment.prompt,
-        "dept": experiment.prompt,
-        "prefix": experiment.prefix,
-    }.get(experiment.method)
-    vectors = []
-    for path in settings.init_prompts or () if settings else ():
-        trained = load_prompt(path, base).method
-        if not isinstance(trained, SoftPrompt):
-            raise UserError(f"init_prompts: {path} is no soft prompt")
-        vectors.append(trained.vectors[...])
+def _vectors_of(path: str, base: Base) -> jax.Array:
+    """Return the vectors `[P, D]` of a trained soft prompt."""
+    vectors = load_prompt(path, base).method.plain_vectors()
+    if vectors is None:
+        raise UserError(f"init_prompts: {path} is no soft prompt")
     return vectors
