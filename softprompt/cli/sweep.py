@@ -59,19 +59,21 @@ def run(options: argparse.Namespace) -> None:
     space = Space(ExperimentFile(options.experiment, options.words), folder)
     with folder_option("--folder (make: RUN=DIR)"):
         if options.dry_run:
-            _print_plan(plan(space, Bar), as_json=options.json)
+            _print_plan(plan(space, progress=Bar), as_json=options.json)
         else:
-            _print_results(space, sweep(space, Bar))
+            _print_results(space, sweep(space, progress=Bar))
 
 
 def _print_plan(planned: "Plan", *, as_json: bool) -> None:
-    from softprompt.sweep.space import shown
+    from softprompt.sweep.space import format_parameters
 
     if as_json:
         print(json.dumps(dataclasses.asdict(planned)))
         return
     for trial in planned.trials:
-        parameters = shown(trial.parameters) or "values are chosen when the trial starts"
+        parameters = (
+            format_parameters(trial.parameters) or "values are chosen when the trial starts"
+        )
         print(f"trial {trial.number}: {parameters} (program {trial.group}, {trial.state})")
     for number, group in enumerate(planned.groups):
         estimate = f"{group.at_once} at once, about {duration(group.seconds)}"

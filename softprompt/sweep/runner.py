@@ -132,37 +132,23 @@ def open_sweep(space: Space) -> Iterator[None]:
 
     Processes that take trials from one Optuna study share the lock.
     """
-<<<<<<< HEAD
     folder, shared = space.folder, space.sweep.how == "tpe"
     with locked_folder(folder, _FILE, "sweep", "sweeping", shared=shared):
-        with alone(folder / ".sweep.lock"):
-=======
-    folder, of_study = space.folder, space.sweep.how == "tpe"
-    with locked_folder(folder, _FILE, "sweep", "sweeping", shared=of_study):
         with file_lock(folder / ".sweep.lock"):
->>>>>>> e3e41dd807f612ba3e483116874108afd5d881c9
             require_same(space)
             write_file(folder / _FILE, _describe(space))
         yield
 
 
 def require_same(space: Space) -> None:
-<<<<<<< HEAD
     """Reject the folder of another sweep that has begun.
 
     Raises:
-      UserError: if the folder belongs to another sweep.
-=======
-    """Require that the folder does not hold another sweep that has begun.
-
-    Raises:
-      FolderError: if it does.
->>>>>>> e3e41dd807f612ba3e483116874108afd5d881c9
+      FolderError: if the folder belongs to another sweep.
     """
     folder, now = space.folder, _describe(space)
     path = folder / _FILE
     begun = path.is_file() and any(p.name[0] != "." and p != path for p in folder.iterdir())
-<<<<<<< HEAD
     before = path.read_text(encoding="utf-8", errors="replace") if begun else now
     if before == now:
         return
@@ -171,17 +157,7 @@ def require_same(space: Space) -> None:
         old = yaml.safe_load(before)
         if isinstance(old, dict) and "sweep" in old:
             changed = "; ".join(differences(old, yaml.safe_load(now)))
-    raise UserError(f"{folder}: holds another sweep ({changed}); choose another folder")
-=======
-    was = path.read_text(encoding="utf-8", errors="replace") if begun else now
-    if was != now:
-        changed = f"{path} is damaged"
-        with contextlib.suppress(yaml.YAMLError):
-            old = yaml.safe_load(was)
-            if isinstance(old, dict) and "sweep" in old:
-                changed = "; ".join(differences(old, yaml.safe_load(now)))
-        raise FolderError(f"{folder}: holds another sweep ({changed}); choose another folder")
->>>>>>> e3e41dd807f612ba3e483116874108afd5d881c9
+    raise FolderError(f"{folder}: holds another sweep ({changed}); choose another folder")
 
 
 def _describe(space: Space) -> str:

@@ -47,11 +47,7 @@ class OpenedTrial:
         stack = contextlib.ExitStack()
         try:
             stack.enter_context(open_run(trial.folder, trial.experiment))
-<<<<<<< HEAD
             write_config(trial.folder, trial.experiment)  # also for a trial that fails at once
-=======
-            write_config(trial.folder, trial.experiment)  # also of one that fails at its start
->>>>>>> e3e41dd807f612ba3e483116874108afd5d881c9
         except InUseError:
             return None
         except UserError as error:

@@ -154,15 +154,9 @@ class Study:
                     raise UserError(f"sweep.storage: {url}: {str(error).splitlines()[0]}") from None
                 time.sleep(1)  # another sweep may be creating the same database
 
-<<<<<<< HEAD
     def _exclusive(self) -> contextlib.AbstractContextManager[None]:
         """Keep other processes of the sweep from using the study."""
-        return alone(self._space.folder / ".study.lock")
-=======
-    def _alone(self) -> contextlib.AbstractContextManager[None]:
-        """Keep other processes that sweep in the folder from asking and telling."""
         return file_lock(self._space.folder / ".study.lock")
->>>>>>> e3e41dd807f612ba3e483116874108afd5d881c9
 
 
 def _suggest(asked: Any, name: str, values: list[Value] | Range) -> None:
