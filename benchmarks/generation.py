@@ -29,7 +29,6 @@ from softprompt.generation.sampling import Sampling
 
 BATCHES = (1, 8, 32)
 NEW_TOKENS = 64
-NEVER = np.array([-1])
 
 
 def generate(base, prefix, tokens, new):
@@ -37,12 +36,12 @@ def generate(base, prefix, tokens, new):
     rows = len(tokens)
     packed = prefix.packed([prefix], [0] * rows)
     lengths, seeds = np.full(rows, tokens.shape[1]), np.zeros(rows, np.uint32)
-    how = Sampling.of(GenerationSettings()), NEVER
+    sampling, ends = Sampling.from_settings(GenerationSettings(), rows), np.full((rows, 1), -1)
     state = decoding.start(
-        base.backbone, packed, tokens, lengths, seeds, None, *how, room=NEW_TOKENS
+        base.backbone, packed, tokens, lengths, seeds, None, sampling, ends, capacity=NEW_TOKENS
     )
-    state = decoding.continue_decoding(base.backbone, packed, state, *how, np.array(new))
-    return np.asarray(state.written)[:, :new]
+    state = decoding.continue_decoding(base.backbone, packed, state, np.full(rows, new))
+    return np.asarray(state.tokens)[:, :new]
 
 
 def timed(function, *arguments):

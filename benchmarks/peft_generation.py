@@ -1,7 +1,7 @@
-"""The other side of `generation.py`: peft and stock transformers, where torch is installed.
+"""The reference side of `generation.py`: peft and transformers, in an environment with torch.
 
-Reads a line of JSON for each measurement, `{"how": "peft" or "transformers", "tokens":
-[[...], ...], "new": N}`, and answers with the seconds it took and the tokens written.
+It reads one line of JSON per measurement, `{"how": "peft" or "transformers", "tokens":
+[[...], ...], "new": N}`, and answers with the seconds and the generated tokens.
 
     python peft_generation.py MODEL.gguf PROMPT.npy
 """

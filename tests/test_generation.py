@@ -6,13 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import GOLDEN, golden_backbone
+from conftest import GOLDEN, golden_backbone, greedy
 
 from softprompt import UserError
+from softprompt.backbones.decoder import Decoder
 from softprompt.experiment.schema import GenerationSettings
 from softprompt.generation import beams, decoding, engine
 from softprompt.generation.engine import Engine, Request
-from softprompt.generation.sampling import Sampling, filtered, penalised
+from softprompt.generation.sampling import Sampling, choose, filter_logits, penalize
+from softprompt.methods.method import copied
 
 # As in golden/make_generation.py.
 SETTINGS = [
@@ -33,8 +35,8 @@ SEARCHES = [
 NEW_TOKENS = 12
 
 
-def sampling(**settings):
-    return Sampling.of(GenerationSettings(**settings))
+def sampling(rows, **settings):
+    return Sampling.from_settings(GenerationSettings(**settings), rows)
 
 
 def prefill(backbone, vectors):
@@ -70,15 +72,15 @@ def test_the_likeliest_64_tokens_are_those_of_stock_transformers(smollm2):
     tokens = np.zeros((len(inputs), max(golden["lengths"])), np.int32)
     for row, ids in zip(tokens, inputs, strict=True):
         row[: len(ids)] = ids
-    never = np.array([-1])
-    packed = prefix.packed([prefix], [0] * len(inputs))
-    seeds = np.zeros(len(inputs), np.uint32)
-    how = sampling(), never
-    state = decoding.start(
-        smollm2.backbone, packed, tokens, golden["lengths"], seeds, None, *how, room=64
+    written = greedy(
+        smollm2.backbone,
+        prefix.packed([prefix], [0] * len(inputs)),
+        tokens,
+        golden["lengths"],
+        -1,
+        count=64,
     )
-    state = decoding.continue_decoding(smollm2.backbone, packed, state, *how, np.array(64))
-    np.testing.assert_array_equal(state.written, golden["outputs"])
+    np.testing.assert_array_equal(written, golden["outputs"])
 
     end = smollm2.tokenizer.eos_token_id
     requests = [Request(smollm2.tokenizer(str(text)).input_ids, prefix) for text in golden["texts"]]
@@ -95,18 +97,38 @@ def test_the_likeliest_64_tokens_are_those_of_stock_transformers(smollm2):
 
 @pytest.mark.parametrize("number", range(len(SETTINGS)))
 def test_tokens_are_drawn_from_what_stock_processors_leave(number):
-    golden, how = np.load(GOLDEN / "choices.npz"), sampling(**SETTINGS[number])
+    golden = np.load(GOLDEN / "choices.npz")
     logits = jnp.asarray(golden["logits"])
-    if how.repetition_penalty is not None:
-        seen = np.zeros(logits.shape, bool)
-        np.put_along_axis(seen, golden["seen"], True, axis=1)
-        logits = penalised(logits, jnp.asarray(seen), how.repetition_penalty)
-    np.testing.assert_allclose(filtered(logits, how), golden[str(number)], rtol=1e-5)
+    rules = sampling(len(logits), **SETTINGS[number])
+    seen = np.zeros(logits.shape, bool)
+    np.put_along_axis(seen, golden["seen"], True, axis=1)
+    logits = penalize(logits, jnp.asarray(seen), rules.repetition_penalty)
+    np.testing.assert_allclose(filter_logits(logits, rules), golden[str(number)], rtol=1e-5)
+
+
+def test_rows_with_different_settings_share_a_batch():
+    """Each row keeps the tokens that it keeps alone, and greedy rows take the most likely one."""
+    golden = np.load(GOLDEN / "choices.npz")
+    settings = [*SETTINGS, {}, {"repetition_penalty": 2.0}]
+    count = len(settings)
+    logits = jnp.asarray(golden["logits"])[np.arange(count) % len(golden["logits"])]
+    seen = jax.random.bernoulli(jax.random.key(0), 0.3, logits.shape)
+    keys = jax.random.split(jax.random.key(1), count)
+    each = [sampling(1, **one) for one in settings]
+    mixed = jax.tree.map(lambda *rows: np.concatenate(rows), *each)
+    kept, chosen = filter_logits(logits, mixed), choose(logits, seen, keys, mixed)
+    for i, one in enumerate(each):
+        row = slice(i, i + 1)
+        np.testing.assert_array_equal(kept[row], filter_logits(logits[row], one))
+        assert chosen[i] == choose(logits[row], seen[row], keys[row], one)[0]
+        if not settings[i].get("temperature"):
+            penalized = penalize(logits[row], seen[row], one.repetition_penalty)
+            assert chosen[i] == penalized.argmax()
 
 
 def test_a_share_of_all_takes_nothing_from_top_k():
     logits = jax.random.normal(jax.random.key(0), (50, 1000))
-    kept = filtered(logits, sampling(temperature=1.0, top_k=5, top_p=1.0))
+    kept = filter_logits(logits, sampling(50, temperature=1.0, top_k=5, top_p=1.0))
     np.testing.assert_array_equal((kept > -jnp.inf).sum(axis=1), 5)
 
 
@@ -121,7 +143,9 @@ def test_beams_may_be_many_and_penalties_low(write, tiny):
 def test_draws_follow_the_probabilities():
     logits = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]])).repeat(4000, axis=0)
     keys = jax.random.split(jax.random.key(0), 4000)
-    drawn = jax.vmap(jax.random.categorical)(keys, filtered(logits, sampling(temperature=0.5)))
+    drawn = jax.vmap(jax.random.categorical)(
+        keys, filter_logits(logits, sampling(4000, temperature=0.5))
+    )
     squares = np.array([0.5, 0.3, 0.15, 0.05]) ** 2
     np.testing.assert_allclose(
         np.bincount(drawn, minlength=4) / 4000, squares / squares.sum(), atol=0.02
@@ -137,21 +161,22 @@ def test_beams_are_those_of_stock_transformers(name, number, tiny):
     prefix = prefill(backbone, jnp.asarray(golden["vectors"]))
     packed = prefix.packed([prefix], [0] * 5)
     seen = None if penalty is None else np.zeros((5 * width, backbone.arch.vocab_size), bool)
-    how = (
-        sampling(repetition_penalty=penalty),
-        golden["end"][None],
+    arguments = (
+        sampling(5 * width, repetition_penalty=penalty).repetition_penalty,
+        golden["end"].repeat(5)[:, None],
         np.float32(settings["length_penalty"]),
         np.array(NEW_TOKENS),
     )
     tokens, lengths = golden["tokens"], np.full(5, 6)
-    state = beams.start(backbone, packed, tokens, lengths, seen, *how, room=16, beams=width)
-    state = beams.search_on(backbone, packed.repeated(width), state, *how)
+    shape = {"capacity": 16, "beams": width}
+    state = beams.start(backbone, packed, tokens, lengths, seen, *arguments, **shape)
+    state = beams.continue_search(backbone, packed.repeated(width), state, *arguments)
     expected = golden[f"{number} written"]
     lengths = np.asarray(state.finished.lengths)
     assert (lengths < NEW_TOKENS).any() or settings["length_penalty"] > 0  # some have ended
     for row in range(5):
         for beam in range(width):
-            found = state.finished.written[row, beam, : lengths[row, beam]]
+            found = state.finished.tokens[row, beam, : lengths[row, beam]]
             np.testing.assert_array_equal(found, expected[row, beam, : lengths[row, beam]])
     np.testing.assert_allclose(
         state.finished.scores, golden[f"{number} scores"], rtol=1e-4, atol=1e-5
@@ -205,13 +230,55 @@ def test_every_input_and_every_sample_has_a_seed_of_its_own(tiny):
     assert seeds[2].tolist() == seeds[0].tolist()
 
 
-def test_no_token_is_decoded_behind_the_end_of_all_rows(tiny):
-    one = Engine(tiny.backbone, tiny.tokenizer, GenerationSettings(max_new_tokens=40))
-    packed, state = one._start([request(tiny, "abc")], 1)
-    (ids,) = one._ids(one._write_on(packed, state, 40))
+class CountingDecoder(Decoder):
+    """A decoder that counts the calls of `decode` while a program runs."""
+
+    calls = 0
+
+    def decode(self, tokens, cache, prefix):
+        jax.debug.callback(self.count)
+        return super().decode(tokens, cache, prefix)
+
+    @classmethod
+    def count(cls):
+        cls.calls += 1
+
+
+def test_decoding_stops_when_all_rows_have_ended(tiny):
+    backbone = copied(tiny.backbone)
+    backbone.__class__ = CountingDecoder
+    one = Engine(backbone, tiny.tokenizer, GenerationSettings(max_new_tokens=40))
+    prefix, state = one._start([request(tiny, "abc")], 1)
+    (ids,) = one._ids(one._continue(prefix, state, 40))
+    jax.effects_barrier()
+    assert CountingDecoder.calls == 39
     one._end = ids[3]
-    packed, state = one._start([request(tiny, "abc")], 1)
-    assert int(one._write_on(packed, state, 40).count) == ids.index(ids[3]) + 1
+    prefix, state = one._start([request(tiny, "abc")], 1)
+    length = ids.index(ids[3]) + 1
+    assert int(one._continue(prefix, state, 40).lengths[0]) == length
+    jax.effects_barrier()
+    assert CountingDecoder.calls == 39 + length - 1
+
+
+def test_rows_stop_at_limits_and_end_tokens_of_their_own(tiny):
+    """A row that waits or has ended does not change what it generates later."""
+    one = Engine(tiny.backbone, tiny.tokenizer, GenerationSettings(max_new_tokens=16))
+    asked = [request(tiny, text) for text in ("abc", "a longer text", "z", "abc")]
+
+    def started():
+        return one._start(asked, 4)[1]
+
+    everything = one._ids(one._continue(None, started(), 16))
+    ends = np.full((4, 2), -1)
+    ends[3] = [-1, everything[3][5]]
+    state = dataclasses.replace(started(), ends=jnp.asarray(ends))
+    limits = [3, 9, 1, 16], [12, 9, 16, 16]
+    for until in limits:
+        state = decoding.continue_decoding(tiny.backbone, None, state, np.array(until))
+        length = everything[3].index(everything[3][5]) + 1
+        expected = [ids[:n] for ids, n in zip(everything, [*until[:3], length], strict=True)]
+        assert one._ids(state) == expected
+    assert state.done.tolist() == [False, False, False, True]
 
 
 @pytest.mark.parametrize("penalty", [None, 1e6])
@@ -222,7 +289,7 @@ def test_a_penalty_is_for_what_was_read_and_written(tiny, prefix, penalty):
     one._end = -1  # it would end before it repeats itself
     asked = dataclasses.replace(request(tiny, "abcdefg", prefix), opening=[100, ~0])
     packed, state = one._start([asked], 1)
-    (ids,) = one._ids(one._write_on(packed, state, 40))
+    (ids,) = one._ids(one._continue(packed, state, 40))
     again = [token for i, token in enumerate(ids) if token in [*ids[:i], *asked.tokens, 100]]
     assert len(ids) == 40
     assert bool(again) == (penalty is None)
@@ -259,7 +326,7 @@ def test_a_stream_is_the_text_in_pieces(tiny, prefix, write, settings):
     pieces = list(one.stream(request(tiny, "the fourth", prefix)))
     assert "".join(pieces) == write(["the fourth"], max_new_tokens=20, **settings)[0].text
     assert len(pieces) > 1 or settings.get("stop")
-    with pytest.raises(UserError, match="cannot be shown as it is written"):
+    with pytest.raises(UserError, match="streaming supports neither beam search"):
         next(
             Engine(tiny.backbone, tiny.tokenizer, GenerationSettings(beams=2)).stream(
                 request(tiny, "a")
@@ -319,6 +386,6 @@ def test_prefixes_of_a_batch_have_bounded_length(prefix):
     long = dataclasses.replace(prefix, keys=jnp.zeros((3, 300, 2, 8)))
     other = dataclasses.replace(long)
     requests = [Request([1] * n, p) for n, p in ((1, long), (2, other), (3, long), (4, prefix))]
-    assert list(engine._groups(requests)) == [[0, 2], [1, 3]]
-    assert list(engine._groups(requests[2:])) == [[0, 1]]
-    assert list(engine._groups([Request([1], None), *requests[::2]])) == [[0, 1, 2]]
+    assert list(engine._mixable_groups(requests)) == [[0, 2], [1, 3]]
+    assert list(engine._mixable_groups(requests[2:])) == [[0, 1]]
+    assert list(engine._mixable_groups([Request([1], None), *requests[::2]])) == [[0, 1, 2]]

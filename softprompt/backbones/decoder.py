@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from softprompt.backbones.architecture import Architecture, LayerKind
-from softprompt.backbones.attention import NOWHERE, Source, attend, causal_mask, same_sequence
+from softprompt.backbones.attention import Source, attend, causal_mask, same_sequence
 from softprompt.backbones.batch import Batch
 from softprompt.backbones.flash import flash_attend
 from softprompt.backbones.layers import (
@@ -140,6 +140,10 @@ class Decoder(nnx.Module):
         if not arch.tied_head:
             self.head = Linear(arch.hidden_size, arch.vocab_size, int8=int8)
 
+    def __repr__(self) -> str:
+        arch = self.arch
+        return f"Decoder({len(arch.layers)} layers, hidden size {arch.hidden_size})"
+
     def __call__(
         self,
         embeddings: jax.Array,
@@ -209,48 +213,33 @@ class Decoder(nnx.Module):
         return logits
 
     def start(
-        self, tokens: jax.Array, lengths: jax.Array, prefix: Prefix | None, room: int
+        self, tokens: jax.Array, lengths: jax.Array, prefix: Prefix | None, capacity: int
     ) -> tuple[jax.Array, Cache]:
-        """Read inputs, to go on from them one token at a time.
+        """Prefill: read inputs in preparation for `decode`.
 
         Args:
           tokens: `[B, T]` ids, padded on the right.
-          lengths: `[B]`, real tokens of each row, at least 1.
-          prefix: what all rows attend to first.
-          room: tokens that will follow.
+          lengths: `[B]`, the number of tokens in each row that are not padding, at least 1.
+          prefix: what the rows attend to first.
+          capacity: the number of tokens that can be decoded with the returned cache.
 
         Returns:
-          The hidden state `[B, D]` that each row's next token is predicted from, and the
-          cache.
+          The hidden states `[B, D]` from which the next tokens are predicted, and the cache.
         """
         embeddings = self.embedding.with_offsets(tokens)
         hidden, (keys, values) = self._run(embeddings, prefix=prefix)
-        rows, length = tokens.shape
-        places = jnp.arange(length + room)[None]
-        cache = Cache(
-            keys=jnp.pad(keys, [(0, 0), (0, 0), (0, room), (0, 0), (0, 0)]),
-            values=jnp.pad(values, [(0, 0), (0, 0), (0, room), (0, 0), (0, 0)]),
-            positions=jnp.where(places < lengths[:, None], places, NOWHERE),
-            filled=jnp.array(length),
-            lengths=lengths,
-        )
-        return hidden[jnp.arange(rows), lengths - 1], cache
+        free = [(0, 0), (0, 0), (0, capacity), (0, 0), (0, 0)]
+        cache = Cache(jnp.pad(keys, free), jnp.pad(values, free), lengths)
+        return hidden[jnp.arange(len(tokens)), lengths - 1], cache
 
     def decode(
         self, tokens: jax.Array, cache: Cache, prefix: Prefix | None
     ) -> tuple[jax.Array, Cache]:
-        """Read one more token of each row, ids `[B]`; returns as `start` does."""
+        """Read the next token of each row, ids `[B]`; returns the same as `start`."""
         positions = cache.lengths[:, None]
         embeddings = self.embedding.with_offsets(tokens[:, None], positions)
-        hidden, own = self._run(embeddings, positions, None, prefix, cache)
-        keys, values = (
-            jax.lax.dynamic_update_slice_in_dim(old, new, cache.filled, axis=2)
-            for old, new in zip((cache.keys, cache.values), own, strict=True)
-        )
-        places = jax.lax.dynamic_update_slice_in_dim(
-            cache.positions, positions, cache.filled, axis=1
-        )
-        return hidden[:, 0], Cache(keys, values, places, cache.filled + 1, cache.lengths + 1)
+        hidden, (keys, values) = self._run(embeddings, positions, None, prefix, cache)
+        return hidden[:, 0], cache.append(keys, values)
 
     def _run(self, x, positions=None, segments=None, prefix=None, cache=None):
         arch = self.arch

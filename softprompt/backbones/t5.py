@@ -143,6 +143,11 @@ class T5(nnx.Module):
         if not arch.tied_head:
             self.head = Linear(arch.hidden_size, arch.vocab_size, int8=int8)
 
+    def __repr__(self) -> str:
+        arch = self.arch
+        layers = f"{arch.num_encoder_layers} + {arch.num_decoder_layers} layers"
+        return f"T5({layers}, hidden size {arch.hidden_size})"
+
     @property
     def tied_head_scale(self) -> float:
         """The factor of the embedding table's rows where it is also the output head."""
@@ -257,39 +262,37 @@ class T5(nnx.Module):
         return logits * self.tied_head_scale
 
     def start(
-        self, tokens: jax.Array, lengths: jax.Array, prefix: T5Prefix | None, room: int
+        self, tokens: jax.Array, lengths: jax.Array, prefix: T5Prefix | None, capacity: int
     ) -> tuple[jax.Array, T5Cache]:
-        """Encode inputs, to write their targets one token at a time.
+        """Encode inputs in preparation for `decode`.
 
         Args:
           tokens: `[B, T]` ids, padded on the right.
-          lengths: `[B]`, real tokens of each row.
-          prefix: what stands in front of every row.
-          room: tokens that will follow.
+          lengths: `[B]`, the number of tokens in each row that are not padding.
+          prefix: what comes before the inputs and the targets.
+          capacity: the number of tokens that can be decoded with the returned cache.
 
         Returns:
-          The hidden state `[B, D]` that each row's first token is predicted from, and
-          the cache.
+          The hidden states `[B, D]` from which the first tokens are predicted, and the cache.
         """
-        rows = len(tokens)
-        encoded, real = self.encode(self.embedding.with_offsets(tokens), lengths, prefix)
+        arch, rows = self.arch, len(tokens)
+        encoded, mask = self.encode(self.embedding.with_offsets(tokens), lengths, prefix)
         _, inputs = jax.lax.scan(lambda _, block: (None, block.read(encoded)), None, self.decoder)
-        arch = self.arch
-        shape = (arch.num_decoder_layers, rows, room + 1, arch.num_heads, arch.head_size)
+        shape = (arch.num_decoder_layers, rows, capacity + 1, arch.num_heads, arch.head_size)
         empty = jnp.zeros(shape, encoded.dtype)
-        cache = T5Cache(empty, empty, jnp.array(0), inputs[0], inputs[1], real)
-        return self.decode(jnp.full(rows, self.arch.start_token), cache, prefix)
+        cache = T5Cache(empty, empty, jnp.zeros(rows, jnp.int32), *inputs, mask)
+        return self.decode(jnp.full(rows, arch.start_token), cache, prefix)
 
     def decode(
         self, tokens: jax.Array, cache: T5Cache, prefix: T5Prefix | None
     ) -> tuple[jax.Array, T5Cache]:
-        """Read one more token of each row's target, ids `[B]`; returns as `start` does."""
-        places = jnp.arange(cache.keys.shape[2])
-        here = cache.filled[None, None]
-        bias = self._bias(self.decoder_bias, here, places[None], both_ways=False)
-        own_bias = self._bias(self.decoder_bias, here, here, both_ways=False)
-        filled = (places < cache.filled)[None, None]
-        before, *seen_before = self._before(prefix, here)
+        """Read the next token of each row's target, ids `[B]`; returns the same as `start`."""
+        slots = jnp.arange(cache.keys.shape[2])[None]
+        positions = cache.lengths[:, None]
+        bias = self._bias(self.decoder_bias, positions, slots, both_ways=False)
+        own_bias = self._bias(self.decoder_bias, positions, positions, both_ways=False)
+        filled = (slots < positions)[:, None]
+        before, *seen_before = self._before(prefix, positions)
 
         def layer(x, block_and_sources):
             block, before, read, inputs = block_and_sources
@@ -301,18 +304,13 @@ class T5(nnx.Module):
                     all_sources.append(Source(before[0], before[1], *seen_before))
                 return all_sources
 
-            return block(x, sources, Source(inputs[0], inputs[1], cache.real[:, None]))
+            return block(x, sources, Source(inputs[0], inputs[1], cache.input_mask[:, None]))
 
         read, inputs = (cache.keys, cache.values), (cache.input_keys, cache.input_values)
-        x, own = jax.lax.scan(
+        x, (keys, values) = jax.lax.scan(
             layer, self.embedding(tokens[:, None]), (self.decoder, before, read, inputs)
         )
-        keys, values = (
-            jax.lax.dynamic_update_slice_in_dim(old, new, cache.filled, axis=2)
-            for old, new in zip((cache.keys, cache.values), own, strict=True)
-        )
-        cache = dataclasses.replace(cache, keys=keys, values=values, filled=cache.filled + 1)
-        return self.decoder_norm(x)[:, 0], cache
+        return self.decoder_norm(x)[:, 0], cache.append(keys, values)
 
     def _before(self, prefix: T5Prefix | None, positions: jax.Array):
         """A prefix's keys and values, and for queries at `[B, T]` what they see and its bias."""

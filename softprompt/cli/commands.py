@@ -36,26 +36,26 @@ def sweep(options: argparse.Namespace) -> None:
     from softprompt.sweep.plan import plan
     from softprompt.sweep.results import ranked, results_table
     from softprompt.sweep.runner import sweep
-    from softprompt.sweep.space import Space, shown
+    from softprompt.sweep.space import Space, format_parameters
 
     if options.json and not options.dry_run:
         raise UserError("--json is for --dry-run")
     folder = options.folder or Path("runs") / options.experiment.stem
     space = Space(ExperimentFile(options.experiment, options.words), folder)
     if options.dry_run:
-        planned = plan(space, Bar)
+        planned = plan(space, progress=Bar)
         if options.json:
             print(json.dumps(dataclasses.asdict(planned)))
             return
         for trial in planned.trials:
-            parameters = shown(trial.parameters) or "chosen when it is its turn"
+            parameters = format_parameters(trial.parameters) or "chosen when it is its turn"
             print(f"trial {trial.number}: {parameters} (program {trial.group}, {trial.state})")
         for number, group in enumerate(planned.groups):
             about = f"{group.at_once} at once, about {duration(group.seconds)}"
             print(f"program {number}: {group.waiting} trials to run, {group.error or about}")
         print(f"in all about {duration(planned.seconds)}")
         return
-    trials = sweep(space, Bar)
+    trials = sweep(space, progress=Bar)
     print(results_table(trials))
     outcomes = [(trial, Outcome.read(trial.folder)) for trial in trials]
     elsewhere = sum(end is None for _, end in outcomes)

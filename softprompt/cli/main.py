@@ -1,7 +1,6 @@
 """The command line: what each command of `softprompt` takes; `commands.py` does the work."""
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     try:
         options = _parse(arguments)
-        _configure_jax()
+        from softprompt.runtime.compilation import use_compilation_cache  # JAX is slow to import
+
+        use_compilation_cache()
         with printed_log():
             options.command(options)
     except UserError as error:
@@ -57,16 +58,6 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if rest:
         options.words = [*options.words, *rest]
     return options
-
-
-def _configure_jax() -> None:
-    """Keep compiled programs between runs, unless the user has said otherwise."""
-    import jax
-
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-        jax.config.update("jax_compilation_cache_dir", str(cache / "softprompt" / "jax"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -1,6 +1,6 @@
 """The schema of experiments. `reading` reads it from YAML."""
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Self
 
 import pydantic
 from pydantic import Field
@@ -11,6 +11,7 @@ from softprompt.experiment.method_settings import (
     PrefixSettings,
     PromptSettings,
 )
+from softprompt.experiment.methods import METHODS, method_class, require_method
 from softprompt.experiment.metric_names import LABEL_METRICS, MODEL_METRICS
 from softprompt.experiment.sections import (
     CheckpointSettings,
@@ -25,16 +26,6 @@ from softprompt.experiment.sections import (
     TrainingSettings,
 )
 from softprompt.experiment.templates import template_fields
-
-Method = Literal["prompt", "prefix", "dept", "lora", "full", "none"]
-
-LEARNING_RATES = {  # by method, where the experiment says none; see docs/methods.md
-    "prompt": 2e-2,
-    "prefix": 3e-2,
-    "dept": 2e-2,
-    "lora": 3e-3,
-    "full": 5e-5,
-}
 
 
 class Experiment(Section):
@@ -52,7 +43,7 @@ class Experiment(Section):
         "directory or a GGUF file."
     )
     compute: ComputeSettings = ComputeSettings()
-    method: Method = Field(
+    method: Annotated[str, pydantic.AfterValidator(require_method)] = Field(
         default="prompt",
         description="What is trained: a soft prompt (`prompt`), a prefix of keys and values "
         "(`prefix`), a prompt with offsets (`dept`), low-rank additions to weights (`lora`), all "
@@ -91,16 +82,16 @@ class Experiment(Section):
 
     @pydantic.model_validator(mode="before")
     @classmethod
-    def _method_has_a_learning_rate(cls, tree: Any) -> Any:
-        """Writes the method's learning rate where none is given."""
-        optimizer = tree.get("optimizer", {})
-        rate = LEARNING_RATES.get(str(tree.get("method", "prompt")))
-        if rate and isinstance(optimizer, dict) and optimizer.get("learning_rate") is None:
-            tree = tree | {"optimizer": optimizer | {"learning_rate": rate}}
-        return tree
+    def _set_learning_rate(cls, tree: Any) -> Any:
+        """Fill in the default learning rate of the method if the file gives none."""
+        optimizer, method = tree.get("optimizer", {}), tree.get("method", "prompt")
+        if not isinstance(optimizer, dict) or optimizer.get("learning_rate") is not None:
+            return tree
+        rate = method_class(method).default_learning_rate if str(method) in METHODS else None
+        return tree | {"optimizer": optimizer | {"learning_rate": rate}} if rate else tree
 
     @pydantic.model_validator(mode="after")
-    def _parts_fit(self) -> Self:
+    def _check_parts(self) -> Self:
         if self.verbalizer is None:
             self._check_free_text()
             for method in ("prompt", "prefix"):
@@ -112,10 +103,7 @@ class Experiment(Section):
             raise ValueError("verbalizer: two labels have the same text")
         if self.scoring.calibrate and self.prompt.tasks:
             raise ValueError("scoring.calibrate cannot be used with prompt.tasks")
-        if self.method == "dept" and self.prompt.reparametrization:
-            raise ValueError("method: dept is not for a prompt.reparametrization")
-        if self.method == "full" and self.compute.int8:
-            raise ValueError("method: full cannot train compute.int8 matrices; lora can")
+        method_class(self.method).check(self)
         return self
 
     def _check_free_text(self) -> None:

@@ -18,10 +18,8 @@ from softprompt.evaluation.scoring import calibrated_scores, prepare_model, scor
 from softprompt.experiment.schema import GenerationSettings, ScoringSettings
 from softprompt.experiment.templates import template_fields
 from softprompt.generation.engine import Engine, Generated, Request, requests_of
-from softprompt.methods.method import FullFineTuning, Method, with_parameters
-from softprompt.methods.prefix_tuning import PrefixTuning
+from softprompt.methods.method import Method
 from softprompt.methods.saved import SavedPrompt
-from softprompt.methods.soft_prompt import SoftPrompt
 from softprompt.runtime.progress import Progress, silent
 
 Input = str | Mapping[str, Any] | Record  # a text, or fields by name where there are several
@@ -60,8 +58,7 @@ class TrainedPrompt:
     @property
     def is_prefix(self) -> bool:
         """Whether all that was learned is in the prefix, which the frozen model itself reads."""
-        in_rows = None in self.task.pieces
-        return type(self.method) in (Method, SoftPrompt, PrefixTuning) and not in_rows
+        return self.method.is_pure_prefix and None not in self.task.pieces
 
     def classify(self, inputs: Sequence[Input], batch_size: int = 32) -> list[Prediction]:
         """Label texts.
@@ -221,13 +218,10 @@ def load_prompt(path: str | Path, base: Base | str | None = None) -> TrainedProm
     """
     saved = SavedPrompt.read(Path(path))
     if not isinstance(base, Base):
-        base = load_base(base or saved.name, **saved.compute.model_dump())
+        base = load_base(base or saved.base_name, **saved.compute.model_dump())
     task = saved.task(base)
     method, arrays = saved.method(base, task.opening)
-    trained_on = base.backbone
-    if isinstance(method, FullFineTuning):
-        trained_on = with_parameters(trained_on, arrays)
-    backbone, prefix = prepare_model(method, trained_on)
+    backbone, prefix = prepare_model(method, method.restore(base.backbone, arrays))
     return TrainedPrompt(
         base, method, backbone, prefix, task, saved.description, saved.scoring, saved.generation
     )

@@ -7,14 +7,13 @@ from transformers import PreTrainedTokenizerFast
 
 from softprompt.data.template import Piece, compile_template
 from softprompt.inference.prompt import TrainedPrompt
-from softprompt.methods.lora import LoRA
 
 
 def adapter_card(prompt: TrainedPrompt) -> str:
     """The card of an adapter of `peft`."""
     task, model = prompt.task, prompt.base.backbone.auto_class
-    pieces = task.pieces  # behind what the adapter puts in front
-    if isinstance(prompt.method, LoRA):
+    pieces = task.pieces  # what follows the opening
+    if not prompt.method.adapter_holds_opening:
         pieces = compile_template(
             task.template, task.demonstrations, task.base.tokenizer, virtual=False
         )

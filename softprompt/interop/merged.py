@@ -21,9 +21,6 @@ from softprompt.data.template import compile_template
 from softprompt.errors import UserError
 from softprompt.inference.prompt import TrainedPrompt
 from softprompt.interop.card import written_input
-from softprompt.methods.lora import LoRA
-from softprompt.methods.method import FullFineTuning
-from softprompt.methods.soft_prompt import SoftPrompt
 
 # What transformers calls models whose name does not follow from their config's.
 _CLASSES = {
@@ -52,14 +49,7 @@ def export_merged(prompt: TrainedPrompt, folder: Path) -> str:
     method, base = prompt.method, prompt.base
     if base.compute.int8:
         raise UserError("a base model in int8 cannot be merged; export with --base and no int8")
-    backbone, vectors = prompt.backbone, np.zeros((0, base.backbone.arch.hidden_size), np.float32)
-    if isinstance(method, LoRA):
-        backbone = method.merge(base.backbone)
-    elif isinstance(method, SoftPrompt):
-        backbone, vectors = base.backbone, np.asarray(method.vectors[...], np.float32)
-    elif not isinstance(method, FullFineTuning):
-        name = prompt.description["method"]
-        raise UserError(f"method {name} has no form that a plain model could hold")
+    backbone, vectors = method.merge_into(base.backbone, prompt.backbone)
     if prompt.task.tasks:
         raise UserError("prompts of several tasks cannot be merged into one model")
     tokenizer = base.tokenizer

@@ -8,31 +8,30 @@ import numpy as np
 
 from softprompt.backbones.loading import Base
 from softprompt.errors import UserError
-from softprompt.experiment.method_settings import InitializationSettings
+from softprompt.experiment.schema import Experiment, PrefixSettings, PromptSettings
 
 
 def initial_vectors(
-    settings: InitializationSettings,
-    length: int,
+    experiment: Experiment,
+    settings: PromptSettings | PrefixSettings,
     base: Base,
-    labels: Sequence[str],
-    trained: Sequence[jax.Array],
-    seed: int,
+    trained: Sequence[jax.Array] = (),
 ) -> jax.Array:
-    """The first vectors that an experiment asks for.
+    """Return the vectors that training starts from.
 
     Args:
-      settings: its section `prompt` or `prefix`.
-      length: P.
+      experiment: gives the seed, and the verbalizer for `init: labels`.
+      settings: its section `prompt` or `prefix`, which says how many vectors and which `init`.
       base: the base model.
-      labels: texts of the verbalizer, for `init: labels`.
-      trained: the vectors of `settings.init_prompts`, for `init: prompts`.
-      seed: of what is random.
+      trained: `[P, D]` each, the prompts of `init_prompts`, for `init: prompts`.
 
     Returns:
       `[P, D]`, float32.
+
+    Raises:
+      UserError: if the settings do not fit the base model or the trained prompts.
     """
-    random = np.random.default_rng(seed)
+    length, random = settings.length, np.random.default_rng(experiment.seed)
     if settings.init == "vocabulary":
         vectors = sampled_vocabulary(base, length, random, settings.init_top)
     elif settings.init == "random":
@@ -41,7 +40,8 @@ def initial_vectors(
         assert settings.init_text is not None
         vectors = text_vectors(base, length, settings.init_text)
     elif settings.init == "labels":
-        vectors = label_vectors(base, length, labels, random, settings.init_top)
+        texts = list((experiment.verbalizer or {}).values())
+        vectors = label_vectors(base, length, texts, random, settings.init_top)
     else:
         vectors = mean_vectors(trained, length)
     return vectors.astype(jnp.float32)

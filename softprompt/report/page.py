@@ -13,6 +13,7 @@ import matplotlib
 
 from softprompt.data.records import read_records
 from softprompt.errors import UserError
+from softprompt.experiment.methods import method_class
 from softprompt.experiment.reading import load_experiment
 from softprompt.inference.inspect import nearest_tokens
 from softprompt.inference.prompt import TrainedPrompt, load_prompt
@@ -97,6 +98,9 @@ def _facts(records: Sequence[RunRecord]) -> dict[str, str]:
     memory = [r.peak_memory_bytes for r in records if r.peak_memory_bytes is not None]
     facts = {
         "runs": ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states)),
+        "method": ", ".join(
+            dict.fromkeys(method_class(r.settings["method"]).label for r in records)
+        ),
         "base model": ", ".join(dict.fromkeys(Path(r.settings["base"]).name for r in records)),
         "steps": f"{sum(record.step for record in records):,}",
     }
@@ -165,7 +169,7 @@ def _best(records: Sequence[RunRecord], keys: Sequence[str]) -> dict[str, Any] |
     try:
         prompt = load_prompt(found.folder)
         about["samples"] = _samples(prompt, found)
-        if found.settings["method"] == "prompt":
+        if prompt.method.plain_vectors() is not None:
             about["tokens"] = nearest_tokens(prompt, 5)[:_TOKENS]
     except UserError as error:
         _log.info(f"{found.folder}: without predictions and nearest tokens ({error})")

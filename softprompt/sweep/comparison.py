@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from softprompt.errors import UserError
+from softprompt.experiment.methods import METHODS, method_class
 from softprompt.experiment.reading import differences, load_experiment
 from softprompt.experiment.schema import Experiment
 from softprompt.report import tables
@@ -18,8 +19,8 @@ from softprompt.storage.run_folder import read_summary
 
 _log = logging.getLogger(__name__)
 
-METHODS = ("none", "few-shot", "prompt", "prefix", "dept", "lora", "full")
-_SHOTS = 4  # of `few-shot`, where the experiment says none
+FEW_SHOT = "few-shot"  # the base model alone, with solved examples in front of every input
+_SHOTS = 4  # of `FEW_SHOT`, if the experiment has no `shots`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +59,7 @@ def compare(
 
     Args:
       file: the experiment.
-      methods: of `METHODS`.
+      methods: names of methods, or `FEW_SHOT`.
       seeds: of what is random: initial values, order of the data, examples shown.
       overrides: `key=value`, for all methods.
       folder: where the runs are.
@@ -66,14 +67,15 @@ def compare(
     Raises:
       UserError: if a method is unknown, or one of its runs fails.
     """
-    if unknown := [method for method in methods if method not in METHODS]:
-        raise UserError(f"method {unknown[0]!r} is none of {', '.join(METHODS)}")
+    known = sorted([*METHODS, FEW_SHOT], key=lambda name: _is_trained(name))
+    if unknown := [method for method in methods if method not in known]:
+        raise UserError(f"method {unknown[0]!r} is none of {', '.join(known)}")
     own = load_experiment(file, overrides)
     rows = []
     for method in dict.fromkeys(methods):
         of_method = _overrides(method, own, overrides)
         runs = []
-        for seed in seeds if method != "none" else seeds[:1]:
+        for seed in seeds if method == FEW_SHOT or _is_trained(method) else seeds[:1]:
             run = folder / method / f"seed-{seed}"
             _train(file, [*of_method, f"seed={seed}"], run)
             runs.append(run)
@@ -111,11 +113,16 @@ def table(rows: Sequence[Row], form: str) -> str:
 
 def _overrides(method: str, own: Experiment, given: Sequence[str]) -> list[str]:
     """The given overrides and those that make the experiment one of the method."""
-    if method in ("none", "few-shot"):
-        shots = 0 if method == "none" else own.shots or _SHOTS
-        return [*given, "method=none", f"shots={shots}"]
+    if method == FEW_SHOT:
+        return [*given, "method=none", f"shots={own.shots or _SHOTS}"]
+    if not _is_trained(method):
+        return [*given, f"method={method}", "shots=0"]
     rate = [] if method == own.method else ["optimizer.learning_rate=null"]
     return [*rate, *given, f"method={method}"]
+
+
+def _is_trained(method: str) -> bool:
+    return method != FEW_SHOT and method_class(method).trainable is not False
 
 
 def _train(file: Path, overrides: Sequence[str], run: Path) -> None:

@@ -6,7 +6,7 @@ from softprompt.metrics.named import merit
 from softprompt.report.tables import aligned
 from softprompt.storage.run_folder import read_summary
 from softprompt.sweep.outcome import Outcome, validation_at
-from softprompt.sweep.space import Trial, text
+from softprompt.sweep.space import Trial, format_value
 
 
 def measured(trial: Trial) -> dict[str, float] | None:
@@ -42,7 +42,7 @@ def results_table(trials: Sequence[Trial]) -> str:
     rows = [["trial", *names, "end", "step", f"validation {metric}"]]
     for trial in ranked(trials):
         outcome, values = Outcome.read(trial.folder), measured(trial)
-        given = [text(trial.parameters[n]) if n in trial.parameters else "-" for n in names]
+        given = [format_value(trial.parameters[n]) if n in trial.parameters else "-" for n in names]
         rows.append(
             [
                 str(trial.number),
