@@ -17,7 +17,7 @@ from pathlib import Path
 import pydantic
 
 from softprompt.experiment.schema import Experiment
-from softprompt.sweep.space import Halving, Sweep
+from softprompt.sweep.space import HalvingSettings, SweepSettings
 
 _DEFAULTS = {"name": "the file's name", "optimizer.learning_rate": "set by the method"}
 
@@ -34,6 +34,8 @@ An experiment is one YAML file. This page lists every key with its type and defa
 - `extends: other.yaml` starts from another file. The keys of this file override those of the other.
 - On the command line, `key=value` overrides a key: `softprompt train experiments/sentiment.yaml
   prompt.length=50 seed=1`.
+- Each table leaves out the name of its section: `dtype` in the section `compute` is the key
+  `compute.dtype`.
 - Unknown keys and invalid values are rejected with the file, line and key.
 - A run folder keeps the resolved experiment in `config.yaml`.
 
@@ -46,11 +48,11 @@ def page() -> str:
     parts = [_INTRODUCTION, _described("Top level", Experiment, "")]
     parts += [_described(f"`{key}`", model, f"{key}.") for key, model in sections]
     parts.append(
-        "A file with a `sweep` section describes many trials: see [Sweeps](sweeps.md). Every other\n"
-        "key of the section is a key of the experiment, with the values to try.\n\n"
+        "A file with a `sweep` section describes many trials: see [Sweeps](sweeps.md). Every\n"
+        "other key of the section is a key of the experiment, with the values to try.\n\n"
     )
-    parts.append(_described("`sweep`", Sweep, "sweep."))
-    parts.append(_described("`sweep.halving`", Halving, "sweep.halving."))
+    parts.append(_described("`sweep`", SweepSettings, "sweep."))
+    parts.append(_described("`sweep.halving`", HalvingSettings, "sweep.halving."))
     return "\n".join(part.rstrip() + "\n" for part in parts)
 
 
@@ -81,7 +83,7 @@ def _described(title: str, model: type[pydantic.BaseModel], prefix: str) -> str:
         about = field.description or attributes.get(name, "")
         kind = _limited(_kind(field.annotation), field.metadata)
         rows.append(
-            f"| `{key}` | {kind} | {_DEFAULTS.get(key) or _default(field)} | {_cell(about)} |"
+            f"| `{name}` | {kind} | {_DEFAULTS.get(key) or _default(field)} | {_cell(about)} |"
         )
     return "\n".join([*lines, "| key | type | default | |", "| --- | --- | --- | --- |", *rows, ""])
 

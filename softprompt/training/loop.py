@@ -37,7 +37,7 @@ def train(
         holds another run, or if the loss is not finite.
       Stopped: on SIGTERM or Ctrl-C, after the state is saved.
 
-    Example:
+    Examples:
       >>> experiment = load_experiment("experiments/sentiment.yaml", ["training.steps=20"])
       >>> summary = train(experiment, "runs/short")
       >>> summary["test"]["accuracy"]
