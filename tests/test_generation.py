@@ -143,7 +143,9 @@ def test_beams_may_be_many_and_penalties_low(write, tiny):
 def test_draws_follow_the_probabilities():
     logits = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]])).repeat(4000, axis=0)
     keys = jax.random.split(jax.random.key(0), 4000)
-    drawn = jax.vmap(jax.random.categorical)(keys, filter_logits(logits, sampling(4000, temperature=0.5)))
+    drawn = jax.vmap(jax.random.categorical)(
+        keys, filter_logits(logits, sampling(4000, temperature=0.5))
+    )
     squares = np.array([0.5, 0.3, 0.15, 0.05]) ** 2
     np.testing.assert_allclose(
         np.bincount(drawn, minlength=4) / 4000, squares / squares.sum(), atol=0.02

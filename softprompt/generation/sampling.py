@@ -118,9 +118,7 @@ def filter_logits(logits: jax.Array, sampling: Sampling) -> jax.Array:
     def smallest_kept() -> jax.Array:
         ranked = -jnp.sort(-logits, axis=-1)
         last = jnp.where(top_k > 0, jnp.minimum(top_k, size), size) - 1
-        ranked = jnp.where(
-            ranked < jnp.take_along_axis(ranked, last, axis=-1), -jnp.inf, ranked
-        )
+        ranked = jnp.where(ranked < jnp.take_along_axis(ranked, last, axis=-1), -jnp.inf, ranked)
         shares = jax.nn.softmax(ranked, axis=-1)
         before = jnp.cumsum(shares, axis=-1) - shares  # the probability of more likely tokens
         kept = ((before < top_p) | (top_p >= 1)) & (ranked > -jnp.inf)
