@@ -1,4 +1,4 @@
-"""Generation, against stock transformers (golden files), and each row against itself alone."""
+"""Generation: compared with stock transformers (golden files), and each row with the row alone."""
 
 import dataclasses
 
@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import GOLDEN, golden_backbone, greedy
+from flax import nnx
 
 from softprompt import UserError
 from softprompt.backbones.decoder import Decoder
@@ -14,7 +15,6 @@ from softprompt.experiment.schema import GenerationSettings
 from softprompt.generation import beams, decoding, engine
 from softprompt.generation.engine import Engine, Request
 from softprompt.generation.sampling import Sampling, choose, filter_logits, penalize
-from softprompt.methods.method import copied
 
 # As in golden/make_generation.py.
 SETTINGS = [
@@ -54,7 +54,7 @@ def prefix(tiny):
 
 @pytest.fixture
 def write(tiny, prefix):
-    """What is written behind texts with one prefix."""
+    """Generate from texts that share one prefix."""
 
     def write(texts, batch_size=4, **settings):
         how = GenerationSettings(**{"max_new_tokens": 10, **settings})
@@ -64,7 +64,7 @@ def write(tiny, prefix):
     return write
 
 
-def test_the_likeliest_64_tokens_are_those_of_stock_transformers(smollm2):
+def test_64_greedy_tokens_equal_those_of_transformers(smollm2):
     golden = np.load(GOLDEN / "smollm2_generation.npz")
     inputs = np.split(golden["inputs"], np.cumsum(golden["lengths"])[:-1])
     assert len(inputs) >= 20
@@ -96,7 +96,7 @@ def test_the_likeliest_64_tokens_are_those_of_stock_transformers(smollm2):
 
 
 @pytest.mark.parametrize("number", range(len(SETTINGS)))
-def test_tokens_are_drawn_from_what_stock_processors_leave(number):
+def test_filtered_logits_equal_those_of_transformers(number):
     golden = np.load(GOLDEN / "choices.npz")
     logits = jnp.asarray(golden["logits"])
     rules = sampling(len(logits), **SETTINGS[number])
@@ -126,16 +126,16 @@ def test_rows_with_different_settings_share_a_batch():
             assert chosen[i] == penalized.argmax()
 
 
-def test_a_share_of_all_takes_nothing_from_top_k():
+def test_a_top_p_of_one_does_not_widen_top_k():
     logits = jax.random.normal(jax.random.key(0), (50, 1000))
     kept = filter_logits(logits, sampling(50, temperature=1.0, top_k=5, top_p=1.0))
     np.testing.assert_array_equal((kept > -jnp.inf).sum(axis=1), 5)
 
 
-def test_beams_may_be_many_and_penalties_low(write, tiny):
+def test_many_beams_and_low_length_penalties_work(write, tiny):
     many = write(["ab"], beams=200, samples=200, max_new_tokens=2)[0]
     assert len(many.texts) == 200
-    assert len(set(many.texts)) > 50  # of bytes, which do not all decode
+    assert len(set(many.texts)) > 50  # not all 200, because not all bytes decode
     short = write(["ab"], beams=3, samples=3, length_penalty=-4.0, max_new_tokens=60)[0]
     assert any(short.texts)
 
@@ -154,7 +154,7 @@ def test_draws_follow_the_probabilities():
 
 @pytest.mark.parametrize("name", ["llama", "t5"])
 @pytest.mark.parametrize("number", range(len(SEARCHES)))
-def test_beams_are_those_of_stock_transformers(name, number, tiny):
+def test_beams_equal_those_of_transformers(name, number, tiny):
     golden, settings = np.load(GOLDEN / f"beams-{name}.npz"), SEARCHES[number]
     backbone = tiny.backbone if name == "llama" else golden_backbone("t5-gated")
     penalty, width = settings.get("repetition_penalty"), settings["beams"]
@@ -183,8 +183,7 @@ def test_beams_are_those_of_stock_transformers(name, number, tiny):
     )
 
 
-def test_one_beam_more_is_never_a_worse_text(write):
-    """And the best of them is what the writer gives as the first sample."""
+def test_beam_search_returns_the_best_text_first(write):
     (two,) = write(["first"], beams=4, samples=2)
     assert len(two.texts) == 2
     (one,) = write(["first"], beams=4)
@@ -205,7 +204,7 @@ HOW = [
 
 
 @pytest.mark.parametrize("settings", HOW, ids=str)
-def test_a_row_is_written_as_alone(write, settings):
+def test_a_row_gets_the_same_text_as_alone(write, settings):
     together = write(TEXTS, **settings)
     assert together == [write([text], **settings)[0] for text in TEXTS]
     assert together[1] == together[4]
@@ -213,7 +212,7 @@ def test_a_row_is_written_as_alone(write, settings):
     assert any(text for each in together for text in each.texts)
 
 
-def test_the_seed_decides_what_is_drawn(write):
+def test_draws_depend_on_the_seed(write):
     settings = {"temperature": 1.0, "samples": 4}
     first = write(TEXTS, seed=1, **settings)
     assert write(TEXTS, seed=1, **settings) == first
@@ -222,7 +221,7 @@ def test_the_seed_decides_what_is_drawn(write):
     assert first[0].texts[0] != first[3].texts[0]
 
 
-def test_every_input_and_every_sample_has_a_seed_of_its_own(tiny):
+def test_every_input_and_every_sample_has_its_own_seed(tiny):
     one = Engine(tiny.backbone, tiny.tokenizer, GenerationSettings(temperature=1.0, samples=3))
     asked = [request(tiny, text) for text in ("ab", "cd", "ab")]
     seeds = one._seeds(asked, 4).reshape(4, 3)
@@ -245,7 +244,7 @@ class CountingDecoder(Decoder):
 
 
 def test_decoding_stops_when_all_rows_have_ended(tiny):
-    backbone = copied(tiny.backbone)
+    backbone = nnx.clone(tiny.backbone)
     backbone.__class__ = CountingDecoder
     one = Engine(backbone, tiny.tokenizer, GenerationSettings(max_new_tokens=40))
     prefix, state = one._start([request(tiny, "abc")], 1)
@@ -282,11 +281,11 @@ def test_rows_stop_at_limits_and_end_tokens_of_their_own(tiny):
 
 
 @pytest.mark.parametrize("penalty", [None, 1e6])
-def test_a_penalty_is_for_what_was_read_and_written(tiny, prefix, penalty):
-    """A great one leaves no token that was there before."""
+def test_the_repetition_penalty_applies_to_the_input_and_the_generated_text(tiny, prefix, penalty):
+    """A large penalty excludes every token that was there before."""
     how = GenerationSettings(max_new_tokens=40, repetition_penalty=penalty)
     one = Engine(tiny.backbone, tiny.tokenizer, how)
-    one._end = -1  # it would end before it repeats itself
+    one._end = -1  # otherwise it ends before it repeats itself
     asked = dataclasses.replace(request(tiny, "abcdefg", prefix), opening=[100, ~0])
     packed, state = one._start([asked], 1)
     (ids,) = one._ids(one._continue(packed, state, 40))
@@ -295,7 +294,7 @@ def test_a_penalty_is_for_what_was_read_and_written(tiny, prefix, penalty):
     assert bool(again) == (penalty is None)
 
 
-def test_a_stop_text_ends_a_row_and_is_left_out(write):
+def test_a_stop_text_ends_the_text_and_is_removed(write):
     (free,) = write(["aaaaaaa"], max_new_tokens=30)
     stop = free.text[4:7]
     (stopped,) = write(["aaaaaaa"], max_new_tokens=30, stop=["never there", stop])
@@ -307,7 +306,7 @@ def test_a_stop_text_ends_a_row_and_is_left_out(write):
     assert cut.text == searched.text[: searched.text.index(stop)]
 
 
-def test_of_overlapping_stop_texts_the_one_complete_first_counts(tiny, prefix, write):
+def test_the_stop_text_that_is_complete_first_wins(tiny, prefix, write):
     one = Engine(tiny.backbone, tiny.tokenizer, GenerationSettings(stop=["bcdef", "cd"]))
     assert one._text(tiny.tokenizer.encode("abcdefg", add_special_tokens=False)) == ("ab", True)
     (free,) = write(["aaaaaaa"], max_new_tokens=30)
@@ -320,7 +319,7 @@ def test_of_overlapping_stop_texts_the_one_complete_first_counts(tiny, prefix, w
 
 
 @pytest.mark.parametrize("settings", [{}, {"temperature": 1.0}, {"stop": [" ", "e"]}], ids=str)
-def test_a_stream_is_the_text_in_pieces(tiny, prefix, write, settings):
+def test_a_stream_yields_the_text_in_pieces(tiny, prefix, write, settings):
     how = GenerationSettings(max_new_tokens=20, **settings)
     one = Engine(tiny.backbone, tiny.tokenizer, how)
     pieces = list(one.stream(request(tiny, "the fourth", prefix)))
@@ -334,14 +333,14 @@ def test_a_stream_is_the_text_in_pieces(tiny, prefix, write, settings):
         )
 
 
-def test_what_a_stop_text_may_begin_with_is_held_back(tiny):
+def test_the_possible_start_of_a_stop_text_is_held_back(tiny):
     one = Engine(tiny.backbone, tiny.tokenizer, GenerationSettings(stop=["\n\n", "END"]))
     held = {"abc": 0, "abc\n": 1, "abc E": 1, "abc EN": 2, "ab\N{REPLACEMENT CHARACTER}": 1}
     assert {text: one._uncertain(text) for text in held} == held
 
 
 def out_of_memory(most, function):
-    """The function, which has memory for so many rows."""
+    """Wrap a function so that batches of more than `most` rows run out of memory."""
 
     def start(backbone, prefix, tokens, *rest, **shape):
         if len(tokens) > most:
@@ -351,7 +350,7 @@ def out_of_memory(most, function):
     return start
 
 
-def test_a_batch_too_large_is_halved_until_it_fits(tiny, write, monkeypatch, capsys):
+def test_a_batch_that_is_too_large_is_halved_until_it_fits(tiny, write, monkeypatch, capsys):
     expected = write(TEXTS)
     monkeypatch.setattr(engine.decoding, "start", out_of_memory(1, decoding.start))
     assert write(TEXTS) == expected
@@ -367,7 +366,7 @@ def test_a_batch_too_large_is_halved_until_it_fits(tiny, write, monkeypatch, cap
         next(one.stream(request(tiny, "a")))
 
 
-def test_other_errors_of_the_device_are_not_hidden(write, monkeypatch):
+def test_other_device_errors_are_raised(write, monkeypatch):
     def fail(*_, **__):
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
 
@@ -376,13 +375,13 @@ def test_other_errors_of_the_device_are_not_hidden(write, monkeypatch):
         write(TEXTS)
 
 
-def test_rows_of_a_batch_are_of_few_shapes():
+def test_input_lengths_are_rounded_to_few_values():
     assert [engine._rounded(n) for n in (1, 16, 17, 24, 25, 33, 48, 49, 65, 97)] == [
         *(16, 16, 24, 24, 32, 48, 48, 64, 96, 128)
     ]
 
 
-def test_prefixes_of_a_batch_have_bounded_length(prefix):
+def test_the_prefixes_of_a_batch_have_a_bounded_total_length(prefix):
     long = dataclasses.replace(prefix, keys=jnp.zeros((3, 300, 2, 8)))
     other = dataclasses.replace(long)
     requests = [Request([1] * n, p) for n, p in ((1, long), (2, other), (3, long), (4, prefix))]

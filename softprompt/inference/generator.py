@@ -71,20 +71,24 @@ class Generator:
         """
         if name in self._bank:
             raise UserError(f"there is a prompt {name!r} already; remove it first")
-        if isinstance(prompt, Method):
-            prompt = TrainedPrompt.from_method(prompt, self.base)
-        elif not isinstance(prompt, TrainedPrompt):
-            prompt = load_prompt(prompt, self.base)
-        if prompt.base.fingerprint != self.base.fingerprint:
+        trained = self._trained(prompt)
+        if trained.base.fingerprint != self.base.fingerprint:
             raise UserError(
-                f"prompt {name!r}: it was trained on the base model {prompt.base.name!r}, and this "
-                f"one is {self.base.name!r}"
+                f"prompt {name!r}: it was trained on the base model {trained.base.name!r}, "
+                f"which is not {self.base.name!r}"
             )
-        if prompt.base.compute != self.base.compute:
+        if trained.base.compute != self.base.compute:
             raise UserError(
                 f"prompt {name!r}: its base model was loaded with other `compute` settings"
             )
-        self._bank[name] = prompt
+        self._bank[name] = trained
+
+    def _trained(self, prompt: Prompt) -> TrainedPrompt:
+        if isinstance(prompt, TrainedPrompt):
+            return prompt
+        if isinstance(prompt, Method):
+            return TrainedPrompt.from_method(prompt, self.base)
+        return load_prompt(prompt, self.base)
 
     def remove(self, name: str) -> None:
         """Remove a prompt from the bank; raises `UserError` if it is not there."""
