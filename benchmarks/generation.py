@@ -67,12 +67,12 @@ class Reference:
         )
         self.versions = json.loads(self.process.stdout.readline())
 
-    def __call__(self, how, tokens, new):
+    def __call__(self, name, tokens, new):
         """Return the seconds it took and the generated ids."""
-        command = {"how": how, "tokens": tokens.tolist(), "new": new}
+        command = {"name": name, "tokens": tokens.tolist(), "new": new}
         print(json.dumps(command), file=self.process.stdin, flush=True)
         answer = json.loads(self.process.stdout.readline())
-        return answer["seconds"], np.array(answer["written"])
+        return answer["seconds"], np.array(answer["tokens"])
 
 
 def first_token(base, repeats):
@@ -121,18 +121,18 @@ def main():
         rates = {"softprompt": [], "transformers": [], "peft": []}
         same = {}
         for _ in range(options.repeats):
-            seconds, written = timed(generate, base, prefix, tokens, NEW_TOKENS)
+            seconds, own_tokens = timed(generate, base, prefix, tokens, NEW_TOKENS)
             rates["softprompt"].append(rows * NEW_TOKENS / seconds)
-            for how in ("transformers", "peft") if reference else ():
-                seconds, others = reference(how, tokens, NEW_TOKENS)
-                rates[how].append(rows * NEW_TOKENS / seconds)
-                same[how] = (others == written).mean()
+            for name in ("transformers", "peft") if reference else ():
+                seconds, others = reference(name, tokens, NEW_TOKENS)
+                rates[name].append(rows * NEW_TOKENS / seconds)
+                same[name] = (others == own_tokens).mean()
         ours, *theirs = (statistics.median(each) if each else None for each in rates.values())
         cells = [f"{ours:.1f}", *(f"{rate:.1f}" if rate else "-" for rate in theirs)]
         cells += [f"{ours / rate:.2f}" if rate else "-" for rate in theirs]
         print(f"| {rows} | {' | '.join(cells)} |", flush=True)
-        for how, share in same.items():
-            print(f"{share:.1%} of the tokens of {how} are equal", file=sys.stderr)
+        for name, share in same.items():
+            print(f"{share:.1%} of the tokens of {name} are equal", file=sys.stderr)
     first_token(base, 5 * options.repeats)
 
 

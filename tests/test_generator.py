@@ -85,26 +85,26 @@ NAMES = ["short", "long", None, "told", "keys", "inside", "long", None]
     "settings", [{}, {"temperature": 1.0, "samples": 2}, {"beams": 2}], ids=str
 )
 def test_a_row_of_a_mixed_batch_gets_the_text_of_its_prompt_alone(base, bank, settings):
-    how = NEW | settings
-    mixed = Generator(base, bank).generate(INPUTS, NAMES, **how)
-    for written, text, name in zip(mixed, INPUTS, NAMES, strict=True):
+    settings = NEW | settings
+    mixed = Generator(base, bank).generate(INPUTS, NAMES, **settings)
+    for result, text, name in zip(mixed, INPUTS, NAMES, strict=True):
         if name is not None:
-            assert written == bank[name].generate([text], **how)[0]
-        assert written == Generator(base, bank).generate([text], name, **how)[0]
+            assert result == bank[name].generate([text], **settings)[0]
+        assert result == Generator(base, bank).generate([text], name, **settings)[0]
     assert len({each.text for each in mixed if each.text}) > 4
 
 
 def test_a_prompt_is_equal_to_prepending_its_vectors(tiny):
     """The reference uses no cache, no bank and no padding."""
     prompt = soft_prompt(tiny, 0, 5)
-    (written,) = Generator(tiny, {"one": prompt, "two": soft_prompt(tiny, 1, 3)}).generate(
+    (result,) = Generator(tiny, {"one": prompt, "two": soft_prompt(tiny, 1, 3)}).generate(
         ["hello"], "one", **NEW
     )
     tokens = tiny.tokenizer("hello:", add_special_tokens=False).input_ids
     for _ in range(NEW["max_new_tokens"]):
         embeddings = prompt.method(tiny.backbone.embedding(jnp.array([tokens])))
         tokens.append(int(tiny.backbone.logits(tiny.backbone(embeddings))[0, -1].argmax()))
-    assert written.text == tiny.tokenizer.decode(tokens[-6:])
+    assert result.text == tiny.tokenizer.decode(tokens[-6:])
 
 
 def test_methods_that_change_the_model_run_in_their_own_batches(tiny):
@@ -112,9 +112,9 @@ def test_methods_that_change_the_model_run_in_their_own_batches(tiny):
     names = ["lora", "soft", "lora", None]
     texts = ["abc", "abc", "de", "abc"]
     mixed = Generator(tiny, bank).generate(texts, names, **NEW)
-    for written, text, name in zip(mixed, texts, names, strict=True):
+    for result, text, name in zip(mixed, texts, names, strict=True):
         if name:
-            assert written == bank[name].generate([text], **NEW)[0]
+            assert result == bank[name].generate([text], **NEW)[0]
     assert len({mixed[i].text for i in (0, 1, 3)}) == 3
 
 
@@ -151,8 +151,8 @@ def test_inputs_with_named_fields_can_be_streamed(tiny):
     prompt = soft_prompt(tiny, 0, 2, "{question} {text}:")
     generator = Generator(tiny, {"qa": prompt})
     fields = {"question": "ab", "text": "cd"}
-    (written,) = generator.generate([fields], "qa", **NEW)
-    assert "".join(generator.stream(fields, "qa", **NEW)) == written.text
+    (result,) = generator.generate([fields], "qa", **NEW)
+    assert "".join(generator.stream(fields, "qa", **NEW)) == result.text
 
 
 def test_invalid_arguments_are_rejected(tiny, t5):

@@ -216,9 +216,9 @@ def _insert(buffers, part, begin, length):
         start = jnp.minimum(begin, buffer.shape[1] - size)  # padding may not fit after `begin`
         shift = begin - start
         entries = jnp.arange(size).reshape(-1, *[1] * (array.ndim - 2))
-        written = (entries >= shift) & (entries < shift + length)
+        inside = (entries >= shift) & (entries < shift + length)
         old = jax.lax.dynamic_slice_in_dim(buffer, start, size, axis=1)
-        new = jnp.where(written, jnp.roll(array, shift, axis=1), old)
+        new = jnp.where(inside, jnp.roll(array, shift, axis=1), old)
         return jax.lax.dynamic_update_slice_in_dim(buffer, new, start, axis=1)
 
     return jax.tree.map(write, buffers, part)

@@ -100,7 +100,7 @@ def shared_task(prompts: Sequence[TrainedPrompt]) -> Task:
         if prompt.scoring != ScoringSettings():
             raise UserError(f"prompt {number}: ensembles do not support `scoring` settings")
         if rows(task) != rows(first):
-            raise UserError(f"prompt {number}: its task is not that of the first prompt")
+            raise UserError(f"prompt {number}: its task differs from the first prompt's")
     return dataclasses.replace(first, max_tokens=min(prompt.task.max_tokens for prompt in prompts))
 
 
