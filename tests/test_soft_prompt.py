@@ -1,5 +1,6 @@
 """The soft prompt: a shared prefix equals prepending, initial vectors, and use from Python."""
 
+import json
 from functools import partial
 
 import jax
@@ -181,7 +182,7 @@ def test_a_saved_prompt_loads_with_its_task(tiny, tmp_path):
     assert loaded.task.opening == task.opening
     in_memory = TrainedPrompt.from_method(prompt, tiny, task)
     assert loaded.classify(["hello"]) == in_memory.classify(["hello"])
-    assert loaded.description == in_memory.description
+    assert json.loads(json.dumps(in_memory.description)) == loaded.description
 
 
 def test_a_prompt_without_a_task_generates_after_the_bare_text(tiny, tmp_path):
@@ -191,7 +192,8 @@ def test_a_prompt_without_a_task_generates_after_the_bare_text(tiny, tmp_path):
     assert loaded.task.template == TemplateSettings(input="{text}")
     assert loaded.task.opening == [~0, ~1, ~2]
     in_memory = TrainedPrompt.from_method(prompt, tiny)
-    texts = [p.generate(["hello"], max_new_tokens=3)[0].text for p in (loaded, in_memory)]
+    with jax.numpy_dtype_promotion("standard"):  # decoding mixes types
+        texts = [p.generate(["hello"], max_new_tokens=3)[0].text for p in (loaded, in_memory)]
     assert texts[0] == texts[1]
 
 
