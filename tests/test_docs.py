@@ -66,17 +66,17 @@ def pages_with(*languages: str) -> list[str]:
 
 _EXPERIMENT = """\
 base: smollm2-135m-instruct
-data: {train: data.jsonl, validation: data.jsonl, test: data.jsonl}
-prompt: {length: 2}
+prompt: {length: 10}
 training: {steps: 2, batch_size: 2}
-evaluation: {every: 2, samples: 2, batch_size: 2}
-generation: {max_new_tokens: 8}
+evaluation: {every: 2, samples: 0, batch_size: 2}
 """
 _LABELS = """\
+data: {train: data.jsonl, validation: data.jsonl, test: data.jsonl}
 template: {input: "Review: {text}\\nSentiment:"}
 verbalizer: {positive: " positive", negative: " negative"}
 """
 _TEXTS = """\
+data: {train: data.jsonl, validation: data.jsonl}
 template: {input: "{text}", target: " {label}"}
 """
 
