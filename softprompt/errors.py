@@ -9,6 +9,14 @@ class UserError(Exception):
     """
 
 
+class FolderError(UserError):
+    """A folder holds something else, so that another one is needed.
+
+    The message ends with "choose another folder". The command line completes it with the
+    name of the option that sets the folder.
+    """
+
+
 class Stopped(Exception):
     """A signal stopped the work. The message says what was saved.
 

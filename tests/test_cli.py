@@ -100,7 +100,7 @@ def test_inspect_shows_every_virtual_token(call, run):
             ["predict", "{run}", "a", "--base", str(GOLDEN / "llama-untied")],
             "trained on the base model",
         ),
-        (["eval", "/no/run"], "/no/run: is no run's folder"),
+        (["eval", "/no/run"], "/no/run: not a run folder"),
         (["eval", "{run}", "{run}", "--metrics", "bleu"], "--metrics, --output, --normalize"),
         (["eval", "{run}", "--metrics", "rogue"], "there is no metric 'rogue'"),
         (["generate", "{run}"], "give either texts or --input FILE"),

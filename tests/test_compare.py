@@ -1,4 +1,4 @@
-"""Methods side by side by the command line; every run is a process of its own."""
+"""Comparing methods by the command line; every run is a process of its own."""
 
 import csv
 import json
@@ -8,9 +8,11 @@ import pytest
 from conftest import write_experiment
 
 from softprompt import UserError
+from softprompt.cli.compare import table_rows, train
 from softprompt.cli.main import main
 from softprompt.experiment.reading import load_experiment
-from softprompt.sweep.comparison import compare, table
+from softprompt.report.tables import table
+from softprompt.sweep.comparison import compare
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +22,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_what_is_missing_is_trained_and_summed_up(folder, capfd):
+def test_compare_trains_only_missing_runs_and_tabulates_all_of_them(folder, capfd):
     runs = folder / "runs"
     arguments = ["compare", str(folder / "letters.yaml"), "template.max_tokens=60", "shots=1"]
     assert main([*arguments, "--methods", "none,lora", "--folder", str(runs)]) == 0
@@ -53,12 +55,14 @@ def test_what_is_missing_is_trained_and_summed_up(folder, capfd):
     assert [re.split(r" *\| *", line)[1] for line in markdown[2:]] == ["none", "few-shot", "lora"]
 
 
-def test_runs_with_other_settings_are_not_mixed(folder):
+def test_runs_with_other_settings_are_rejected(folder):
     file, runs = folder / "letters.yaml", folder / "mixed"
     overrides = ["template.max_tokens=60"]
-    (row,) = compare(file, ["none"], [0], overrides, runs)
-    assert table([row], "text").splitlines()[1].split()[0] == "none"
-    with pytest.raises(UserError, match=r"other settings \(template.max_tokens.*--folder"):
-        compare(file, ["none"], [0], ["template.max_tokens=50"], runs)
+    (row,) = compare(file, ["none"], [0], overrides, runs, train)
+    assert table(table_rows([row]), "text").splitlines()[1].split()[0] == "none"
+    with pytest.raises(
+        UserError, match=r"other settings \(template.max_tokens.*choose another folder"
+    ):
+        compare(file, ["none"], [0], ["template.max_tokens=50"], runs, train)
     with pytest.raises(UserError, match="method 'best' is none of none, few-shot"):
-        compare(file, ["best"], [0], [], runs)
+        compare(file, ["best"], [0], [], runs, train)

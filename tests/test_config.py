@@ -94,9 +94,9 @@ def test_all_mistakes_are_said_at_once_with_file_line_and_key(file):
             "not 'vocab'",
             f"{file}:12: optimizer.learning_rate: Input should be a valid number, not 'fast'",
             f"{file}:13: sede: unknown key; did you mean 'seed'?",
-            "command line: training.steps=0: training.steps: "
+            "override training.steps=0: training.steps: "
             "Input should be greater than or equal to 1, not 0",
-            "command line: evaluation.evry=2: evaluation.evry: unknown key; did you mean 'every'?",
+            "override evaluation.evry=2: evaluation.evry: unknown key; did you mean 'every'?",
         ]
     )
 
@@ -114,7 +114,7 @@ def test_a_missing_key_is_named(file):
         ("- a\n", "case.yaml:1: an experiment is a mapping"),
         ("a: !!python/object:os.system x\n", "case.yaml:1: not a YAML value (could not determine"),
         ("a: !!bool x\n", "case.yaml:1: not a YAML value"),
-        ("a: &x {b: *x}\n", "case.yaml:1: nested too deep"),
+        ("a: &x {b: *x}\n", "case.yaml:1: nested too deeply"),
         ("extends: [a]\n", "case.yaml:1: extends: the path of another file"),
     ],
 )
@@ -128,8 +128,8 @@ def test_what_is_no_experiment_is_refused_with_its_line(file, text, message):
     [
         ("template.input=text", "template.input: has no {field} to fill in"),
         ("template.input={text} {", "template.input: not a valid template"),
-        ("training.steps.x=1", "command line: training.steps.x=1: training.steps: Input should"),
-        ("trainig.steps=1", "command line: trainig.steps=1: trainig: unknown key; did you mean"),
+        ("training.steps.x=1", "override training.steps.x=1: training.steps: Input should"),
+        ("trainig.steps=1", "override trainig.steps=1: trainig: unknown key; did you mean"),
         ("template.input='{text.x}'", "template.input: {text.x} is not a field name"),
         ("template.input='{text'", "template.input: not a valid template"),
         (
@@ -200,8 +200,8 @@ def test_differences_name_the_keys(file):
     old, new = old.model_dump(), new.model_dump()
     assert differences(old, old) == []
     assert differences(old, new) == [
-        "seed: 0 there, 1 now",
-        "prompt.init: 'vocabulary' there, 'random' now",
+        "seed: was 0, is now 1",
+        "prompt.init: was 'vocabulary', is now 'random'",
     ]
 
 

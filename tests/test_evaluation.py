@@ -139,7 +139,7 @@ def test_a_batch_too_large_is_halved(tiny, monkeypatch, capsys):
 
     monkeypatch.setattr(scoring, "candidate_scores", limited)
     found = prompt.classify(texts, batch_size=5)
-    assert "no memory for 5 inputs at a time: trying 2" in capsys.readouterr().err
+    assert "trying 2 instead of 5 inputs at a time" in capsys.readouterr().err
     for one, other in zip(found, expected, strict=True):
         assert one.probabilities == pytest.approx(other.probabilities, rel=1e-5)
     with pytest.raises(UserError, match="batch_size 0: must be 1 or more"):

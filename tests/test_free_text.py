@@ -141,7 +141,7 @@ def test_samples_of_steps_to_be_done_again_go(tmp_path):
         (["evaluation.samples=0"], "rouge1.f1 needs evaluation.samples"),
         (["scoring.normalize=true"], "scoring needs a verbalizer"),
         (["generation.top_k=4"], "top_k needs a temperature"),
-        (["generation.samples=4"], "samples: more than one need a temperature"),
+        (["generation.samples=4"], "samples: several samples need a temperature"),
         (["scoring.calibrate=' '", "verbalizer={low: a, high: b}"], "should match pattern"),
         (["generation.beams=4", "generation.temperature=1.0"], "beam search takes no temperature"),
     ],

@@ -356,14 +356,14 @@ def test_a_batch_too_large_is_halved_until_it_fits(tiny, write, monkeypatch, cap
     monkeypatch.setattr(engine.decoding, "start", out_of_memory(1, decoding.start))
     assert write(TEXTS) == expected
     said = capsys.readouterr().err
-    assert "no memory for 4 inputs at a time: trying 2" in said
-    assert "no memory for 2 inputs at a time: trying 1" in said
+    assert "trying 2 instead of 4 inputs at a time" in said
+    assert "trying 1 instead of 2 inputs at a time" in said
     assert said.count("no memory") == 2
     monkeypatch.setattr(engine.decoding, "start", out_of_memory(0, decoding.start))
-    with pytest.raises(UserError, match="no memory for a single input"):
+    with pytest.raises(UserError, match="out of memory with a single input"):
         write(TEXTS)
     one = Engine(tiny.backbone, tiny.tokenizer, GenerationSettings())
-    with pytest.raises(UserError, match="no memory for a single input"):
+    with pytest.raises(UserError, match="out of memory with a single input"):
         next(one.stream(request(tiny, "a")))
 
 

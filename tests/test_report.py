@@ -19,7 +19,8 @@ from softprompt import UserError, load_experiment
 from softprompt.cli.main import main
 from softprompt.report.collect import collect, varied
 from softprompt.report.figures import spread_figure
-from softprompt.report.tables import chosen_rows, run_rows, seed_rows, table
+from softprompt.report.rows import chosen_rows, run_rows, seed_rows
+from softprompt.report.tables import table
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 TEXT = """{"steps": 1, "train_seconds": 1.0, "peak_memory_bytes": 1, "test": {},
@@ -98,9 +99,9 @@ def test_runs_are_listed_sorted_and_filtered(folder, capsys):
     assert {(row["prompt.length"], row["state"]) for row in chosen} == {(4, "finished")}
     assert len(chosen) == 4
     assert main(["runs", str(folder), "--sort", "colour"]) == 1
-    assert "no column 'colour'; there are run, prompt.length" in capsys.readouterr().err
+    assert "no column 'colour'; the columns are run, prompt.length" in capsys.readouterr().err
     assert main(["runs", str(folder / "nowhere")]) == 1
-    assert "no run there" in capsys.readouterr().err
+    assert "contains no runs" in capsys.readouterr().err
     assert main(["runs", str(folder), "--where", "seed=0"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 7
@@ -110,7 +111,7 @@ def test_runs_are_listed_sorted_and_filtered(folder, capsys):
 def test_a_lower_loss_is_the_better_one():
     rows = [{"validation loss": 2.0}, {"validation loss": 1.0}]
     assert chosen_rows(rows, [], "loss")[0] == {"validation loss": 1.0}
-    with pytest.raises(UserError, match="written column=value"):
+    with pytest.raises(UserError, match="has the form column=value"):
         chosen_rows(rows, ["loss"], None)
 
 
@@ -147,7 +148,7 @@ def test_a_browser_shows_figures_and_tables_without_an_error(page, tmp_path):
     }
     length = int(re.search("prompt.length=([24])", shown)[1])
     assert rows == {"settings": 4, "runs": 12, "samples": 8, "tokens": length}
-    for text in ("The best run", "test accuracy", "learning curves", "8 finished, 4 failed"):
+    for text in ("Best run", "test accuracy", "learning curves", "8 finished, 4 failed"):
         assert text in shown
 
     broken = tmp_path / "broken.html"
@@ -204,7 +205,7 @@ def test_runs_of_several_metrics_are_not_compared(folder, tmp_path, capsys):
     config.write_text(config.read_text().replace("metric: accuracy", "metric: loss"))
     capsys.readouterr()
     assert main(["report", str(tmp_path), "--output", str(tmp_path / "out")]) == 0
-    assert "runs of another metric than accuracy: 1" in capsys.readouterr().err
+    assert "runs with another metric than accuracy: 1" in capsys.readouterr().err
     tables = [
         list(csv.DictReader(io.StringIO((tmp_path / "out" / f"{name}.csv").read_text())))
         for name in ("runs", "settings")
@@ -233,7 +234,10 @@ def test_a_report_does_not_replace_what_is_no_report(folder, tmp_path, capsys):
     for name in ("report.html", "runs.csv"):
         (tmp_path / name).write_text("mine")
         assert main(["report", str(folder), "--output", str(tmp_path)]) == 1
-        assert f"{name}: is of no report; choose another folder" in capsys.readouterr().err
+        assert (
+            f"{name}: not a file of a report; choose another folder with --output"
+            in capsys.readouterr().err
+        )
         assert (tmp_path / name).read_text() == "mine"
         (tmp_path / name).unlink()
 

@@ -90,7 +90,7 @@ def test_two_systems_are_compared(call, file, tmp_path):
     [
         ('{"prediction": "a"}', ":1: has no 'reference'"),
         ('{"reference": "a"}', ":1: has no 'prediction'"),
-        ('{"prediction": 1, "reference": "a"}', ":1: 'prediction' is no text"),
+        ('{"prediction": 1, "reference": "a"}', ":1: 'prediction' is not text"),
         ('{"prediction": "a", "reference": []}', ":1: 'reference' is neither a text nor a list"),
         ('{"prediction": "a", "reference": [1]}', ":1: 'reference' is neither"),
         ('{"prediction": "a", "reference": "b"}\n{', ":2: not valid JSON"),
@@ -108,7 +108,10 @@ def test_a_mistake_is_one_line_with_its_place(call, tmp_path, content, message):
 
 
 def test_wrong_words_are_refused(call, file, tmp_path):
-    assert "--each: macro_f1 is of all" in call("--metrics", "rouge, macro_f1", "--each", file)[2]
+    assert (
+        "--each: macro_f1 is a metric of all examples"
+        in call("--metrics", "rouge, macro_f1", "--each", file)[2]
+    )
     assert "not allowed with argument" in call(file, "--each", "--against", file)[2]
     assert "no metric 'rogue'; known: rouge, bleu" in call("--metrics", "rogue", file)[2]
     assert "predictions are read from a .jsonl file" in call(tmp_path / "x.txt")[2]

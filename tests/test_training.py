@@ -263,12 +263,12 @@ def test_another_experiment_does_not_write_into_a_run(experiment, experiment_fil
     train(experiment, tmp_path / "run")
     other = load_experiment(experiment_file, ["prompt.length=4"])
     with pytest.raises(
-        UserError, match=r"other settings \(prompt.length: 3 there, 4 now\); choose"
+        UserError, match=r"other settings \(prompt.length: was 3, is now 4\); choose"
     ):
         train(other, tmp_path / "run")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
-    with pytest.raises(UserError, match="is no run's folder"):
+    with pytest.raises(UserError, match="not a run folder"):
         train(experiment, tmp_path / "mine")
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 

@@ -125,7 +125,7 @@ def text_task(method: Method, base: Base) -> Task:
     shapes = {name: array.shape for name, array in arrays.items()}
     virtual, before = method.saved_virtual_tokens(shapes)
     template = TemplateSettings(input="{text}")
-    return make_task(base, template, None, virtual_tokens=virtual, before=before)
+    return make_task(base, template, None, virtual_tokens=virtual, prefix_length=before)
 
 
 @dataclasses.dataclass(frozen=True)

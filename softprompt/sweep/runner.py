@@ -6,13 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import yaml
 
-from softprompt.errors import Stopped, UserError
+from softprompt.errors import FolderError, Stopped
 from softprompt.experiment.reading import differences, dump_experiment
 from softprompt.metrics.named import merit
 from softprompt.runtime.progress import Bar, Progress, silent
 from softprompt.runtime.signals import StopSignals
 from softprompt.storage.files import write_file
-from softprompt.storage.locks import alone, locked_folder
+from softprompt.storage.locks import file_lock, locked_folder
 from softprompt.sweep.outcome import Outcome, validation_at
 from softprompt.sweep.program import shared_settings
 from softprompt.sweep.scheduler import OpenedTrial, Scheduler
@@ -134,7 +134,7 @@ def open_sweep(space: Space) -> Iterator[None]:
     """
     folder, shared = space.folder, space.sweep.how == "tpe"
     with locked_folder(folder, _FILE, "sweep", "sweeping", shared=shared):
-        with alone(folder / ".sweep.lock"):
+        with file_lock(folder / ".sweep.lock"):
             require_same(space)
             write_file(folder / _FILE, _describe(space))
         yield
@@ -144,7 +144,7 @@ def require_same(space: Space) -> None:
     """Reject the folder of another sweep that has begun.
 
     Raises:
-      UserError: if the folder belongs to another sweep.
+      FolderError: if the folder belongs to another sweep.
     """
     folder, now = space.folder, _describe(space)
     path = folder / _FILE
@@ -157,7 +157,7 @@ def require_same(space: Space) -> None:
         old = yaml.safe_load(before)
         if isinstance(old, dict) and "sweep" in old:
             changed = "; ".join(differences(old, yaml.safe_load(now)))
-    raise UserError(f"{folder}: holds another sweep ({changed}); choose another folder")
+    raise FolderError(f"{folder}: holds another sweep ({changed}); choose another folder")
 
 
 def _describe(space: Space) -> str:

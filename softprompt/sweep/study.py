@@ -15,7 +15,7 @@ from typing import Any
 from softprompt.errors import UserError
 from softprompt.experiment.metric_names import lower_is_better
 from softprompt.storage.files import write_file
-from softprompt.storage.locks import alone
+from softprompt.storage.locks import file_lock
 from softprompt.sweep.outcome import Outcome
 from softprompt.sweep.results import measured
 from softprompt.sweep.scheduler import OpenedTrial
@@ -156,7 +156,7 @@ class Study:
 
     def _exclusive(self) -> contextlib.AbstractContextManager[None]:
         """Keep other processes of the sweep from using the study."""
-        return alone(self._space.folder / ".study.lock")
+        return file_lock(self._space.folder / ".study.lock")
 
 
 def _suggest(asked: Any, name: str, values: list[Value] | Range) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from softprompt.evaluation.evaluate import Measured
+from softprompt.evaluation.evaluate import EvaluationResult
 from softprompt.experiment.schema import Experiment
 from softprompt.runtime.memory import peak_memory
 from softprompt.storage.run_folder import (
@@ -80,7 +80,7 @@ class Reporter:
         run.losses, run.padding = [], []
         run.logged_seconds = run.step_seconds
 
-    def validation(self, result: Measured, *, best: bool, free_text: bool) -> None:
+    def validation(self, result: EvaluationResult, *, best: bool, free_text: bool) -> None:
         """Report an evaluation on the validation data.
 
         Args:
@@ -102,7 +102,9 @@ class Reporter:
         best_note = " (the best so far)" if best else ""
         log_message(self._name, f"step {run.step}: validation {shown}{best_note}")
 
-    def summary(self, state: TrainState, seconds: float, test: Measured | None) -> dict[str, Any]:
+    def summary(
+        self, state: TrainState, seconds: float, test: EvaluationResult | None
+    ) -> dict[str, Any]:
         """Write and return the summary of the finished run.
 
         Args:

@@ -8,6 +8,7 @@ number, and a checkpoint holds everything else.
 import dataclasses
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -18,9 +19,9 @@ from flax import nnx
 from softprompt.backbones.batch import Batch
 from softprompt.backbones.loading import Backbone
 from softprompt.data.batches import TrainingBatches
-from softprompt.data.examples import data_digest, same_data
+from softprompt.data.examples import Example, data_digest, same_data
 from softprompt.errors import Stopped, UserError
-from softprompt.evaluation.evaluate import Measured, evaluate
+from softprompt.evaluation.evaluate import EvaluationResult, evaluate
 from softprompt.evaluation.scoring import prepare_model
 from softprompt.experiment.schema import Experiment
 from softprompt.inference.prompt import load_prompt
@@ -262,8 +263,9 @@ class Session:
             self._save_prompt(self.state.trainable)
         self._last_step_ended = time.monotonic()
 
-    def _measure(self, backbone: Backbone, prefix: Any, split: str) -> Measured:
-        settings, examples = self.experiment.evaluation, self.examples[split]
+    def _measure(self, backbone: Backbone, prefix: Any, split: str) -> EvaluationResult:
+        settings = self.experiment.evaluation
+        examples: Sequence[Example] = self.examples[split]
         generated: int | None = settings.samples
         if split == "validation":
             examples = examples[: settings.examples]
