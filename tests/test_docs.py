@@ -94,16 +94,17 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, task in (("sentiment", _LABELS), ("summarize", _TEXTS)):
         path = folder / "experiments" / f"{name}.yaml"
         path.write_text(_EXPERIMENT + task)
-        save_untrained(load_experiment(path), base, folder / "runs" / name / "prompt")
+        save_untrained(load_experiment(path), base, folder / "runs" / name)
     shutil.copytree(folder / "runs" / "sentiment", folder / "runs" / "tickets")
     return folder
 
 
-def save_untrained(experiment: Experiment, base: Base, folder: Path) -> None:
+def save_untrained(experiment: Experiment, base: Base, run: Path) -> None:
     length = experiment.prompt.length
     task = make_task(base, experiment.template, experiment.verbalizer, virtual_tokens=length)
     start = SoftPrompt.from_vocabulary(base, length, jax.random.key(0))
-    SoftPrompt(start.vectors[...], task.opening).save(folder, base, task)
+    SoftPrompt(start.vectors[...], task.opening).save(run / "prompt", base, task)
+    (run / "config.yaml").touch()  # by which a run folder is recognized
 
 
 def use_tiny_model(patch: pytest.MonkeyPatch) -> None:
