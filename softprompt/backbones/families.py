@@ -118,15 +118,11 @@ def _like_llama(config: Config, **changes: Any) -> Architecture:
 
 
 def _layers(
-    config: Config, parameters: Config, windows: Sequence[int | None], head_size: int | None = None
+    config: Config, parameters: Config, windows: Sequence[int | None]
 ) -> tuple[LayerKind, ...]:
     """Return layers with the same rotary embedding and individual windows."""
-    head_size = (
-        head_size
-        or config.get("head_dim")
-        or config["hidden_size"] // config["num_attention_heads"]
-    )
-    rope = make_rope(parameters, head_size, config.get("max_position_embeddings", 2048))
+    size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    rope = make_rope(parameters, size, config.get("max_position_embeddings", 2048))
     return tuple(LayerKind(rope, window) for window in windows)
 
 
@@ -250,11 +246,10 @@ def _smollm3(config: Config) -> Architecture:
     window = config.get("sliding_window") if windowed else None
     types = ["full_attention" if rotates else "sliding_attention" for rotates in rotated]
     windows = _windows(config, types, window)
+    rotating = _layers(config, _rope_parameters(config, 2_000_000.0), windows)
     layers = tuple(
         layer if rotates else LayerKind(layer.rope.identity, layer.window)  # type: ignore[union-attr]
-        for layer, rotates in zip(
-            _layers(config, _rope_parameters(config, 2_000_000.0), windows), rotated, strict=True
-        )
+        for layer, rotates in zip(rotating, rotated, strict=True)
     )
     return _like_llama(config, layers=layers)
 
