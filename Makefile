@@ -51,7 +51,7 @@ format: install
 
 docs: .venv/docs-installed
 	$(BIN)/python docs/generate_configuration.py
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 wheel: install
 	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .

@@ -16,10 +16,12 @@ from pathlib import Path
 
 import pydantic
 
+from softprompt.experiment.methods import METHODS
 from softprompt.experiment.schema import Experiment
 from softprompt.sweep.space import HalvingSettings, SweepSettings
 
 _DEFAULTS = {"name": "the file's name", "optimizer.learning_rate": "set by the method"}
+_TYPES = {"method": ", ".join(f"`{name}`" for name in METHODS)}
 
 PAGE = Path(__file__).parent / "configuration.md"
 
@@ -81,7 +83,7 @@ def _described(title: str, model: type[pydantic.BaseModel], prefix: str) -> str:
         if _section(field.annotation) or key == "sweep.parameters":
             continue  # a section has its own table; parameters are not a key of the file
         about = field.description or attributes.get(name, "")
-        kind = _limited(_kind(field.annotation), field.metadata)
+        kind = _TYPES.get(key) or _limited(_kind(field.annotation), field.metadata)
         rows.append(
             f"| `{name}` | {kind} | {_DEFAULTS.get(key) or _default(field)} | {_cell(about)} |"
         )

@@ -15,12 +15,13 @@ import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import pytest
 import yaml
 from conftest import GOLDEN, REPOSITORY
 
 import softprompt
-from softprompt import load_experiment, train
+from softprompt import Base, Experiment, SoftPrompt, load_base, load_experiment, make_task
 from softprompt.backbones import loading
 from softprompt.cli.main import _parse
 from softprompt.experiment.reading import ExperimentFile
@@ -66,17 +67,17 @@ def pages_with(*languages: str) -> list[str]:
 
 _EXPERIMENT = """\
 base: smollm2-135m-instruct
-data: {train: data.jsonl, validation: data.jsonl, test: data.jsonl}
-prompt: {length: 2}
+prompt: {length: 10}
 training: {steps: 2, batch_size: 2}
-evaluation: {every: 2, samples: 2, batch_size: 2}
-generation: {max_new_tokens: 8}
+evaluation: {every: 2, samples: 0, batch_size: 2}
 """
 _LABELS = """\
+data: {train: data.jsonl, validation: data.jsonl, test: data.jsonl}
 template: {input: "Review: {text}\\nSentiment:"}
 verbalizer: {positive: " positive", negative: " negative"}
 """
 _TEXTS = """\
+data: {train: data.jsonl, validation: data.jsonl}
 template: {input: "{text}", target: " {label}"}
 """
 
@@ -89,14 +90,21 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     labels = ["positive", "negative"] * 2
     lines = [json.dumps({"text": f"Film {i}.", "label": label}) for i, label in enumerate(labels)]
     (folder / "experiments" / "data.jsonl").write_text("\n".join(lines))
-    with pytest.MonkeyPatch.context() as patch:
-        use_tiny_model(patch)
-        for name, task in (("sentiment", _LABELS), ("summarize", _TEXTS)):
-            path = folder / "experiments" / f"{name}.yaml"
-            path.write_text(_EXPERIMENT + task)
-            train(load_experiment(path), folder / "runs" / name)
+    base = load_base(str(GOLDEN / "llama-grouped"))
+    for name, task in (("sentiment", _LABELS), ("summarize", _TEXTS)):
+        path = folder / "experiments" / f"{name}.yaml"
+        path.write_text(_EXPERIMENT + task)
+        save_untrained(load_experiment(path), base, folder / "runs" / name)
     shutil.copytree(folder / "runs" / "sentiment", folder / "runs" / "tickets")
     return folder
+
+
+def save_untrained(experiment: Experiment, base: Base, run: Path) -> None:
+    length = experiment.prompt.length
+    task = make_task(base, experiment.template, experiment.verbalizer, virtual_tokens=length)
+    start = SoftPrompt.from_vocabulary(base, length, jax.random.key(0))
+    SoftPrompt(start.vectors[...], task.opening).save(run / "prompt", base, task)
+    (run / "config.yaml").touch()  # by which a run folder is recognized
 
 
 def use_tiny_model(patch: pytest.MonkeyPatch) -> None:

@@ -99,7 +99,7 @@ def load_base(
 
     Compiled programs are cached on disk from then on; see `use_compilation_cache`.
 
-    Example:
+    Examples:
       >>> base = load_base("smollm2-135m-instruct")
       >>> base
       Base('smollm2-135m-instruct', Decoder(30 layers, hidden size 576), float32)

@@ -56,6 +56,8 @@ def save_prompt(
       scoring: how the prompt labels inputs; by default the default settings.
       generation: how the prompt generates text; by default the default settings.
     """
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
     method = method.folded()
     arrays = method.arrays(backbone or base.backbone)
     description = describe(
@@ -69,7 +71,7 @@ def save_prompt(
         scoring=scoring,
         generation=generation,
     )
-    save_arrays(Path(folder), arrays, description, _FILE)
+    save_arrays(folder, arrays, description, _FILE)
 
 
 def describe(
