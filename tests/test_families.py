@@ -17,8 +17,6 @@ T5 = [name for name in VARIANTS if name.startswith("t5")]
 CAUSAL = [name for name in VARIANTS if name not in T5]
 
 
-
-
 def golden_of(variant):
     return dict(np.load(FAMILIES_GOLDEN / variant / "golden.npz"))
 
