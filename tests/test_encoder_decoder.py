@@ -19,7 +19,7 @@ def base(t5_folder):
 
 
 def scores(base, prefix, examples):
-    layout = Layout.of(examples, encoder_decoder=True)
+    layout = Layout.of(examples, separate_targets=True)
     batch = layout.batch(examples, len(examples))
     return np.asarray(target_log_probabilities(base.backbone, prefix, batch))
 
@@ -46,7 +46,7 @@ def test_a_row_does_not_depend_on_its_padding(base):
 def test_a_target_is_predicted_from_those_before_it_alone(base):
     def states(targets):
         example = example_of([5, 6, 1], [targets], 0)
-        batch = Layout.of([example], encoder_decoder=True).batch([example], 1)
+        batch = Layout.of([example], separate_targets=True).batch([example], 1)
         return np.asarray(base.backbone.target_states(batch, None))[0]
 
     before = states([20, 21, 22, 23])
@@ -106,7 +106,7 @@ def test_free_text_is_learned_and_written(t5_folder, tmp_path):
         written = prompt.base.tokenizer(one.text).input_ids  # the end-of-text token is added
         example = prompt.task.example(prompt.record(source, ""), with_answer=False)
         example = dataclasses.replace(example, candidates=[written])
-        layout = Layout.of([example], encoder_decoder=True)
+        layout = Layout.of([example], separate_targets=True)
         states = prompt.base.backbone.target_states(layout.batch([example], 1), prompt.prefix)
         likeliest = prompt.base.backbone.logits(states)[0].argmax(axis=-1).tolist()
         assert likeliest[: len(written) - 1] == written[:-1]

@@ -9,13 +9,12 @@ from conftest import example_of, golden_backbone
 from softprompt import Base, UserError, load_experiment
 from softprompt.data.batches import Layout
 from softprompt.experiment.schema import ComputeSettings
-from softprompt.methods.lora import LoRA, find_targets, first_matrices
-from softprompt.methods.making import make_method
+from softprompt.methods.lora import LoRA, find_targets, initial_matrices
 
 
 def lora_of(base, patterns=("*",), dropout=0.0):
     paths = find_targets(base.backbone, patterns)
-    matrices = first_matrices(base.backbone, paths, 2, jax.random.key(0))
+    matrices = initial_matrices(base.backbone, paths, 2, jax.random.key(0))
     keys = jax.random.split(jax.random.key(1), len(paths))
     matrices = {
         path: (down, 0.3 * jax.random.normal(key, up.shape))
@@ -25,7 +24,7 @@ def lora_of(base, patterns=("*",), dropout=0.0):
 
 
 def test_lora_starts_from_the_base_model(tiny, experiment_file):
-    method = make_method(load_experiment(experiment_file, ["method=lora"]), tiny, [])
+    method = LoRA.build(load_experiment(experiment_file, ["method=lora"]), tiny, [])
     tokens = tiny.tokenizer("hello", add_special_tokens=False).input_ids
     rows = tiny.backbone.embedding(jnp.array([tokens]))
     np.testing.assert_array_equal(method.adapt(tiny.backbone)(rows), tiny.backbone(rows))
@@ -38,7 +37,7 @@ def test_merged_lora_is_that_beside_the_matrices(variant):
     method = lora_of(base)
     before = [np.array(leaf) for leaf in jax.tree.leaves(base.backbone)]
     examples = [example_of([5, 6, 7], [[8, 9]], 0)]
-    batch = Layout.of(examples, base.backbone.is_encoder_decoder).batch(examples, 1)
+    batch = Layout.of(examples, base.backbone.separate_targets).batch(examples, 1)
 
     @jax.jit
     def states(backbone):

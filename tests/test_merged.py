@@ -18,7 +18,7 @@ from softprompt.backbones.loading import load_backbone
 from softprompt.experiment.schema import ComputeSettings, TemplateSettings
 from softprompt.inference.prompt import TrainedPrompt
 from softprompt.interop.merged import export_merged
-from softprompt.methods.method import FullFineTuning
+from softprompt.methods.full import FullFineTuning
 
 MODELS = [*sorted(FAMILIES_GOLDEN.iterdir()), *sorted((GOLDEN / "gguf").glob("*.gguf"))]
 
@@ -54,7 +54,7 @@ def test_new_tokens_are_the_vectors_and_never_win(variant, tiny, tmp_path):
     merged, _ = load_backbone(ModelDirectory(tmp_path))
     generation = json.loads((tmp_path / "generation_config.json").read_text())
     new, size = generation["suppress_tokens"], backbone.arch.vocab_size
-    if backbone.is_encoder_decoder:
+    if backbone.separate_targets:
         assert generation["decoder_start_token_id"] == backbone.arch.start_token
     tokens = np.array([[5, 9, 7, 6]])
 

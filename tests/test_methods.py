@@ -12,22 +12,23 @@ from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from softprompt import Base, SoftPrompt, UserError, load_experiment, load_prompt, train
-from softprompt.data.examples import make_examples
 from softprompt.data.records import Record, read_records
-from softprompt.data.task import make_task
+from softprompt.data.task import make_examples, make_task
 from softprompt.evaluation.evaluate import evaluate
 from softprompt.evaluation.scoring import make_prefix, score
-from softprompt.experiment.schema import LEARNING_RATES, ComputeSettings, TemplateSettings
+from softprompt.experiment.methods import METHODS, method_class
+from softprompt.experiment.schema import ComputeSettings, TemplateSettings
 from softprompt.inference.ensemble import evaluate_ensemble, shared_task
-from softprompt.methods.making import make_method
+from softprompt.methods.dept import DecomposedPrompt
+from softprompt.methods.lora import LoRA
 from softprompt.methods.method import Method
 from softprompt.methods.multitask import MultiTask
 from softprompt.methods.prefix_tuning import PrefixTuning, ReparametrizedPrefix
-from softprompt.methods.soft_prompt import DecomposedPrompt, Reparametrized
+from softprompt.methods.soft_prompt import Reparametrized
 
 D, P = 32, 3
 
-METHODS = {  # overrides, and the number of parameters learned
+CASES = {  # overrides, and the number of parameters learned
     "prompt": ([], P * D),
     "mlp": (
         ["prompt.reparametrization=mlp", "prompt.size=5", "optimizer.learning_rate=3e-3"],
@@ -57,9 +58,9 @@ METHODS = {  # overrides, and the number of parameters learned
 }
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", CASES)
 def test_a_method_learns_and_is_loaded_as_it_was_measured(name, tmp_path):
-    overrides, count = METHODS[name]
+    overrides, count = CASES[name]
     if "optimizer.learning_rate" not in str(overrides):
         overrides = [*overrides, "optimizer.learning_rate=0.03"]
     path = write_experiment(tmp_path, shortest=5, longest=5)
@@ -73,6 +74,20 @@ def test_a_method_learns_and_is_loaded_as_it_was_measured(name, tmp_path):
     examples = make_examples(prompt.task, read_records(experiment.data.test), "test")
     model = prompt.backbone, prompt.prefix, prompt.task
     assert evaluate(*model, examples, experiment, "test").values() == summary["test"]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_table_names_every_method_as_it_names_itself(name):
+    method = method_class(name)
+    assert issubclass(method, Method)
+    assert method.name == name
+    assert method.label
+
+
+def test_an_unknown_method_is_rejected(experiment_file):
+    names = "'prompt', 'prefix', 'dept', 'lora', 'full' or 'none'"
+    with pytest.raises(UserError, match=rf": method: Input should be {names}, not 'best'"):
+        load_experiment(experiment_file, ["method=best"])
 
 
 def ids(base, text):
@@ -223,7 +238,7 @@ def test_offsets_have_a_learning_rate_of_their_own(experiment_file, tmp_path):
     )
     train(experiment, tmp_path / "run")
     prompt = load_prompt(tmp_path / "run")
-    first = make_method(experiment, prompt.base, prompt.task.opening)
+    first = DecomposedPrompt.build(experiment, prompt.base, prompt.task.opening)
     np.testing.assert_allclose(prompt.method.vectors[...], first.vectors[...], atol=1e-6)
     assert float(jnp.abs(prompt.method.down[...] - first.down[...]).max()) > 1e-3
 
@@ -242,8 +257,8 @@ def test_offsets_reach_generated_tokens(tiny):
 
 def test_prefix_tuning_from_text_is_the_text(tiny, experiment_file):
     overrides = ["method=prefix", "prefix.init=text", "prefix.init_text=Say", "prefix.length=3"]
-    method = make_method(load_experiment(experiment_file, overrides), tiny, [])
-    task = make_task(tiny, TemplateSettings(input="{text}:"), VERBALIZER, before=3)
+    method = PrefixTuning.build(load_experiment(experiment_file, overrides), tiny, [])
+    task = make_task(tiny, TemplateSettings(input="{text}:"), VERBALIZER, prefix_length=3)
     found = scores(tiny, method, task, {"text": "hello"})
     expected = [whole(tiny, "Say", "hello:", target) for target in VERBALIZER.values()]
     np.testing.assert_allclose(found, expected, rtol=1e-4)
@@ -269,7 +284,7 @@ def test_a_network_of_a_prefix_starts_from_it_and_folds(tiny):
 def test_folding_changes_no_logit(tiny, experiment_file, name):
     tasks = ["prompt.tasks=[a, b]"] if name == "multitask" else ["prompt.size=3"]
     overrides = [f"prompt.reparametrization={name}", *tasks]
-    method = make_method(load_experiment(experiment_file, overrides), tiny, [~0, ~1, ~2])
+    method = SoftPrompt.build(load_experiment(experiment_file, overrides), tiny, [~0, ~1, ~2])
     tokens = jnp.array([ids(tiny, "hello")])
 
     @jax.jit
@@ -345,7 +360,7 @@ def test_prompts_together_score_as_each_alone(experiment_file, tmp_path):
     other = dataclasses.replace(
         prompts[1], task=dataclasses.replace(prompts[1].task, template=template)
     )
-    with pytest.raises(UserError, match="prompt 2: of another task than the first"):
+    with pytest.raises(UserError, match="prompt 2: its task differs from the first prompt's"):
         shared_task([prompts[0], other])
 
 
@@ -353,7 +368,7 @@ def test_a_prefix_of_a_decoder_takes_no_room_from_the_encoder(tiny):
     for variant, taken in (("t5-gated", 0), ("llama-biased", 9)):
         base = Base(variant, "", {}, golden_backbone(variant), tiny.tokenizer, ComputeSettings())
         with_prefix, without = (
-            make_task(base, TemplateSettings(input="{text}"), None, before=before)
+            make_task(base, TemplateSettings(input="{text}"), None, prefix_length=before)
             for before in (9, 0)
         )
         assert without.max_tokens - with_prefix.max_tokens == taken
@@ -388,4 +403,4 @@ def test_a_method_has_its_own_learning_rate_where_none_is_given(experiment_file)
     given = load_experiment(experiment_file, ["method=lora"])
     assert given.optimizer.learning_rate == 0.1
     default = load_experiment(experiment_file, ["method=lora", "optimizer.learning_rate=null"])
-    assert default.optimizer.learning_rate == LEARNING_RATES["lora"]
+    assert default.optimizer.learning_rate == LoRA.default_learning_rate == 3e-3

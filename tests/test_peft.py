@@ -14,14 +14,14 @@ from safetensors.numpy import load_file, save_file
 from softprompt import SoftPrompt, UserError
 from softprompt.backbones.batch import Batch
 from softprompt.backbones.loading import Base
+from softprompt.experiment.methods import method_class
 from softprompt.experiment.schema import ComputeSettings
 from softprompt.inference.prompt import TrainedPrompt
 from softprompt.interop.peft_export import export_adapter
 from softprompt.interop.peft_import import import_adapter, import_array
+from softprompt.methods.dept import DecomposedPrompt
 from softprompt.methods.lora import LoRA
-from softprompt.methods.making import method_of
 from softprompt.methods.prefix_tuning import PrefixTuning
-from softprompt.methods.soft_prompt import DecomposedPrompt
 
 ADAPTERS = GOLDEN / "adapters"
 PAIRS = sorted(str(p.parent.relative_to(ADAPTERS)) for p in ADAPTERS.glob("*/*/*.safetensors"))
@@ -34,9 +34,9 @@ def base_of(variant: str) -> Base:
 
 
 def imported(base, folder):
-    name, arrays, scales = import_adapter(folder, base)
+    name, arrays, description = import_adapter(folder, base)
     opening = [~i for i in range(len(arrays.get("vectors", ())))]
-    return method_of(name, arrays, scales, opening)
+    return method_class(name).load(arrays, description, opening)
 
 
 def trained(base, method):

@@ -5,18 +5,18 @@ from collections.abc import Iterable
 
 from transformers import PreTrainedTokenizerFast
 
-from softprompt.data.task import Piece, pieces_of
+from softprompt.data.template import Piece, compile_template
 from softprompt.inference.prompt import TrainedPrompt
-from softprompt.methods.lora import LoRA
 
 
 def adapter_card(prompt: TrainedPrompt) -> str:
     """The card of an adapter of `peft`."""
-    task, encoder_decoder = prompt.task, prompt.base.backbone.is_encoder_decoder
-    pieces = task.pieces  # behind what the adapter puts in front
-    if isinstance(prompt.method, LoRA):
-        pieces = pieces_of(task.template, task.demonstrations, task.base.tokenizer, virtual=False)
-    model = "AutoModelForSeq2SeqLM" if encoder_decoder else "AutoModelForCausalLM"
+    task, model = prompt.task, prompt.base.backbone.auto_class
+    pieces = task.pieces  # what follows the opening
+    if not prompt.method.adapter_holds_opening:
+        pieces = compile_template(
+            task.template, task.demonstrations, task.base.tokenizer, virtual=False
+        )
     return f"""{_metadata(prompt, "peft")}
 # {prompt.description["experiment"]}
 
@@ -44,8 +44,7 @@ def merged_card(prompt: TrainedPrompt, written: str) -> str:
       prompt: what was learned.
       written: what an input looks like: see `written_input`.
     """
-    encoder_decoder = prompt.base.backbone.is_encoder_decoder
-    model = "AutoModelForSeq2SeqLM" if encoder_decoder else "AutoModelForCausalLM"
+    model = prompt.base.backbone.auto_class
     return f"""{_metadata(prompt, "transformers")}
 # {prompt.description["experiment"]}
 

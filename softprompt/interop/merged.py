@@ -17,14 +17,10 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from softprompt.backbones.families import FAMILIES
 from softprompt.backbones.formats.storing import save_tensors, stored_tensors
 from softprompt.backbones.loading import Base
-from softprompt.backbones.t5 import T5Architecture
-from softprompt.data.task import pieces_of
+from softprompt.data.template import compile_template
 from softprompt.errors import UserError
 from softprompt.inference.prompt import TrainedPrompt
 from softprompt.interop.card import written_input
-from softprompt.methods.lora import LoRA
-from softprompt.methods.method import FullFineTuning
-from softprompt.methods.soft_prompt import SoftPrompt
 
 # What transformers calls models whose name does not follow from their config's.
 _CLASSES = {
@@ -53,14 +49,7 @@ def export_merged(prompt: TrainedPrompt, folder: Path) -> str:
     method, base = prompt.method, prompt.base
     if base.compute.int8:
         raise UserError("a base model in int8 cannot be merged; export with --base and no int8")
-    backbone, vectors = prompt.backbone, np.zeros((0, base.backbone.arch.hidden_size), np.float32)
-    if isinstance(method, LoRA):
-        backbone = method.merge(base.backbone)
-    elif isinstance(method, SoftPrompt):
-        backbone, vectors = base.backbone, np.asarray(method.vectors[...], np.float32)
-    elif not isinstance(method, FullFineTuning):
-        name = prompt.description["method"]
-        raise UserError(f"method {name} has no form that a plain model could hold")
+    backbone, vectors = method.merge_into(base.backbone, prompt.backbone)
     if prompt.task.tasks:
         raise UserError("prompts of several tasks cannot be merged into one model")
     tokenizer = base.tokenizer
@@ -79,13 +68,13 @@ def export_merged(prompt: TrainedPrompt, folder: Path) -> str:
     config = _config(base, size, untied=bool(names))
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     generation = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    if isinstance(base.backbone.arch, T5Architecture):
-        generation["decoder_start_token_id"] = base.backbone.arch.start_token
+    if base.backbone.decoder_start_token is not None:
+        generation["decoder_start_token_id"] = base.backbone.decoder_start_token
     if names:
         generation["suppress_tokens"] = tokenizer.convert_tokens_to_ids(names)
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
     task = prompt.task
-    pieces = pieces_of(task.template, task.demonstrations, tokenizer, virtual=bool(names))
+    pieces = compile_template(task.template, task.demonstrations, tokenizer, virtual=bool(names))
     return written_input(pieces, tokenizer, "".join(names))
 
 
@@ -101,8 +90,7 @@ def _add_tokens(
     embedding, head = f"{names['embedding']}.weight", f"{names['head']}.weight"
     table = tensors[embedding]
     if arch.tied_head:
-        scale = arch.hidden_size**-0.5 if base.backbone.is_encoder_decoder else 1.0
-        tensors[head] = table * table.dtype.type(scale)
+        tensors[head] = table * table.dtype.type(base.backbone.tied_head_scale)
     new = np.zeros((size - len(table), table.shape[1]), table.dtype)
     tensors[embedding] = np.concatenate([table, new])
     tensors[embedding][ids] = vectors / base.backbone.embedding.scale

@@ -16,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 from softprompt.backbones.formats.names import WHOLE
 from softprompt.backbones.loading import Base
 from softprompt.errors import UserError
-from softprompt.interop.peft_layout import peft_embedding_scale, stored_modules
-from softprompt.methods.lora import matrices_of
+from softprompt.methods.backbone_arrays import matrices_of
+from softprompt.methods.peft_layout import peft_embedding_scale, stored_modules
 
 _FILE = "adapter_model.safetensors"
 _OTHER_THAN_LORA = (  # settings of peft's LORA that make it something else
@@ -32,7 +32,7 @@ _OTHER_THAN_LORA = (  # settings of peft's LORA that make it something else
     "use_dora",
     "use_qalora",
 )
-Learned = tuple[str, dict[str, Any], dict[str, float]]  # see `import_adapter`
+Learned = tuple[str, dict[str, Any], dict[str, Any]]  # see `import_adapter`
 
 
 def import_adapter(folder: Path, base: Base) -> Learned:
@@ -43,8 +43,7 @@ def import_adapter(folder: Path, base: Base) -> Learned:
       base: the base model that it was trained on.
 
     Returns:
-      The method's name, its arrays by name, and the scales of LoRA: see
-      `methods.making.method_of`.
+      The name of the method, its arrays by name, and the description that `Method.load` needs.
 
     Raises:
       UserError: if a file is missing or malformed, or does not fit the base model.
@@ -57,7 +56,8 @@ def import_adapter(folder: Path, base: Base) -> Learned:
         if kind == "PREFIX_TUNING":
             return "prefix", _prefix(config, tensors, base), {}
         if kind == "LORA":
-            return "lora", *_lora(config, tensors, base)
+            arrays, scales = _lora(config, tensors, base)
+            return "lora", arrays, {"scales": scales}
     except _Misfit as error:
         raise UserError(f"{folder}: {error}") from None
     raise UserError(
@@ -181,7 +181,7 @@ def _prefix(config, tensors, base: Base) -> dict[str, Any]:
     embeddings = _embeddings(tensors)
     layers, _, kv_heads, size = base.backbone.prefix_shape(0)
     modules, stored = _count(config, "num_transformer_submodules", 1), layers
-    if base.backbone.is_encoder_decoder:
+    if base.backbone.separate_targets:
         stored = _count(config, "num_layers", layers)  # by default the encoder's
     elif modules != 1:
         raise _Misfit(f"adapter_config.json: num_transformer_submodules is {modules}, not 1")
@@ -197,7 +197,7 @@ def _prefix(config, tensors, base: Base) -> dict[str, Any]:
             f"{base.name!r} takes ({shape[0]}, {math.prod(shape[1:])})"
         )
     keys, values = embeddings.reshape(shape).transpose(2, 1, 0, 3, 4)
-    if base.backbone.is_encoder_decoder:
+    if base.backbone.separate_targets:
         if modules == 1 and stored < layers:
             raise _Misfit(f"adapter_config.json: num_layers is {stored}, the decoder has {layers}")
         used = np.arange(layers) * modules % stored  # see `peft_export`
@@ -263,7 +263,7 @@ def _take_pair(left, module: str, linears, entry, paths, base: Base):
             f"{_FILE}: {module} has A {down.shape} and B {up.shape}, but in the base model "
             f"{base.name!r} it is [{outputs}, {inputs}]"
         )
-    return down, entry.form.apart(up, base.backbone.arch)
+    return down, entry.form.split(up, base.backbone.arch)
 
 
 def _scale(config, module: str, pair) -> float:

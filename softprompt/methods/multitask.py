@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from softprompt.methods.soft_prompt import PromptParam
+from softprompt.methods.method import PromptParam
 
 
 class MultiTask(nnx.Module):

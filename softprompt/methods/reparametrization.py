@@ -1,16 +1,53 @@
-"""Modules that a soft prompt's vectors can be made from.
+"""Reparametrizations: modules that compute the vectors of a soft prompt during training.
 
-They are trained in place of the vectors: calling one gives the vectors `[P, D]`, float32,
-which are all that remains of it when the prompt is saved. Whatever they learn is a
-`PromptParam`. Axis letters: P virtual tokens, D hidden, R rank, H hidden size of the
-network, I and O inputs and outputs of a layer.
+They are trained in place of the vectors `[P, D]`. Calling one returns the vectors, float32, and
+only these are saved. Every trained array is a `PromptParam`.
+
+Axis letters: P virtual tokens, D hidden, R rank, H hidden size of the network, I inputs and
+O outputs of a layer.
 """
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from softprompt.methods.soft_prompt import PromptParam
+from softprompt.errors import UserError
+from softprompt.experiment.schema import PromptSettings
+from softprompt.methods.method import PromptParam
+from softprompt.methods.multitask import MultiTask
+
+# Used if the experiment gives no `prompt.size`; docs/methods.md names their sources.
+_DEFAULT_SIZES = {"mlp": 128, "lstm": 128, "residual": 800, "low_rank": 10}
+
+
+def reparametrize(
+    settings: PromptSettings, vectors: jax.Array, key: jax.Array
+) -> Callable[[], jax.Array]:
+    """Return the module that `prompt.reparametrization` asks for.
+
+    Args:
+      settings: the section `prompt` of an experiment.
+      vectors: `[P, D]`, float32, the initial vectors.
+      key: for the random weights of networks.
+
+    Raises:
+      UserError: if the rank is larger than P or D.
+    """
+    name = settings.reparametrization
+    assert name is not None
+    if name == "multitask":
+        assert settings.tasks is not None
+        return MultiTask(vectors, len(settings.tasks))
+    size = settings.size or _DEFAULT_SIZES[name]
+    if name == "low_rank":
+        largest = min(vectors.shape)
+        if settings.size and settings.size > largest:
+            raise UserError(f"prompt.size {settings.size}: there are only {largest} ranks")
+        return LowRank(vectors, min(size, largest))
+    networks = {"mlp": MLP, "lstm": LSTM, "residual": Residual}
+    return networks[name](vectors, size, key)
 
 
 class MLP(nnx.Module):

@@ -37,7 +37,7 @@ def methods(base: Base, random: np.random.Generator, trained: bool):
     spread = float(jnp.std(base.backbone.embedding.table[...])) * base.backbone.embedding.scale
     vectors = draw(random, VIRTUAL_TOKENS, arch.hidden_size) * spread
     shape = base.backbone.prefix_shape(VIRTUAL_TOKENS)
-    if not base.backbone.is_encoder_decoder:
+    if not base.backbone.separate_targets:
         yield "soft-as-prefix", SoftPrompt(vectors)
     yield "prompt", SoftPrompt(vectors)
     if trained:  # to which random keys do what makes float32 itself err by 1e-3
@@ -78,7 +78,7 @@ def batch_of(base, random):
     for row, length in enumerate(LENGTHS):
         tokens[row, :length] = random.integers(5, size, length)
     rows = {"tokens": tokens, "lengths": np.array(LENGTHS)}
-    if not base.backbone.is_encoder_decoder:
+    if not base.backbone.separate_targets:
         every = np.broadcast_to(np.arange(max(LENGTHS)), tokens.shape)
         batch = Batch(tokens, rows["lengths"], tokens, tokens * 0, every, None, None)
         return batch, rows

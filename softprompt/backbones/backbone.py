@@ -1,0 +1,149 @@
+"""What the rest of the package may ask of a base model's network.
+
+Nothing outside `backbones/` checks which class a backbone is. To add an architecture, write an
+NNX module with these members, and build it in `loading.load_backbone`.
+
+Axis letters: B batch, T tokens, P virtual tokens, D hidden, L layers, K key-value heads,
+h head size, V vocabulary, M target positions.
+"""
+
+from typing import Any, Literal, Protocol, TypeVar
+
+import jax
+
+from softprompt.backbones.batch import Batch
+from softprompt.backbones.layers import Embedding
+
+PrefixType = TypeVar("PrefixType")
+CacheType = TypeVar("CacheType")
+
+
+class Backbone(Protocol[PrefixType, CacheType]):
+    """A frozen language model as an NNX module.
+
+    `Decoder` (with `Prefix` and `Cache`) and `T5` (with `T5Prefix` and `T5Cache`) satisfy this
+    protocol. A prefix holds what all rows of a batch share, such as the keys and values of a
+    soft prompt. Only the backbone reads what is inside a prefix or a cache.
+    """
+
+    embedding: Embedding
+    """The input embeddings. A method adds virtual tokens and offsets to them."""
+
+    @property
+    def arch(self) -> Any:
+        """The sizes and options of the network, as a frozen dataclass.
+
+        Every architecture has at least `vocab_size`, `hidden_size`, `context_length`,
+        `num_heads` and `tied_head`. The other fields belong to one class of backbone.
+        """
+        ...
+
+    @property
+    def attention(self) -> Literal["xla", "cudnn"]:
+        """The implementation that computes attention."""
+        ...
+
+    @property
+    def separate_targets(self) -> bool:
+        """Whether a separate decoder reads the targets.
+
+        If so, targets share neither a row nor the context window with the input.
+        """
+        ...
+
+    @property
+    def caches_prompt(self) -> bool:
+        """Whether the keys and values of a prompt can be computed once and shared by all rows.
+
+        True for causal models. False for models with an encoder, where what the virtual tokens
+        become depends on the rest of the input.
+        """
+        ...
+
+    @property
+    def tied_head_scale(self) -> float:
+        """The factor that turns rows of the embedding table into rows of a tied output head."""
+        ...
+
+    @property
+    def auto_class(self) -> str:
+        """The name of the class in transformers that loads this kind of model."""
+        ...
+
+    @property
+    def decoder_start_token(self) -> int | None:
+        """The id that every target of a separate decoder starts with; None without one."""
+        ...
+
+    def prefix_shape(self, length: int) -> tuple[int, int, int, int]:
+        """Return the shape `[L, P, K, h]` of a prefix's keys (and values), with P = `length`."""
+        ...
+
+    def prefix_from(self, keys: jax.Array, values: jax.Array) -> PrefixType:
+        """Make a prefix from keys and values.
+
+        Args:
+          keys: `[L, P, K, h]`, after rotary embedding.
+          values: `[L, P, K, h]`.
+        """
+        ...
+
+    def initial_prefix(self, vectors: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Return the keys and values from which prefix tuning starts.
+
+        Args:
+          vectors: `[P, D]`, embeddings of the initial virtual tokens.
+          key: for random initial values.
+
+        Returns:
+          Keys and values, float32 `[L, P, K, h]` each.
+        """
+        ...
+
+    def prefill(self, embeddings: jax.Array, prefix: PrefixType | None = None) -> PrefixType:
+        """Make a prefix that has the same effect as these embeddings in front of every row.
+
+        Args:
+          embeddings: `[P, D]`.
+          prefix: what comes before them; it becomes the start of the new prefix.
+        """
+        ...
+
+    def target_states(self, batch: Batch, prefix: PrefixType | None) -> jax.Array:
+        """Return the hidden states `[B, M, D]` from which the targets are predicted."""
+        ...
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Map hidden states `[..., D]` to float32 logits `[..., V]`."""
+        ...
+
+    def start(
+        self, tokens: jax.Array, lengths: jax.Array, prefix: PrefixType | None, capacity: int
+    ) -> tuple[jax.Array, CacheType]:
+        """Read a batch of inputs in preparation for `decode`.
+
+        Args:
+          tokens: `[B, T]` ids, padded on the right.
+          lengths: `[B]`, the number of tokens in each row that are not padding, at least 1.
+          prefix: shared by all rows, or with one entry per row.
+          capacity: the number of tokens that can be decoded with the returned cache.
+
+        Returns:
+          The hidden states `[B, D]` from which the next tokens are predicted, and the KV cache.
+        """
+        ...
+
+    def decode(
+        self, tokens: jax.Array, cache: CacheType, prefix: PrefixType | None
+    ) -> tuple[jax.Array, CacheType]:
+        """Read the next token of each row.
+
+        Args:
+          tokens: `[B]` ids.
+          cache: as returned by `start` or by the previous call.
+          prefix: the one given to `start`.
+
+        Returns:
+          The same as `start`: hidden states `[B, D]` and the extended cache.
+        """
+        ...
