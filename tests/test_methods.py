@@ -23,9 +23,8 @@ from softprompt import (
     load_prompt,
     train,
 )
-from softprompt.data.examples import make_examples
 from softprompt.data.records import Record, read_records
-from softprompt.data.task import make_task
+from softprompt.data.task import make_examples, make_task
 from softprompt.evaluation.evaluate import evaluate
 from softprompt.evaluation.scoring import make_prefix, score
 from softprompt.experiment.methods import METHODS, method_class
@@ -289,7 +288,7 @@ def test_offsets_apply_to_generated_tokens(tiny):
 def test_prefix_tuning_that_starts_from_a_text_equals_the_text(tiny, experiment_file):
     overrides = ["method=prefix", "prefix.init=text", "prefix.init_text=Say", "prefix.length=3"]
     method = PrefixTuning.build(load_experiment(experiment_file, overrides), tiny, [])
-    task = make_task(tiny, TemplateSettings(input="{text}:"), VERBALIZER, before=3)
+    task = make_task(tiny, TemplateSettings(input="{text}:"), VERBALIZER, prefix_length=3)
     found = scores(tiny, method, task, {"text": "hello"})
     expected = [whole(tiny, "Say", "hello:", target) for target in VERBALIZER.values()]
     np.testing.assert_allclose(found, expected, rtol=1e-4)
@@ -399,7 +398,7 @@ def test_an_ensemble_scores_as_each_prompt_alone(experiment_file, tiny):
     other = dataclasses.replace(
         prompts[1], task=dataclasses.replace(prompts[1].task, template=template)
     )
-    with pytest.raises(UserError, match="prompt 2: of another task than the first"):
+    with pytest.raises(UserError, match="prompt 2: its task differs from the first prompt's"):
         shared_task([prompts[0], other])
 
 
@@ -407,7 +406,7 @@ def test_a_prefix_takes_tokens_only_from_a_context_window_that_it_shares(tiny):
     for variant, taken in (("t5-gated", 0), ("llama-biased", 9)):
         base = Base(variant, "", {}, golden_backbone(variant), tiny.tokenizer, ComputeSettings())
         with_prefix, without = (
-            make_task(base, TemplateSettings(input="{text}"), None, before=before)
+            make_task(base, TemplateSettings(input="{text}"), None, prefix_length=before)
             for before in (9, 0)
         )
         assert without.max_tokens - with_prefix.max_tokens == taken

@@ -97,8 +97,8 @@ def test_what_is_taken_apart_goes_together_again(form, rows):
     random = np.random.default_rng(0)
     up, down = random.normal(size=(rows, 2)), random.normal(size=(2, 5))
     for tensor in (up[:, 0], up, up @ down):
-        np.testing.assert_array_equal(form.together(form.apart(tensor, ARCH), ARCH), tensor)
-    for part, part_of_up in zip(form.apart(up @ down, ARCH), form.apart(up, ARCH), strict=True):
+        np.testing.assert_array_equal(form.join(form.split(tensor, ARCH), ARCH), tensor)
+    for part, part_of_up in zip(form.split(up @ down, ARCH), form.split(up, ARCH), strict=True):
         np.testing.assert_allclose(part, part_of_up @ down)
 
 

@@ -263,12 +263,12 @@ def test_another_experiment_does_not_write_into_a_run(experiment, experiment_fil
     train(experiment, tmp_path / "run")
     other = load_experiment(experiment_file, ["prompt.length=4"])
     with pytest.raises(
-        UserError, match=r"other settings \(prompt.length: 3 there, 4 now\); choose"
+        UserError, match=r"other settings \(prompt.length: was 3, is now 4\); choose"
     ):
         train(other, tmp_path / "run")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
-    with pytest.raises(UserError, match="is no run's folder"):
+    with pytest.raises(UserError, match="not a run folder"):
         train(experiment, tmp_path / "mine")
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 
@@ -345,10 +345,10 @@ def test_free_text_trains_and_is_measured_by_its_loss(experiment_file, tmp_path)
     ("override", "message"),
     [
         ("training.batch_size=31", "30 examples do not fill a batch of 31"),
-        ("prompt.length=127", "too short for the 127 that stand in front of every input"),
+        ("prompt.length=127", "too short for the 127 that every input begins with"),
         (
             "template.max_tokens=126",
-            "too short for the 3 that stand in front of every input and template.max_tokens 126",
+            "too short for the 3 that every input begins with and template.max_tokens 126",
         ),
         ("template.input='{title}'", "train.jsonl:1: no field 'title'"),
         ("base=./nowhere", "no such file or directory"),

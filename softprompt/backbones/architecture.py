@@ -1,4 +1,4 @@
-"""What tells one causal decoder from another, apart from its weights."""
+"""The architecture of a causal decoder: its sizes and options, without weights."""
 
 import dataclasses
 from typing import Literal
@@ -9,11 +9,11 @@ from softprompt.backbones.rope import Rope
 
 @dataclasses.dataclass(frozen=True)
 class LayerKind:
-    """What may change from layer to layer.
+    """The options that can differ between the layers of one model.
 
     Attributes:
-      rope: its rotary embedding; None in a model that has none at all.
-      window: number of positions a token sees, its own included; None: all before it.
+      rope: the rotary embedding; None if the model has none in any layer.
+      window: the number of positions a token attends to, including its own; None for all.
     """
 
     rope: Rope | None
@@ -22,10 +22,10 @@ class LayerKind:
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """Everything that tells one decoder from another, apart from its weights.
+    """The sizes and options of a causal decoder.
 
-    Defaults are Llama's. A field with its default value is no part of a base model's
-    fingerprint, so a new field must have the default of what was so far.
+    The defaults are those of Llama. A field that has its default value is not part of a base
+    model's fingerprint. The default of a new field must therefore describe all earlier models.
     """
 
     vocab_size: int  # V
@@ -34,30 +34,30 @@ class Architecture:
     num_heads: int  # H
     num_kv_heads: int  # K
     head_size: int  # h
-    context_length: int  # most tokens the model was made for, virtual tokens included
+    context_length: int  # the context window in tokens, including virtual tokens
     norm_epsilon: float
     tied_head: bool
     layers: tuple[LayerKind, ...]  # L of them
-    attention_scale: float | None = None  # of the scores; None: h ** -0.5
+    attention_scale: float | None = None  # factor of the scores; None: h ** -0.5
     attention_softcap: float | None = None
-    query_key_norm: Literal["none", "head", "width"] = "none"  # over h, or over all heads at once
+    query_key_norm: Literal["none", "head", "width"] = "none"  # each head, or all together
     attention_bias: bool = False  # of queries, keys and values
     output_bias: bool = False
     activation: str = "silu"
     gated: bool = True
     feed_forward_bias: bool = False
     norm: Literal["rms", "layer"] = "rms"
-    norm_before: bool = True  # attention and feed-forward
-    norm_behind: bool = False  # them, before adding back
-    parallel: bool = False  # attention and feed-forward read the same input
+    norm_before: bool = True  # the attention and the feed-forward layer
+    norm_behind: bool = False  # after each of the two, before the residual addition
+    parallel: bool = False  # attention and feed-forward layer read the same input
     learned_positions: bool = False
     embedding_scale: float = 1.0
-    residual_scale: float = 1.0  # of what a layer adds
+    residual_scale: float = 1.0  # factor of what each layer adds to the residual stream
     logit_scale: float = 1.0
     logit_softcap: float | None = None
     num_experts: int = 0
     experts_per_token: int = 0
-    normalized_experts: bool = False  # their shares sum to 1
+    normalized_experts: bool = False  # the weights of a token's experts sum to 1
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -67,7 +67,7 @@ class Architecture:
                 raise ValueError(f"{field.name} {value!r}")
         rotated = [2 * len(kind.rope.frequencies) for kind in self.layers if kind.rope]
         if self.num_heads % self.num_kv_heads or max(rotated, default=0) > self.head_size:
-            raise ValueError("sizes of attention heads that do not fit one another")
+            raise ValueError("sizes of attention heads do not fit one another")
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation {self.activation!r}")
         if self.experts_per_token > self.num_experts:

@@ -1,4 +1,4 @@
-"""Attention over what comes before and a batch's own tokens, under one softmax.
+"""Attention over several sets of keys and values with one softmax.
 
 Axis letters: B batch, T tokens, S keys, H query heads, K key-value heads,
 G = H / K query heads per key-value head, h head size.
@@ -10,18 +10,19 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-NOWHERE = 2**30  # position of a key that no query may see
+MASKED_POSITION = 2**30  # the position of a key that no query can attend to
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
     """Keys and values to attend to.
 
+    In `visible` and `bias`, B is 1 if all rows share them.
+
     Attributes:
-      keys, values: `[B, S, K, h]`, or `[S, K, h]` where all rows share them.
-      visible: `[B, T, S]` booleans, B being 1 if it is the same for all rows: which keys
-        each query may look at. None: all.
-      bias: `[B, H, T, S]`, B being 1 if it is the same for all rows; added to the scores.
+      keys, values: `[B, S, K, h]`, or `[S, K, h]` if all rows share them.
+      visible: booleans `[B, T, S]`, the keys that each query attends to; None for all keys.
+      bias: `[B, H, T, S]`, added to the scores; None for no bias.
     """
 
     keys: jax.Array
@@ -33,24 +34,25 @@ class Source:
 def attend(
     queries: jax.Array, sources: Sequence[Source], *, scale: float, softcap: float | None = None
 ) -> jax.Array:
-    """Softmax attention over several sources, without joining them in memory.
+    """Compute softmax attention over several sources without concatenating them.
 
-    Scores against each source are computed apart, and all are divided by one common sum.
-    The softmax is taken in float32.
+    The scores of each source are computed separately and normalized by one common sum. The
+    softmax is computed in float32.
 
     Args:
       queries: `[B, T, H, h]`.
-      sources: at least one; each query must see a key in one of them.
-      scale: factor of the scores.
-      softcap: bound c of the scores, by c·tanh(score / c) (Gemma 2, arXiv:2408.00118).
+      sources: at least one. Each query must have a visible key in at least one of them.
+      scale: the factor of the scores.
+      softcap: caps the scores at ±c by c·tanh(score / c) (Gemma 2, arXiv:2408.00118); None for
+        no cap.
 
     Returns:
-      `[B, T, H, h]`, in the type of the values.
+      `[B, T, H, h]`, in the dtype of the values.
     """
     batch, length, heads, size = queries.shape
     kv_heads = sources[0].keys.shape[-2]
-    kind = sources[0].values.dtype
-    # The key-value heads stand first, so that a shared source meets all rows in one product a head.
+    dtype = sources[0].values.dtype
+    # With the key-value heads as the first axis, a shared source needs one matrix product per head.
     queries = (queries.astype(jnp.float32) * scale).astype(queries.dtype)
     queries = queries.reshape(batch, length, kv_heads, -1, size).transpose(2, 0, 1, 3, 4)
 
@@ -66,8 +68,8 @@ def attend(
             bias = source.bias.reshape(rows, kv_heads, -1, *size)  # [B, K, G, T, S]
             scores += bias.transpose(1, 0, 3, 2, 4)
         if source.visible is not None:
-            seen = source.visible[None, :, :, None]
-            scores = jnp.where(seen, scores, jnp.finfo(jnp.float32).min)
+            visible = source.visible[None, :, :, None]
+            scores = jnp.where(visible, scores, jnp.finfo(jnp.float32).min)
         return scores
 
     all_scores = [scores(source) for source in sources]
@@ -83,39 +85,40 @@ def attend(
         values = "skh" if source.values.ndim == 3 else "bskh"
         mixed = mixed + jnp.einsum(
             f"kbtgs,{values}->kbtgh",
-            weights.astype(kind),
+            weights.astype(dtype),
             source.values,
             preferred_element_type=jnp.float32,
         )
-    mixed = (mixed / total).astype(kind).transpose(1, 2, 0, 3, 4)  # [B, T, K, G, h]
+    mixed = (mixed / total).astype(dtype).transpose(1, 2, 0, 3, 4)  # [B, T, K, G, h]
     return mixed.reshape(batch, length, heads, size)
 
 
 def causal_mask(queries: jax.Array, keys: jax.Array, window: int | None) -> jax.Array:
-    """Whether a key is at a query's own or an earlier position, and within its window.
+    """Return which keys are at the query's own or an earlier position and within its window.
 
     Args:
       queries: positions `[B, T]`.
       keys: positions `[B, S]`.
-      window: number of positions a query sees, its own included; None: all.
+      window: the number of positions a query attends to, including its own; None for all.
 
     Returns:
-      `[B, T, S]` booleans.
+      Booleans `[B, T, S]`.
     """
     distance = queries[:, :, None] - keys[:, None, :]
-    seen = distance >= 0
-    return seen if window is None else seen & (distance < window)
+    visible = distance >= 0
+    return visible if window is None else visible & (distance < window)
 
 
 def same_sequence(segments: jax.Array) -> jax.Array:
-    """Whether two tokens of a row belong to one sequence.
+    """Return which pairs of tokens in a row belong to the same sequence.
 
     Args:
-      segments: `[B, T]`: 0 for the part of a row that is common to all its continuations,
-        a number from 1 for each continuation, -1 for padding.
+      segments: `[B, T]`: 0 for the input, which all candidates of a row share, 1, 2, … for the
+        candidates, -1 for padding.
 
     Returns:
-      `[B, T, T]` booleans, queries before keys; no token sees padding but padding itself.
+      Booleans `[B, T, T]`, with queries on the second axis and keys on the last. Only padding
+      attends to padding.
     """
     own, other = segments[:, :, None], segments[:, None, :]
     return (other == 0) | (other == own)

@@ -1,4 +1,4 @@
-"""What a backbone reads, and is asked to predict.
+"""Batches of rows that a backbone reads, with the targets that it predicts.
 
 Axis letters: B batch, T tokens, M target positions, D hidden, V vocabulary.
 """
@@ -9,31 +9,32 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-Array = Any  # NumPy's where it is made, JAX's in a compiled function, or None
+Array = Any  # a NumPy array on the host, a JAX array in a compiled function, or None
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Right-padded rows: an input, and the candidates that continue it.
+    """Rows padded on the right, each with an input and its candidates.
 
-    A causal model reads the candidates behind the input, side by side: a candidate's
-    tokens see the input and one another but no other candidate's (see
-    `attention.same_sequence`), so one pass over a row scores all of them. The last token
-    of a candidate is predicted, never read, and so is in `targets` but not in `tokens`.
-    An encoder-decoder reads the input alone with its encoder, and its decoder the targets.
+    In a causal model, a row holds the input followed by all of its candidates. The tokens of a
+    candidate attend to the input and to each other, but not to other candidates (see
+    `attention.same_sequence`), so one forward pass scores all candidates. The last token of a
+    candidate is predicted but never read: it is in `targets` and not in `tokens`.
+
+    In an encoder-decoder, `tokens` holds only the input, and the decoder reads the targets.
 
     Attributes:
       tokens: `[B, T]` ids.
-      lengths: `[B]`, tokens of each row that are no padding.
+      lengths: `[B]`, the number of tokens in each row that are not padding.
       targets: `[B, M]` ids.
-      target_candidates: `[B, M]`, the candidate a target belongs to, -1 for padding.
-      target_indices: `[B, M]`, where in the row each target is predicted from; None for
-        an encoder-decoder.
-      positions: `[B, T]`; each candidate goes on from the end of the input.
-      segments: `[B, T]`: 0 for the input, 1, 2, … for the candidates, -1 for padding.
-        Both are None where no row holds more than one sequence; padding on the right
-        then needs no mask in a causal model.
+      target_candidates: `[B, M]`, the candidate each target belongs to, -1 for padding.
+      target_indices: `[B, M]`, the index in the row of the token from which each target is
+        predicted; None for an encoder-decoder.
+      positions: `[B, T]`. The positions of every candidate continue those of the input. None
+        if no row holds more than one candidate.
+      segments: `[B, T]`: 0 for the input, 1, 2, … for the candidates, -1 for padding. None
+        if `positions` is: padding on the right then needs no mask beyond the causal one.
     """
 
     tokens: Array
@@ -46,12 +47,21 @@ class Batch:
 
     @property
     def padding(self) -> float:
-        """Share of `tokens` that are padding."""
+        """The fraction of `tokens` that is padding."""
         return 1 - float(self.lengths.sum()) / self.tokens.size
 
 
 def target_log_probabilities(backbone, prefix, batch: Batch) -> jax.Array:
-    """Log-probability of every target token given what stands before it, `[B, M]` float32."""
+    """Return the log-probability of each target token given the tokens before it.
+
+    Args:
+      backbone: a `Backbone`.
+      prefix: a prefix of the backbone, or None.
+      batch: B rows with M target positions.
+
+    Returns:
+      `[B, M]` float32, with arbitrary values at padding.
+    """
     hidden = backbone.target_states(batch, prefix)  # [B, M, D]
     log_probabilities = jax.nn.log_softmax(backbone.logits(hidden))  # [B, M, V]
     return jnp.take_along_axis(log_probabilities, batch.targets[..., None], axis=-1)[..., 0]

@@ -1,8 +1,7 @@
-"""One configurable causal decoder: a frozen language model as a Flax NNX module.
+"""The backbone of causal language models: one decoder, configured by an `Architecture`.
 
-Axis letters: B batch, T tokens, S cached tokens, P virtual tokens, D hidden,
-F feed-forward, H query heads, K key-value heads, h head size, L layers, V vocabulary,
-M target positions.
+Axis letters: B batch, T tokens, P virtual tokens, D hidden, F feed-forward, H query heads,
+K key-value heads, h head size, L layers, V vocabulary, M target positions.
 """
 
 from functools import partial
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from softprompt.backbones.architecture import Architecture, LayerKind
-from softprompt.backbones.attention import NOWHERE, Source, attend, causal_mask, same_sequence
+from softprompt.backbones.attention import Source, attend, causal_mask, same_sequence
 from softprompt.backbones.batch import Batch
 from softprompt.backbones.flash import flash_attend
 from softprompt.backbones.layers import (
@@ -32,7 +31,7 @@ from softprompt.backbones.rope import angles, rotate
 
 
 class Block(nnx.Module):
-    """One layer: attention and a feed-forward layer, each with its norms, added back."""
+    """A decoder layer: attention and a feed-forward layer with norms and residual connections."""
 
     def __init__(self, arch: Architecture, int8: bool):
         self.arch = arch
@@ -76,23 +75,24 @@ class Block(nnx.Module):
                 int8=int8,
             )
 
-    def __call__(self, x, turns, mix):
-        """One layer.
+    def __call__(self, x, rotary, attention):
+        """Run the layer.
 
         Args:
           x: `[B, T, D]`.
-          turns: rotary angles, or None.
-          mix: from queries, keys and values to `[B, T, H, h]`: the attention proper.
+          rotary: angles as returned by `rope.angles`, or None.
+          attention: a function from queries, keys and values to attention outputs
+            `[B, T, H, h]`.
 
         Returns:
-          `[B, T, D]`, and this layer's own keys and values `[B, T, K, h]`.
+          Hidden states `[B, T, D]`, and the layer's keys and values `[B, T, K, h]`.
         """
-        mixed, keys_values = self._attention(x, turns, mix)
+        mixed, keys_values = self._attention(x, rotary, attention)
         middle = x + mixed
         x = middle + self._feed_forward(x if self.arch.parallel else middle)
         return x, keys_values
 
-    def _attention(self, x, turns, mix):
+    def _attention(self, x, rotary, attention):
         arch = self.arch
         if arch.norm_before:
             x = self.attention_norm(x)
@@ -102,10 +102,10 @@ class Block(nnx.Module):
         queries, keys = heads(queries, arch.head_size), heads(keys, arch.head_size)
         if arch.query_key_norm == "head":
             queries, keys = self.query_norm(queries), self.key_norm(keys)
-        if turns is not None:
-            queries, keys = rotate(queries, turns), rotate(keys, turns)
+        if rotary is not None:
+            queries, keys = rotate(queries, rotary), rotate(keys, rotary)
         values = heads(self.attention.value(x), arch.head_size)
-        mixed = self.attention.output(join_heads(mix(queries, keys, values)))
+        mixed = self.attention.output(join_heads(attention(queries, keys, values)))
         if arch.norm_behind:
             mixed = self.attention_norm_behind(mixed)
         return mixed * arch.residual_scale, (keys, values)
@@ -119,7 +119,15 @@ class Block(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """A causal language model. Its layers are stacked `[L, ...]` and run by one scan."""
+    """A causal language model.
+
+    The parameters of all layers are stacked as `[L, ...]`, and one scan runs the layers.
+
+    Args:
+      arch: the architecture.
+      int8: whether the kernels are int8.
+      attention: the implementation of attention.
+    """
 
     separate_targets = False
     caches_prompt = True
@@ -140,6 +148,10 @@ class Decoder(nnx.Module):
         if not arch.tied_head:
             self.head = Linear(arch.hidden_size, arch.vocab_size, int8=int8)
 
+    def __repr__(self) -> str:
+        arch = self.arch
+        return f"Decoder({len(arch.layers)} layers, hidden size {arch.hidden_size})"
+
     def __call__(
         self,
         embeddings: jax.Array,
@@ -147,14 +159,15 @@ class Decoder(nnx.Module):
         segments: jax.Array | None = None,
         prefix: Prefix | None = None,
     ) -> jax.Array:
-        """Hidden states after the last norm.
+        """Return the hidden states after the last norm.
+
+        `positions` and `segments` can be None if each row is one sequence, padded on the right.
 
         Args:
-          embeddings: `[B, T, D]`, what the first layer reads: see `Embedding`.
-          positions: `[B, T]`, counted from each row's own first token.
-          segments: `[B, T]`, see `attention.same_sequence`. Both may be None where each row
-            is one sequence, padded on the right if at all.
-          prefix: what all rows attend to before their own tokens.
+          embeddings: `[B, T, D]`, the input of the first layer, from `embedding`.
+          positions: `[B, T]`, counted from the first token of each row, without the prefix.
+          segments: `[B, T]`, see `attention.same_sequence`.
+          prefix: the keys and values that rows attend to before their own tokens.
 
         Returns:
           `[B, T, D]`.
@@ -162,7 +175,7 @@ class Decoder(nnx.Module):
         return self._run(embeddings, positions, segments, prefix)[0]
 
     def prefix_shape(self, length: int) -> tuple[int, int, int, int]:
-        """That of the keys, and of the values, of so many virtual tokens: `[L, P, K, h]`."""
+        """Return the shape `[L, P, K, h]` of a prefix's keys (and values), with P = `length`."""
         arch = self.arch
         return len(arch.layers), length, arch.num_kv_heads, arch.head_size
 
@@ -177,11 +190,14 @@ class Decoder(nnx.Module):
         return prefix.keys.astype(jnp.float32), prefix.values.astype(jnp.float32)
 
     def prefill(self, embeddings: jax.Array, prefix: Prefix | None = None) -> Prefix:
-        """Run vectors `[P, D]` through the model once and keep each layer's keys and values.
+        """Run embeddings through the model once and keep the keys and values of each layer.
 
-        In a causal model nothing behind them can change these, so a prefix made from
-        prompt vectors stands exactly for the vectors themselves in front of every row.
-        What it is run behind, if anything, becomes its beginning.
+        In a causal model, later tokens cannot change these keys and values. The prefix is
+        therefore equivalent to the embeddings themselves at the start of every row.
+
+        Args:
+          embeddings: `[P, D]`.
+          prefix: a prefix that comes before the embeddings. The result includes it.
         """
         _, (keys, values) = self._run(embeddings[None], prefix=prefix)
         keys, values = keys[:, 0], values[:, 0]
@@ -191,13 +207,13 @@ class Decoder(nnx.Module):
         return Prefix(keys, values)
 
     def target_states(self, batch: Batch, prefix: Prefix | None) -> jax.Array:
-        """The hidden states that a batch's targets are predicted from, `[B, M, D]`."""
+        """Return the hidden states `[B, M, D]` from which the targets are predicted."""
         embeddings = self.embedding.with_offsets(batch.tokens, batch.positions)
         hidden = self(embeddings, batch.positions, batch.segments, prefix)
         return jnp.take_along_axis(hidden, batch.target_indices[..., None], axis=1)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """Hidden states `[..., D]` to float32 logits `[..., V]`."""
+        """Map hidden states `[..., D]` to float32 logits `[..., V]`."""
         if self.arch.tied_head:
             table = self.embedding.table[...]
             logits = jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
@@ -209,108 +225,104 @@ class Decoder(nnx.Module):
         return logits
 
     def start(
-        self, tokens: jax.Array, lengths: jax.Array, prefix: Prefix | None, room: int
+        self, tokens: jax.Array, lengths: jax.Array, prefix: Prefix | None, capacity: int
     ) -> tuple[jax.Array, Cache]:
-        """Read inputs, to go on from them one token at a time.
+        """Prefill: read inputs in preparation for `decode`.
 
         Args:
           tokens: `[B, T]` ids, padded on the right.
-          lengths: `[B]`, real tokens of each row, at least 1.
-          prefix: what all rows attend to first.
-          room: tokens that will follow.
+          lengths: `[B]`, the number of tokens in each row that are not padding, at least 1.
+          prefix: what the rows attend to first.
+          capacity: the number of tokens that can be decoded with the returned cache.
 
         Returns:
-          The hidden state `[B, D]` that each row's next token is predicted from, and the
-          cache.
+          The hidden states `[B, D]` from which the next tokens are predicted, and the cache.
         """
         embeddings = self.embedding.with_offsets(tokens)
         hidden, (keys, values) = self._run(embeddings, prefix=prefix)
-        rows, length = tokens.shape
-        places = jnp.arange(length + room)[None]
-        cache = Cache(
-            keys=jnp.pad(keys, [(0, 0), (0, 0), (0, room), (0, 0), (0, 0)]),
-            values=jnp.pad(values, [(0, 0), (0, 0), (0, room), (0, 0), (0, 0)]),
-            positions=jnp.where(places < lengths[:, None], places, NOWHERE),
-            filled=jnp.array(length),
-            lengths=lengths,
-        )
-        return hidden[jnp.arange(rows), lengths - 1], cache
+        free = [(0, 0), (0, 0), (0, capacity), (0, 0), (0, 0)]
+        cache = Cache(jnp.pad(keys, free), jnp.pad(values, free), lengths)
+        return hidden[jnp.arange(len(tokens)), lengths - 1], cache
 
     def decode(
         self, tokens: jax.Array, cache: Cache, prefix: Prefix | None
     ) -> tuple[jax.Array, Cache]:
-        """Read one more token of each row, ids `[B]`; returns as `start` does."""
+        """Read the next token of each row, ids `[B]`; returns the same as `start`."""
         positions = cache.lengths[:, None]
         embeddings = self.embedding.with_offsets(tokens[:, None], positions)
-        hidden, own = self._run(embeddings, positions, None, prefix, cache)
-        keys, values = (
-            jax.lax.dynamic_update_slice_in_dim(old, new, cache.filled, axis=2)
-            for old, new in zip((cache.keys, cache.values), own, strict=True)
-        )
-        places = jax.lax.dynamic_update_slice_in_dim(
-            cache.positions, positions, cache.filled, axis=1
-        )
-        return hidden[:, 0], Cache(keys, values, places, cache.filled + 1, cache.lengths + 1)
+        hidden, (keys, values) = self._run(embeddings, positions, None, prefix, cache)
+        return hidden[:, 0], cache.append(keys, values)
 
     def _run(self, x, positions=None, segments=None, prefix=None, cache=None):
+        """Run all layers on `x` `[B, T, D]`, attending to the prefix, the cache and the row itself.
+
+        Returns:
+          Normalized hidden states `[B, T, D]`, and the new keys and values `[L, B, T, K, h]`.
+        """
         arch = self.arch
         scale = arch.attention_scale or arch.head_size**-0.5
         spans = None if prefix is None else prefix.spans
-        flash = (
+        # The mask of flash attention is correct only for rows of one sequence.
+        use_flash = (
             self.attention == "cudnn" and positions is None and segments is None and spans is None
         )
         if positions is None:
             positions = jnp.arange(x.shape[1])[None]
-        start: int | jax.Array = prefix.length if prefix else 0
-        virtual = jnp.arange(start)[None]  # positions of virtual tokens
+        prefix_length: int | jax.Array = prefix.length if prefix else 0
+        prefix_positions = jnp.arange(prefix_length)[None]
         if spans is not None:
-            virtual, start = positions_within(spans, virtual.size)
+            prefix_positions, prefix_length = positions_within(spans, prefix_positions.size)
         if arch.learned_positions:
-            x = x + self.positions[...][positions + start]
+            x = x + self.positions[...][positions + prefix_length]
 
-        def view(kind: LayerKind):
-            """Rotary angles, and what is visible of a row's own tokens, the prefix, the cache."""
-            own = causal_mask(positions, positions, kind.window)
-            if segments is not None:
-                own &= same_sequence(segments)
-            hidden = prefix is not None and (spans is not None or windows)
-            return (
-                None if kind.rope is None else angles(kind.rope, positions + start),
-                own,
-                causal_mask(positions + start, virtual, kind.window) if hidden else None,
-                causal_mask(positions, cache.positions, kind.window) if cache else None,
-            )
-
-        windows = any(kind.window for kind in arch.layers)
         kinds = list(dict.fromkeys(arch.layers))
-        views = jax.tree.map(lambda *each: jnp.stack(each), *map(view, kinds))
-        kind_of = jnp.array([kinds.index(kind) for kind in arch.layers])
+        has_windows = any(kind.window for kind in kinds)
+        masks_prefix = prefix is not None and (spans is not None or has_windows)
 
-        # Backward, keep the outputs of the weight matrices and recompute the rest, which is
-        # cheap: on a CPU that is faster than keeping all, for it saves memory traffic.
+        def angles_and_masks(kind: LayerKind):
+            """Return rotary angles and the masks for the row itself, the prefix and the cache."""
+            own_mask = causal_mask(positions, positions, kind.window)
+            if segments is not None:
+                own_mask &= same_sequence(segments)
+            prefix_mask = cache_mask = None
+            if masks_prefix:
+                prefix_mask = causal_mask(positions + prefix_length, prefix_positions, kind.window)
+            if cache:
+                cache_mask = causal_mask(positions, cache.positions, kind.window)
+            rotary = None if kind.rope is None else angles(kind.rope, positions + prefix_length)
+            return rotary, own_mask, prefix_mask, cache_mask
+
+        # All layers run in one scan: each picks the angles and masks of its kind.
+        by_kind = jax.tree.map(lambda *each: jnp.stack(each), *map(angles_and_masks, kinds))
+        kind_of_layer = jnp.array([kinds.index(kind) for kind in arch.layers])
+
+        # For the backward pass, keep the outputs of the weight matrices and recompute the rest.
+        # On a CPU this is faster than keeping everything, because it saves memory traffic.
         @partial(
             jax.checkpoint,
             policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
             prevent_cse=False,
         )
-        def layer(x, block_and_rest):
-            block, kind, before, read = block_and_rest
-            turns, own, of_prefix, of_cache = jax.tree.map(lambda each: each[kind], views)
+        def layer(x, inputs):
+            block, kind, from_prefix, from_cache = inputs
+            rotary, own_mask, prefix_mask, cache_mask = jax.tree.map(lambda a: a[kind], by_kind)
 
-            def mix(queries, keys, values):
-                if flash:
+            def attention(queries, keys, values):
+                if use_flash:
                     forms = [partial(flash_attend, scale=scale, window=k.window) for k in kinds]
-                    return jax.lax.switch(kind, forms, queries, keys, values, before)
-                sources = [Source(keys, values, own)]
-                if before is not None:
-                    sources.append(Source(before[0], before[1], of_prefix))
-                if read is not None:
-                    sources.append(Source(read[0], read[1], of_cache))
+                    return jax.lax.switch(kind, forms, queries, keys, values, from_prefix)
+                sources = [Source(keys, values, own_mask)]
+                if from_prefix is not None:
+                    sources.append(Source(from_prefix[0], from_prefix[1], prefix_mask))
+                if from_cache is not None:
+                    sources.append(Source(from_cache[0], from_cache[1], cache_mask))
                 return attend(queries, sources, scale=scale, softcap=arch.attention_softcap)
 
-            return block(x, turns, mix)
+            return block(x, rotary, attention)
 
-        before = (prefix.keys, prefix.values) if prefix else None
-        read = (cache.keys, cache.values) if cache else None
-        x, keys_values = jax.lax.scan(layer, x, (self.layers, kind_of, before, read))
+        from_prefix = (prefix.keys, prefix.values) if prefix else None
+        from_cache = (cache.keys, cache.values) if cache else None
+        x, keys_values = jax.lax.scan(
+            layer, x, (self.layers, kind_of_layer, from_prefix, from_cache)
+        )
         return self.norm(x), keys_values

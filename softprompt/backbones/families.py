@@ -1,7 +1,7 @@
-"""What tells model families apart: how each writes its architecture in a `config.json`.
+"""The supported model families: how each describes its architecture in `config.json`.
 
-A family is data: a function from a config to an architecture, and tables of tensor names
-(`names.py`). To add one, see docs/adding-a-family.md.
+A family consists of a function from a config to an architecture, and of tables of tensor names
+(`formats/names.py`). `docs/adding-a-family.md` shows how to add one.
 """
 
 import dataclasses
@@ -19,12 +19,12 @@ Config = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """One model family.
+    """A model family.
 
     Attributes:
-      architecture: reads a `config.json`.
-      names: where safetensors files keep each parameter.
-      gguf_names: where GGUF files do; None if they are not read.
+      architecture: makes an architecture from the content of `config.json`.
+      names: the tensor names in safetensors files.
+      gguf_names: the tensor names in GGUF files; None if GGUF files are not supported.
     """
 
     architecture: Callable[[Config], Architecture | T5Architecture]
@@ -52,12 +52,12 @@ def _activation(name: Any) -> str:
 
 
 def _with_defaults(config: Config, **defaults: Any) -> Config:
-    """A config, and what is meant where it lacks a key."""
+    """Return the config with these values for keys that it lacks."""
     return defaults | config
 
 
 def _require(config: Config, key: str, supported: Any) -> None:
-    """Refuse a config whose `key`, if it is there and not null, has any value but one."""
+    """Reject a config whose `key` has another value than the supported one or null."""
     if config.get(key) not in (None, supported):
         raise UserError(
             f"{key} {config[key]!r} of a {config['model_type']} model is not supported "
@@ -66,7 +66,7 @@ def _require(config: Config, key: str, supported: Any) -> None:
 
 
 def _rope_parameters(config: Config, theta: float = 10_000.0, partial: float = 1.0) -> Config:
-    """Rope parameters in the form that transformers 5 writes, from that of 4 as well."""
+    """Return rope parameters in the form of transformers 5, also for configs of version 4."""
     given = config.get("rope_parameters") or config.get("rope_scaling") or {}
     found = {
         "rope_theta": config.get("rope_theta") or theta,
@@ -79,18 +79,20 @@ def _rope_parameters(config: Config, theta: float = 10_000.0, partial: float = 1
 
 
 def _windows(config: Config, default_types: Sequence[str], window: Any) -> list[int | None]:
-    """The window of each layer, by the config's `layer_types` if it has them."""
+    """Return the window of each layer, by the `layer_types` of the config if it has them."""
     windows = {"full_attention": None, "sliding_attention": window}
     types = config.get("layer_types") or default_types
     if unknown := set(types) - set(windows):
-        raise UserError(f"layer type {min(unknown)!r} is not supported ({', '.join(windows)} are)")
+        raise UserError(
+            f"layer type {min(unknown)!r} is not supported (supported: {', '.join(windows)})"
+        )
     if len(types) != config["num_hidden_layers"]:
         raise ValueError(f"{len(types)} layer_types")
     return [windows[kind] for kind in types]
 
 
 def _like_llama(config: Config, **changes: Any) -> Architecture:
-    """What most families have in common, but for `changes`."""
+    """Return an architecture like Llama's, with `changes` to its fields."""
     num_heads = config["num_attention_heads"]
     head_size = config.get("head_dim") or config["hidden_size"] // num_heads
     context_length = config.get("max_position_embeddings", 2048)
@@ -116,15 +118,11 @@ def _like_llama(config: Config, **changes: Any) -> Architecture:
 
 
 def _layers(
-    config: Config, parameters: Config, windows: Sequence[int | None], head_size: int | None = None
+    config: Config, parameters: Config, windows: Sequence[int | None]
 ) -> tuple[LayerKind, ...]:
-    """Layers that share one rotary embedding and have windows of their own."""
-    head_size = (
-        head_size
-        or config.get("head_dim")
-        or config["hidden_size"] // config["num_attention_heads"]
-    )
-    rope = make_rope(parameters, head_size, config.get("max_position_embeddings", 2048))
+    """Return layers with the same rotary embedding and individual windows."""
+    size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    rope = make_rope(parameters, size, config.get("max_position_embeddings", 2048))
     return tuple(LayerKind(rope, window) for window in windows)
 
 
@@ -168,7 +166,7 @@ def _qwen3_moe(config: Config) -> Architecture:
 def _gemma(config: Config, **changes: Any) -> Architecture:
     _require(config, "use_bidirectional_attention", False)
     activation = config.get("hidden_activation") or config.get("hidden_act")
-    if activation in (None, "gelu"):  # as the first files said; the models were trained with tanh
+    if activation in (None, "gelu"):  # early configs; the models were trained with tanh
         activation = "gelu_pytorch_tanh"
     config = _with_defaults(config, tie_word_embeddings=True, head_dim=256)
     return _like_llama(
@@ -176,7 +174,9 @@ def _gemma(config: Config, **changes: Any) -> Architecture:
     )
 
 
-def _sandwiched(config: Config, layers: tuple[LayerKind, ...], **changes: Any) -> Architecture:
+def _gemma_with_post_norms(
+    config: Config, layers: tuple[LayerKind, ...], **changes: Any
+) -> Architecture:
     return _gemma(
         config,
         layers=layers,
@@ -197,7 +197,9 @@ def _gemma2(config: Config) -> Architecture:
     ]
     windows = _windows(config, types, config.get("sliding_window", 4096))
     layers = _layers(config, _rope_parameters(config), windows)
-    return _sandwiched(config, layers, attention_softcap=config["attn_logit_softcapping"])
+    return _gemma_with_post_norms(
+        config, layers, attention_softcap=config["attn_logit_softcapping"]
+    )
 
 
 def _gemma3(config: Config) -> Architecture:
@@ -209,22 +211,22 @@ def _gemma3(config: Config) -> Architecture:
     ]
     windows = _windows(config, types, config.get("sliding_window", 4096))
     ropes = config.get("rope_parameters") or {}
-    if "full_attention" not in ropes:  # as transformers 4 wrote it
+    if "full_attention" not in ropes:  # a config of transformers 4
         ropes = {
             "full_attention": _rope_parameters(config, 1_000_000.0),
             "sliding_attention": {"rope_theta": config.get("rope_local_base_freq", 10_000.0)},
         }
-    far = _layers(config, ropes["full_attention"], windows)
-    near = _layers(config, ropes["sliding_attention"], windows)
-    layers = tuple(a if a.window is None else b for a, b in zip(far, near, strict=True))
-    return _sandwiched(config, layers, query_key_norm="head")
+    full = _layers(config, ropes["full_attention"], windows)
+    sliding = _layers(config, ropes["sliding_attention"], windows)
+    layers = tuple(a if a.window is None else b for a, b in zip(full, sliding, strict=True))
+    return _gemma_with_post_norms(config, layers, query_key_norm="head")
 
 
 def _phi3(config: Config) -> Architecture:
     parameters = dict(_rope_parameters(config))
     context_length = config.get("max_position_embeddings", 4096)
     if parameters.get("rope_type", parameters.get("type", "default")) != "default":
-        parameters["rope_type"] = "longrope"  # "su" and "yarn" were its names before
+        parameters["rope_type"] = "longrope"  # earlier names were "su" and "yarn"
         parameters.setdefault("original_max_position_embeddings", 4096)
         context_length = parameters["original_max_position_embeddings"]
     windows = [config.get("sliding_window")] * config["num_hidden_layers"]
@@ -239,16 +241,15 @@ def _olmo2(config: Config) -> Architecture:
 def _smollm3(config: Config) -> Architecture:
     config = _with_defaults(config, tie_word_embeddings=True)
     count, every = config["num_hidden_layers"], config.get("no_rope_layer_interval", 4)
-    turned = config.get("no_rope_layers") or [(i + 1) % every for i in range(count)]
+    rotated = config.get("no_rope_layers") or [(i + 1) % every for i in range(count)]
     windowed = config.get("use_sliding_window") or config.get("layer_types")
     window = config.get("sliding_window") if windowed else None
-    types = ["full_attention" if turn else "sliding_attention" for turn in turned]
+    types = ["full_attention" if rotates else "sliding_attention" for rotates in rotated]
     windows = _windows(config, types, window)
+    rotating = _layers(config, _rope_parameters(config, 2_000_000.0), windows)
     layers = tuple(
-        layer if turn else LayerKind(layer.rope.still, layer.window)  # type: ignore[union-attr]
-        for layer, turn in zip(
-            _layers(config, _rope_parameters(config, 2_000_000.0), windows), turned, strict=True
-        )
+        layer if rotates else LayerKind(layer.rope.identity, layer.window)  # type: ignore[union-attr]
+        for layer, rotates in zip(rotating, rotated, strict=True)
     )
     return _like_llama(config, layers=layers)
 
@@ -295,7 +296,7 @@ def _gpt_neox(config: Config) -> Architecture:
     )
 
 
-_PLAIN = {  # of the models from before rotary embedding
+_BEFORE_ROPE = {  # options shared by models from before rotary embedding
     "norm": "layer",
     "gated": False,
     "feed_forward_bias": True,
@@ -318,7 +319,7 @@ def _gpt2(config: Config) -> Architecture:
         "tie_word_embeddings": config.get("tie_word_embeddings", True),
         "attention_bias": True,
     }
-    return _like_llama(llama, layers=(LayerKind(None),) * config["n_layer"], **_PLAIN)
+    return _like_llama(llama, layers=(LayerKind(None),) * config["n_layer"], **_BEFORE_ROPE)
 
 
 def _opt(config: Config) -> Architecture:
@@ -335,12 +336,12 @@ def _opt(config: Config) -> Architecture:
     }
     bias = {"feed_forward_bias": config.get("enable_bias", True)}
     layers = (LayerKind(None),) * config["num_hidden_layers"]
-    return _like_llama(_with_defaults(config, **llama), layers=layers, **(_PLAIN | bias))
+    return _like_llama(_with_defaults(config, **llama), layers=layers, **(_BEFORE_ROPE | bias))
 
 
 def _t5(config: Config) -> T5Architecture:
     *gate, activation = config.get("feed_forward_proj", "relu").split("-")
-    # v1.0 ties its head and scales it; what says that it does not has changed its name.
+    # v1.0 ties its head and scales it. The key for this was renamed in transformers 5.
     tied: Any = config.get("scale_decoder_outputs", config.get("tie_word_embeddings", True))
     return T5Architecture(
         vocab_size=config["vocab_size"],
@@ -383,7 +384,11 @@ FAMILIES: Mapping[str, Family] = {
 
 
 def family_of(config: Config) -> Family:
-    """The family of a `config.json`; `UserError` with the list if there is none."""
+    """Return the family of a config.
+
+    Raises:
+      UserError: if the family is not supported.
+    """
     model_type = str(config.get("model_type"))
     if model_type not in FAMILIES:
         raise UserError(

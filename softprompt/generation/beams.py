@@ -1,10 +1,12 @@
 """Beam search, as stock transformers computes it (`generation/utils.py`, `_beam_search`).
 
-Each input has K running beams, and K finished texts, which better ones displace. A step
-looks at the 2K best continuations of the running beams; those of the first K that end are
-finished, and the best K that do not end run on.
+Each input has K running beams and keeps its K best finished texts. A step looks at the 2K best
+continuations of the running beams. Those among the first K that end are finished; the best K
+that do not end stay running. All beams of a batch advance together, so the number of tokens
+and the length penalty are scalars here.
 
-Axis letters: B inputs, K beams, T tokens of an input, N room for new tokens, V vocabulary.
+Axis letters: B inputs, K beams, T tokens of an input, N capacity for new tokens, E end tokens,
+V vocabulary.
 """
 
 import dataclasses
@@ -14,44 +16,44 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from softprompt.generation.sampling import Sampling, penalised
+from softprompt.generation.sampling import penalize
 
-_NEVER = -jnp.inf  # the score of what shall not be chosen
+_EXCLUDED = -jnp.inf  # the score of what must not be chosen
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Texts:
-    """Texts of one state of the search.
+    """K running or finished texts of each input.
 
     Attributes:
-      written: `[B, K, N]` ids.
-      lengths: `[B, K]`, tokens of each, the end-of-text token among them.
-      scores: `[B, K]`: of running ones the log-probability, of finished ones divided by
-        their length to the power of the length penalty.
+      tokens: `[B, K, N]` ids.
+      lengths: `[B, K]`, the number of tokens, including an end token.
+      scores: `[B, K]`. For running texts the log-probability; for finished ones the
+        log-probability divided by length ** length_penalty.
     """
 
-    written: jax.Array
+    tokens: jax.Array
     lengths: jax.Array
     scores: jax.Array
 
     def best(self, count: int) -> tuple["Texts", jax.Array]:
-        """The `count` of highest score, and their numbers `[B, count]`."""
-        _, numbers = jax.lax.top_k(self.scores, count)
-        return jax.tree.map(partial(_pick, numbers=numbers), self), numbers
+        """The `count` texts with the highest scores, and their indices `[B, count]`."""
+        _, indices = jax.lax.top_k(self.scores, count)
+        return jax.tree.map(partial(_pick, indices=indices), self), indices
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class State:
-    """How far the search has come.
+    """The state of a search.
 
     Attributes:
-      count: tokens that each running beam has.
-      cache: of `B * K` rows; all but the last tokens have been read into it.
-      running, finished: the beams, and the texts.
+      count: the number of tokens that every running beam has.
+      cache: the KV cache of `B * K` rows. It holds all tokens of a beam but the last.
+      running, finished: the beams and the finished texts.
       open: `[B]` booleans, whether a better text may still be found.
-      seen: `[B * K, V]` booleans, tokens read and written, or None.
+      seen: `[B * K, V]` booleans, the tokens that the repetition penalty applies to, or None.
     """
 
     count: jax.Array
@@ -62,73 +64,94 @@ class State:
     seen: jax.Array | None
 
 
-@partial(jax.jit, static_argnames=("room", "beams"))
+@partial(jax.jit, static_argnames=("capacity", "beams"))
 def start(
-    backbone, prefix, tokens, lengths, seen, sampling, ends, length_penalty, until, *, room, beams
+    backbone,
+    prefix,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    seen: jax.Array | None,
+    repetition_penalty: jax.Array,
+    ends: jax.Array,
+    length_penalty: jax.Array,
+    until: jax.Array,
+    *,
+    capacity: int,
+    beams: int,
 ) -> State:
-    """Read a batch of inputs, and write the first tokens.
+    """Prefill: read a batch of inputs and generate the first token of each beam.
 
     Args:
-      backbone, sampling, ends: as for `decoding.start`; the sampling's penalty alone counts.
-      prefix: what stands in front of the B rows, or None.
+      backbone: any backbone.
+      prefix: what the B inputs attend to first, or None.
       tokens: `[B, T]` ids, padded on the right.
-      lengths: `[B]`, real tokens of each; behind one of 0 nothing is searched.
-      seen: `[B * K, V]` booleans, tokens that a repetition penalty is for, or None.
+      lengths: `[B]`, the number of tokens that are not padding. An input of length 0 fills up
+        the batch; nothing is searched for it.
+      seen: `[B * K, V]` booleans, see `State`.
+      repetition_penalty: `[B * K]`, used where there is `seen`.
+      ends: `[B, E]`, the ids that end a text of each input.
       length_penalty: see `Texts.scores`.
-      until: the most tokens of a text, at most N.
-      room: N.
+      until: the maximum length of a text, at most N.
+      capacity: N.
       beams: K.
     """
-    hidden, cache = backbone.start(tokens, lengths, prefix, room)
+    hidden, cache = backbone.start(tokens, lengths, prefix, capacity)
     rows = len(tokens)
-    number = jnp.repeat(jnp.arange(rows), beams)
-    nothing = Texts(
-        jnp.zeros((rows, beams, room), jnp.int32),
+    inputs = jnp.repeat(jnp.arange(rows), beams)
+    empty = Texts(
+        jnp.zeros((rows, beams, capacity), jnp.int32),
         jnp.zeros((rows, beams), jnp.int32),
-        jnp.full((rows, beams), _NEVER),
+        jnp.full((rows, beams), _EXCLUDED),
     )
-    first = jnp.zeros_like(nothing.scores).at[:, 1:].set(_NEVER)  # one beam, so none stands twice
+    # All beams are equal at first. Only the first one counts, so that no text appears twice.
+    first = jnp.zeros_like(empty.scores).at[:, 1:].set(_EXCLUDED)
     state = State(
         count=jnp.array(0),
-        cache=cache.take(number),
-        running=dataclasses.replace(nothing, scores=first),
-        finished=nothing,
+        cache=cache.take(inputs),
+        running=dataclasses.replace(empty, scores=first),
+        finished=empty,
         open=lengths > 0,
         seen=seen,
     )
-    return _searched(state, backbone.logits(hidden)[number], sampling, ends, length_penalty, until)
+    logits = backbone.logits(hidden)[inputs]
+    return _extend(state, logits, repetition_penalty, ends, length_penalty, until)
 
 
 @partial(jax.jit, donate_argnames="state")
-def search_on(backbone, prefix, state: State, sampling, ends, length_penalty, until) -> State:
-    """Search until no better text can be found, or all have `until` tokens.
+def continue_search(
+    backbone, prefix, state: State, repetition_penalty, ends, length_penalty, until
+) -> State:
+    """Search until no better text can be found or all texts have `until` tokens.
 
     Args:
-      prefix: what stands in front of each of the `B * K` rows, or None.
+      prefix: what each of the `B * K` rows attends to first, or None.
       state: is donated.
-      backbone, sampling, ends, length_penalty, until: as for `start`.
+      backbone, repetition_penalty, ends, length_penalty, until: as for `start`.
     """
 
-    def unfinished(state: State):
+    def unfinished(state: State) -> jax.Array:
         return (state.count < until) & state.open.any()
 
-    def search(state: State) -> State:
-        written = state.running.written.reshape(-1, state.running.written.shape[-1])
-        last = jax.lax.dynamic_index_in_dim(written, state.count - 1, 1, keepdims=False)
+    def step(state: State) -> State:
+        tokens = state.running.tokens.reshape(-1, state.running.tokens.shape[-1])
+        last = jax.lax.dynamic_index_in_dim(tokens, state.count - 1, 1, keepdims=False)
         hidden, cache = backbone.decode(last, state.cache, prefix)
         state = dataclasses.replace(state, cache=cache)
-        return _searched(state, backbone.logits(hidden), sampling, ends, length_penalty, until)
+        logits = backbone.logits(hidden)
+        return _extend(state, logits, repetition_penalty, ends, length_penalty, until)
 
-    return jax.lax.while_loop(unfinished, search, state)
+    return jax.lax.while_loop(unfinished, step, state)
 
 
-def _searched(state: State, logits, sampling: Sampling, ends, length_penalty, until) -> State:
-    """The state with one more token of each beam, from logits `[B * K, V]`."""
+def _extend(
+    state: State, logits: jax.Array, repetition_penalty, ends, length_penalty, until
+) -> State:
+    """Add one token to each running beam, from logits `[B * K, V]`."""
     running, finished = state.running, state.finished
-    rows, beams, _ = running.written.shape
+    rows, beams, _ = running.tokens.shape
     log_probabilities = jax.nn.log_softmax(logits)
     if state.seen is not None:
-        log_probabilities = penalised(log_probabilities, state.seen, sampling.repetition_penalty)
+        log_probabilities = penalize(log_probabilities, state.seen, repetition_penalty)
     total = log_probabilities.reshape(rows, beams, -1) + running.scores[..., None]
     each = min(2 * beams, total.shape[-1])
     of_beam, token = jax.lax.top_k(total, each)  # [B, K, 2K]
@@ -137,29 +160,29 @@ def _searched(state: State, logits, sampling: Sampling, ends, length_penalty, un
     token = jnp.take_along_axis(token.reshape(rows, -1), place, axis=1)
 
     count = state.count + 1
-    written = jax.lax.dynamic_update_index_in_dim(
-        _pick(running.written, parent), token, state.count, 2
+    tokens = jax.lax.dynamic_update_index_in_dim(
+        _pick(running.tokens, parent), token, state.count, 2
     )
-    next_texts = Texts(written, jnp.full_like(parent, count), scores)  # [B, 2K]
-    ended = jnp.isin(token, ends) | (count == until)
+    continued = Texts(tokens, jnp.full_like(parent, count), scores)  # [B, 2K]
+    ended = (token[..., None] == ends[:, None]).any(axis=-1) | (count == until)
 
     may_finish = ended & (jnp.arange(2 * beams) < beams)[None] & state.open[:, None]
-    final = jnp.where(may_finish, scores / count**length_penalty, _NEVER)
-    candidates = dataclasses.replace(next_texts, scores=final)
+    final = jnp.where(may_finish, scores / count**length_penalty, _EXCLUDED)
+    candidates = dataclasses.replace(continued, scores=final)
     joined = jax.tree.map(lambda *each: jnp.concatenate(each, axis=1), finished, candidates)
     finished, _ = joined.best(beams)
 
-    kept = dataclasses.replace(next_texts, scores=jnp.where(ended, _NEVER, scores))
-    running, numbers = kept.best(beams)
-    parent = jnp.take_along_axis(parent, numbers, axis=1)  # [B, K]
+    kept = dataclasses.replace(continued, scores=jnp.where(ended, _EXCLUDED, scores))
+    running, indices = kept.best(beams)
+    parent = jnp.take_along_axis(parent, indices, axis=1)  # [B, K]
     flat = (jnp.arange(rows)[:, None] * beams + parent).reshape(-1)
     seen = state.seen
     if seen is not None:
-        last = jnp.take_along_axis(token, numbers, axis=1).reshape(-1)
+        last = jnp.take_along_axis(token, indices, axis=1).reshape(-1)
         seen = seen[flat].at[jnp.arange(len(flat)), last].set(True)
 
     best_to_come = running.scores[:, 0] / count**length_penalty
-    worst = finished.scores.min(axis=1)  # `_NEVER` while there are fewer than K
+    worst = finished.scores.min(axis=1)  # `_EXCLUDED` while there are fewer than K
     return State(
         count=count,
         cache=state.cache.take(flat),
@@ -170,6 +193,6 @@ def _searched(state: State, logits, sampling: Sampling, ends, length_penalty, un
     )
 
 
-def _pick(array: jax.Array, numbers: jax.Array) -> jax.Array:
-    """Entries `[B, n, ...]` of `[B, m, ...]` by their numbers `[B, n]`."""
-    return jax.vmap(lambda one, chosen: one[chosen])(array, numbers)
+def _pick(array: jax.Array, indices: jax.Array) -> jax.Array:
+    """Entries `[B, n, ...]` of `[B, m, ...]` at indices `[B, n]`."""
+    return jax.vmap(lambda one, chosen: one[chosen])(array, indices)

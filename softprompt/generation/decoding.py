@@ -1,6 +1,10 @@
-"""The two compiled programs of generation: read inputs, and write on from them.
+"""The two compiled programs of generation: prefill and decode.
 
-Axis letters: B rows, T tokens of an input, N room for new tokens, V vocabulary.
+All state is kept per row. Rows may differ in input length, generated length, sampling settings
+and end tokens. A row that has ended does not change while others continue.
+
+Axis letters: B rows, T tokens of an input, N capacity for new tokens, E end tokens,
+V vocabulary.
 """
 
 import dataclasses
@@ -16,28 +20,31 @@ from softprompt.generation.sampling import Sampling, choose
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class State:
-    """How far a batch has been written.
+    """The state of a batch during decoding.
 
     Attributes:
-      count: tokens written, the same for all rows.
-      cache: the backbone's; all but the last token have been read into it.
-      written: `[B, N]` ids; behind the end of a row they mean nothing.
-      lengths: `[B]`, tokens that each row has written, its end-of-text token among them.
+      cache: the backbone's KV cache. It holds all tokens of a row but the last.
+      tokens: `[B, N]`, the generated ids; what follows a row's length has no meaning.
+      lengths: `[B]`, the number of generated tokens, including an end token.
       done: `[B]` booleans, whether a row has ended.
-      keys: `[B]`, random keys.
-      seen: `[B, V]` booleans, tokens read and written, or None.
+      keys: `[B]`, random keys. The n-th token of a row is drawn with the row's key and n.
+      sampling: the sampling settings of each row.
+      ends: `[B, E]`, the ids that end each row; -1 is no token.
+      seen: `[B, V]` booleans, the tokens to which a row's repetition penalty applies. None if
+        no row has a penalty.
     """
 
-    count: jax.Array
     cache: Any
-    written: jax.Array
+    tokens: jax.Array
     lengths: jax.Array
     done: jax.Array
     keys: jax.Array
+    sampling: Sampling
+    ends: jax.Array
     seen: jax.Array | None
 
 
-@partial(jax.jit, static_argnames=("room", "samples"))
+@partial(jax.jit, static_argnames=("capacity", "samples"))
 def start(
     backbone,
     prefix,
@@ -48,74 +55,75 @@ def start(
     sampling: Sampling,
     ends: jax.Array,
     *,
-    room: int,
+    capacity: int,
     samples: int = 1,
 ) -> State:
-    """Read a batch of inputs, and write the first token.
+    """Prefill: read a batch of inputs and generate the first token of each row.
 
     Args:
       backbone: any backbone.
-      prefix: what stands in front of the rows, or None.
+      prefix: what the inputs attend to first, or None.
       tokens: `[B / samples, T]` ids, padded on the right.
-      lengths: `[B / samples]`, real tokens of each; behind one of 0 nothing is written.
-      seeds: `[B]`, of what is random in each row.
-      seen: `[B, V]` booleans, tokens that a repetition penalty is for, or None.
-      sampling: how a token is chosen.
-      ends: ids that end a row.
-      room: N, the most tokens to write.
-      samples: how often each input is written on from, in rows next to one another.
+      lengths: `[B / samples]`, the number of tokens that are not padding. An input of length
+        0 fills up the batch; nothing is generated for it.
+      seeds: `[B]`, random seeds.
+      seen: `[B, V]` booleans, see `State`.
+      sampling: the sampling settings of each of the B rows.
+      ends: `[B, E]`, see `State`.
+      capacity: N, the maximum number of new tokens.
+      samples: the number of consecutive rows that continue each input.
     """
-    hidden, cache = backbone.start(tokens, lengths, prefix, room)
-    number = jnp.repeat(jnp.arange(len(tokens)), samples)
+    hidden, cache = backbone.start(tokens, lengths, prefix, capacity)
+    inputs = jnp.repeat(jnp.arange(len(tokens)), samples)  # [B], the input of each row
+    active = lengths[inputs] > 0
     state = State(
-        count=jnp.array(0),
-        cache=cache if samples == 1 else cache.take(number),
-        written=jnp.zeros((len(number), room), jnp.int32),
-        lengths=jnp.zeros(len(number), jnp.int32),
-        done=lengths[number] == 0,
+        cache=cache if samples == 1 else cache.take(inputs),
+        tokens=jnp.zeros((len(inputs), capacity), jnp.int32),
+        lengths=jnp.zeros(len(inputs), jnp.int32),
+        done=~active,
         keys=jax.vmap(jax.random.key)(seeds),
+        sampling=sampling,
+        ends=ends,
         seen=seen,
     )
-    return _written(state, backbone.logits(hidden)[number], sampling, ends)
+    return _append(state, backbone.logits(hidden)[inputs], active)
 
 
 @partial(jax.jit, donate_argnames="state")
-def continue_decoding(
-    backbone, prefix, state: State, sampling: Sampling, ends: jax.Array, until: jax.Array
-) -> State:
-    """Write until all rows have ended, or have so many tokens.
+def continue_decoding(backbone, prefix, state: State, until: jax.Array) -> State:
+    """Decode until each row has ended or has `until` tokens.
 
     Args:
-      backbone, sampling, ends: as for `start`.
-      prefix: what stands in front of each of the B rows, or None.
+      backbone: as for `start`.
+      prefix: what each of the B rows attends to first, or None.
       state: is donated.
-      until: tokens, at most N.
+      until: `[B]`, at most N.
     """
 
-    def unfinished(state: State):
-        return (state.count < until) & ~state.done.all()
+    def active(state: State) -> jax.Array:
+        return ~state.done & (state.lengths < until)
 
-    def write(state: State) -> State:
-        last = jax.lax.dynamic_index_in_dim(state.written, state.count - 1, 1, keepdims=False)
+    def step(state: State) -> State:
+        last = jnp.take_along_axis(state.tokens, state.lengths[:, None] - 1, axis=1)[:, 0]
         hidden, cache = backbone.decode(last, state.cache, prefix)
-        state = dataclasses.replace(state, cache=cache)
-        return _written(state, backbone.logits(hidden), sampling, ends)
+        continues = active(state)
+        lengths = jnp.where(continues, cache.lengths, state.cache.lengths)
+        state = dataclasses.replace(state, cache=dataclasses.replace(cache, lengths=lengths))
+        return _append(state, backbone.logits(hidden), continues)
 
-    return jax.lax.while_loop(unfinished, write, state)
+    return jax.lax.while_loop(lambda state: active(state).any(), step, state)
 
 
-def _written(state: State, logits: jax.Array, sampling: Sampling, ends: jax.Array) -> State:
-    """The state with one more token, chosen by logits `[B, V]`."""
-    keys = jax.vmap(jax.random.fold_in, (0, None))(state.keys, state.count)
-    token = choose(logits, state.seen, keys, sampling)
-    seen = state.seen
-    if seen is not None:
-        seen = seen.at[jnp.arange(len(token)), token].set(True)
+def _append(state: State, logits: jax.Array, active: jax.Array) -> State:
+    """Choose a token from logits `[B, V]` and add it to the rows where `active` `[B]` is True."""
+    keys = jax.vmap(jax.random.fold_in)(state.keys, state.lengths)
+    token = choose(logits, state.seen, keys, state.sampling)
+    rows = jnp.arange(len(token))
+    slots = jnp.where(active, state.lengths, state.tokens.shape[1])  # out of range: dropped
     return dataclasses.replace(
         state,
-        count=state.count + 1,
-        written=jax.lax.dynamic_update_index_in_dim(state.written, token, state.count, 1),
-        lengths=state.lengths + ~state.done,
-        done=state.done | jnp.isin(token, ends),
-        seen=seen,
+        tokens=state.tokens.at[rows, slots].set(token, mode="drop"),
+        lengths=state.lengths + active,
+        done=state.done | (active & (token[:, None] == state.ends).any(axis=1)),
+        seen=None if state.seen is None else state.seen.at[rows, token].max(active),
     )

@@ -1,6 +1,8 @@
-"""From inputs to texts: batches of few shapes, and what of the end of a text the host decides.
+"""The generation engine: from inputs to texts, in batches of few shapes.
 
-Axis letters: B rows, T tokens of an input, V vocabulary.
+The device decodes tokens. The host pads inputs, packs prefixes and looks for stop texts.
+
+Axis letters: B rows, T tokens of an input, N capacity for new tokens, V vocabulary.
 """
 
 import dataclasses
@@ -13,10 +15,9 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from softprompt.backbones.loading import Backbone, Prefix
-from softprompt.backbones.prefix import MOST_MIXED
-from softprompt.data.examples import say_truncated
+from softprompt.backbones.prefix import MAX_PACKED_TOKENS
 from softprompt.data.records import Record
-from softprompt.data.task import Task
+from softprompt.data.task import Task, log_truncated
 from softprompt.errors import UserError
 from softprompt.experiment.schema import GenerationSettings
 from softprompt.generation import beams, decoding
@@ -24,17 +25,18 @@ from softprompt.generation.sampling import Sampling
 from softprompt.runtime.memory import run_batches
 from softprompt.runtime.progress import Progress, silent
 
-_CHUNK = 8  # tokens after which the host looks for stop texts
+_CHUNK = 8  # the host looks for stop texts after this many tokens
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """An input to write on from.
+    """An input to continue.
 
     Attributes:
-      tokens: ids of its row, at least one.
-      prefix: what stands in front of it, or None.
-      opening: ids of what that prefix begins every row with, for the repetition penalty.
+      tokens: its ids, at least one.
+      prefix: what it attends to first, or None.
+      opening: the ids of the tokens in the prefix, to which the repetition penalty applies.
+        Virtual tokens have negative ids.
     """
 
     tokens: Sequence[int]
@@ -44,12 +46,12 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Generated:
-    """What was written behind one input.
+    """The texts generated for one input.
 
     Attributes:
-      texts: its samples, of beam search the best one first.
-      ended: whether each has come to its end (the end-of-text token or a stop text), or
-        else to `max_new_tokens`.
+      texts: one text per sample. Beam search returns the best text first.
+      ended: for each text, whether it ended with the end-of-text token or a stop text. False
+        if it was cut off at `max_new_tokens`.
     """
 
     texts: Sequence[str]
@@ -57,35 +59,41 @@ class Generated:
 
     @property
     def text(self) -> str:
-        """The first of the texts."""
+        """The first text."""
         return self.texts[0]
 
 
 def requests_of(
     records: Sequence[Record], task: Task, prefix: Prefix | None, settings: GenerationSettings
 ) -> list[Request]:
-    """Records as what to write behind; says how many were cut.
+    """Encode records as requests. Logs how many inputs were truncated.
+
+    Args:
+      records: the inputs.
+      task: encodes them.
+      prefix: of all of them.
+      settings: `max_new_tokens` of these limits the length of the inputs.
 
     Raises:
-      UserError: if a record does not fit the template, or there is no room.
+      UserError: if a record does not fit the template, or the context window is too short.
     """
-    task = task.with_room(settings.max_new_tokens, prefix.length if prefix else 0)
+    task = task.for_generation(settings.max_new_tokens, prefix.length if prefix else 0)
     examples = [task.example(record, with_answer=False) for record in records]
-    say_truncated(examples, task, "inputs")
+    log_truncated(examples, task, "inputs")
     return [Request(example.input, prefix, task.opening) for example in examples]
 
 
 class Engine:
-    """Writes on from inputs.
+    """Generates texts with one backbone and one group of settings.
 
-    Programs are compiled for rows, input lengths and room rounded up, so for few shapes.
-    What is written behind an input depends, up to rounding, on the input, the settings and the
-    seed in them, not on what else is in its batch.
+    Programs are compiled per shape. The number of rows, the input length and the capacity are
+    rounded up, so there are few shapes. Up to rounding, the text of an input depends on the
+    input, the settings and their seed, and not on the rest of its batch.
 
     Args:
-      backbone: what writes.
+      backbone: the model.
       tokenizer: its tokenizer.
-      settings: how.
+      settings: for all inputs.
 
     Raises:
       UserError: if the tokenizer has no end-of-text token.
@@ -98,8 +106,7 @@ class Engine:
             raise UserError("the base model's tokenizer has no end-of-text token to stop at")
         self._backbone, self._tokenizer, self._settings = backbone, tokenizer, settings
         self._end = tokenizer.eos_token_id
-        self._sampling = Sampling.of(settings)
-        self._room = _power_of_two(max(settings.max_new_tokens, 16))
+        self._capacity = _power_of_two(max(settings.max_new_tokens, 16))
 
     def generate(
         self,
@@ -108,65 +115,69 @@ class Engine:
         label: str = "write",
         progress: Progress = silent,
     ) -> list[Generated]:
-        """Continue all requests, those of like length together.
+        """Generate texts for all requests. Requests of similar length share a batch.
 
         Args:
-          requests: in any order, which the results are in too.
-          batch_size: the most at a time; fewer if there is no memory for as many.
-          label: what stands in front of the progress bar.
-          progress: shows how many texts are done.
+          requests: in any order.
+          batch_size: the maximum number of inputs in a batch; reduced if the device runs out
+            of memory.
+          label: what the progress is reported as.
+          progress: is told how many inputs are done.
+
+        Returns:
+          The texts, in the order of the requests.
 
         Raises:
           UserError: see `memory.run_batches`.
         """
         results: dict[int, Generated] = {}
         with progress(label, len(requests), "texts") as bar:
-            for numbers, written in run_batches(
-                _groups(requests),
+            for indices, generated in run_batches(
+                _mixable_groups(requests),
                 batch_size,
-                lambda numbers, most: self._write_batch([requests[i] for i in numbers], most),
+                lambda indices, most: self._run_batch([requests[i] for i in indices], most),
             ):
-                results.update(zip(numbers, written, strict=True))
-                bar.advance(len(numbers))
+                results.update(zip(indices, generated, strict=True))
+                bar.advance(len(indices))
         return [results[i] for i in range(len(requests))]
 
     def stream(self, request: Request) -> Iterator[str]:
-        """Write on from one input; yields pieces of the text as soon as they are certain.
+        """Generate a text and yield pieces of it as soon as they are final.
 
         Raises:
-          UserError: for beam search or several samples, where nothing is certain before the
+          UserError: for beam search or several samples, which have no final piece before the
             end; and see `memory.run_batches`.
         """
         settings = self._settings
         if settings.beams > 1 or settings.samples > 1:
-            raise UserError("a text cannot be shown as it is written with beams or samples")
-        shown = 0
-        started = run_batches([[0]], 1, lambda numbers, most: self._start([request], 1))
+            raise UserError("streaming supports neither beam search nor several samples")
+        yielded = 0
+        started = run_batches([[0]], 1, lambda indices, most: self._start([request], 1))
         ((_, (prefix, state)),) = started
         while True:
             ids, done = self._ids(state)[0], bool(state.done[0])
             text, ended = self._text(ids)
             finished = done or ended or len(ids) >= settings.max_new_tokens
-            certain = text if finished else text[: len(text) - self._uncertain(text)]
-            if len(certain) > shown:
-                yield certain[shown:]
-                shown = len(certain)
+            final = text if finished else text[: len(text) - self._uncertain(text)]
+            if len(final) > yielded:
+                yield final[yielded:]
+                yielded = len(final)
             if finished:
                 return
-            state = self._write_on(prefix, state, len(ids) + 1)
+            state = self._continue(prefix, state, len(ids) + 1)
 
-    def _write_batch(self, requests: Sequence[Request], batch_size: int) -> list[Generated]:
+    def _run_batch(self, requests: Sequence[Request], batch_size: int) -> list[Generated]:
         count = self._settings.samples
         rows = min(_power_of_two(len(requests)), batch_size)
         if self._settings.beams > 1:
             texts = self._search(requests, rows)
         else:
-            texts = self._draw(requests, rows)
+            texts = self._decode(requests, rows)
         each = [texts[i * count : (i + 1) * count] for i in range(len(requests))]
         return [Generated(*map(list, zip(*samples, strict=True))) for samples in each]
 
-    def _draw(self, requests: Sequence[Request], rows: int) -> list[tuple[str, bool]]:
-        """Text and whether it ended, of every sample of every row."""
+    def _decode(self, requests: Sequence[Request], rows: int) -> list[tuple[str, bool]]:
+        """Text and whether it ended, for every sample of every row."""
         settings = self._settings
         chunk = _CHUNK if settings.stop else settings.max_new_tokens
         prefix, state = self._start(requests, rows)
@@ -180,12 +191,12 @@ class Engine:
             if done.all() or until >= settings.max_new_tokens:
                 return [self._text(ids) for ids in self._ids(state)]
             until = min(until + chunk, settings.max_new_tokens)
-            state = self._write_on(prefix, state, until)
+            state = self._continue(prefix, state, until)
 
     def _start(self, requests: Sequence[Request], rows: int) -> tuple[Any, decoding.State]:
-        """The first token of each, and the prefix for every sample."""
+        """Generate the first token of each sample; also return the prefix of all samples."""
         samples = self._settings.samples
-        prefix, tokens, lengths = _laid_out(requests, rows)
+        prefix, tokens, lengths = _pad_batch(requests, rows)
         state = decoding.start(
             self._backbone,
             prefix,
@@ -193,48 +204,46 @@ class Engine:
             lengths,
             self._seeds(requests, rows),
             self._seen(requests, rows, samples),
-            self._sampling,
-            np.array([self._end]),
-            room=self._room,
+            Sampling.from_settings(self._settings, rows * samples),
+            self._ends(rows * samples),
+            capacity=self._capacity,
             samples=samples,
         )
         return prefix and prefix.repeated(samples), state
 
-    def _write_on(self, prefix, state: decoding.State, until: int) -> decoding.State:
-        ends = np.array([self._end])
-        return decoding.continue_decoding(
-            self._backbone, prefix, state, self._sampling, ends, np.array(until)
-        )
+    def _continue(self, prefix, state: decoding.State, until: int) -> decoding.State:
+        limits = np.full(len(state.lengths), until, np.int32)
+        return decoding.continue_decoding(self._backbone, prefix, state, limits)
 
     def _search(self, requests: Sequence[Request], rows: int) -> list[tuple[str, bool]]:
         settings = self._settings
-        prefix, tokens, lengths = _laid_out(requests, rows)
-        how = (
-            self._sampling,
-            np.array([self._end]),
+        prefix, tokens, lengths = _pad_batch(requests, rows)
+        arguments = (
+            Sampling.from_settings(settings, rows * settings.beams).repetition_penalty,
+            self._ends(rows),
             np.float32(settings.length_penalty),
             np.array(settings.max_new_tokens),
         )
         seen = self._seen(requests, rows, settings.beams)
-        shape = {"room": self._room, "beams": settings.beams}
-        state = beams.start(self._backbone, prefix, tokens, lengths, seen, *how, **shape)
-        state = beams.search_on(
-            self._backbone, prefix and prefix.repeated(settings.beams), state, *how
+        shape = {"capacity": self._capacity, "beams": settings.beams}
+        state = beams.start(self._backbone, prefix, tokens, lengths, seen, *arguments, **shape)
+        state = beams.continue_search(
+            self._backbone, prefix and prefix.repeated(settings.beams), state, *arguments
         )
-        written, counts = np.asarray(state.finished.written), np.asarray(state.finished.lengths)
+        ids, counts = np.asarray(state.finished.tokens), np.asarray(state.finished.lengths)
         return [
-            self._text(written[row, i, : counts[row, i]].tolist())
+            self._text(ids[row, i, : counts[row, i]].tolist())
             for row in range(len(requests))
             for i in range(settings.samples)
         ]
 
     def _ids(self, state: decoding.State) -> list[list[int]]:
-        """What each row has written."""
-        rows = zip(np.asarray(state.written), np.asarray(state.lengths), strict=True)
+        """The generated ids of each row."""
+        rows = zip(np.asarray(state.tokens), np.asarray(state.lengths), strict=True)
         return [ids[:length].tolist() for ids, length in rows]
 
     def _text(self, ids: Sequence[int]) -> tuple[str, bool]:
-        """The text of what was written, and whether it has come to its end."""
+        """The text of generated ids, and whether it ended by a token or a stop text."""
         ended = bool(ids) and ids[-1] == self._end
         text = str(self._tokenizer.decode(ids[:-1] if ended else ids))
         places = [(text.find(stop), len(stop)) for stop in self._settings.stop]
@@ -242,7 +251,7 @@ class Engine:
         return (text[: min(complete)[1]], True) if complete else (text, ended)
 
     def _uncertain(self, text: str) -> int:
-        """How many characters at the end of an unfinished text may still change."""
+        """The number of characters at the end of an unfinished text that may still change."""
         longest = len(text) - len(text.rstrip("\N{REPLACEMENT CHARACTER}"))
         for stop in self._settings.stop:
             for length in range(1, min(len(stop), len(text)) + 1):
@@ -250,8 +259,11 @@ class Engine:
                     longest = max(longest, length)
         return longest
 
+    def _ends(self, rows: int) -> np.ndarray:
+        return np.full((rows, 1), self._end, np.int32)
+
     def _seeds(self, requests: Sequence[Request], rows: int) -> np.ndarray:
-        """`[B]`, of an input and the number of its sample."""
+        """`[B]`, a hash of the input, the seed and the sample's index."""
         samples = self._settings.samples
         seeds = np.zeros((rows, samples), np.uint32)
         for row, request in zip(seeds, requests, strict=False):
@@ -261,44 +273,49 @@ class Engine:
         return seeds.reshape(-1)
 
     def _seen(self, requests: Sequence[Request], rows: int, copies: int) -> np.ndarray | None:
-        """`[B, V]`, which tokens have been read; None if there is no penalty for them."""
+        """`[B, V]`, the tokens that were read; None without a repetition penalty."""
         if self._settings.repetition_penalty is None:
             return None
         seen = np.zeros((rows, self._backbone.arch.vocab_size), bool)
-        if not self._backbone.separate_targets:  # whose penalty is for what it writes
+        if not self._backbone.separate_targets:  # there only generated tokens are penalized
             for row, request in zip(seen, requests, strict=False):
                 row[[token for token in (*request.opening, *request.tokens) if token >= 0]] = True
         return seen.repeat(copies, axis=0)
 
 
-def _groups(requests: Sequence[Request]) -> Iterator[list[int]]:
-    """Numbers of the requests, in groups whose prefixes can be read together."""
+def _mixable_groups(requests: Sequence[Request]) -> Iterator[list[int]]:
+    """Group the indices of requests by prefixes that can be packed into one batch."""
     lengths = {id(r.prefix): r.prefix.length for r in requests if r.prefix is not None}
-    order = list(lengths) if sum(lengths.values()) > MOST_MIXED else []
+    order = list(lengths) if sum(lengths.values()) > MAX_PACKED_TOKENS else []
 
-    def place(number: int) -> tuple[int, int]:
-        """By length; but those of one prefix together if not all prefixes can be."""
-        key = id(requests[number].prefix)
-        return order.index(key) if key in order else -1, len(requests[number].tokens)
+    def rank(index: int) -> tuple[int, int]:
+        """Sort by length; if the prefixes do not all fit into one batch, by prefix first."""
+        key = id(requests[index].prefix)
+        return order.index(key) if key in order else -1, len(requests[index].tokens)
 
     group: list[int] = []
-    prefixes: dict[int, int] = {}  # lengths, by identity
-    for number in sorted(range(len(requests)), key=place):
-        prefix = requests[number].prefix
+    packed: dict[int, int] = {}  # the lengths of the group's prefixes, by identity
+    for index in sorted(range(len(requests)), key=rank):
+        prefix = requests[index].prefix
         own = {} if prefix is None else {id(prefix): prefix.length}
-        together = prefixes | own
-        fits = len(together) == 1 or sum(together.values()) <= MOST_MIXED
+        together = packed | own
+        fits = len(together) == 1 or sum(together.values()) <= MAX_PACKED_TOKENS
         if group and not fits:
             yield group
             group, together = [], own
-        group.append(number)
-        prefixes = together
+        group.append(index)
+        packed = together
     if group:
         yield group
 
 
-def _laid_out(requests: Sequence[Request], rows: int) -> tuple[Any, np.ndarray, np.ndarray]:
-    """The prefix of so many rows, their tokens `[B, T]` and lengths `[B]`; some may be empty."""
+def _pad_batch(requests: Sequence[Request], rows: int) -> tuple[Any, np.ndarray, np.ndarray]:
+    """The packed prefix, tokens `[B, T]` and lengths `[B]`; rows without a request have length 0.
+
+    Args:
+      requests: at most `rows`.
+      rows: B.
+    """
     width = _rounded(max(len(request.tokens) for request in requests))
     tokens, lengths = np.zeros((rows, width), np.int32), np.zeros(rows, np.int32)
     for row, request in enumerate(requests):
@@ -307,18 +324,19 @@ def _laid_out(requests: Sequence[Request], rows: int) -> tuple[Any, np.ndarray, 
     prefixes = {id(r.prefix): r.prefix for r in requests if r.prefix is not None}
     if not prefixes:
         return None, tokens, lengths
-    number = {key: i for i, key in enumerate(prefixes)}
-    of_rows = [number.get(id(request.prefix)) for request in requests]
-    of_rows += [of_rows[0]] * (rows - len(requests))
-    all_of_them: list[Any] = list(prefixes.values())
-    return type(all_of_them[0]).packed(all_of_them, of_rows), tokens, lengths
+    index_of = {key: i for i, key in enumerate(prefixes)}
+    indices = [index_of.get(id(request.prefix)) for request in requests]
+    indices += [indices[0]] * (rows - len(requests))
+    all_prefixes: list[Any] = list(prefixes.values())
+    return type(all_prefixes[0]).packed(all_prefixes, indices), tokens, lengths
 
 
 def _power_of_two(count: int) -> int:
+    """The smallest power of two that is at least `count`."""
     return 1 << (count - 1).bit_length()
 
 
 def _rounded(length: int) -> int:
-    """The next of 16, 24, 32, 48, 64, 96 and so on."""
+    """The smallest of 16, 24, 32, 48, 64, 96, … that is at least `length`."""
     power = max(_power_of_two(length), 16)
     return 3 * power // 4 if power > 16 and length <= 3 * power // 4 else power

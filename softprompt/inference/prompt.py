@@ -11,9 +11,8 @@ import numpy as np
 import pydantic
 
 from softprompt.backbones.loading import Backbone, Base, Prefix, load_base
-from softprompt.data.examples import say_truncated
 from softprompt.data.records import Record
-from softprompt.data.task import Task
+from softprompt.data.task import Task, log_truncated
 from softprompt.errors import UserError
 from softprompt.evaluation.scoring import calibrated_scores, prepare_model, score
 from softprompt.experiment.schema import GenerationSettings, ScoringSettings
@@ -113,7 +112,7 @@ class TrainedPrompt:
         if not records:
             return []
         examples = [self.task.example(record, with_answer=False) for record in records]
-        say_truncated(examples, self.task, "inputs")
+        log_truncated(examples, self.task, "inputs")
         scores = np.empty((len(examples), len(labels)), np.float32)
         model = self.backbone, self.prefix
         for numbers, part in score(*model, examples, batch_size):
@@ -180,7 +179,7 @@ class TrainedPrompt:
             self.task.example(Record({**record.fields, fields[0]: target}, record.where))
             for record, target in zip(self._records(inputs), targets, strict=True)
         ]
-        say_truncated(examples, self.task, "inputs")
+        log_truncated(examples, self.task, "inputs")
         perplexities = np.empty(len(examples))
         for numbers, scores in score(self.backbone, self.prefix, examples, batch_size):
             tokens = [len(examples[i].candidates[0]) for i in numbers]

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 from transformers import PreTrainedTokenizerFast
 
-from softprompt.data.task import Piece, pieces_of
+from softprompt.data.template import Piece, compile_template
 from softprompt.inference.prompt import TrainedPrompt
 
 
@@ -14,7 +14,9 @@ def adapter_card(prompt: TrainedPrompt) -> str:
     task, model = prompt.task, prompt.base.backbone.auto_class
     pieces = task.pieces  # what follows the opening
     if not prompt.method.adapter_holds_opening:
-        pieces = pieces_of(task.template, task.demonstrations, task.base.tokenizer, virtual=False)
+        pieces = compile_template(
+            task.template, task.demonstrations, task.base.tokenizer, virtual=False
+        )
     return f"""{_metadata(prompt, "peft")}
 # {prompt.description["experiment"]}
 

@@ -41,7 +41,7 @@ def import_prompt(
             template,
             experiment.verbalizer if experiment else None,
             virtual_tokens=virtual,
-            before=before,
+            prefix_length=before,
         )
     except UserError as error:
         raise UserError(f"{source}: {error}") from None

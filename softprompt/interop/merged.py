@@ -17,7 +17,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from softprompt.backbones.families import FAMILIES
 from softprompt.backbones.formats.storing import save_tensors, stored_tensors
 from softprompt.backbones.loading import Base
-from softprompt.data.task import pieces_of
+from softprompt.data.template import compile_template
 from softprompt.errors import UserError
 from softprompt.inference.prompt import TrainedPrompt
 from softprompt.interop.card import written_input
@@ -74,7 +74,7 @@ def export_merged(prompt: TrainedPrompt, folder: Path) -> str:
         generation["suppress_tokens"] = tokenizer.convert_tokens_to_ids(names)
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
     task = prompt.task
-    pieces = pieces_of(task.template, task.demonstrations, tokenizer, virtual=bool(names))
+    pieces = compile_template(task.template, task.demonstrations, tokenizer, virtual=bool(names))
     return written_input(pieces, tokenizer, "".join(names))
 
 

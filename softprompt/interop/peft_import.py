@@ -263,7 +263,7 @@ def _take_pair(left, module: str, linears, entry, paths, base: Base):
             f"{_FILE}: {module} has A {down.shape} and B {up.shape}, but in the base model "
             f"{base.name!r} it is [{outputs}, {inputs}]"
         )
-    return down, entry.form.apart(up, base.backbone.arch)
+    return down, entry.form.split(up, base.backbone.arch)
 
 
 def _scale(config, module: str, pair) -> float:

@@ -11,7 +11,8 @@ import numpy as np
 
 from softprompt.backbones.loading import Base
 from softprompt.errors import UserError
-from softprompt.experiment.schema import Experiment, PrefixSettings, PromptSettings
+from softprompt.experiment.method_settings import PrefixSettings, PromptSettings
+from softprompt.experiment.schema import Experiment
 
 
 def initial_vectors(

@@ -56,6 +56,8 @@ def save_prompt(
       scoring: how the prompt labels inputs; by default the default settings.
       generation: how the prompt generates text; by default the default settings.
     """
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
     method = method.folded()
     arrays = method.arrays(backbone or base.backbone)
     description = describe(
@@ -69,7 +71,7 @@ def save_prompt(
         scoring=scoring,
         generation=generation,
     )
-    save_arrays(Path(folder), arrays, description, _FILE)
+    save_arrays(folder, arrays, description, _FILE)
 
 
 def describe(
@@ -125,7 +127,7 @@ def text_task(method: Method, base: Base) -> Task:
     shapes = {name: array.shape for name, array in arrays.items()}
     virtual, before = method.saved_virtual_tokens(shapes)
     template = TemplateSettings(input="{text}")
-    return make_task(base, template, None, virtual_tokens=virtual, before=before)
+    return make_task(base, template, None, virtual_tokens=virtual, prefix_length=before)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,7 +193,7 @@ class SavedPrompt:
                 description["verbalizer"],
                 [(text, target) for text, target in description["demonstrations"]],
                 virtual_tokens=description["virtual_tokens"],
-                before=before,
+                prefix_length=before,
                 tasks=description["tasks"],
                 task_field=description["task_field"],
             )

@@ -1,1 +1,1 @@
-"""Files that hold base models: safetensors directories, GGUF, and the names of tensors in them."""
+"""The file formats of base models: safetensors directories and GGUF files."""

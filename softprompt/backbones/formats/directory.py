@@ -1,4 +1,4 @@
-"""A model as a directory: `config.json`, safetensors and a tokenizer, in the hub's form."""
+"""A base model as a directory with `config.json`, safetensors and a tokenizer, as on the hub."""
 
 import json
 from pathlib import Path
@@ -12,31 +12,32 @@ from softprompt.errors import UserError
 
 
 class ModelFile(Protocol):
-    """A model on disk."""
+    """A base model on disk."""
 
     @property
     def path(self) -> Path:
-        """Where it is."""
+        """The file or directory."""
 
     @property
     def config(self) -> dict[str, Any]:
-        """What its `config.json` says, or would say."""
+        """The content of `config.json`, or what it would be."""
 
     @property
     def names(self) -> set[str]:
-        """Names of all tensors."""
+        """The names of all tensors."""
 
     def read(self, name: str) -> np.ndarray:
-        """A tensor, its axes in PyTorch's order (`[out, in]` for a matrix)."""
+        """Read a tensor, with its axes in PyTorch's order (`[out, in]` for a matrix)."""
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
-        """Its tokenizer."""
+        """Make the tokenizer."""
 
 
 class ModelDirectory:
-    """A `ModelFile` in a directory, its tensors in one or several safetensors files.
+    """A base model in a directory, with its tensors in one or more safetensors files.
 
-    Raises `UserError` if a file is missing or damaged.
+    Raises:
+      UserError: if a file is missing or damaged.
     """
 
     def __init__(self, path: Path):
@@ -52,18 +53,18 @@ class ModelDirectory:
 
     @property
     def names(self) -> set[str]:
-        """Names of all tensors."""
+        """The names of all tensors."""
         return set(self._file_of)
 
     def read(self, name: str) -> np.ndarray:
-        """A tensor in the type it is stored in."""
+        """Read a tensor in its stored dtype."""
         return np.asarray(self._file_of[name].get_tensor(name))
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
-        """The tokenizer of `tokenizer.json` and the files beside it."""
+        """Make the tokenizer from `tokenizer.json` and the files next to it."""
         try:
             return PreTrainedTokenizerFast.from_pretrained(self.path, local_files_only=True)
-        except Exception as error:  # of every kind, by what is wrong in which file
+        except Exception as error:  # damaged files raise many types
             reason = str(error).strip().split("\n")[0]
             raise UserError(f"{self.path}: its tokenizer cannot be loaded ({reason})") from error
 
@@ -92,13 +93,11 @@ class ModelDirectory:
             files = sorted(self.path / str(shard) for shard in shards)
         for file in files:
             if file.parent != self.path or not file.is_file():
-                pickled = (
-                    ""
-                    if not any(self.path.glob("*.bin"))
-                    else (
-                        "; PyTorch .bin files are not read, for unpickling one can run any code: "
-                        "convert them to safetensors"
+                advice = ""
+                if any(self.path.glob("*.bin")):
+                    advice = (
+                        "; PyTorch .bin files are not supported because unpickling can run any "
+                        "code: convert them to safetensors"
                     )
-                )
-                raise UserError(f"{file}: no such file{pickled}")
+                raise UserError(f"{file}: no such file{advice}")
         return files

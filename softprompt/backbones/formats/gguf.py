@@ -1,8 +1,8 @@
-"""A GGUF file, without torch.
+"""A base model as a GGUF file.
 
-The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The metadata are
-parsed here, for the `gguf` package needs twenty seconds for a large vocabulary; the
-package knows how tensors are quantised.
+The format is described at https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. This module
+parses the metadata itself, because the `gguf` package takes twenty seconds for a large
+vocabulary. It uses the package to dequantize tensors.
 """
 
 import dataclasses
@@ -19,18 +19,19 @@ from transformers import PreTrainedTokenizerFast
 from softprompt.backbones.formats.gguf_tokenizer import read_tokenizer
 from softprompt.errors import UserError
 
-_MODEL_TYPES = {"gemma3": "gemma3_text"}  # where `general.architecture` has another name
+_MODEL_TYPES = {"gemma3": "gemma3_text"}  # the model types whose GGUF names differ
 _SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
 _STRING, _ARRAY = 8, 9
-_DEQUANTISED = ["F32", "F16", *(kind.name for kind in gguf.quants._type_traits)]
-# What reading a damaged file may raise.
+_SUPPORTED_TYPES = ["F32", "F16", *(kind.name for kind in gguf.quants._type_traits)]
+# Errors that parsing a damaged file can raise.
 _DAMAGE = (ValueError, TypeError, KeyError, ArithmeticError, RecursionError, struct.error)
 
 
 class GGUFFile:
-    """A `ModelFile` in one GGUF file.
+    """A base model in a GGUF file.
 
-    Raises `UserError` if the file is no GGUF file or holds something unsupported.
+    Raises:
+      UserError: if the file is not a GGUF file, is damaged, or has unsupported content.
     """
 
     def __init__(self, path: Path):
@@ -59,7 +60,7 @@ class GGUFFile:
         head_size = get("attention.key_length")
         if head_size is None and hidden_size and num_heads:
             head_size = hidden_size // num_heads
-        # Rotary embedding is told in the form of transformers 4, which 5 reads as well.
+        # The rotary embedding is described as in transformers 4, which version 5 reads as well.
         config = {
             "model_type": _MODEL_TYPES.get(kind, kind),
             "vocab_size": embedding.shape[0] if embedding else None,
@@ -74,7 +75,7 @@ class GGUFFile:
             "rope_scaling": self._rope_scaling(get),
             "rms_norm_eps": get("attention.layer_norm_rms_epsilon"),
             "tie_word_embeddings": "output.weight" not in self._tensors,
-            # Even where there is none: what transformers takes for granted may be no token here.
+            # Also if None: the default ids of transformers can be other tokens here.
             "bos_token_id": self._get("tokenizer.ggml.bos_token_id"),
             "eos_token_id": self._get("tokenizer.ggml.eos_token_id"),
             "pad_token_id": self._get("tokenizer.ggml.padding_token_id"),
@@ -83,20 +84,20 @@ class GGUFFile:
             config["partial_rotary_factor"] = get("rope.dimension_count") / head_size
         if kind in ("gemma3", "phi3"):
             config["sliding_window"] = get("attention.sliding_window")
-        if kind == "phi3":  # whose class in transformers does not look for it in `rope_scaling`
+        if kind == "phi3":  # its class in transformers does not look in `rope_scaling`
             config["original_max_position_embeddings"] = self._original_length(get)
         if kind == "gemma3":
             config["rope_local_base_freq"] = get("rope.freq_base_swa", 10_000.0)
-            # The file does not say; only the largest model scales otherwise (Gemma 3 report).
+            # The file lacks the scale. Only the largest model differs (Gemma 3 report).
             largest = config["num_hidden_layers"] == 62
             config["query_pre_attn_scalar"] = hidden_size // num_heads if largest else head_size
         return config
 
     def _rope_scaling(self, get: Any) -> dict[str, Any] | None:
-        """How rotary embedding is scaled, as a `config.json` would say it."""
+        """Return the `rope_scaling` that a `config.json` would have."""
         original = {"original_max_position_embeddings": self._original_length(get)}
         for name in ("rope_freqs.weight", "rope_factors_short.weight"):
-            if name in self._tensors:  # what a scaling divides each frequency by
+            if name in self._tensors:  # the divisor of each frequency
                 return original | {
                     "rope_type": "longrope",
                     "short_factor": self.read(name).tolist(),
@@ -109,16 +110,16 @@ class GGUFFile:
         return original | {"rope_type": scaling, "factor": get("rope.scaling.factor")}
 
     def _original_length(self, get: Any) -> int | None:
-        """Tokens that a model was made for before a scaling made them more."""
+        """Return the context window before the rotary embedding was scaled."""
         return get("rope.scaling.original_context_length", get("context_length"))
 
     @property
     def names(self) -> set[str]:
-        """Names of all tensors but those of the rotary embedding, which `config` has."""
+        """The names of all tensors except those of the rotary embedding, which `config` holds."""
         return {name for name in self._tensors if not name.startswith("rope_")}
 
     def read(self, name: str) -> np.ndarray:
-        """A tensor in float32, its axes in PyTorch's order (`[out, in]` for a matrix)."""
+        """Read a tensor in float32, with its axes in PyTorch's order (`[out, in]` for a matrix)."""
         tensor = self._tensors[name]
         try:
             kind = gguf.GGMLQuantizationType(tensor.kind)
@@ -128,25 +129,31 @@ class GGUFFile:
         except NotImplementedError as error:
             raise UserError(
                 f"{self.path}: tensor {name} is stored as {kind.name}, which is not supported "
-                f"(supported: {', '.join(_DEQUANTISED)})"
+                f"(supported: {', '.join(_SUPPORTED_TYPES)})"
             ) from error
         except ValueError as error:
             raise UserError(f"{self.path}: tensor {name} is damaged ({error})") from error
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
-        """The tokenizer that the file's metadata describe."""
+        """Make the tokenizer that the metadata describe."""
         try:
             inner, special = read_tokenizer(self._get)
             return PreTrainedTokenizerFast(tokenizer_object=inner, **special)
         except UserError as error:
             raise UserError(f"{self.path}: {error}") from None
-        except Exception as error:  # of every kind, by what is wrong with it
+        except Exception as error:  # damaged metadata raise many types
             raise UserError(f"{self.path}: its tokenizer cannot be read ({error})") from error
 
 
 @dataclasses.dataclass(frozen=True)
 class _Tensor:
-    """Where a tensor is: shape in PyTorch's axis order, number of its type, place in the file."""
+    """The location of a tensor.
+
+    Attributes:
+      shape: in PyTorch's axis order.
+      kind: the number of its type.
+      offset: in the file, in bytes.
+    """
 
     shape: tuple[int, ...]
     kind: int
@@ -154,41 +161,45 @@ class _Tensor:
 
 
 def _parse(data: mmap.mmap) -> tuple[dict[str, Any], dict[str, _Tensor]]:
-    """Metadata and tensors of a GGUF file; one of several exceptions if it is damaged."""
-    place = 0
+    """Return the metadata and tensors of a GGUF file.
+
+    Raises:
+      One of `_DAMAGE` if the file is damaged.
+    """
+    position = 0
 
     def take(form: str) -> Any:
-        nonlocal place
-        values = struct.unpack_from("<" + form, data, place)
-        place += struct.calcsize("<" + form)
+        nonlocal position
+        values = struct.unpack_from("<" + form, data, position)
+        position += struct.calcsize("<" + form)
         return values[0] if len(values) == 1 else values
 
     def text() -> str:
-        nonlocal place
+        nonlocal position
         length = take("Q")
-        if length > len(data) - place:
+        if length > len(data) - position:
             raise ValueError("it ends too early")
-        place += length
-        return data[place - length : place].decode()
+        position += length
+        return data[position - length : position].decode()
 
     def value(kind: int) -> Any:
-        nonlocal place
+        nonlocal position
         if kind == _STRING:
             return text()
         if kind != _ARRAY:
             return take(_SCALARS[kind])
-        of, count = take("IQ")
-        if count > len(data) - place:
+        item_kind, count = take("IQ")
+        if count > len(data) - position:
             raise ValueError("it ends too early")
-        if of in (_STRING, _ARRAY):
-            return [value(of) for _ in range(count)]
-        values = np.frombuffer(data, np.dtype("<" + _SCALARS[of]), count, place)
-        place += values.nbytes
+        if item_kind in (_STRING, _ARRAY):
+            return [value(item_kind) for _ in range(count)]
+        values = np.frombuffer(data, np.dtype("<" + _SCALARS[item_kind]), count, position)
+        position += values.nbytes
         return values.tolist()
 
     magic, version, tensor_count, field_count = take("4sIQQ")
     if magic != b"GGUF" or version not in (2, 3):
-        raise ValueError("no GGUF of version 2 or 3, little-endian")
+        raise ValueError("not a little-endian GGUF file of version 2 or 3")
     fields = {text(): value(take("I")) for _ in range(field_count)}
     found = {}
     for _ in range(tensor_count):
@@ -196,7 +207,7 @@ def _parse(data: mmap.mmap) -> tuple[dict[str, Any], dict[str, _Tensor]]:
         shape = tuple(take("Q") for _ in range(dimensions))[::-1]
         found[name] = _Tensor(shape, *take("IQ"))
     alignment = fields.get("general.alignment", 32)
-    start = -(-place // alignment) * alignment
+    start = -(-position // alignment) * alignment
     tensors = {
         name: dataclasses.replace(tensor, offset=start + tensor.offset)
         for name, tensor in found.items()

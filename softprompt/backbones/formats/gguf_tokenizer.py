@@ -1,7 +1,8 @@
-"""The tokenizer that a GGUF file's metadata describe.
+"""The tokenizer that the metadata of a GGUF file describe.
 
-How each kind splits text is what llama.cpp's `src/llama-vocab.cpp` says, whose ids the
-tests compare with; where its patterns are stand-ins for the model's own, these are used.
+Texts are split as in llama.cpp (`src/llama-vocab.cpp`), and the tests compare token ids with
+those of llama.cpp. For some models, llama.cpp uses approximate patterns; this module then uses
+the exact patterns of the model.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,39 +21,43 @@ from tokenizers import (
 
 from softprompt.errors import UserError
 
-_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # types matched whole, before any splitting
-_SPACE = "▁"  # what SentencePiece writes for a space
+_UNKNOWN, _CONTROL, _USER_DEFINED = (
+    2,
+    3,
+    4,
+)  # the types of tokens that are matched before the text is split
+_SPACE = "▁"  # the character for a space in SentencePiece vocabularies
 
-_ENDING = r"'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD]"
+_CONTRACTION = r"'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD]"
 _WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 _SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
-_MARKS = r" ?[^\s\p{L}\p{N}]+"
-_REST = rf"{_MARKS}[\r\n]*|{_SPACES}"
-_REST_WITH_SLASH = rf"{_MARKS}[\r\n/]*|{_SPACES}"
+_PUNCTUATION = r" ?[^\s\p{L}\p{N}]+"
+_REST = rf"{_PUNCTUATION}[\r\n]*|{_SPACES}"
+_REST_WITH_SLASH = rf"{_PUNCTUATION}[\r\n/]*|{_SPACES}"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 
 
 def _cased(ending: str) -> str:
-    """A word that does not go on with a capital behind a small letter."""
+    """Return a pattern for words that splits before a capital letter after a small one."""
     first = r"[^\r\n\p{L}\p{N}]?"
     return f"{first}{_UPPER}*{_LOWER}+{ending}|{first}{_UPPER}+{_LOWER}*{ending}"
 
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
-_LLAMA3 = rf"{_ENDING}|{_WORD}|\p{{N}}{{1,3}}|{_REST}"
+_LLAMA3 = rf"{_CONTRACTION}|{_WORD}|\p{{N}}{{1,3}}|{_REST}"
 
-# What byte-level BPE cuts a text by, one after the other, by the name that files give it.
+# The patterns by which byte-level BPE splits a text, applied in order, by pre-tokenizer name.
 _SPLITS: dict[str, tuple[str, ...]] = {
     "gpt-2": (_GPT2,),
     "smollm": (r"\p{N}", _GPT2),
     "llama-bpe": (_LLAMA3,),
     "dbrx": (_LLAMA3,),
-    "qwen2": (rf"{_ENDING}|{_WORD}|\p{{N}}|{_REST}",),
+    "qwen2": (rf"{_CONTRACTION}|{_WORD}|\p{{N}}|{_REST}",),
     "tekken": (rf"{_cased('')}|\p{{N}}|{_REST_WITH_SLASH}",),
-    "gpt-4o": (rf"{_cased(f'(?:{_ENDING})?')}|\p{{N}}{{1,3}}|{_REST_WITH_SLASH}",),
+    "gpt-4o": (rf"{_cased(f'(?:{_CONTRACTION})?')}|\p{{N}}{{1,3}}|{_REST_WITH_SLASH}",),
     "default": (r"[\p{P}$+<=>^~|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]"),
 }
-_SAME = {  # names that llama.cpp reads as another
+_ALIASES = {  # names that llama.cpp treats alike
     "gpt-2": ("olmo", "phi-2", "mellum", "modern-bert", "gigachat", "a.x-4.0", "exaone4", "mpt"),
     "smollm": ("starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"),
     "llama-bpe": ("llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"),
@@ -61,22 +66,26 @@ _SAME = {  # names that llama.cpp reads as another
     "gpt-4o": ("llama4", "kanana2"),
 }
 _NAMES = {name: name for name in _SPLITS} | {
-    other: name for name, others in _SAME.items() for other in others
+    alias: name for name, aliases in _ALIASES.items() for alias in aliases
 }
-_WHOLE_FIRST = ("llama-bpe", "tekken")  # a piece that is in the vocabulary is a token
-_BEGINNING = ("llama-bpe", "tekken")  # begin with a mark unless the file says otherwise
+_IGNORE_MERGES = ("llama-bpe", "tekken")  # a piece that is in the vocabulary is not split
+_ADD_BOS = ("llama-bpe", "tekken")  # texts begin with a BOS token by default
 
 Get = Callable[..., Any]
 
 
 def read_tokenizer(get: Get) -> tuple[Tokenizer, dict[str, Any]]:
-    """The tokenizer, and the special tokens and chat template to wrap it with.
+    """Make a tokenizer from GGUF metadata.
 
     Args:
-      get: from a GGUF key, and a default, to its value.
+      get: returns the value of a GGUF key, or the default given after the key.
+
+    Returns:
+      The tokenizer, and its special tokens and chat template as arguments for
+      `PreTrainedTokenizerFast`.
 
     Raises:
-      UserError: for a kind that is not supported.
+      UserError: if this kind of tokenizer is not supported.
     """
     kind, pre = get("tokenizer.ggml.model"), get("tokenizer.ggml.pre")
     if kind == "llama":
@@ -93,21 +102,21 @@ def read_tokenizer(get: Get) -> tuple[Tokenizer, dict[str, Any]]:
         [
             AddedToken(
                 token,
-                special=of != _USER_DEFINED,
+                special=token_type != _USER_DEFINED,
                 normalized=False,
-                rstrip=_takes_space_behind(get, token),
+                rstrip=_strips_space_after(get, token),
             )
-            for token, of in zip(tokens, types, strict=True)
-            if of in (_UNKNOWN, _CONTROL, _USER_DEFINED)
+            for token, token_type in zip(tokens, types, strict=True)
+            if token_type in (_UNKNOWN, _CONTROL, _USER_DEFINED)
         ]
     )
-    starts = kind == "llama" or _NAMES[pre] in _BEGINNING
-    before = _marks(get, "bos", tokens, default=starts)
-    behind = _marks(get, "eos", tokens, default=False)
-    if before or behind:
+    adds_bos = kind == "llama" or _NAMES[pre] in _ADD_BOS
+    first = _added_to_texts(get, "bos", tokens, default=adds_bos)
+    last = _added_to_texts(get, "eos", tokens, default=False)
+    if first or last:
         tokenizer.post_processor = processors.TemplateProcessing(
-            single=[*(token for token, _ in before), "$A", *(token for token, _ in behind)],
-            special_tokens=[*before, *behind],
+            single=[*(token for token, _ in first), "$A", *(token for token, _ in last)],
+            special_tokens=[*first, *last],
         )
     special = {
         name: tokens[get(f"tokenizer.ggml.{key}_token_id")]
@@ -122,15 +131,20 @@ def read_tokenizer(get: Get) -> tuple[Tokenizer, dict[str, Any]]:
     return tokenizer, special | {"chat_template": get("tokenizer.chat_template")}
 
 
-def _takes_space_behind(get: Get, token: str) -> bool:
-    """Whether white space behind a special token is lost: in Phi-3, known by the model's name."""
+def _strips_space_after(get: Get, token: str) -> bool:
+    """Return whether white space after a special token is dropped, as Phi-3 does.
+
+    GGUF files mark this only by the name of the model.
+    """
     name = str(get("general.name", "")).lower()
     phi3 = "phi-3" in name or "phi3" in name
     return phi3 and token not in ("<unk>", "<s>", "<|endoftext|>")
 
 
-def _marks(get: Get, key: str, tokens: Sequence[str], default: bool) -> list[tuple[str, int]]:
-    """The token, with its id, that stands at one end of every text, if one does."""
+def _added_to_texts(
+    get: Get, key: str, tokens: Sequence[str], default: bool
+) -> list[tuple[str, int]]:
+    """Return the BOS or EOS token and its id if it is added to every text, else nothing."""
     number = get(f"tokenizer.ggml.{key}_token_id")
     if number is None or not get(f"tokenizer.ggml.add_{key}_token", default):
         return []
@@ -141,7 +155,7 @@ def _byte_level(get: Get, pre: str) -> Tokenizer:
     tokens = get("tokenizer.ggml.tokens")
     merges = [tuple(merge.split(" ")) for merge in get("tokenizer.ggml.merges")]
     vocabulary = {token: i for i, token in enumerate(tokens)}
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre in _WHOLE_FIRST))
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre in _IGNORE_MERGES))
     splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in _SPLITS[pre]]
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
@@ -150,9 +164,9 @@ def _byte_level(get: Get, pre: str) -> Tokenizer:
 
 
 def _sentencepiece(get: Get) -> Tokenizer:
-    """BPE over characters, by scores: of all neighbours that make a token the best first.
+    """Make a tokenizer that merges the pair of neighbours with the best score first.
 
-    Its merges are all the ways to put a token together from two others.
+    The merges are all pairs of tokens whose concatenation is a token, ordered by its score.
     """
     tokens, scores = get("tokenizer.ggml.tokens"), get("tokenizer.ggml.scores")
     vocabulary = {token: i for i, token in enumerate(tokens)}

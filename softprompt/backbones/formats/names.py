@@ -1,9 +1,10 @@
-"""Where the files of each model family keep a backbone's parameters.
+"""Tables of tensor names: where the files of each model family store the parameters.
 
-A table leads from a module of `Decoder` or `T5` to the tensors' name, `{layer}` and
-`{expert}` standing for numbers; `.weight` or `.bias` is added. Of several names the first
-that the file has counts; what is written has the first if its layers have a gate. Where a
-file keeps more or something else than a module's own matrix, `Stored` says in which form.
+A table maps the path of a module in `Decoder` or `T5` to a tensor name without its suffix
+`.weight` or `.bias`. `{layer}` and `{expert}` stand for numbers. If an entry has several names,
+the first one that the file contains is read; writing uses the first name for gated feed-forward
+layers and the second one for others. If a tensor is not simply the module's matrix, the entry is
+a `Stored`, which describes the conversion.
 """
 
 import dataclasses
@@ -17,29 +18,30 @@ Parts = tuple[np.ndarray, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """How a tensor holds one or several modules' matrices, or something else than a matrix.
+    """A conversion between a tensor in a file and the parameters of one or more modules.
 
-    All that these functions do is along the first axis, so that they serve matrices
-    `[out, in]`, biases `[out]` and the `[out, R]` of LoRA alike.
+    Both functions work along the first axis only. They therefore apply to matrices `[out, in]`,
+    biases `[out]` and the `[out, R]` matrices of LoRA.
 
     Attributes:
-      apart: from the tensor, and the architecture, to its parts. `ValueError` if it cannot.
-      together: from the parts to the tensor.
+      split: takes a tensor and the architecture and returns the parts, one per module. It raises
+        `ValueError` if the tensor has the wrong size.
+      join: takes the parts and the architecture and returns the tensor.
     """
 
-    apart: Callable[[np.ndarray, Any], Parts]
-    together: Callable[[Parts, Any], np.ndarray]
+    split: Callable[[np.ndarray, Any], Parts]
+    join: Callable[[Parts, Any], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """A tensor that holds a module's parameter in another form.
+    """A tensor that must be converted to obtain a module's parameter.
 
     Attributes:
-      name: the tensor's.
-      form: which.
-      part: the module's.
-      transposed: whether a matrix is `[in, out]`.
+      name: the tensor's name.
+      form: the conversion.
+      part: the index of the module's part.
+      transposed: whether the file stores matrices as `[in, out]`.
     """
 
     name: str
@@ -51,15 +53,19 @@ class Stored:
 Names = Mapping[str, str | tuple[str, ...] | Stored]
 
 
-def place_of(path: tuple[Any, ...]) -> tuple[str, str]:
-    """The module that a backbone's parameter belongs to, and what its tensor's name ends with."""
+def module_and_suffix(path: tuple[Any, ...]) -> tuple[str, str]:
+    """Return the module of a parameter and the suffix of its tensor name.
+
+    Args:
+      path: the path of the parameter in the backbone.
+    """
     *module, last = map(str, path)
-    if last not in ("table", "kernel", "scale", "bias"):  # a parameter that is its own module
+    if last not in ("table", "kernel", "scale", "bias"):  # the parameter has an entry of its own
         module.append(last)
     return ".".join(module), ".bias" if last == "bias" else ".weight"
 
 
-def _query_key_value_apart(array: np.ndarray, arch: Any) -> Parts:
+def _split_query_key_value(array: np.ndarray, arch: Any) -> Parts:
     kv = arch.num_kv_heads * arch.head_size
     ends = np.cumsum([arch.num_heads * arch.head_size, kv, kv])
     if len(array) != ends[-1]:
@@ -67,44 +73,50 @@ def _query_key_value_apart(array: np.ndarray, arch: Any) -> Parts:
     return tuple(np.split(array, ends[:-1]))
 
 
-def _by_head_apart(array: np.ndarray, arch: Any) -> Parts:
+def _split_heads(array: np.ndarray, arch: Any) -> Parts:
     parts = array.reshape(arch.num_heads, 3, arch.head_size, *array.shape[1:])
     return tuple(parts[:, part].reshape(-1, *array.shape[1:]) for part in range(3))
 
 
-def _by_head_together(parts: Parts, arch: Any) -> np.ndarray:
+def _join_heads(parts: Parts, arch: Any) -> np.ndarray:
     shape = arch.num_heads, arch.head_size, *parts[0].shape[1:]
     stacked = np.stack([part.reshape(shape) for part in parts], axis=1)
     return stacked.reshape(-1, *parts[0].shape[1:])
 
 
-def _pairs(heads: str) -> Form:
-    """Rows whose rotary pairs are next to each other, put half by half."""
+def _interleaved(heads: str) -> Form:
+    """Return the conversion for rows in which the two members of each rotary pair are adjacent.
 
-    def apart(array: np.ndarray, arch: Any) -> Parts:
+    In the backbone, the members of pair i are i and i + h/2.
+
+    Args:
+      heads: the field of the architecture with the number of heads.
+    """
+
+    def split(array: np.ndarray, arch: Any) -> Parts:
         pairs = array.reshape(getattr(arch, heads), -1, 2, *array.shape[1:])
         return (pairs.swapaxes(1, 2).reshape(array.shape),)
 
-    def together(parts: Parts, arch: Any) -> np.ndarray:
+    def join(parts: Parts, arch: Any) -> np.ndarray:
         (array,) = parts
         halves = array.reshape(getattr(arch, heads), 2, -1, *array.shape[1:])
         return halves.swapaxes(1, 2).reshape(array.shape)
 
-    return Form(apart, together)
+    return Form(split, join)
 
 
-def _joined(parts: Parts, arch: Any) -> np.ndarray:
+def _concatenate(parts: Parts, arch: Any) -> np.ndarray:
     return np.concatenate(parts)
 
 
 WHOLE = Form(lambda array, arch: (array,), lambda parts, arch: parts[0])
-QUERY_KEY_VALUE = Form(_query_key_value_apart, _joined)
-BY_HEAD = Form(_by_head_apart, _by_head_together)  # queries, keys, values, from head to head
-HALVES = Form(lambda array, arch: tuple(np.split(array, 2)), _joined)
-FROM_ZERO = Form(  # a norm's scale, kept as its difference from 1
+QUERY_KEY_VALUE = Form(_split_query_key_value, _concatenate)
+BY_HEAD = Form(_split_heads, _join_heads)  # query, key and value of each head in turn
+HALVES = Form(lambda array, arch: tuple(np.split(array, 2)), _concatenate)
+ZERO_CENTERED = Form(  # the scale of a norm, stored minus 1
     lambda array, arch: (array.astype(np.float32) + 1,), lambda parts, arch: parts[0] - 1
 )
-FROM_THIRD = Form(  # learned positions, the first two of which belong to padding
+OFFSET_BY_TWO = Form(  # learned positions that start with two rows for padding
     lambda array, arch: (array[2:],), lambda parts, arch: np.pad(parts[0], [(2, 0), (0, 0)])
 )
 
@@ -139,18 +151,18 @@ OLMO2: Names = {
 
 GEMMA: Names = {
     **LLAMA,
-    "layers.attention_norm": Stored(_LAYER + "input_layernorm", FROM_ZERO),
-    "layers.feed_forward_norm": Stored(_LAYER + "post_attention_layernorm", FROM_ZERO),
-    "norm": Stored("model.norm", FROM_ZERO),
+    "layers.attention_norm": Stored(_LAYER + "input_layernorm", ZERO_CENTERED),
+    "layers.feed_forward_norm": Stored(_LAYER + "post_attention_layernorm", ZERO_CENTERED),
+    "norm": Stored("model.norm", ZERO_CENTERED),
 }
 
 GEMMA2: Names = {
     **GEMMA,
-    "layers.attention_norm_behind": Stored(_LAYER + "post_attention_layernorm", FROM_ZERO),
-    "layers.feed_forward_norm": Stored(_LAYER + "pre_feedforward_layernorm", FROM_ZERO),
-    "layers.feed_forward_norm_behind": Stored(_LAYER + "post_feedforward_layernorm", FROM_ZERO),
-    "layers.query_norm": Stored(_LAYER + "self_attn.q_norm", FROM_ZERO),
-    "layers.key_norm": Stored(_LAYER + "self_attn.k_norm", FROM_ZERO),
+    "layers.attention_norm_behind": Stored(_LAYER + "post_attention_layernorm", ZERO_CENTERED),
+    "layers.feed_forward_norm": Stored(_LAYER + "pre_feedforward_layernorm", ZERO_CENTERED),
+    "layers.feed_forward_norm_behind": Stored(_LAYER + "post_feedforward_layernorm", ZERO_CENTERED),
+    "layers.query_norm": Stored(_LAYER + "self_attn.q_norm", ZERO_CENTERED),
+    "layers.key_norm": Stored(_LAYER + "self_attn.k_norm", ZERO_CENTERED),
 }
 
 PHI3: Names = {
@@ -179,15 +191,15 @@ GPT_NEOX: Names = {
 }
 
 _GPT2_LAYER = "transformer.h.{layer}."
-_GPT2_MIXED = _GPT2_LAYER + "attn.c_attn"
+_GPT2_ATTENTION = _GPT2_LAYER + "attn.c_attn"
 
 GPT2: Names = {
     "embedding": "transformer.wte",
     "positions": "transformer.wpe",
     "layers.attention_norm": _GPT2_LAYER + "ln_1",
-    "layers.attention.query": Stored(_GPT2_MIXED, QUERY_KEY_VALUE, 0, transposed=True),
-    "layers.attention.key": Stored(_GPT2_MIXED, QUERY_KEY_VALUE, 1, transposed=True),
-    "layers.attention.value": Stored(_GPT2_MIXED, QUERY_KEY_VALUE, 2, transposed=True),
+    "layers.attention.query": Stored(_GPT2_ATTENTION, QUERY_KEY_VALUE, 0, transposed=True),
+    "layers.attention.key": Stored(_GPT2_ATTENTION, QUERY_KEY_VALUE, 1, transposed=True),
+    "layers.attention.value": Stored(_GPT2_ATTENTION, QUERY_KEY_VALUE, 2, transposed=True),
     "layers.attention.output": Stored(_GPT2_LAYER + "attn.c_proj", WHOLE, transposed=True),
     "layers.feed_forward_norm": _GPT2_LAYER + "ln_2",
     "layers.feed_forward.up": Stored(_GPT2_LAYER + "mlp.c_fc", WHOLE, transposed=True),
@@ -200,7 +212,7 @@ _OPT_LAYER = "model.decoder.layers.{layer}."
 
 OPT: Names = {
     "embedding": "model.decoder.embed_tokens",
-    "positions": Stored("model.decoder.embed_positions", FROM_THIRD),
+    "positions": Stored("model.decoder.embed_positions", OFFSET_BY_TWO),
     "layers.attention_norm": _OPT_LAYER + "self_attn_layer_norm",
     "layers.attention.query": _OPT_LAYER + "self_attn.q_proj",
     "layers.attention.key": _OPT_LAYER + "self_attn.k_proj",
@@ -215,7 +227,7 @@ OPT: Names = {
 
 
 def _t5_side(side: str, feed_forward: int) -> dict[str, str | tuple[str, ...]]:
-    """The half of T5's table that its encoder and its decoder have alike."""
+    """Return the entries that exist in both the encoder and the decoder of T5."""
     layer = f"{side}.block.{{layer}}.layer."
     attention, last = layer + "0.", f"{layer}{feed_forward}."
     return {
@@ -270,8 +282,8 @@ GGUF: Names = {
 
 GGUF_LLAMA: Names = {
     **GGUF,
-    "layers.attention.query": Stored(_BLOCK + "attn_q", _pairs("num_heads")),
-    "layers.attention.key": Stored(_BLOCK + "attn_k", _pairs("num_kv_heads")),
+    "layers.attention.query": Stored(_BLOCK + "attn_q", _interleaved("num_heads")),
+    "layers.attention.key": Stored(_BLOCK + "attn_k", _interleaved("num_kv_heads")),
 }
 
 GGUF_PHI3: Names = {

@@ -1,4 +1,4 @@
-"""The parameters of a backbone as the tensors of a model directory: the inverse of `weights.py`."""
+"""Writing: from the parameters of a backbone to the tensors of a model directory."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -10,43 +10,47 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
 
-from softprompt.backbones.formats.names import WHOLE, Names, Stored, place_of
+from softprompt.backbones.formats.names import WHOLE, Names, Stored, module_and_suffix
 from softprompt.backbones.loading import Backbone
 
 
 def stored_tensors(backbone: Backbone, names: Names) -> Iterator[tuple[str, np.ndarray]]:
-    """Every tensor by its name, its axes in PyTorch's order, made one at a time.
+    """Convert the parameters of a backbone to tensors, one at a time.
 
-    A tied head is not among them. Each has its parameter's type, or float32 for int8.
+    This is the inverse of `weights.load_weights`. A tied head is left out.
 
     Args:
-      backbone: the model, from whatever file.
-      names: of the family, as in a model directory.
+      backbone: loaded from a file of any format.
+      names: the table for model directories of the family.
+
+    Yields:
+      The name and the value of each tensor, with axes in PyTorch's order, in the dtype of the
+      parameter, or float32 for int8 kernels.
     """
     parameters = {
         tuple(map(str, path)): variable[...]
         for path, variable in nnx.to_flat_state(nnx.state(backbone, nnx.Param))
     }
-    tensors: dict[Stored, dict[int, tuple[str, ...]]] = {}  # and the parameters in each
+    tensors: dict[Stored, dict[int, tuple[str, ...]]] = {}  # the path of each part
     for path in parameters:
         if path[-1] == "scale" and (*path[:-1], "kernel") in parameters:
-            continue  # belongs to its kernel
-        module, ending = place_of(path)
+            continue  # converted together with its kernel
+        module, suffix = module_and_suffix(path)
         entry = find_entry(names, module, backbone.arch)
-        tensor = dataclasses.replace(entry, name=entry.name + ending, part=0)
+        tensor = dataclasses.replace(entry, name=entry.name + suffix, part=0)
         tensors.setdefault(tensor, {})[entry.part] = path
     for tensor, parts in tensors.items():
         paths = [parts[part] for part in sorted(parts)]
         axes = [axis for axis in ("layer", "expert") if f"{{{axis}}}" in tensor.name]
         for index in np.ndindex(parameters[paths[0]].shape[: len(axes)]):
-            arrays = tuple(_one(parameters, path, index) for path in paths)
-            array = tensor.form.together(arrays, backbone.arch)
+            arrays = tuple(_slice(parameters, path, index) for path in paths)
+            array = tensor.form.join(arrays, backbone.arch)
             numbered = tensor.name.format(**dict(zip(axes, index, strict=True)))
             yield numbered, np.ascontiguousarray(array.T if tensor.transposed else array)
 
 
 def save_tensors(tensors: dict[str, np.ndarray], path: Path) -> None:
-    """Write a safetensors file that others may read, as they may any new file."""
+    """Write a safetensors file with the permissions of an ordinary new file."""
     path.touch()
     mode = path.stat().st_mode
     save_file(tensors, path, {"format": "pt"})
@@ -54,23 +58,23 @@ def save_tensors(tensors: dict[str, np.ndarray], path: Path) -> None:
 
 
 def find_entry(names: Names, module: str, arch: Any) -> Stored:
-    """Where a module's parameter is, and in which form.
+    """Return the tensor, and the conversion, of a module's parameter.
 
     Args:
-      names: of the family.
-      module: its path in the backbone.
-      arch: the backbone's architecture.
+      names: the table of the family.
+      module: the path of the module in the backbone.
+      arch: the architecture of the backbone.
     """
     entry = names[module]
     if isinstance(entry, Stored):
         return entry
-    if isinstance(entry, tuple):  # T5's names for layers with a gate and without
+    if isinstance(entry, tuple):  # T5 has different names for gated layers and for others
         entry = entry[0 if arch.gated else 1]
     return Stored(entry, WHOLE)
 
 
-def _one(parameters: Any, path: tuple[str, ...], index: tuple[int, ...]) -> np.ndarray:
-    """One layer's or expert's parameter, in PyTorch's axis order."""
+def _slice(parameters: Any, path: tuple[str, ...], index: tuple[int, ...]) -> np.ndarray:
+    """Return the parameter of one layer or expert, with axes in PyTorch's order."""
     array = parameters[path][index]
     if path[-1] != "kernel":
         return np.asarray(array)

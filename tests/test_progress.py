@@ -1,14 +1,14 @@
-"""What a person sees while work goes on."""
+"""Progress lines of the command line."""
 
 from types import SimpleNamespace
 
-from softprompt.cli import progress as console
+from softprompt.cli import progress
 
 
-def test_the_time_left_is_that_of_the_units_and_not_of_what_comes_before(monkeypatch, capsys):
+def test_the_time_left_does_not_count_the_time_before_the_first_unit(monkeypatch, capsys):
     clock = iter([100.0, 104.0, 112.0, 116.0, 124.0])
-    monkeypatch.setattr(console, "time", SimpleNamespace(monotonic=lambda: next(clock)))
-    with console.Bar("train", 10, "steps", done=2) as bar:
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    with progress.Bar("train", 10, "steps", done=2) as bar:
         for _ in range(4):
             bar.advance(note="loss 1.0")
         bar.drop(1)
