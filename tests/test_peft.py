@@ -236,9 +236,9 @@ def test_what_peft_cannot_express_is_refused(tmp_path):
         (in_place, False, "stand elsewhere"),
         (in_place, True, "nothing stands in front"),
         (behind_text, False, "stand elsewhere"),
-        (trained(base, offsets), False, "method DecomposedPrompt has no form in peft"),
-        (trained(base, offsets), True, "method DecomposedPrompt cannot be written as a prefix"),
-        (trained(base, lora), True, "method LoRA cannot be written as a prefix"),
+        (trained(base, offsets), False, "method dept has no form in peft"),
+        (trained(base, offsets), True, "method dept cannot be written as a prefix"),
+        (trained(base, lora), True, "method lora cannot be written as a prefix"),
     ):
         with pytest.raises(UserError, match=message):
             export_adapter(prompt, tmp_path, as_prefix=as_prefix)
