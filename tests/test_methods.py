@@ -336,7 +336,7 @@ def test_training_starts_from_the_mean_of_trained_prompts(experiment_file, tiny,
     mean = load_prompt(tmp_path / "mean").method.vectors[...]
     first, second = (prompt.vectors[...] for prompt in prompts)
     np.testing.assert_allclose(mean, (first + second) / 2, atol=1e-6)
-    with pytest.raises(UserError, match="one has 3 virtual tokens, not 4 as asked for"):
+    with pytest.raises(UserError, match="a prompt has 3 virtual tokens, but length is 4"):
         train(load_experiment(experiment_file, [*overrides, "prompt.length=4"]), tmp_path / "x")
     with pytest.raises(UserError, match="init: prompts and init_prompts need each other"):
         load_experiment(experiment_file, ["prompt.init=prompts"])
@@ -346,7 +346,7 @@ def test_initial_prompts_must_be_soft_prompts(experiment_file, tiny, tmp_path):
     keys, values = jnp.zeros((2, 3, 3, 2, 8))
     save_prompt(tmp_path / "prefix", PrefixTuning(keys, values), tiny)
     overrides = ["prompt.init=prompts", f"prompt.init_prompts=[{tmp_path / 'prefix'}]"]
-    with pytest.raises(UserError, match="prefix is no soft prompt"):
+    with pytest.raises(UserError, match="prefix is not a soft prompt"):
         train(load_experiment(experiment_file, overrides), tmp_path / "run")
 
 
@@ -413,7 +413,7 @@ def test_a_prefix_takes_tokens_only_from_a_context_window_that_it_shares(tiny):
 
 
 def test_dept_with_a_reparametrization_is_rejected(experiment_file):
-    with pytest.raises(UserError, match=r"dept is not for a prompt\.reparametrization"):
+    with pytest.raises(UserError, match=r"dept does not support prompt\.reparametrization"):
         load_experiment(experiment_file, ["method=dept", "prompt.reparametrization=mlp"])
 
 

@@ -95,7 +95,9 @@ class LoRA(Method):
         linears = matrices_of(backbone)
         for path, scale in self.scales:
             if linears[path].scale is not None:
-                raise UserError("LoRA cannot be merged into int8 matrices; load the base without")
+                raise UserError(
+                    "LoRA cannot be merged into int8 matrices; load the base model without int8"
+                )
             kernel, (down, up) = linears[path].kernel, self._pair(path)
             change = scale * jnp.einsum("lir,lro->lio", down, up)
             kernel.set_value((kernel[...].astype(jnp.float32) + change).astype(kernel.dtype))

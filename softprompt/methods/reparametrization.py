@@ -44,7 +44,7 @@ def reparametrize(
     if name == "low_rank":
         largest = min(vectors.shape)
         if settings.size and settings.size > largest:
-            raise UserError(f"prompt.size {settings.size}: there are only {largest} ranks")
+            raise UserError(f"prompt.size {settings.size}: the rank can be at most {largest}")
         return LowRank(vectors, min(size, largest))
     networks = {"mlp": MLP, "lstm": LSTM, "residual": Residual}
     return networks[name](vectors, size, key)
