@@ -159,7 +159,7 @@ class LoRA(Method):
                     block = matrices[path][1][layer].T * factor
                     parts[paths.index(path)][:, end - size : end] = block
                 module = name.format(layer=layer)
-                up = entry.form.together(tuple(parts), base.backbone.arch)  # [out, R]
+                up = entry.form.join(tuple(parts), base.backbone.arch)  # [out, R]
                 arrays[f"base_model.model.{module}.lora_A.weight"] = np.ascontiguousarray(down)
                 arrays[f"base_model.model.{module}.lora_B.weight"] = np.ascontiguousarray(up)
                 ranks[module] = int(ends[-1])
