@@ -139,5 +139,5 @@ def _vectors_of(path: str, base: Base) -> jax.Array:
     """Return the vectors `[P, D]` of a trained soft prompt."""
     vectors = load_prompt(path, base).method.plain_vectors()
     if vectors is None:
-        raise UserError(f"init_prompts: {path} is no soft prompt")
+        raise UserError(f"init_prompts: {path} is not a soft prompt")
     return vectors
