@@ -47,6 +47,13 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 # They run but a moment, and most of the tests' time goes into compiling them.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 jax.config.update("jax_disable_most_optimizations", True)
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_cpu_use_fusion_emitters=false",
+        "--xla_cpu_parallel_codegen_split_count=1",
+    ]
+)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -1,4 +1,4 @@
-"""Comparing methods by the command line; every run is a process of its own."""
+"""`softprompt compare`: methods are trained on one experiment and tabulated."""
 
 import csv
 import json
@@ -7,8 +7,8 @@ import re
 import pytest
 from conftest import write_experiment
 
-from softprompt import UserError
-from softprompt.cli.compare import table_rows, train
+from softprompt import UserError, train
+from softprompt.cli.compare import table_rows
 from softprompt.cli.main import main
 from softprompt.experiment.reading import load_experiment
 from softprompt.report.tables import table
@@ -22,13 +22,20 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_compare_trains_only_missing_runs_and_tabulates_all_of_them(folder, capfd):
+def train_here(file, overrides, run):
+    """Train in this process, which is faster than in a new one."""
+    train(load_experiment(file, overrides), run)
+
+
+def test_compare_trains_missing_runs_and_tabulates_all_of_them(folder, capfd, monkeypatch):
+    """The first command trains each run in a new process, the second one in this process."""
     runs = folder / "runs"
     arguments = ["compare", str(folder / "letters.yaml"), "template.max_tokens=60", "shots=1"]
     assert main([*arguments, "--methods", "none,lora", "--folder", str(runs)]) == 0
     capfd.readouterr()
     arguments += ["--methods", "none,few-shot,lora", "--seeds", "0,1", "--folder", str(runs)]
     first = (runs / "lora" / "seed-0" / "summary.json").stat().st_mtime_ns
+    monkeypatch.setattr("softprompt.cli.compare.train", train_here)
     assert main(arguments) == 0
     assert (runs / "lora" / "seed-0" / "summary.json").stat().st_mtime_ns == first
     printed = capfd.readouterr().out.splitlines()
@@ -58,11 +65,11 @@ def test_compare_trains_only_missing_runs_and_tabulates_all_of_them(folder, capf
 def test_runs_with_other_settings_are_rejected(folder):
     file, runs = folder / "letters.yaml", folder / "mixed"
     overrides = ["template.max_tokens=60"]
-    (row,) = compare(file, ["none"], [0], overrides, runs, train)
+    (row,) = compare(file, ["none"], [0], overrides, runs, train_here)
     assert table(table_rows([row]), "text").splitlines()[1].split()[0] == "none"
     with pytest.raises(
         UserError, match=r"other settings \(template.max_tokens.*choose another folder"
     ):
-        compare(file, ["none"], [0], ["template.max_tokens=50"], runs, train)
+        compare(file, ["none"], [0], ["template.max_tokens=50"], runs, train_here)
     with pytest.raises(UserError, match="method 'best' is none of none, few-shot"):
-        compare(file, ["best"], [0], [], runs, train)
+        compare(file, ["best"], [0], [], runs, train_here)

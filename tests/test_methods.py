@@ -360,7 +360,7 @@ def test_prompts_together_score_as_each_alone(experiment_file, tmp_path):
     other = dataclasses.replace(
         prompts[1], task=dataclasses.replace(prompts[1].task, template=template)
     )
-    with pytest.raises(UserError, match="prompt 2: of another task than the first"):
+    with pytest.raises(UserError, match="prompt 2: its task differs from the first prompt's"):
         shared_task([prompts[0], other])
 
 

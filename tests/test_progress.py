@@ -1,5 +1,7 @@
 """Progress lines of the command line."""
 
+import logging
+import sys
 from types import SimpleNamespace
 
 from softprompt.cli import progress
@@ -17,3 +19,14 @@ def test_the_time_left_does_not_count_the_time_before_the_first_unit(monkeypatch
         "train 5/10 steps, 00:30 left, loss 1.0",
         "train 7/9 steps, 00:12 left",
     ]
+
+
+def test_each_log_message_is_printed_once(capsys):
+    """Also if another library has added a handler to the root logger."""
+    root, other = logging.getLogger(), logging.StreamHandler(sys.stderr)
+    root.addHandler(other)
+    try:
+        logging.getLogger("softprompt.training").info("resuming")
+    finally:
+        root.removeHandler(other)
+    assert capsys.readouterr().err.splitlines() == ["resuming"]

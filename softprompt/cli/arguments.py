@@ -125,13 +125,14 @@ def add_generation(command: argparse.ArgumentParser) -> None:
         "repetition_penalty": (
             float,
             "X",
-            "penalize tokens that occur earlier in the text; 1: no penalty",
+            "penalize tokens that occur earlier in the text: values above 1 make repetition rarer",
         ),
         "beams": (positive_integer, "N", "beam search with N beams"),
         "length_penalty": (
             float,
             "X",
-            "exponent of the length in the scores of beam search; higher values favor longer texts",
+            "beam search divides the log-probability of a text by its length to the power of X; "
+            "higher values favor longer texts",
         ),
         "samples": (positive_integer, "N", "number of texts per input"),
         "seed": (int, "N", "random seed of sampling"),

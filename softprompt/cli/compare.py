@@ -51,7 +51,10 @@ examples:
         help="random seeds, separated by commas (default: 0)",
     )
     command.add_argument(
-        "--folder", type=Path, metavar="DIR", help="folder of the runs (default: runs/compare/NAME)"
+        "--folder",
+        type=Path,
+        metavar="DIR",
+        help="folder of the runs (default: runs/compare/<name of the file>)",
     )
 
 

@@ -24,8 +24,8 @@ def add_to(subparsers: Any) -> None:
         """\
 Prints one line of JSON: the split, its number of examples, the loss (nats per target token),
 the accuracy if the task has labels, and the metrics of the experiment or of --metrics. Several
-prompts of one task are evaluated in one pass; each gets a line, and two more lines give the
-majority vote and the mean of the probabilities.
+prompts of one task are evaluated in one pass: each gets a line, and two more lines are for
+the ensemble, by majority vote and by mean probability.
 
 examples:
   softprompt eval runs/sentiment

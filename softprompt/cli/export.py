@@ -16,7 +16,7 @@ def add_to(subparsers: Any) -> None:
         run,
         "write a trained prompt in another program's format",
         """\
-Writes the format and a model card (README.md), and prints the folder. Formats:
+Writes a new folder with a model card (README.md), and prints its path. Formats:
   peft         a peft adapter: a soft prompt as PROMPT_TUNING, prefix tuning as PREFIX_TUNING,
                LoRA as LORA
   peft-prefix  a peft adapter of type PREFIX_TUNING: the keys and values of everything that

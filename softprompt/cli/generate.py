@@ -29,9 +29,9 @@ def add_to(subparsers: Any) -> None:
         "generate text with a trained prompt",
         """\
 Prints the text that the model generates for each input. On a terminal, the text for a single
-input appears as it is generated. Settings that are not given are those of the experiment; its
-default is greedy decoding. In float32 on a CPU the output equals that of transformers with the
-virtual tokens prepended.
+input appears as it is generated. Options that are not given keep the settings of the
+experiment, which default to greedy decoding. In float32 on a CPU, the output equals that of
+transformers with the virtual tokens prepended.
 
 examples:
   softprompt generate runs/summarize "A tool that shows the manual of a command."

@@ -23,14 +23,16 @@ def print_line(line: str) -> None:
 def printed_log() -> Iterator[None]:
     """Print what the library logs, one line per message."""
     log, handler = logging.getLogger("softprompt"), _LineHandler()
-    level = log.level
+    level, propagate = log.level, log.propagate
     log.addHandler(handler)
     log.setLevel(logging.INFO)
+    log.propagate = False  # libraries that we use add a handler to the root logger
     try:
         yield
     finally:
         log.removeHandler(handler)
         log.setLevel(level)
+        log.propagate = propagate
 
 
 class _LineHandler(logging.Handler):

@@ -21,10 +21,10 @@ def add_to(subparsers: Any) -> None:
         run,
         "score a file of predictions, or compare two files",
         """\
-Reads lines of {"prediction": ..., "reference": ...}. A reference may be a list of texts; the
-prediction is then compared with each of them. Prints every value with its 95 % bootstrap
-interval. With --against, prints the values of both files, their difference with its interval,
-and its p-value (paired bootstrap); both files must answer the same examples in the same order.
+Reads lines of {"prediction": ..., "reference": ...}. A reference may be a list of texts that
+are all correct. Prints every value with its 95 % bootstrap interval. With --against, prints
+the values of both files, their difference with its interval, and its p-value (paired
+bootstrap); both files must answer the same examples in the same order.
 Metrics of texts: rouge (1, 2, L, Lsum), rouge1 to rouge9, rougeL, rougeLsum, bleu, chrf, ter,
 exact_match, token_f1. Metrics of labels: accuracy, precision, recall, macro_f1, micro_f1,
 matthews, confusion.

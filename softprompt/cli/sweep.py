@@ -38,10 +38,15 @@ examples:
     )
     add_experiment(command)
     command.add_argument(
-        "--folder", type=Path, metavar="DIR", help="the sweep folder (default: runs/FILE)"
+        "--folder",
+        type=Path,
+        metavar="DIR",
+        help="the sweep folder (default: runs/<name of the file>)",
     )
     command.add_argument(
-        "--dry-run", action="store_true", help="list the trials and estimate their time"
+        "--dry-run",
+        action="store_true",
+        help="list the trials and estimate their time, without training",
     )
     command.add_argument("--json", action="store_true", help="with --dry-run: print JSON")
 

@@ -30,7 +30,10 @@ examples:
     )
     add_experiment(command)
     command.add_argument(
-        "--run-dir", type=Path, metavar="DIR", help="the run folder (default: runs/NAME)"
+        "--run-dir",
+        type=Path,
+        metavar="DIR",
+        help="the run folder (default: runs/<name of the experiment>)",
     )
 
 

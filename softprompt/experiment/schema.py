@@ -82,7 +82,7 @@ class Experiment(Section):
 
     @pydantic.model_validator(mode="before")
     @classmethod
-    def _method_has_a_learning_rate(cls, tree: Any) -> Any:
+    def _set_learning_rate(cls, tree: Any) -> Any:
         """Fill in the default learning rate of the method if the file gives none."""
         optimizer, method = tree.get("optimizer", {}), tree.get("method", "prompt")
         if not isinstance(optimizer, dict) or optimizer.get("learning_rate") is not None:
@@ -91,7 +91,7 @@ class Experiment(Section):
         return tree | {"optimizer": optimizer | {"learning_rate": rate}} if rate else tree
 
     @pydantic.model_validator(mode="after")
-    def _parts_fit(self) -> Self:
+    def _check_parts(self) -> Self:
         if self.verbalizer is None:
             self._check_free_text()
             for method in ("prompt", "prefix"):

@@ -35,8 +35,8 @@ class Request:
     Attributes:
       tokens: its ids, at least one.
       prefix: what it attends to first, or None.
-      opening: the ids that the prefix stands for, for the repetition penalty. Negative ids
-        are virtual tokens.
+      opening: the ids of the tokens in the prefix, to which the repetition penalty applies.
+        Virtual tokens have negative ids.
     """
 
     tokens: Sequence[int]

@@ -28,10 +28,17 @@ def parameters_of(backbone: Backbone) -> dict[str, jax.Array]:
 
 
 def with_parameters(backbone: Backbone, arrays: Mapping[str, jax.Array]) -> Backbone:
-    """Return a copy of a backbone with other parameters, named as by `parameters_of`."""
+    """Return a copy of a backbone with other parameters.
+
+    Args:
+      backbone: it is not changed.
+      arrays: new values by path, see `parameters_of`. The other parameters stay as they are.
+    """
     backbone = copied(backbone)
     for path, variable in nnx.to_flat_state(nnx.state(backbone, nnx.Param)):
-        variable.set_value(arrays[".".join(map(str, path))])
+        name = ".".join(map(str, path))
+        if name in arrays:
+            variable.set_value(arrays[name])
     return backbone
 
 

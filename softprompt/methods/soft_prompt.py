@@ -4,6 +4,7 @@ Axis letters: B batch, T tokens, P virtual tokens, D hidden, S tokens of the ope
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import jax
@@ -12,13 +13,19 @@ import numpy as np
 from flax import nnx
 
 from softprompt.backbones.loading import Backbone, Base, Prefix
+from softprompt.data.task import Task
 from softprompt.errors import UserError
 from softprompt.experiment.schema import Experiment
 from softprompt.methods.backbone_arrays import copied
-from softprompt.methods.initializers import initial_vectors
+from softprompt.methods.initializers import (
+    initial_vectors,
+    sampled_vocabulary,
+    text_vectors,
+)
 from softprompt.methods.method import Adapter, Constant, Method, PromptParam
 from softprompt.methods.peft_layout import peft_embedding_scale, prefix_adapter
 from softprompt.methods.reparametrization import reparametrize
+from softprompt.methods.saved import save_prompt
 
 
 class SoftPrompt(Method):
@@ -33,6 +40,18 @@ class SoftPrompt(Method):
       opening: `[S]`, the ids that every row begins with; virtual token i has the id `~i`. By
         default the virtual tokens alone, in order. Virtual tokens that are not in the opening
         are among the tokens of the rows.
+
+    Example:
+      A prompt in front of any model that reads embeddings:
+
+          prompt = SoftPrompt(0.02 * jax.random.normal(jax.random.key(0), (20, 64)))
+          logits = model(prompt(embeddings))  # [B, 20 + T, 64] into the model
+
+      A prompt on a base model of this package:
+
+          base = load_base("smollm2-135m-instruct")
+          prompt = SoftPrompt.from_vocabulary(base, 20, jax.random.key(0))
+          backbone, prefix = prompt.apply(base.backbone)
     """
 
     name: ClassVar[str] = "prompt"
@@ -44,6 +63,44 @@ class SoftPrompt(Method):
     def __init__(self, vectors: jax.Array, opening: jax.Array | Sequence[int] | None = None):
         super().__init__(~jnp.arange(len(vectors)) if opening is None else opening)
         self.vectors = PromptParam(vectors)
+
+    @classmethod
+    def from_vocabulary(cls, base: Base, length: int, key: jax.Array) -> "SoftPrompt":
+        """Start from embeddings of frequent tokens (Lester et al. 2021, section 3.2).
+
+        They are drawn without repetition from the 5,000 lowest ids that are not special.
+
+        Args:
+          base: the base model.
+          length: P, the number of virtual tokens.
+          key: determines the draw.
+        """
+        random = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+        return cls(sampled_vocabulary(base, length, random).astype(jnp.float32))
+
+    @classmethod
+    def from_text(cls, base: Base, text: str, length: int | None = None) -> "SoftPrompt":
+        """Start from the embeddings of a text.
+
+        Args:
+          base: the base model.
+          text: it is tokenised without special tokens.
+          length: P; the text is repeated or truncated to it. By default its number of tokens.
+
+        Raises:
+          UserError: if the text has no tokens.
+        """
+        return cls(text_vectors(base, length, text).astype(jnp.float32))
+
+    def save(self, folder: Path | str, base: Base, task: Task | None = None) -> None:
+        """Save the prompt as a folder that `load_prompt` reads.
+
+        Args:
+          folder: the folder to write; a prompt that is already in it is replaced.
+          base: the base model.
+          task: template and verbalizer; by default free text after `{text}`.
+        """
+        save_prompt(folder, self, base, task)
 
     @classmethod
     def virtual_tokens(cls, experiment: Experiment) -> tuple[int, int]:

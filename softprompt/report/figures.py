@@ -51,7 +51,7 @@ def spread_figure(records: Sequence[RunRecord], axis: str, others: Sequence[str]
     metric = _metric(records)
     lines: dict[str, list[RunRecord]] = {}
     for record in records:
-        lines.setdefault(_named(record, others), []).append(record)
+        lines.setdefault(_line_label(record, others), []).append(record)
     values = _ordered({_key(r.settings.get(axis)): r.settings.get(axis) for r in records})
     numeric = all(isinstance(v, int | float) for v in values)
     positions = values if numeric else list(range(len(values)))
@@ -122,7 +122,7 @@ def curves_figure(records: Sequence[RunRecord], axis: str | None) -> str:
                 marker=marker,
                 markersize=3.5,
             )
-        _dress(axes)
+        _style_axes(axes)
         axes.set(xlabel="step", ylabel=f"{split} {name}")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     if axis and 1 < len(values) <= _MAX_LEGEND:
@@ -187,7 +187,7 @@ def parallel_coordinates(records: Sequence[RunRecord], keys: Sequence[str]) -> s
     quality = np.array([record.quality for record in records], np.float64)
     scales = [_scale([r.settings.get(key) for r in records]) for key in keys]
     scales.append(_scale([float(value) for value in quality]))
-    merit = _unit(_merit(quality, records))
+    merit = _normalized(_merit(quality, records))
     for number in np.argsort(merit):
         heights = [heights[number] for heights, _ in scales]
         color = matplotlib.colormaps[_SHADES](0.05 + 0.85 * merit[number])
@@ -219,14 +219,14 @@ def _scale(values: Sequence[Any]) -> tuple[list[float], list[tuple[float, str]]]
         return [keys.index(_key(value)) * step for value in values], ticks
     numbers = np.array(values, np.float64)
     logarithmic = numbers.min() > 0 and numbers.max() / numbers.min() >= 10
-    heights = _unit(np.log(numbers) if logarithmic else numbers)
+    heights = _normalized(np.log(numbers) if logarithmic else numbers)
     texts = {round(float(h), 4): cell(v) for h, v in zip(heights, values, strict=True)}
     if len(texts) > 6:
         texts = {h: texts[h] for h in (min(texts), max(texts))}
     return heights.tolist(), list(texts.items())
 
 
-def _unit(numbers: np.ndarray) -> np.ndarray:
+def _normalized(numbers: np.ndarray) -> np.ndarray:
     low, high = np.nanmin(numbers), np.nanmax(numbers)
     return np.full(numbers.shape, 0.5) if low == high else (numbers - low) / (high - low)
 
@@ -239,7 +239,7 @@ def _metric(records: Sequence[RunRecord]) -> str:
     return f"{records[0].split} {records[0].metric}"
 
 
-def _named(record: RunRecord, keys: Sequence[str]) -> str:
+def _line_label(record: RunRecord, keys: Sequence[str]) -> str:
     return ", ".join(f"{key} {_tick(record.settings.get(key))}" for key in keys)
 
 
@@ -265,11 +265,11 @@ def _has(record: Mapping[str, Any], split: str, name: str) -> bool:
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots()
-    _dress(axes)
+    _style_axes(axes)
     return figure, axes
 
 
-def _dress(axes: Axes) -> None:
+def _style_axes(axes: Axes) -> None:
     axes.grid(True, linewidth=0.8)
     axes.set_axisbelow(True)
 

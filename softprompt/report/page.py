@@ -69,7 +69,7 @@ def write_report(paths: Sequence[Path], folder: Path, rerun_command: Callable[[P
         by_settings=by_settings,
         rows=[{k: v for k, v in row.items() if k != "error"} for row in rows],
         failures={row["run"]: row["error"] for row in rows if row.get("error")},
-        best=_best(records, keys, rerun_command),
+        best=_best_run(records, keys, rerun_command),
     )
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -120,7 +120,7 @@ def _facts(records: Sequence[RunRecord]) -> dict[str, str]:
 def _figures(records: Sequence[RunRecord]) -> list[tuple[str, str]]:
     """Pairs of a caption and a figure."""
     finished = [r for r in records if r.state == "finished" and _is_number(r.quality)]
-    keys, axis, found = varied(finished), _axis(finished), []
+    keys, axis, found = varied(finished), _main_setting(finished), []
     others = [key for key in keys if key != axis]
     lines = _combinations(finished, others)
     with matplotlib.rc_context(figures.STYLE):
@@ -134,11 +134,13 @@ def _figures(records: Sequence[RunRecord]) -> list[tuple[str, str]]:
             caption = "one line per run through its settings; lighter lines are better"
             found.append((caption, figures.parallel_coordinates(finished, keys)))
         if any(record.records for record in records):
-            found.append(("learning curves", figures.curves_figure(records, _axis(records))))
+            found.append(
+                ("learning curves", figures.curves_figure(records, _main_setting(records)))
+            )
     return found
 
 
-def _axis(records: Sequence[RunRecord]) -> str | None:
+def _main_setting(records: Sequence[RunRecord]) -> str | None:
     """The setting of the main figure: the prompt length, or the setting with most values."""
     keys = varied(records)
     if "prompt.length" in keys:
@@ -155,7 +157,7 @@ def _is_number(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
 
 
-def _best(
+def _best_run(
     records: Sequence[RunRecord], keys: Sequence[str], rerun_command: Callable[[Path], str]
 ) -> dict[str, Any] | None:
     """The best run: settings, metrics, command, predictions and nearest tokens."""
@@ -189,13 +191,13 @@ def _samples(prompt: TrainedPrompt, found: RunRecord) -> list[dict[str, str]]:
     task = prompt.task
     if task.labels:
         examples = [task.example(record) for record in records]
-        right = [task.labels[example.answer or 0] for example in examples]
-        said = [prediction.label for prediction in prompt.classify(records)]
+        references = [task.labels[example.answer or 0] for example in examples]
+        predictions = [prediction.label for prediction in prompt.classify(records)]
     else:
-        right = [task.reference(record) for record in records]
-        said = [generated.text.strip() for generated in prompt.generate(records)]
+        references = [task.reference(record) for record in records]
+        predictions = [generated.text.strip() for generated in prompt.generate(records)]
     inputs = ["\n".join(task.input_fields(record).values()) for record in records]
     return [
         {"input": text, "reference": reference, "prediction": prediction}
-        for text, reference, prediction in zip(inputs, right, said, strict=True)
+        for text, reference, prediction in zip(inputs, references, predictions, strict=True)
     ]
