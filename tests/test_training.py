@@ -133,7 +133,7 @@ def test_a_signal_saves_the_state_and_the_run_goes_on(start, experiment_file, tm
     _, errors = process.communicate()
     assert process.returncode == 128 + number, errors
     assert "Traceback" not in errors
-    assert "all saved; run the same command to resume" in errors
+    assert "all saved; start it again to resume" in errors
     (checkpoint,) = (folder / "checkpoints").iterdir()
     assert f"stopped at step {checkpoint.name}," in errors
     before = read_metrics(folder)

@@ -61,7 +61,7 @@ def train(
         if stop.requested:
             raise Stopped(
                 stop.requested,
-                f"stopped at step {session.run.step}, all saved; run the same command to resume",
+                f"stopped at step {session.run.step}, all saved; start it again to resume",
             )
         return session.finish()
 
