@@ -37,7 +37,7 @@ PAGES = [
 # Pages whose Python or YAML blocks do not run, and why.
 FRAGMENTS = {
     "docs/adding-a-family.md": "shows lines to add to files of the package",
-    "docs/adding-a-method.md": "shows lines to add to files of the package",
+    "docs/adding-a-method.md": "tests/test_methods.py runs its code",
 }
 
 _FENCE = re.compile(r"^ *```([\w-]*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
