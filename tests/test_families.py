@@ -27,7 +27,7 @@ def prompt_of(variant, golden):
     That of transformers is inside the embedding module (Gemma) or behind it (Granite).
     """
     scale = golden_backbone(variant).arch.embedding_scale if "granite" in variant else 1.0
-    return jnp.asarray(golden["prompt"] * scale), scale
+    return golden["prompt"] * np.float32(scale), scale
 
 
 def assert_close(ours, golden, real):
@@ -63,7 +63,7 @@ def causal(backbone, tokens, lengths, prompt):
 @pytest.mark.parametrize("variant", CAUSAL)
 def test_a_causal_model_is_that_of_transformers(variant):
     golden = golden_of(variant)
-    tokens, lengths = jnp.asarray(golden["tokens"]), jnp.asarray(golden["lengths"])
+    tokens, lengths = golden["tokens"], golden["lengths"]
     real = np.arange(tokens.shape[1])[None] < golden["lengths"][:, None]
     prompt, scale = prompt_of(variant, golden)
     backbone = golden_backbone(variant)
@@ -79,21 +79,31 @@ ONE_EACH = list({name.split("-")[0]: name for name in VARIANTS}.values())
 
 
 @quick
-def pull(backbone, embeddings, prefix):
+def pull(backbone, tokens, prompt):
     """How the hidden state at position 4 depends on each embedding, `[T]`."""
+    prefix = backbone.prefill(prompt)
 
     def state(embeddings):
         return backbone(embeddings, prefix=prefix)[0, 4].sum()
 
-    return jnp.abs(jax.grad(state)(embeddings))[0].sum(axis=-1)
+    return jnp.abs(jax.grad(state)(backbone.embedding(tokens)))[0].sum(axis=-1)
 
 
 @pytest.mark.parametrize("variant", [name for name in ONE_EACH if name in CAUSAL])
 def test_no_token_sees_a_later_one(variant):
     backbone, golden = golden_backbone(variant), golden_of(variant)
-    embeddings = backbone.embedding(jnp.asarray(golden["tokens"][:1]))
-    slopes = pull(backbone, embeddings, backbone.prefill(jnp.asarray(golden["prompt"])))
+    slopes = np.asarray(pull(backbone, golden["tokens"][:1], golden["prompt"]))
     np.testing.assert_array_equal(slopes > 0, np.arange(9) <= 4)
+
+
+@quick
+def prefill(backbone, prompt):
+    return backbone.prefill(prompt)
+
+
+@quick
+def hidden_states(backbone, tokens, prefix):
+    return backbone(backbone.embedding(tokens), prefix=prefix)
 
 
 @pytest.mark.parametrize("variant", ONE_EACH)
@@ -101,7 +111,7 @@ def test_greedy_generation_behind_a_prompt_is_that_of_transformers(variant):
     """With a cache here, without one there."""
     golden = golden_of(variant)
     backbone = golden_backbone(variant)
-    prefix = backbone.prefill(prompt_of(variant, golden)[0])
+    prefix = prefill(backbone, prompt_of(variant, golden)[0])
     inputs, expected = (golden["tokens"], golden["lengths"]), golden["generated"]
     written = greedy(backbone, prefix, *inputs, -1, count=expected.shape[1])
     np.testing.assert_array_equal(written, expected)
@@ -114,13 +124,13 @@ def test_rows_with_prefixes_of_their_own_are_those_of_each_alone(variant):
     random = np.random.default_rng(0)
     width = backbone.arch.hidden_size
     vectors = [random.normal(size=(n, width)).astype(np.float32) * 0.1 for n in (2, 7)]
-    prefixes = [backbone.prefill(jnp.asarray(each)) for each in vectors]
+    prefixes = [prefill(backbone, each) for each in vectors]
     rows = [1, None, 0, 1]
-    embeddings = backbone.embedding(jnp.asarray(random.integers(3, 40, (4, 6))))
-    together = backbone(embeddings, prefix=prefixes[0].packed(prefixes, rows))
+    tokens = random.integers(3, 40, (4, 6))
+    together = hidden_states(backbone, tokens, prefixes[0].packed(prefixes, rows))
     for row, number in enumerate(rows):
         prefix = None if number is None else prefixes[number]
-        alone = backbone(embeddings[row : row + 1], prefix=prefix)
+        alone = hidden_states(backbone, tokens[row : row + 1], prefix)
         np.testing.assert_allclose(together[row], alone[0], atol=2e-5)
 
 
