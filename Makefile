@@ -1,14 +1,14 @@
 # make train EXP=sentiment [ARGS="prompt.length=50 seed=1"] [RUN=runs/long]
 # make sweep EXP=sentiment-length [ARGS=...] [RUN=...]
 # make model-gemma3, then base=gemma3-270m
-# make test | lint | format | clean
+# make test | lint | format | docs | clean
 
 PYTHON ?= python3
 EXP ?= sentiment
 RUN ?= runs/$(EXP)
 BIN := .venv/bin
 
-.PHONY: install train sweep model-gemma3 test lint format clean
+.PHONY: install train sweep model-gemma3 test lint format docs wheel clean
 
 install: .venv/installed
 
@@ -44,5 +44,17 @@ format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The documentation tools are installed only for this target.
+.venv/docs-installed: .venv/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	touch $@
+
+docs: .venv/docs-installed
+	$(BIN)/python docs/generate_configuration.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+wheel: install
+	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
+
 clean:
-	rm -rf .venv
+	rm -rf .venv site dist

@@ -1,9 +1,10 @@
-"""Tokens per second and time to the first token, beside peft and stock transformers.
+"""Measure tokens per second and time to first token, next to peft and stock transformers.
 
-Greedy, float32, a prompt of 100 vectors, inputs of 32 random tokens, compiled before; the
-contestants take turns. The others run in a Python of their own, which has torch, gguf, peft and
-transformers, of versions that go together (peft 0.21.2 writes wrong tokens with
-transformers 5.24, the right ones with 4.57):
+Greedy decoding in float32, with a prompt of 100 virtual tokens and inputs of 32 random tokens.
+Programs are compiled before the measurement, and the contestants take turns. peft and
+transformers run in a Python environment of their own, which needs torch, gguf, peft and
+transformers in versions that fit together (peft 0.21.2 generates wrong tokens with
+transformers 5.24 and the right ones with 4.57):
 
     python benchmarks/generation.py --reference other/bin/python
 """
@@ -32,7 +33,7 @@ NEW_TOKENS = 64
 
 
 def generate(base, prefix, tokens, new):
-    """Write so many tokens behind each row, whatever they are; `[B, N]`."""
+    """Generate `new` tokens for each row without stopping at the end-of-text token; `[B, N]`."""
     rows = len(tokens)
     packed = prefix.packed([prefix], [0] * rows)
     lengths, seeds = np.full(rows, tokens.shape[1]), np.zeros(rows, np.uint32)
@@ -51,7 +52,7 @@ def timed(function, *arguments):
 
 
 class Reference:
-    """The process of `peft_generation.py`."""
+    """A process that runs `peft_generation.py`."""
 
     def __init__(self, python, model, vectors):
         script = Path(__file__).with_name("peft_generation.py")
@@ -66,16 +67,16 @@ class Reference:
         )
         self.versions = json.loads(self.process.stdout.readline())
 
-    def __call__(self, how, tokens, new):
-        """Seconds, and what was written."""
-        command = {"how": how, "tokens": tokens.tolist(), "new": new}
+    def __call__(self, name, tokens, new):
+        """Return the seconds it took and the generated ids."""
+        command = {"name": name, "tokens": tokens.tolist(), "new": new}
         print(json.dumps(command), file=self.process.stdin, flush=True)
         answer = json.loads(self.process.stdout.readline())
-        return answer["seconds"], np.array(answer["written"])
+        return answer["seconds"], np.array(answer["tokens"])
 
 
 def first_token(base, repeats):
-    """Milliseconds to the first token of one input, with 10 vectors and with 100, in turn."""
+    """Print the milliseconds to the first token of one input, with 10 and with 100 vectors."""
     tokens = np.random.default_rng(1).integers(20, 40000, (1, 32))
     prefixes = [prefill(base, length) for length in (10, 100)]
     for prefix in prefixes:
@@ -98,7 +99,9 @@ def prefill(base, length):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--base", default="smollm2-135m-instruct", help="a GGUF file's")
+    parser.add_argument(
+        "--base", default="smollm2-135m-instruct", help="a base model in a GGUF file"
+    )
     parser.add_argument("--reference", metavar="PYTHON")
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
@@ -118,18 +121,18 @@ def main():
         rates = {"softprompt": [], "transformers": [], "peft": []}
         same = {}
         for _ in range(options.repeats):
-            seconds, written = timed(generate, base, prefix, tokens, NEW_TOKENS)
+            seconds, own_tokens = timed(generate, base, prefix, tokens, NEW_TOKENS)
             rates["softprompt"].append(rows * NEW_TOKENS / seconds)
-            for how in ("transformers", "peft") if reference else ():
-                seconds, others = reference(how, tokens, NEW_TOKENS)
-                rates[how].append(rows * NEW_TOKENS / seconds)
-                same[how] = (others == written).mean()
+            for name in ("transformers", "peft") if reference else ():
+                seconds, others = reference(name, tokens, NEW_TOKENS)
+                rates[name].append(rows * NEW_TOKENS / seconds)
+                same[name] = (others == own_tokens).mean()
         ours, *theirs = (statistics.median(each) if each else None for each in rates.values())
         cells = [f"{ours:.1f}", *(f"{rate:.1f}" if rate else "-" for rate in theirs)]
         cells += [f"{ours / rate:.2f}" if rate else "-" for rate in theirs]
         print(f"| {rows} | {' | '.join(cells)} |", flush=True)
-        for how, share in same.items():
-            print(f"of the tokens of {how} {share:.1%} are the same", file=sys.stderr)
+        for name, share in same.items():
+            print(f"{share:.1%} of the tokens of {name} are equal", file=sys.stderr)
     first_token(base, 5 * options.repeats)
 
 

@@ -1,7 +1,7 @@
-"""The other side of `generation.py`: peft and stock transformers, where torch is installed.
+"""Run peft or stock transformers for `generation.py`, in an environment that has torch.
 
-Reads a line of JSON for each measurement, `{"how": "peft" or "transformers", "tokens":
-[[...], ...], "new": N}`, and answers with the seconds it took and the tokens written.
+Reads one line of JSON per measurement, `{"name": "peft" or "transformers", "tokens":
+[[...], ...], "new": N}`. Answers with the seconds it took and the generated ids.
 
     python peft_generation.py MODEL.gguf PROMPT.npy
 """
@@ -31,19 +31,19 @@ def main() -> None:
     for line in sys.stdin:
         command = json.loads(line)
         tokens, new = torch.tensor(command["tokens"]), command["new"]
-        how = {"do_sample": False, "max_new_tokens": new, "min_new_tokens": new}
+        settings = {"do_sample": False, "max_new_tokens": new, "min_new_tokens": new}
         began = time.perf_counter()
         with torch.inference_mode():
-            if command["how"] == "peft":
+            if command["name"] == "peft":
                 mask = torch.ones_like(tokens)
-                written = tuned.generate(input_ids=tokens, attention_mask=mask, **how)
+                generated = tuned.generate(input_ids=tokens, attention_mask=mask, **settings)
             else:
                 rows = vectors[None].expand(len(tokens), -1, -1)
                 inputs = torch.cat([rows, plain.get_input_embeddings()(tokens)], dim=1)
                 mask = torch.ones(inputs.shape[:2], dtype=torch.long)
-                written = plain.generate(inputs_embeds=inputs, attention_mask=mask, **how)
+                generated = plain.generate(inputs_embeds=inputs, attention_mask=mask, **settings)
         seconds = time.perf_counter() - began
-        print(json.dumps({"seconds": seconds, "written": written[:, -new:].tolist()}), flush=True)
+        print(json.dumps({"seconds": seconds, "tokens": generated[:, -new:].tolist()}), flush=True)
 
 
 if __name__ == "__main__":

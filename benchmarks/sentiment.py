@@ -1,10 +1,10 @@
-"""The default sentiment experiment over three seeds, and the base model without a prompt.
+"""Run the default sentiment experiment with three seeds, and the base model without a prompt.
 
     python benchmarks/sentiment.py runs/benchmark
 
-Runs `softprompt train` in processes of its own and prints a table; the first run has an
-empty compilation cache, the others find its programs. A last run measures how long a
-command takes until its first training step is done.
+Each run is a separate `softprompt train` process. The first one starts with an empty
+compilation cache, and the others find its programs. A last run measures the time from the
+command to the end of the first training step.
 """
 
 import argparse
@@ -21,11 +21,9 @@ SOFTPROMPT = str(Path(sys.executable).parent / "softprompt")
 
 
 def zero_shot():
-    """Accuracy and loss of the base model alone on the test split."""
-    from softprompt import load_base, load_experiment
-    from softprompt.data.examples import make_examples
+    """Evaluate the base model without a prompt on the test split."""
+    from softprompt import load_base, load_experiment, make_examples, make_task
     from softprompt.data.records import read_records
-    from softprompt.data.task import make_task
     from softprompt.evaluation.evaluate import evaluate
 
     experiment = load_experiment(Path(EXPERIMENT))
@@ -36,7 +34,7 @@ def zero_shot():
 
 
 def seconds_to_first_step(folder, environment):
-    """From the command to the checkpoint that follows its first step."""
+    """Time a command from its start to the checkpoint after its first step."""
     command = [SOFTPROMPT, "train", EXPERIMENT, "checkpoints.every=1", "--run-dir", str(folder)]
     began = time.perf_counter()
     process = subprocess.Popen(command, env=environment)
@@ -84,7 +82,7 @@ def main():
     print(
         f"\nmean test accuracy {mean:.4f}; the base model without a prompt {alone['accuracy']:.3f}"
     )
-    print(f"from the command to the end of its first step, already compiled: {first_step:.1f} s")
+    print(f"time to the first step with a warm compilation cache: {first_step:.1f} s")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Seconds per training step against prompt length: the shared prefix, and prepending.
+"""Time a training step for several prompt lengths: shared prefix against prepending.
 
-Both compute the same gradient. Random tokens, one target a row, the forms in turn so that
-a change of the machine's speed meets both.
+Both forms compute the same gradient. The rows hold random tokens with one target each. The
+forms alternate, so that changes in the machine's speed affect both.
 
     python benchmarks/step.py [--base smollm2-135m-instruct] [--rows 16] [--tokens 40]
 """
@@ -15,19 +15,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from softprompt import SoftPrompt, load_base
+from softprompt import SoftPrompt, cross_entropy, load_base, split, train_step
 from softprompt.data.batches import Layout
 from softprompt.data.examples import Example
 from softprompt.data.records import Record
 from softprompt.experiment.schema import OptimizerSettings
 from softprompt.training.optimizers import UpdateRule, hyperparameters
-from softprompt.training.step import split, train_step
 
 LENGTHS = (1, 10, 20, 50, 100)
 
 
 class Prepended(SoftPrompt):
-    """The prompt in front of every row's embeddings, as `peft` runs it."""
+    """A soft prompt that is prepended to every row, as in `peft`."""
 
     def apply(self, backbone, key=None):
         return _PrependingBackbone(backbone, self), None
@@ -45,16 +44,17 @@ class _PrependingBackbone(nnx.Module):
 
 
 def stepper(base, method, batch):
-    """A function that runs one training step and waits for it."""
+    """Return a function that runs one training step and waits for it."""
     optimizer = UpdateRule.of(OptimizerSettings())
     graphdef, trainable, frozen = split(method, base.backbone)
     opt_state = optimizer.init(trainable, hyperparameters(OptimizerSettings(), 1000))
     key = jax.random.key(0)
+    program = {"graphdef": graphdef, "optimizer": optimizer, "objective": cross_entropy}
 
     def step():
         nonlocal trainable, opt_state
         trainable, opt_state, measured = train_step(
-            trainable, opt_state, frozen, batch, key, graphdef=graphdef, optimizer=optimizer
+            trainable, opt_state, frozen, batch, key, **program
         )
         return float(measured["loss"])
 

@@ -1,10 +1,10 @@
-"""Eight trials in one sweep, against eight runs of `softprompt train`, one after another.
+"""Compare eight trials in one sweep with eight separate runs of `softprompt train`.
 
     python benchmarks/sweep.py FOLDER [--base MODEL] [key=value ...]
 
-The same experiment (sentiment), the same steps; both begin with an empty compilation cache
-and are timed as whole commands. `--base small` makes a llama of 4 layers, D = 128, with
-random weights and the tokenizer of the default base model, in FOLDER.
+Both use the sentiment experiment with the same number of steps, start with an empty
+compilation cache, and are timed as whole commands. `--base small` creates a llama in FOLDER
+with 4 layers, D = 128, random weights and the tokenizer of the default base model.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from softprompt.sweep.space import shown
+from softprompt.sweep.space import format_parameters
 
 EXPERIMENT = Path(__file__).parent.parent / "experiments" / "sentiment.yaml"
 TRIALS = [
@@ -25,7 +25,7 @@ TRIALS = [
 
 
 def small_model(folder):
-    """A directory with a llama of 4 layers and random weights."""
+    """Write a llama of 4 layers with random weights."""
     import numpy as np
     from safetensors.numpy import save_file
 
@@ -72,7 +72,7 @@ def small_model(folder):
 
 
 def timed(arguments, cache):
-    """Seconds of a command, and the most memory that it took, in bytes."""
+    """Run a command, and return its seconds and its peak memory in bytes."""
     environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache)}
     began = time.perf_counter()
     process = subprocess.Popen(
@@ -109,7 +109,7 @@ def main():
     alone = [
         timed(
             [
-                "train", EXPERIMENT, *overrides, *shown(trial).split(),
+                "train", EXPERIMENT, *overrides, *format_parameters(trial).split(),
                 "--run-dir", folder / "alone" / str(number),
             ],
             folder / "compiled-alone",

@@ -1,4 +1,4 @@
-"""`python -m softprompt`."""
+"""Run the command line with `python -m softprompt`."""
 
 import sys
 

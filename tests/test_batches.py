@@ -1,4 +1,4 @@
-"""Batches: layout, order, and that every example comes once an epoch."""
+"""Batches: their layout, their order, and that every epoch contains every example once."""
 
 from collections import Counter
 from itertools import combinations
@@ -11,7 +11,7 @@ from softprompt.data.batches import Layout, TrainingBatches, _least_padding, eva
 
 
 def examples(count, seed=0):
-    """Examples whose first input token is their number."""
+    """Return examples of random lengths whose first input token is their index."""
     lengths = np.random.default_rng(seed).integers(1, 60, count)
     return [
         example_of([i, *range(1, n)], [[1000], [1001, 1002]], i % 2) for i, n in enumerate(lengths)
@@ -22,7 +22,7 @@ def numbers(batch):
     return [int(row[0]) for row, n in zip(batch.tokens, batch.lengths, strict=True) if n]
 
 
-def test_a_row_is_the_input_and_then_its_candidates():
+def test_a_row_contains_the_input_followed_by_the_candidates():
     example = example_of([5, 6, 7], [[10, 11, 12], [13], [14, 15]], 0)
     batch = Layout.of([example]).lay_out([example], 2, 8, 7)
     np.testing.assert_array_equal(batch.tokens[0], [5, 6, 7, 10, 11, 14, 0, 0])
@@ -37,7 +37,7 @@ def test_a_row_is_the_input_and_then_its_candidates():
     assert batch.padding == 10 / 16
 
 
-def test_rows_of_one_sequence_each_need_no_mask():
+def test_rows_with_a_single_sequence_need_no_mask():
     some = [
         example_of([5, 6], [[10, 11]], 0),
         example_of([7], [[12], [13]], 0),
@@ -49,7 +49,7 @@ def test_rows_of_one_sequence_each_need_no_mask():
     np.testing.assert_array_equal(batch.lengths, [3, 1])
 
 
-def test_an_encoder_decoder_reads_no_candidate_behind_the_input():
+def test_separate_targets_are_not_part_of_the_row():
     example = example_of([5, 6, 7], [[10, 11, 12], [13]], 0)
     batch = Layout.of([example], separate_targets=True).lay_out([example], 1, 4, 5)
     np.testing.assert_array_equal(batch.tokens, [[5, 6, 7, 0]])
@@ -58,7 +58,7 @@ def test_an_encoder_decoder_reads_no_candidate_behind_the_input():
     np.testing.assert_array_equal(batch.target_candidates, [[0, 0, 0, 1, -1]])
 
 
-def test_an_epoch_has_every_example_once_and_no_two_epochs_are_alike():
+def test_epochs_contain_every_example_once_in_different_orders():
     batches = TrainingBatches(examples(640), batch_size=4, seed=1)
     first = [n for i in range(160) for n in numbers(batches[i])]
     second = [n for i in range(160, 320) for n in numbers(batches[i])]
@@ -66,14 +66,14 @@ def test_an_epoch_has_every_example_once_and_no_two_epochs_are_alike():
     assert first != second
 
 
-def test_what_does_not_fill_a_batch_is_dropped_but_another_in_each_epoch():
+def test_each_epoch_drops_different_examples_that_do_not_fill_a_batch():
     batches = TrainingBatches(examples(11), batch_size=4, seed=1)
     epochs = [{n for i in (0, 1) for n in numbers(batches[2 * e + i])} for e in range(20)]
     assert all(len(epoch) == 8 for epoch in epochs)
     assert Counter(n for epoch in epochs for n in epoch).keys() == set(range(11))
 
 
-def test_a_batch_depends_on_seed_and_number_alone():
+def test_a_batch_depends_only_on_the_seed_and_its_number():
     one, other = (TrainingBatches(examples(100), 4, seed=1) for _ in range(2))
     for i in (60, 3, 25, 0):
         np.testing.assert_array_equal(one[i].tokens, other[i].tokens)
@@ -81,7 +81,7 @@ def test_a_batch_depends_on_seed_and_number_alone():
     assert any(not np.array_equal(one[i].tokens, third[i].tokens) for i in range(5))
 
 
-def test_the_iterator_goes_on_from_its_state():
+def test_the_iterator_resumes_from_its_state():
     iterator = TrainingBatches(examples(100), 4, seed=1).iterate()
     for _ in range(5):
         next(iterator)
@@ -93,7 +93,7 @@ def test_the_iterator_goes_on_from_its_state():
         np.testing.assert_array_equal(next(other).tokens, tokens)
 
 
-def test_shapes_are_few_and_padding_small():
+def test_there_are_few_shapes_and_little_padding():
     batches = TrainingBatches(examples(2000), batch_size=16, seed=0)
     epoch = [batches[i] for i in range(125)]
     assert len({batch.tokens.shape for batch in epoch}) <= 6
@@ -101,7 +101,7 @@ def test_shapes_are_few_and_padding_small():
     assert padding < 0.2
 
 
-def test_training_rows_hold_only_the_right_candidate():
+def test_training_rows_contain_only_the_right_candidate():
     for batch in [TrainingBatches(examples(40), 4, seed=0)[i] for i in range(10)]:
         for row, number in enumerate(numbers(batch)):
             targets = batch.targets[row][batch.target_candidates[row] == 0]
@@ -109,7 +109,7 @@ def test_training_rows_hold_only_the_right_candidate():
             assert (batch.target_candidates[row] <= 0).all()
 
 
-def test_bounds_waste_as_little_as_the_best_of_all_choices():
+def test_the_chosen_bounds_pad_as_little_as_the_best_possible_bounds():
     random = np.random.default_rng(0)
     for _ in range(20):
         lengths = random.integers(1, 12, 30)
@@ -123,7 +123,7 @@ def test_bounds_waste_as_little_as_the_best_of_all_choices():
         assert sum(min(b for b in bounds if b >= n) for n in lengths) == best
 
 
-def test_a_shape_takes_the_longest_target_of_its_length():
+def test_a_shape_fits_the_longest_target_of_its_length():
     some = [
         example_of([1] * 5, [[2] * 3], 0),
         example_of([1] * 20, [[2]], 0),
@@ -132,7 +132,7 @@ def test_a_shape_takes_the_longest_target_of_its_length():
 
 
 @pytest.mark.parametrize("count", [1, 8, 13])
-def test_evaluation_takes_every_example_once(count):
+def test_evaluation_runs_every_example_once(count):
     seen = []
     for which, batch in evaluation_batches(examples(count), 4, lambda batch: batch):
         assert batch.tokens.shape[0] == 4

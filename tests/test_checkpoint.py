@@ -1,4 +1,4 @@
-"""Saved arrays: exact, whole or not at all, and any damage is noticed and named."""
+"""Saved arrays and checkpoints: exact, atomic, and protected by checksums."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,14 +20,14 @@ def saved(tmp_path):
     return folder
 
 
-def test_what_is_saved_is_loaded(saved):
+def test_saved_arrays_and_descriptions_are_loaded_unchanged(saved):
     assert load_description(saved, "about.json") == {"what": "π"}
     loaded = load_arrays(saved, ARRAYS)
     np.testing.assert_array_equal(loaded["vectors"], ARRAYS["vectors"])
     assert loaded["count"] == 7
 
 
-def test_sums_are_those_of_sha256sum(saved):
+def test_the_checksums_satisfy_sha256sum(saved):
     import subprocess
 
     check = subprocess.run(["sha256sum", "--check", "SHA256SUMS"], cwd=saved, capture_output=True)
@@ -35,7 +35,7 @@ def test_sums_are_those_of_sha256sum(saved):
     assert check.stdout.count(b": OK") == sum(p.is_file() for p in saved.rglob("*")) - 1
 
 
-def test_any_change_to_any_file_is_noticed_and_named(saved):
+def test_a_change_to_any_file_is_detected_and_named(saved):
     files = [p for p in saved.rglob("*") if p.is_file()]
     assert len(files) > 5
     for path in files:
@@ -59,23 +59,23 @@ def test_any_change_to_any_file_is_noticed_and_named(saved):
     load_description(saved, "about.json")
 
 
-def test_arrays_of_another_shape_or_structure_are_refused(saved):
+def test_arrays_of_another_shape_or_structure_are_rejected(saved):
     with pytest.raises(UserError) as error:
         load_arrays(saved, ARRAYS | {"vectors": jnp.zeros((3, 5))})
-    assert "vectors is float32[3, 4], not float32[3, 5]" in str(error.value)
-    with pytest.raises(UserError, match="other is missing, not int32"):
+    assert "vectors is float32[3, 4], expected float32[3, 5]" in str(error.value)
+    with pytest.raises(UserError, match="other is missing, expected int32"):
         load_arrays(saved, ARRAYS | {"other": ARRAYS["count"]})
-    with pytest.raises(UserError, match=r"count is int32\[\], not there"):
+    with pytest.raises(UserError, match=r"count is int32\[\], expected no such array"):
         load_arrays(saved, {"vectors": ARRAYS["vectors"]})
 
 
-def test_saving_replaces_a_folder_and_leaves_nothing_beside_it(saved):
+def test_saving_replaces_a_folder_and_leaves_no_temporary_folders(saved):
     save_arrays(saved, ARRAYS | {"count": jnp.array(8)}, {}, "about.json")
     assert load_arrays(saved, ARRAYS)["count"] == 8
     assert [p.name for p in saved.parent.iterdir()] == ["saved"]
 
 
-def test_a_failed_save_leaves_the_old_one(saved, monkeypatch):
+def test_a_failed_save_keeps_the_old_folder(saved, monkeypatch):
     monkeypatch.setattr("softprompt.storage.arrays._sha256", lambda path: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         save_arrays(saved, ARRAYS | {"count": jnp.array(8)}, {}, "about.json")
@@ -84,7 +84,7 @@ def test_a_failed_save_leaves_the_old_one(saved, monkeypatch):
     assert load_arrays(saved, ARRAYS)["count"] == 7
 
 
-def test_the_newest_and_the_best_are_kept(tmp_path):
+def test_the_newest_checkpoints_and_the_best_one_are_kept(tmp_path):
     checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
     for step in (1, 2, 3, 4):
         checkpoints.save(step, {"x": jnp.array(step)}, {"step": step}, best=1)
@@ -94,7 +94,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     assert checkpoints.load(1, {"x": jnp.array(0)})["x"] == 1
 
 
-def test_states_of_modules_and_optimizers_come_back_in_kind(tmp_path):
+def test_module_and_optimizer_states_can_be_used_after_loading(tmp_path):
     trainable = nnx.state(SoftPrompt(jnp.ones((3, 4))), SoftPrompt.trainable)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.1))
     state = (trainable, optimizer.init(trainable))
@@ -105,7 +105,7 @@ def test_states_of_modules_and_optimizers_come_back_in_kind(tmp_path):
     assert optax.apply_updates(loaded, updates)["vectors"][...].shape == (3, 4)
 
 
-def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+def test_a_write_error_names_the_folder(tmp_path):
     checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
     (tmp_path / "checkpoints").rmdir()
     (tmp_path / "checkpoints").write_text("in the way")

@@ -1,5 +1,6 @@
-"""The command line as a person meets it."""
+"""The command line: results, error messages and help."""
 
+import importlib.metadata
 import io
 import json
 import shutil
@@ -15,15 +16,21 @@ from softprompt.cli.main import main
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A finished run of the letters."""
+    """A finished run of the letters experiment."""
     folder = tmp_path_factory.mktemp("letters")
-    train(load_experiment(write_experiment(folder)), folder / "run")
+    train(load_experiment(write_experiment(folder, 5, 5)), folder / "run")
     return str(folder / "run")
 
 
 @pytest.fixture
+def experiment_file(tmp_path):
+    """The letters experiment with texts of one length, for which one shape is compiled."""
+    return write_experiment(tmp_path, 5, 5)
+
+
+@pytest.fixture
 def call(capsys):
-    """Run a command; gives status, standard output and standard error."""
+    """Run a command, and return its status, standard output and standard error."""
 
     def call(*arguments):
         capsys.readouterr()
@@ -33,7 +40,7 @@ def call(capsys):
     return call
 
 
-def test_train_prints_the_summary_and_eval_agrees_with_it(call, experiment_file, tmp_path):
+def test_train_prints_a_summary_that_eval_reproduces(call, experiment_file, tmp_path):
     status, out, err = call("train", experiment_file, "seed=1", "--run-dir", tmp_path / "run")
     assert status == 0
     summary = json.loads(out)
@@ -46,13 +53,15 @@ def test_train_prints_the_summary_and_eval_agrees_with_it(call, experiment_file,
     assert measured["loss"] == pytest.approx(summary["validation"]["loss"], rel=1e-5)
 
 
-def test_the_run_folder_is_named_after_the_experiment(call, experiment_file, monkeypatch, tmp_path):
+def test_the_default_run_folder_has_the_name_of_the_experiment(
+    call, experiment_file, monkeypatch, tmp_path
+):
     monkeypatch.chdir(tmp_path)
     assert call("train", experiment_file)[0] == 0
     assert (tmp_path / "runs" / "letters" / "prompt" / "prompt.json").exists()
 
 
-def test_predict_takes_texts_files_and_standard_input(call, run, tmp_path, monkeypatch):
+def test_predict_reads_arguments_files_and_standard_input(call, run, tmp_path, monkeypatch):
     status, out, _ = call("predict", run, "aaa", "zz")
     assert status == 0
     lines = [json.loads(line) for line in out.splitlines()]
@@ -100,7 +109,7 @@ def test_inspect_shows_every_virtual_token(call, run):
             ["predict", "{run}", "a", "--base", str(GOLDEN / "llama-untied")],
             "trained on the base model",
         ),
-        (["eval", "/no/run"], "/no/run: is no run's folder"),
+        (["eval", "/no/run"], "/no/run: not a run folder"),
         (["eval", "{run}", "{run}", "--metrics", "bleu"], "--metrics, --output, --normalize"),
         (["eval", "{run}", "--metrics", "rogue"], "there is no metric 'rogue'"),
         (["generate", "{run}"], "give either texts or --input FILE"),
@@ -119,7 +128,7 @@ def test_inspect_shows_every_virtual_token(call, run):
         (["train", "/no/file.yaml"], "/no/file.yaml: cannot be read (No such file or directory)"),
     ],
 )
-def test_mistakes_are_one_line_and_status_1(call, run, arguments, message):
+def test_mistakes_print_one_line_and_exit_with_status_1(call, run, arguments, message):
     status, out, err = call(*[a.format(run=run) for a in arguments])
     assert status == 1
     assert out == ""
@@ -127,7 +136,9 @@ def test_mistakes_are_one_line_and_status_1(call, run, arguments, message):
     assert err.count("\n") == 1
 
 
-def test_options_may_stand_between_words(call, run, experiment_file, tmp_path):
+def test_options_may_come_before_and_after_overrides_and_texts(
+    call, run, experiment_file, tmp_path
+):
     assert call("predict", run, "--batch-size", "32", "aaa", "zz") == call(
         "predict", run, "aaa", "zz"
     )
@@ -137,7 +148,7 @@ def test_options_may_stand_between_words(call, run, experiment_file, tmp_path):
     assert (status, json.loads(out)["trainable_parameters"]) == (0, 2 * 32)
 
 
-def test_a_damaged_prompt_is_refused_by_file(call, run, tmp_path):
+def test_a_damaged_prompt_is_rejected_with_the_name_of_the_file(call, run, tmp_path):
     copy = shutil.copytree(run, tmp_path / "run")
     path = next(p for p in (copy / "prompt").rglob("*") if p.is_file())
     path.write_bytes(path.read_bytes() + b" ")
@@ -148,18 +159,47 @@ def test_a_damaged_prompt_is_refused_by_file(call, run, tmp_path):
 
 @pytest.mark.parametrize(
     "command",
-    ["train", "eval", "predict", "generate", "score", "inspect", "compare", "export", "import"],
+    [
+        *("train", "sweep", "eval", "predict", "generate", "score"),
+        *("inspect", "compare", "runs", "report", "export", "import"),
+    ],
 )
-def test_help_teaches_by_example(command, capsys):
+def test_the_help_of_a_command_has_examples(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
     assert stop.value.code == 0
     assert f"  softprompt {command} " in capsys.readouterr().out.split("examples:")[1]
 
 
-def test_help_does_not_wait_for_jax():
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_help_and_version_do_not_import_jax(option):
     code = (
         "import sys\nfrom softprompt.cli.main import main\n"
-        "try: main(['--help'])\nfinally: assert 'jax' not in sys.modules"
+        f"try: main(['{option}'])\nfinally: assert not {{'jax', 'numpy'}} & set(sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL).returncode == 0
+
+
+def test_the_version_is_that_of_the_installed_package(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"softprompt {importlib.metadata.version('softprompt')}\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [("train", "--run-dir (make: RUN=DIR)"), ("sweep", "--folder (make: RUN=DIR)")],
+)
+def test_an_unsuitable_folder_is_rejected_with_the_option_that_sets_it(
+    call, experiment_file, tmp_path, command, options
+):
+    if command == "sweep":
+        experiment_file.write_text(experiment_file.read_text() + "sweep: {seed: [0, 1]}\n")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    option = options.split()[0]
+    status, _, err = call(command, experiment_file, option, tmp_path / "mine")
+    assert status == 1
+    assert "it contains notes.txt" in err
+    assert err.endswith(f"; choose another folder with {options}\n")

@@ -1,4 +1,4 @@
-"""Methods side by side by the command line; every run is a process of its own."""
+"""`softprompt compare`: methods are trained on one experiment and tabulated."""
 
 import csv
 import json
@@ -7,10 +7,12 @@ import re
 import pytest
 from conftest import write_experiment
 
-from softprompt import UserError
+from softprompt import UserError, train
+from softprompt.cli.compare import table_rows
 from softprompt.cli.main import main
 from softprompt.experiment.reading import load_experiment
-from softprompt.sweep.comparison import compare, table
+from softprompt.report.tables import table
+from softprompt.sweep.comparison import compare
 
 
 @pytest.fixture(scope="module")
@@ -20,13 +22,20 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_what_is_missing_is_trained_and_summed_up(folder, capfd):
+def train_here(file, overrides, run):
+    """Train in this process, which is faster than in a new one."""
+    train(load_experiment(file, overrides), run)
+
+
+def test_compare_trains_missing_runs_and_tabulates_all_of_them(folder, capfd, monkeypatch):
+    """The first command trains each run in a new process, the second one in this process."""
     runs = folder / "runs"
     arguments = ["compare", str(folder / "letters.yaml"), "template.max_tokens=60", "shots=1"]
     assert main([*arguments, "--methods", "none,lora", "--folder", str(runs)]) == 0
     capfd.readouterr()
     arguments += ["--methods", "none,few-shot,lora", "--seeds", "0,1", "--folder", str(runs)]
     first = (runs / "lora" / "seed-0" / "summary.json").stat().st_mtime_ns
+    monkeypatch.setattr("softprompt.cli.compare.train", train_here)
     assert main(arguments) == 0
     assert (runs / "lora" / "seed-0" / "summary.json").stat().st_mtime_ns == first
     printed = capfd.readouterr().out.splitlines()
@@ -53,12 +62,14 @@ def test_what_is_missing_is_trained_and_summed_up(folder, capfd):
     assert [re.split(r" *\| *", line)[1] for line in markdown[2:]] == ["none", "few-shot", "lora"]
 
 
-def test_runs_with_other_settings_are_not_mixed(folder):
+def test_runs_with_other_settings_are_rejected(folder):
     file, runs = folder / "letters.yaml", folder / "mixed"
     overrides = ["template.max_tokens=60"]
-    (row,) = compare(file, ["none"], [0], overrides, runs)
-    assert table([row], "text").splitlines()[1].split()[0] == "none"
-    with pytest.raises(UserError, match=r"other settings \(template.max_tokens.*--folder"):
-        compare(file, ["none"], [0], ["template.max_tokens=50"], runs)
+    (row,) = compare(file, ["none"], [0], overrides, runs, train_here)
+    assert table(table_rows([row]), "text").splitlines()[1].split()[0] == "none"
+    with pytest.raises(
+        UserError, match=r"other settings \(template.max_tokens.*choose another folder"
+    ):
+        compare(file, ["none"], [0], ["template.max_tokens=50"], runs, train_here)
     with pytest.raises(UserError, match="method 'best' is none of none, few-shot"):
-        compare(file, ["best"], [0], [], runs)
+        compare(file, ["best"], [0], [], runs, train_here)

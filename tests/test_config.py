@@ -1,4 +1,4 @@
-"""Experiment files: what they mean, and what is said of mistakes."""
+"""Experiment files: their meaning, and the messages about mistakes."""
 
 import pytest
 import yaml
@@ -62,7 +62,7 @@ def test_overrides_are_typed_and_relative_to_the_current_folder(file, tmp_path, 
     assert experiment.seed == 3
 
 
-def test_extends_puts_one_file_over_another(file):
+def test_extends_merges_a_file_over_another(file):
     (file.parent / "sub").mkdir()
     child = file.parent / "sub" / "child.yaml"
     child.write_text("extends: ../case.yaml\ntraining: {batch_size: 4}\ndata: {train: c.jsonl}\n")
@@ -81,7 +81,7 @@ def test_extends_puts_one_file_over_another(file):
     assert mistakes(child) == [f"{child}:1: extends: other.yaml: no such file"]
 
 
-def test_all_mistakes_are_said_at_once_with_file_line_and_key(file):
+def test_all_mistakes_are_reported_together_with_file_line_and_key(file):
     file.write_text(
         MINIMAL + "prompt:\n  lenght: 5\n  init: vocab\noptimizer: {learning_rate: fast}\nsede: 1\n"
     )
@@ -94,14 +94,14 @@ def test_all_mistakes_are_said_at_once_with_file_line_and_key(file):
             "not 'vocab'",
             f"{file}:12: optimizer.learning_rate: Input should be a valid number, not 'fast'",
             f"{file}:13: sede: unknown key; did you mean 'seed'?",
-            "command line: training.steps=0: training.steps: "
+            "override training.steps=0: training.steps: "
             "Input should be greater than or equal to 1, not 0",
-            "command line: evaluation.evry=2: evaluation.evry: unknown key; did you mean 'every'?",
+            "override evaluation.evry=2: evaluation.evry: unknown key; did you mean 'every'?",
         ]
     )
 
 
-def test_a_missing_key_is_named(file):
+def test_a_missing_key_is_reported(file):
     file.write_text(MINIMAL.replace("  train: a.jsonl\n", "").replace("base: tiny\n", ""))
     assert mistakes(file) == [f"{file}:1: base: missing", f"{file}:1: data.train: missing"]
 
@@ -114,11 +114,11 @@ def test_a_missing_key_is_named(file):
         ("- a\n", "case.yaml:1: an experiment is a mapping"),
         ("a: !!python/object:os.system x\n", "case.yaml:1: not a YAML value (could not determine"),
         ("a: !!bool x\n", "case.yaml:1: not a YAML value"),
-        ("a: &x {b: *x}\n", "case.yaml:1: nested too deep"),
+        ("a: &x {b: *x}\n", "case.yaml:1: nested too deeply"),
         ("extends: [a]\n", "case.yaml:1: extends: the path of another file"),
     ],
 )
-def test_what_is_no_experiment_is_refused_with_its_line(file, text, message):
+def test_an_invalid_file_is_rejected_with_its_line(file, text, message):
     file.write_text(text)
     assert message in mistakes(file)[0]
 
@@ -128,8 +128,8 @@ def test_what_is_no_experiment_is_refused_with_its_line(file, text, message):
     [
         ("template.input=text", "template.input: has no {field} to fill in"),
         ("template.input={text} {", "template.input: not a valid template"),
-        ("training.steps.x=1", "command line: training.steps.x=1: training.steps: Input should"),
-        ("trainig.steps=1", "command line: trainig.steps=1: trainig: unknown key; did you mean"),
+        ("training.steps.x=1", "override training.steps.x=1: training.steps: Input should"),
+        ("trainig.steps=1", "override trainig.steps=1: trainig: unknown key; did you mean"),
         ("template.input='{text.x}'", "template.input: {text.x} is not a field name"),
         ("template.input='{text'", "template.input: not a valid template"),
         (
@@ -144,46 +144,46 @@ def test_what_is_no_experiment_is_refused_with_its_line(file, text, message):
         ("prompt.length=[", "'[' is not a YAML value"),
     ],
 )
-def test_parts_that_do_not_fit_are_refused(file, override, message):
+def test_invalid_values_and_combinations_are_rejected(file, override, message):
     assert any(message in line for line in mistakes(file, override))
 
 
-def test_accuracy_and_labels_need_a_verbalizer(file):
+def test_accuracy_and_init_labels_need_a_verbalizer(file):
     file.write_text(MINIMAL.replace('verbalizer: {yes: " yes", no: " no"}\n', ""))
     for override in ("evaluation.metric=accuracy", "prompt.init=labels"):
         key, value = override.split("=")
         assert mistakes(file, override) == [f"{file}:1: {key}: {value} needs a verbalizer"]
 
 
-def test_a_verbalizer_is_replaced_whole_but_one_label_can_be_set(file):
+def test_extends_replaces_the_whole_verbalizer_and_an_override_sets_one_label(file):
     child = file.parent / "child.yaml"
     child.write_text("extends: case.yaml\nverbalizer: {good: a, bad: b}\n")
     assert load_experiment(child).verbalizer == {"good": "a", "bad": "b"}
     assert load_experiment(file, ["verbalizer.no=n"]).verbalizer == {"yes": " yes", "no": "n"}
 
 
-def test_a_base_that_is_there_is_a_path_like_the_others(file):
+def test_a_base_that_exists_as_a_path_is_resolved_like_other_paths(file):
     assert load_experiment(file).base == "tiny"
     (file.parent / "tiny").mkdir()
     assert load_experiment(file).base == str(file.parent / "tiny")
 
 
-def test_wrong_overrides_are_all_named(file):
+def test_all_invalid_overrides_are_reported(file):
     assert len(mistakes(file, "seed", "prompt.length=[")) == 2
 
 
-def test_a_template_on_the_command_line_needs_no_quotes(file):
+def test_a_template_in_an_override_needs_no_quotes(file):
     assert load_experiment(file, ["template.input={text}!"]).template.input == "{text}!"
 
 
-def test_numbers_and_words_are_those_of_yaml_1_2(file):
+def test_numbers_and_booleans_follow_yaml_1_2(file):
     file.write_text(MINIMAL + "optimizer: {learning_rate: 1e-3}\nname: off\n")
     experiment = load_experiment(file)
     assert experiment.optimizer.learning_rate == 0.001
     assert experiment.name == "off"
 
 
-def test_a_saved_experiment_reads_back_the_same(file, tmp_path):
+def test_a_saved_experiment_is_read_back_unchanged(file, tmp_path):
     overrides = ["data.test=hub:a/b#test", "base=./model", "verbalizer.no='1e5'", "name='1e-3'"]
     experiment = load_experiment(file, overrides)
     folder = tmp_path / "runs" / "case"
@@ -195,21 +195,21 @@ def test_a_saved_experiment_reads_back_the_same(file, tmp_path):
     )
 
 
-def test_differences_name_the_keys(file):
+def test_differences_name_the_changed_keys(file):
     old, new = load_experiment(file), load_experiment(file, ["seed=1", "prompt.init=random"])
     old, new = old.model_dump(), new.model_dump()
     assert differences(old, old) == []
     assert differences(old, new) == [
-        "seed: 0 there, 1 now",
-        "prompt.init: 'vocabulary' there, 'random' now",
+        "seed: was 0, is now 1",
+        "prompt.init: was 'vocabulary', is now 'random'",
     ]
 
 
-def test_template_fields_come_in_order_and_once():
+def test_template_fields_are_listed_in_order_and_once():
     assert template_fields("{b} {{x}} {a} {b}") == ["b", "a"]
 
 
-def test_every_experiment_of_the_repository_is_valid(tmp_path):
+def test_all_experiments_in_the_repository_are_valid(tmp_path):
     files = sorted((REPOSITORY / "experiments").glob("*.yaml"))
     assert files
     for path in files:

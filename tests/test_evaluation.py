@@ -1,4 +1,4 @@
-"""Scores, metrics and predictions, against plain arithmetic."""
+"""Scores, metrics and predictions compared with plain arithmetic."""
 
 import dataclasses
 
@@ -29,23 +29,32 @@ def trained(base, vectors, verbalizer):
     return TrainedPrompt(base, method, backbone, make_prefix(method, backbone), task, {})
 
 
-def text_log_probability(base, prompt, text, continuation):
-    """Log-probability of a continuation behind prompt and text, by the whole sequence."""
+@jax.jit
+def sequence_log_probabilities(backbone, prompt, tokens):
+    """Return the log-probabilities `[P + T, V]` after each position of prompt and tokens `[T]`."""
+    embeddings = SoftPrompt(prompt)(backbone.embedding(tokens[None]))
+    positions = jnp.arange(embeddings.shape[1])[None]
+    logits = backbone.logits(backbone(embeddings, positions, jnp.zeros_like(positions)))
+    return jax.nn.log_softmax(logits[0])
+
+
+def text_log_probability(base, prompt, text, target):
+    """Return the log-probability of a target after the prompt and a text."""
 
     def tokenize(text):
         return base.tokenizer(text, add_special_tokens=False).input_ids
 
-    tokens = jnp.array([tokenize(text) + tokenize(continuation)])
-    embeddings = SoftPrompt(prompt)(base.backbone.embedding(tokens))
-    positions = jnp.arange(embeddings.shape[1])[None]
-    logits = base.backbone.logits(base.backbone(embeddings, positions, jnp.zeros_like(positions)))
-    log_probabilities = jax.nn.log_softmax(logits[0])
-    first = len(prompt) + len(tokenize(text)) - 1
-    return sum(float(log_probabilities[first + i, t]) for i, t in enumerate(tokenize(continuation)))
+    before, after = tokenize(text), tokenize(target)
+    # Padding at the end changes nothing before it, and saves a program for every length.
+    tokens = np.zeros(40, np.int32)
+    tokens[: len(before) + len(after)] = before + after
+    found = np.asarray(sequence_log_probabilities(base.backbone, prompt, tokens))
+    first = len(prompt) + len(before) - 1
+    return sum(float(found[first + i, token]) for i, token in enumerate(after))
 
 
-def test_probabilities_are_those_of_the_whole_texts(tiny):
-    """Verbalizers of several tokens, one a beginning of another, texts of many lengths."""
+def test_probabilities_equal_those_of_whole_sequences(tiny):
+    """Verbalizers have several tokens, one is a prefix of another, and lengths differ."""
     verbalizer = {"one": " ab", "two": " a", "three": "xyz"}
     vectors = jax.random.normal(jax.random.key(0), (4, 32))
     texts = ["first", "a", "the second, which is longer", "third"]
@@ -58,11 +67,11 @@ def test_probabilities_are_those_of_the_whole_texts(tiny):
         assert prediction.label == list(verbalizer)[int(np.argmax(expected))]
 
 
-def test_no_text_gives_no_prediction(tiny):
+def test_no_inputs_give_no_predictions(tiny):
     assert trained(tiny, jnp.ones((1, 32)), {"a": "a", "b": "b"}).classify([]) == []
 
 
-def test_the_loss_of_known_scores():
+def test_loss_and_perplexity_of_known_scores():
     examples = [example_of([1], [[5, 6], [7]], answer) for answer in (0, 1, 1)]
     scores = np.log([[0.5, 0.1], [0.2, 0.4], [0.9, 0.3]])
     loss = -np.log(0.5 * 0.4 * 0.3) / (2 + 1 + 1)
@@ -82,7 +91,7 @@ def records(*pairs):
 PAIRS = [("aaa", "low"), ("zz", "high"), ("m", "low"), ("qqqq", "high"), ("b", "low")]
 
 
-def test_the_base_model_alone_is_evaluated_without_a_prefix(tiny, tmp_path):
+def test_the_base_model_is_evaluated_without_a_prefix(tiny, tmp_path):
     experiment = letters_experiment(tmp_path, "evaluation.metrics=[macro_f1,matthews,perplexity]")
     task = make_task(tiny, experiment.template, experiment.verbalizer)
     examples = [task.example(record) for record in records(*PAIRS)]
@@ -106,7 +115,7 @@ def test_the_base_model_alone_is_evaluated_without_a_prefix(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("how", [{"normalize": True}, {"calibrate": "N/A"}, {}])
-def test_labels_are_chosen_as_the_scoring_says(tiny, how):
+def test_scoring_settings_decide_how_labels_are_chosen(tiny, how):
     verbalizer = {"one": " ab", "two": " a", "three": "xyz"}
     vectors = jax.random.normal(jax.random.key(0), (4, 32))
     prompt = dataclasses.replace(trained(tiny, vectors, verbalizer), scoring=ScoringSettings(**how))
@@ -127,7 +136,7 @@ def test_labels_are_chosen_as_the_scoring_says(tiny, how):
         assert prediction.label == list(verbalizer)[int(expected.argmax())]
 
 
-def test_a_batch_too_large_is_halved(tiny, monkeypatch, capsys):
+def test_a_batch_that_exceeds_memory_is_halved(tiny, monkeypatch, capsys):
     prompt = trained(tiny, jnp.ones((1, 32)), {"a": "a", "b": "bc"})
     texts = ["first", "a", "the second, which is longer", "four", "5"]
     expected, scores = prompt.classify(texts), scoring.candidate_scores
@@ -139,15 +148,14 @@ def test_a_batch_too_large_is_halved(tiny, monkeypatch, capsys):
 
     monkeypatch.setattr(scoring, "candidate_scores", limited)
     found = prompt.classify(texts, batch_size=5)
-    assert "no memory for 5 inputs at a time: trying 2" in capsys.readouterr().err
+    assert "trying 2 instead of 5 inputs at a time" in capsys.readouterr().err
     for one, other in zip(found, expected, strict=True):
         assert one.probabilities == pytest.approx(other.probabilities, rel=1e-5)
     with pytest.raises(UserError, match="batch_size 0: must be 1 or more"):
         prompt.classify(texts, batch_size=0)
 
 
-def test_both_forms_of_scoring_together(tiny):
-    """The example that shows the order: the difference is what is divided."""
+def test_scores_are_calibrated_before_they_are_normalized(tiny):
     scores = np.array([[-4.0, -1.5]])
     example = example_of([1, 2], [[5, 6], [7]], 0)
     task = make_task(tiny, TemplateSettings(input="{text}"), {"a": "ab", "b": "c"})
@@ -159,7 +167,7 @@ def test_both_forms_of_scoring_together(tiny):
     np.testing.assert_allclose(found, (scores + of_empty) / [2, 1], rtol=1e-6)
 
 
-def test_perplexity_of_given_targets(tiny):
+def test_perplexity_equals_that_of_whole_sequences(tiny):
     vectors = jax.random.normal(jax.random.key(0), (4, 32))
     prompt = trained(tiny, vectors, None)
     texts, targets = ["first", "a"], ["abc", "q"]
@@ -177,7 +185,7 @@ def test_perplexity_of_given_targets(tiny):
 FREE = ["verbalizer=null", "evaluation.metric=rouge1.f1", "evaluation.metrics=[rouge1,exact_match]"]
 
 
-def test_free_text_is_written_and_measured(tiny, tmp_path):
+def test_free_text_is_generated_and_measured(tiny, tmp_path):
     experiment = letters_experiment(tmp_path, *FREE, "generation.max_new_tokens=5")
     vectors = jax.random.normal(jax.random.key(0), (3, 32))
     task = make_task(tiny, experiment.template, None, virtual_tokens=3)
@@ -201,7 +209,7 @@ def test_free_text_is_written_and_measured(tiny, tmp_path):
     assert not nothing.samples
 
 
-def test_nearest_tokens_of_token_embeddings_are_these_tokens(tiny):
+def test_the_nearest_tokens_of_token_embeddings_are_the_tokens(tiny):
     tokens = jnp.array([40, 41])
     vectors = 3 * tiny.backbone.embedding(tokens)
     near = nearest_tokens(trained(tiny, vectors, {"a": "a", "b": "b"}), 2)

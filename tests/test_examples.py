@@ -1,14 +1,18 @@
-"""Records and templates: what becomes text and tokens, and what is refused, with its place."""
+"""Records, templates and datasets: encoding, digests, and errors that name the record."""
 
 import re
 import sys
+import types
 
 import pytest
+from conftest import example_of
 
 from softprompt import UserError
+from softprompt.data.examples import Example, Examples, data_digest, same_data
 from softprompt.data.records import Record, read_records
-from softprompt.data.task import make_task
+from softprompt.data.task import make_examples, make_task
 from softprompt.experiment.schema import TemplateSettings
+from softprompt.training.preparation import Preparation
 
 VERBALIZER = {"good": " yes", "bad": " no"}
 
@@ -27,14 +31,14 @@ def write(path, text):
     return str(path)
 
 
-def test_jsonl_records_know_their_lines(tmp_path):
+def test_jsonl_records_remember_their_lines(tmp_path):
     source = write(tmp_path / "d.jsonl", '{"a": "x"}\n\n{"a": 1, "b": true}\n')
     records = read_records(source)
     assert [r.where for r in records] == [f"{source}:1", f"{source}:3"]
     assert (records[0].text("a"), records[1].text("a"), records[1].text("b")) == ("x", "1", "true")
 
 
-def test_a_csv_column_may_lack_a_name(tmp_path):
+def test_a_csv_column_without_a_name_is_accepted(tmp_path):
     (record,) = read_records(write(tmp_path / "d.csv", ",text\n0,x\n"))
     assert record.text("text") == "x"
 
@@ -44,7 +48,7 @@ def test_a_long_csv_field_is_read(tmp_path):
     assert len(record.text("text")) == 200_000
 
 
-def test_csv_records_know_their_lines_and_may_hold_newlines(tmp_path):
+def test_csv_records_remember_their_lines_and_may_contain_newlines(tmp_path):
     source = write(tmp_path / "d.csv", 'text,label\n"two\nlines, one field",good\nb,bad\n')
     records = read_records(source)
     assert records[0].fields == {"text": "two\nlines, one field", "label": "good"}
@@ -56,37 +60,139 @@ def test_csv_records_know_their_lines_and_may_hold_newlines(tmp_path):
     [
         ("d.jsonl", '{"a": 1}\n{"a": \n', "d.jsonl:2: not valid JSON"),
         ("d.jsonl", "[1]\n", "d.jsonl:1: not a JSON object"),
-        ("d.jsonl", '{"a": NaN}\n', "d.jsonl:1: not valid JSON (NaN is no number of JSON)"),
+        ("d.jsonl", '{"a": NaN}\n', "d.jsonl:1: not valid JSON (JSON has no number NaN)"),
         ("d.jsonl", "\n", "d.jsonl: has no records"),
         ("d.csv", "a,b\n1\n", "d.csv:2: not as many columns as the header"),
         ("d.csv", "a,b\n1,2,3\n", "d.csv:2: not as many columns as the header"),
         ("d.txt", "x", "d.txt: unknown kind of dataset (known: .jsonl, .csv"),
     ],
 )
-def test_a_bad_dataset_is_refused_with_file_and_line(tmp_path, name, content, message):
+def test_an_invalid_dataset_is_rejected_with_file_and_line(tmp_path, name, content, message):
     with pytest.raises(UserError) as error:
         read_records(write(tmp_path / name, content))
     assert message in str(error.value)
 
 
-def test_bytes_that_are_no_text_are_refused(tmp_path):
+def test_bytes_that_are_not_utf8_are_rejected(tmp_path):
     (tmp_path / "d.jsonl").write_bytes(b'{"a": "x"}\n{"a": "\xff"}\n')
     with pytest.raises(UserError, match=r"d\.jsonl:2: not UTF-8 text"):
         read_records(str(tmp_path / "d.jsonl"))
 
 
-def test_a_missing_file_is_named():
+def test_an_error_names_a_missing_file():
     with pytest.raises(UserError, match=re.escape("no/such.jsonl: cannot be read (No such file")):
         read_records("no/such.jsonl")
 
 
-def test_hub_datasets_need_the_extra(monkeypatch):
+def test_hub_datasets_need_the_datasets_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match="run: pip install datasets"):
         read_records("hub:stanfordnlp/sst2#train")
 
 
-def test_an_example_is_its_filled_template_and_all_candidates(tiny):
+def test_hub_datasets_are_read_row_by_row(monkeypatch):
+    class Rows:
+        def __len__(self):
+            return 1000
+
+        def __getitem__(self, index):
+            assert index < 3  # no other row is read
+            return {"text": f"row {index}", "label": None}
+
+    hub = types.SimpleNamespace(load_dataset=lambda name, split: Rows())
+    monkeypatch.setitem(sys.modules, "datasets", hub)
+    records = read_records("hub:a/b#train")
+    assert len(records) == 1000
+    assert [record.text("text") for record in records[:3]] == ["row 0", "row 1", "row 2"]
+    with pytest.raises(UserError, match="hub:a/b#train row 2: field 'label' is NoneType"):
+        records[2].text("label")
+
+
+def test_any_sequence_of_mappings_is_a_dataset(tiny):
+    rows = [{"title": "T", "text": "a", "label": "bad"}, record(title="U", text="b", label="good")]
+    examples = make_examples(task(tiny), read_records(rows))
+    assert [example.answer for example in examples] == [1, 0]
+    assert [tiny.tokenizer.decode(e.input) for e in examples] == ["T: a ->", "U: b ->"]
+    assert make_examples(task(tiny), rows).digest == examples.digest
+    with pytest.raises(UserError, match="row 1: no field 'text'"):
+        make_examples(task(tiny), [*rows[:1], {"title": "T", "label": "bad"}])
+    with pytest.raises(UserError, match="row 0: str, not a mapping of fields"):
+        make_examples(task(tiny), ["text"])
+    with pytest.raises(UserError, match="sequence of rows: has no records"):
+        read_records([])
+
+
+def test_sequences_replace_the_sources_of_an_experiment(experiment):
+    """The digests agree, so a run may also be resumed with the same data as a sequence."""
+    rows = [dict(record.fields) for record in read_records(experiment.data.train)]
+    from_files = Preparation().prepare(experiment).examples
+    moved = experiment.data.model_copy(update={"train": "no/such.jsonl"})
+    experiment = experiment.model_copy(update={"data": moved})
+    assert same_data(
+        data_digest(from_files), Preparation().prepare(experiment, {"train": rows}).examples
+    )
+    with pytest.raises(UserError, match="train row 30: no field 'text'"):
+        Preparation().prepare(experiment, {"train": [*rows, {"label": "low"}]})
+    with pytest.raises(UserError, match="data: 'dev' is none of train, validation, test"):
+        Preparation().prepare(experiment, {"train": rows, "dev": rows})
+
+
+def splits(answer=1, first=5):
+    """Examples with virtual tokens, several candidates, and without an answer."""
+    train = [example_of([1, ~0], [[first, 6], [7]], answer), example_of([2], [[3]], 0)]
+    test = [Example([9], [[4], [8]], None, Record({}, "a test"), truncated=True)]
+    return {"train": Examples(train), "test": Examples(test)}
+
+
+def test_the_digest_recognizes_the_data():
+    digest = data_digest(splits())
+    assert same_data(digest, splits())
+    for other in (
+        splits(answer=0),
+        splits(first=4),
+        {"train": splits()["train"]},
+        {"test": splits()["train"], "train": splits()["test"]},
+    ):
+        assert not same_data(digest, other)
+        assert data_digest(other) != digest
+    assert Examples([example_of([1, 2], [[3]], 0)]).digest != (
+        Examples([example_of([1], [[2, 3]], 0)]).digest
+    )
+
+
+def test_the_digest_of_earlier_versions_recognizes_the_data():
+    """Checkpoints of earlier versions hold one digest over the examples of all splits."""
+    saved = "dda3f5221b446ec7a3f2ceebc1b567f3ea295b0c59efe0e8883c38385d74dfe6"
+    assert same_data(saved, splits())
+    assert not same_data(saved, splits(answer=0))
+
+
+def test_a_dataset_knows_the_lengths_of_its_examples():
+    dataset = Examples(
+        [
+            example_of([1, 2, 3], [[5, 6], [7]], 1),
+            example_of([1], [[5, 6], [7, 8, 9]], 0),
+            Example([4, 5], [], None, Record({}, "a test"), truncated=True),
+        ]
+    )
+    lengths = dataset.lengths
+    assert lengths.input.tolist() == [3, 1, 2]
+    assert lengths.answer.tolist() == [1, 2, 0]
+    assert lengths.longest.tolist() == [2, 3, 0]
+    assert lengths.targets.tolist() == [3, 5, 0]
+    assert lengths.read.tolist() == [1, 3, 0]
+    assert lengths.branching
+    assert not Examples([dataset[0], dataset[2]]).lengths.branching
+    assert not lengths.answer_only().branching
+    assert lengths.answer_only().targets.tolist() == [1, 2, 0]
+    assert dataset.truncated == 1
+    assert dataset[-1] is dataset[2]
+    assert dataset[1:] == [dataset[1], dataset[2]]
+    assert dataset[:5] is dataset
+    assert Examples.of(dataset) is dataset
+
+
+def test_an_example_contains_the_filled_template_and_all_candidates(tiny):
     example = task(tiny).example(record(title="T", text="a{b}", label="bad"))
     decode = tiny.tokenizer.decode
     assert decode(example.input) == "T: a{b} ->"
@@ -102,7 +208,7 @@ def test_free_text_ends_with_the_end_of_text_token(tiny):
     assert example.answer == 0
 
 
-def test_braces_are_written_twice(tiny):
+def test_double_braces_are_literal_braces(tiny):
     example = task(tiny, '{{"{text}"}}').example(record(text="x", label="bad"))
     assert tiny.tokenizer.decode(example.input) == '{"x"}'
 
@@ -112,7 +218,10 @@ def test_braces_are_written_twice(tiny):
     [
         ({"title": "t", "label": "good"}, "no field 'text' (its fields: title, label)"),
         ({"title": "t", "text": " ", "label": "good"}, "field 'text' is empty"),
-        ({"title": "t", "text": "\ud800", "label": "good"}, "field 'text' has half a surrogate"),
+        (
+            {"title": "t", "text": "\ud800", "label": "good"},
+            "field 'text' contains an unpaired surrogate",
+        ),
         ({"title": "t", "text": None, "label": "good"}, "field 'text' is NoneType, not text"),
         ({"title": "t", "text": ["x"], "label": "good"}, "field 'text' is list, not text"),
         ({"title": "t", "text": "x"}, "no field 'label'"),
@@ -122,22 +231,22 @@ def test_braces_are_written_twice(tiny):
         ),
     ],
 )
-def test_a_record_that_will_not_do_is_refused_with_its_place(tiny, fields, message):
+def test_an_invalid_record_is_rejected_with_its_place(tiny, fields, message):
     with pytest.raises(UserError) as error:
         task(tiny).example(record(**fields))
     assert str(error.value).startswith(f"file.jsonl:7: {message}")
 
 
-def test_an_input_too_long_loses_the_end_of_its_longest_field(tiny):
+def test_a_long_input_is_truncated_at_the_end_of_its_longest_field(tiny):
     fields = {"title": "title", "text": "abcdefghij", "label": "good"}
     example = task(tiny, most=17).example(record(**fields))
-    assert tiny.tokenizer.decode(example.input) == "title: abc ->"  # 13, and 4 for " yes"
+    assert tiny.tokenizer.decode(example.input) == "title: abc ->"  # 13 tokens, and 4 for " yes"
     assert example.truncated
     exact = task(tiny, most=24).example(record(**fields))
     assert tiny.tokenizer.decode(exact.input) == "title: abcdefghij ->"
     assert not exact.truncated
 
 
-def test_a_template_too_long_by_itself_is_refused(tiny):
+def test_a_template_that_is_too_long_without_fields_is_rejected(tiny):
     with pytest.raises(UserError, match="20 tokens, 10 too many, and its longest"):
         task(tiny, most=14).example(record(title="title", text="abcdefghij", label="good"))

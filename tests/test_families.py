@@ -17,13 +17,6 @@ T5 = [name for name in VARIANTS if name.startswith("t5")]
 CAUSAL = [name for name in VARIANTS if name not in T5]
 
 
-@pytest.fixture(autouse=True)
-def forget_each_program():
-    """No two tests here share one."""
-    yield
-    jax.clear_caches()
-
-
 def golden_of(variant):
     return dict(np.load(FAMILIES_GOLDEN / variant / "golden.npz"))
 

@@ -1,4 +1,4 @@
-"""Whole runs on free text: measured by what is written, kept as samples, used by command."""
+"""Runs on free text: generated texts are measured, saved, and available as commands."""
 
 import dataclasses
 import json
@@ -30,7 +30,7 @@ def lines(path):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("free")
-    summary = train(load_experiment(write_experiment(folder), FREE), folder / "run")
+    summary = train(load_experiment(write_experiment(folder, 5, 5), FREE), folder / "run")
     return folder / "run", summary
 
 
@@ -43,7 +43,7 @@ def call(capsys):
     return call
 
 
-def test_samples_of_every_evaluation_are_kept(run):
+def test_samples_of_every_evaluation_are_saved(run):
     folder, summary = run
     samples = lines(folder / "samples.jsonl")
     assert [sample["step"] for sample in samples] == [4] * 4 + [8] * 4 + [12] * 4
@@ -55,14 +55,14 @@ def test_samples_of_every_evaluation_are_kept(run):
     assert measure(["rouge1"], *answers)["rouge1"].values().items() <= summary["validation"].items()
 
 
-def test_the_prompt_kept_is_the_best_by_what_it_writes(run):
+def test_the_prompt_with_the_best_generated_texts_is_kept(run):
     folder, summary = run
     of_steps = {r["step"]: r for r in read_metrics(folder) if r["split"] == "validation"}
     best = max(of_steps.values(), key=lambda r: (r["rouge1.f1"], -r["loss"]))
     assert summary["best_step"] == best["step"]
 
 
-def test_the_test_data_are_answered_whole_and_scored(run, call):
+def test_all_test_examples_are_answered_and_scored(run, call):
     folder, summary = run
     answers = lines(folder / "predictions.jsonl")
     assert len(answers) == 7
@@ -75,7 +75,7 @@ def test_the_test_data_are_answered_whole_and_scored(run, call):
     assert low <= summary["test"]["loss"] <= high
 
 
-def test_eval_agrees_with_the_summary_and_writes_answers(run, call, tmp_path):
+def test_eval_agrees_with_the_summary_and_writes_predictions(run, call, tmp_path):
     folder, summary = run
     status, out, _ = call("eval", folder, "--output", tmp_path / "answers.jsonl")
     assert status == 0
@@ -85,14 +85,14 @@ def test_eval_agrees_with_the_summary_and_writes_answers(run, call, tmp_path):
     assert set(json.loads(out)) == {"split", "examples", "loss", "exact_match"}
 
 
-def test_eval_writes_nothing_that_nobody_measures(run, call, monkeypatch):
+def test_eval_generates_nothing_without_metrics_of_texts(run, call, monkeypatch):
     folder, _ = run
-    monkeypatch.setattr(Engine, "_write_batch", None)
+    monkeypatch.setattr(Engine, "_run_batch", None)
     _, out, _ = call("eval", folder, "--metrics", "perplexity")
     assert set(json.loads(out)) == {"split", "examples", "loss", "perplexity"}
 
 
-def test_generate_writes_as_the_prompt_was_trained_to(run, call, tiny):
+def test_generate_uses_the_settings_of_the_prompt_and_its_own(run, call, tiny):
     folder, _ = run
     prompt = load_prompt(folder, tiny)
     assert prompt.generation.max_new_tokens == 6
@@ -114,7 +114,7 @@ def test_generate_writes_as_the_prompt_was_trained_to(run, call, tiny):
     assert json.loads(out)["texts"] == prompt.generate(["aaa"], **settings)[0].texts
 
 
-def test_on_a_terminal_a_text_is_shown_as_it_is_written(run, call, tiny, monkeypatch):
+def test_a_terminal_shows_a_text_while_it_is_generated(run, call, tiny, monkeypatch):
     folder, _ = run
     (written,) = load_prompt(folder, tiny).generate(["aaa"])
     pieces = []
@@ -125,7 +125,7 @@ def test_on_a_terminal_a_text_is_shown_as_it_is_written(run, call, tiny, monkeyp
     assert len(pieces) > 2
 
 
-def test_samples_of_steps_to_be_done_again_go(tmp_path):
+def test_samples_of_steps_that_will_be_repeated_are_removed(tmp_path):
     sample = {"input": {"text": "a"}, "reference": "b", "prediction": "c"}
     for step in (4, 8, 4):
         write_samples(tmp_path, step, [sample])
@@ -141,11 +141,11 @@ def test_samples_of_steps_to_be_done_again_go(tmp_path):
         (["evaluation.samples=0"], "rouge1.f1 needs evaluation.samples"),
         (["scoring.normalize=true"], "scoring needs a verbalizer"),
         (["generation.top_k=4"], "top_k needs a temperature"),
-        (["generation.samples=4"], "samples: more than one need a temperature"),
+        (["generation.samples=4"], "samples: several samples need a temperature"),
         (["scoring.calibrate=' '", "verbalizer={low: a, high: b}"], "should match pattern"),
         (["generation.beams=4", "generation.temperature=1.0"], "beam search takes no temperature"),
     ],
 )
-def test_what_does_not_fit_is_refused(experiment_file, overrides, message):
+def test_invalid_combinations_are_rejected(experiment_file, overrides, message):
     with pytest.raises(UserError, match=message):
         load_experiment(experiment_file, [*FREE, *overrides])

@@ -1,4 +1,4 @@
-"""Generation, against stock transformers (golden files), and each row against itself alone."""
+"""Generation: compared with stock transformers (golden files), and each row with the row alone."""
 
 import dataclasses
 
@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import GOLDEN, golden_backbone, greedy
+from flax import nnx
 
 from softprompt import UserError
 from softprompt.backbones.decoder import Decoder
@@ -14,7 +15,6 @@ from softprompt.experiment.schema import GenerationSettings
 from softprompt.generation import beams, decoding, engine
 from softprompt.generation.engine import Engine, Request
 from softprompt.generation.sampling import Sampling, choose, filter_logits, penalize
-from softprompt.methods.method import copied
 
 # As in golden/make_generation.py.
 SETTINGS = [
@@ -53,26 +53,27 @@ def prefix(tiny):
 
 
 @pytest.fixture
-def write(tiny, prefix):
-    """What is written behind texts with one prefix."""
+def generate(tiny, prefix):
+    """Generate from texts that share one prefix."""
 
-    def write(texts, batch_size=4, **settings):
+    def generate(texts, batch_size=4, **settings):
         how = GenerationSettings(**{"max_new_tokens": 10, **settings})
         requests = [request(tiny, text, prefix) for text in texts]
         return Engine(tiny.backbone, tiny.tokenizer, how).generate(requests, batch_size)
 
-    return write
+    return generate
 
 
-def test_the_likeliest_64_tokens_are_those_of_stock_transformers(smollm2):
+def test_64_greedy_tokens_equal_those_of_transformers(smollm2):
     golden = np.load(GOLDEN / "smollm2_generation.npz")
     inputs = np.split(golden["inputs"], np.cumsum(golden["lengths"])[:-1])
     assert len(inputs) >= 20
     prefix = prefill(smollm2.backbone, jnp.asarray(golden["vectors"]))
-    tokens = np.zeros((len(inputs), max(golden["lengths"])), np.int32)
+    width = engine._rounded(int(max(golden["lengths"])))  # as the engine does, to share programs
+    tokens = np.zeros((len(inputs), width), np.int32)
     for row, ids in zip(tokens, inputs, strict=True):
         row[: len(ids)] = ids
-    written = greedy(
+    result = greedy(
         smollm2.backbone,
         prefix.packed([prefix], [0] * len(inputs)),
         tokens,
@@ -80,7 +81,7 @@ def test_the_likeliest_64_tokens_are_those_of_stock_transformers(smollm2):
         -1,
         count=64,
     )
-    np.testing.assert_array_equal(written, golden["outputs"])
+    np.testing.assert_array_equal(result, golden["outputs"])
 
     end = smollm2.tokenizer.eos_token_id
     requests = [Request(smollm2.tokenizer(str(text)).input_ids, prefix) for text in golden["texts"]]
@@ -88,15 +89,15 @@ def test_the_likeliest_64_tokens_are_those_of_stock_transformers(smollm2):
     generated = Engine(smollm2.backbone, smollm2.tokenizer, GenerationSettings()).generate(
         requests, 24
     )
-    for written, ids in zip(generated, golden["outputs"].tolist(), strict=True):
+    for result, ids in zip(generated, golden["outputs"].tolist(), strict=True):
         ended = end in ids
         expected = ids[: ids.index(end)] if ended else ids
-        assert written.text == smollm2.tokenizer.decode(expected)
-        assert written.ended == [ended]
+        assert result.text == smollm2.tokenizer.decode(expected)
+        assert result.ended == [ended]
 
 
 @pytest.mark.parametrize("number", range(len(SETTINGS)))
-def test_tokens_are_drawn_from_what_stock_processors_leave(number):
+def test_filtered_logits_equal_those_of_transformers(number):
     golden = np.load(GOLDEN / "choices.npz")
     logits = jnp.asarray(golden["logits"])
     rules = sampling(len(logits), **SETTINGS[number])
@@ -114,36 +115,43 @@ def test_rows_with_different_settings_share_a_batch():
     logits = jnp.asarray(golden["logits"])[np.arange(count) % len(golden["logits"])]
     seen = jax.random.bernoulli(jax.random.key(0), 0.3, logits.shape)
     keys = jax.random.split(jax.random.key(1), count)
-    each = [sampling(1, **one) for one in settings]
+    rules = [sampling(1, **one) for one in settings]
+    each = [
+        rule if rule.temperature is not None else dataclasses.replace(rule, temperature=np.zeros(1))
+        for rule in rules
+    ]
     mixed = jax.tree.map(lambda *rows: np.concatenate(rows), *each)
     kept, chosen = filter_logits(logits, mixed), choose(logits, seen, keys, mixed)
     for i, one in enumerate(each):
         row = slice(i, i + 1)
         np.testing.assert_array_equal(kept[row], filter_logits(logits[row], one))
         assert chosen[i] == choose(logits[row], seen[row], keys[row], one)[0]
-        if not settings[i].get("temperature"):
+        if rules[i].temperature is None:
+            assert chosen[i] == choose(logits[row], seen[row], keys[row], rules[i])[0]
             penalized = penalize(logits[row], seen[row], one.repetition_penalty)
             assert chosen[i] == penalized.argmax()
 
 
-def test_a_share_of_all_takes_nothing_from_top_k():
+def test_a_top_p_of_one_does_not_widen_top_k():
     logits = jax.random.normal(jax.random.key(0), (50, 1000))
     kept = filter_logits(logits, sampling(50, temperature=1.0, top_k=5, top_p=1.0))
     np.testing.assert_array_equal((kept > -jnp.inf).sum(axis=1), 5)
 
 
-def test_beams_may_be_many_and_penalties_low(write, tiny):
-    many = write(["ab"], beams=200, samples=200, max_new_tokens=2)[0]
+def test_many_beams_and_low_length_penalties_work(generate, tiny):
+    many = generate(["ab"], beams=200, samples=200, max_new_tokens=2)[0]
     assert len(many.texts) == 200
-    assert len(set(many.texts)) > 50  # of bytes, which do not all decode
-    short = write(["ab"], beams=3, samples=3, length_penalty=-4.0, max_new_tokens=60)[0]
+    assert len(set(many.texts)) > 50  # not all 200, because not all bytes decode
+    short = generate(["ab"], beams=3, samples=3, length_penalty=-4.0, max_new_tokens=60)[0]
     assert any(short.texts)
 
 
 def test_draws_follow_the_probabilities():
     logits = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]])).repeat(4000, axis=0)
     keys = jax.random.split(jax.random.key(0), 4000)
-    drawn = jax.vmap(jax.random.categorical)(keys, filter_logits(logits, sampling(4000, temperature=0.5)))
+    drawn = jax.vmap(jax.random.categorical)(
+        keys, filter_logits(logits, sampling(4000, temperature=0.5))
+    )
     squares = np.array([0.5, 0.3, 0.15, 0.05]) ** 2
     np.testing.assert_allclose(
         np.bincount(drawn, minlength=4) / 4000, squares / squares.sum(), atol=0.02
@@ -152,7 +160,7 @@ def test_draws_follow_the_probabilities():
 
 @pytest.mark.parametrize("name", ["llama", "t5"])
 @pytest.mark.parametrize("number", range(len(SEARCHES)))
-def test_beams_are_those_of_stock_transformers(name, number, tiny):
+def test_beams_equal_those_of_transformers(name, number, tiny):
     golden, settings = np.load(GOLDEN / f"beams-{name}.npz"), SEARCHES[number]
     backbone = tiny.backbone if name == "llama" else golden_backbone("t5-gated")
     penalty, width = settings.get("repetition_penalty"), settings["beams"]
@@ -181,11 +189,10 @@ def test_beams_are_those_of_stock_transformers(name, number, tiny):
     )
 
 
-def test_one_beam_more_is_never_a_worse_text(write):
-    """And the best of them is what the writer gives as the first sample."""
-    (two,) = write(["first"], beams=4, samples=2)
+def test_beam_search_returns_the_best_text_first(generate):
+    (two,) = generate(["first"], beams=4, samples=2)
     assert len(two.texts) == 2
-    (one,) = write(["first"], beams=4)
+    (one,) = generate(["first"], beams=4)
     assert one.texts == two.texts[:1]
 
 
@@ -203,24 +210,24 @@ HOW = [
 
 
 @pytest.mark.parametrize("settings", HOW, ids=str)
-def test_a_row_is_written_as_alone(write, settings):
-    together = write(TEXTS, **settings)
-    assert together == [write([text], **settings)[0] for text in TEXTS]
+def test_a_row_gets_the_same_text_as_alone(generate, settings):
+    together = generate(TEXTS, **settings)
+    assert together == [generate([text], **settings)[0] for text in TEXTS]
     assert together[1] == together[4]
     assert all(len(each.texts) == settings.get("samples", 1) for each in together)
     assert any(text for each in together for text in each.texts)
 
 
-def test_the_seed_decides_what_is_drawn(write):
+def test_draws_depend_on_the_seed(generate):
     settings = {"temperature": 1.0, "samples": 4}
-    first = write(TEXTS, seed=1, **settings)
-    assert write(TEXTS, seed=1, **settings) == first
-    assert write(TEXTS, seed=2, **settings) != first
+    first = generate(TEXTS, seed=1, **settings)
+    assert generate(TEXTS, seed=1, **settings) == first
+    assert generate(TEXTS, seed=2, **settings) != first
     assert len(set(first[0].texts)) > 1
     assert first[0].texts[0] != first[3].texts[0]
 
 
-def test_every_input_and_every_sample_has_a_seed_of_its_own(tiny):
+def test_every_input_and_every_sample_has_its_own_seed(tiny):
     one = Engine(tiny.backbone, tiny.tokenizer, GenerationSettings(temperature=1.0, samples=3))
     asked = [request(tiny, text) for text in ("ab", "cd", "ab")]
     seeds = one._seeds(asked, 4).reshape(4, 3)
@@ -243,7 +250,7 @@ class CountingDecoder(Decoder):
 
 
 def test_decoding_stops_when_all_rows_have_ended(tiny):
-    backbone = copied(tiny.backbone)
+    backbone = nnx.clone(tiny.backbone)
     backbone.__class__ = CountingDecoder
     one = Engine(backbone, tiny.tokenizer, GenerationSettings(max_new_tokens=40))
     prefix, state = one._start([request(tiny, "abc")], 1)
@@ -280,11 +287,11 @@ def test_rows_stop_at_limits_and_end_tokens_of_their_own(tiny):
 
 
 @pytest.mark.parametrize("penalty", [None, 1e6])
-def test_a_penalty_is_for_what_was_read_and_written(tiny, prefix, penalty):
-    """A great one leaves no token that was there before."""
+def test_the_repetition_penalty_applies_to_the_input_and_the_generated_text(tiny, prefix, penalty):
+    """A large penalty excludes every token that was there before."""
     how = GenerationSettings(max_new_tokens=40, repetition_penalty=penalty)
     one = Engine(tiny.backbone, tiny.tokenizer, how)
-    one._end = -1  # it would end before it repeats itself
+    one._end = -1  # otherwise it ends before it repeats itself
     asked = dataclasses.replace(request(tiny, "abcdefg", prefix), opening=[100, ~0])
     packed, state = one._start([asked], 1)
     (ids,) = one._ids(one._continue(packed, state, 40))
@@ -293,36 +300,36 @@ def test_a_penalty_is_for_what_was_read_and_written(tiny, prefix, penalty):
     assert bool(again) == (penalty is None)
 
 
-def test_a_stop_text_ends_a_row_and_is_left_out(write):
-    (free,) = write(["aaaaaaa"], max_new_tokens=30)
+def test_a_stop_text_ends_the_text_and_is_removed(generate):
+    (free,) = generate(["aaaaaaa"], max_new_tokens=30)
     stop = free.text[4:7]
-    (stopped,) = write(["aaaaaaa"], max_new_tokens=30, stop=["never there", stop])
+    (stopped,) = generate(["aaaaaaa"], max_new_tokens=30, stop=["never there", stop])
     assert stopped.text == free.text[: free.text.index(stop)]
     assert (free.ended, stopped.ended) == ([False], [True])
-    (searched,) = write(["aaaaaaa"], max_new_tokens=30, beams=2)
+    (searched,) = generate(["aaaaaaa"], max_new_tokens=30, beams=2)
     stop = searched.text[3:6]
-    (cut,) = write(["aaaaaaa"], max_new_tokens=30, beams=2, stop=[stop])
+    (cut,) = generate(["aaaaaaa"], max_new_tokens=30, beams=2, stop=[stop])
     assert cut.text == searched.text[: searched.text.index(stop)]
 
 
-def test_of_overlapping_stop_texts_the_one_complete_first_counts(tiny, prefix, write):
+def test_the_stop_text_that_is_complete_first_wins(tiny, prefix, generate):
     one = Engine(tiny.backbone, tiny.tokenizer, GenerationSettings(stop=["bcdef", "cd"]))
     assert one._text(tiny.tokenizer.encode("abcdefg", add_special_tokens=False)) == ("ab", True)
-    (free,) = write(["aaaaaaa"], max_new_tokens=30)
+    (free,) = generate(["aaaaaaa"], max_new_tokens=30)
     long, short = free.text[3:12], free.text[6:8]
     settings = {"max_new_tokens": 30, "stop": [long, short]}
-    (stopped,) = write(["aaaaaaa"], **settings)
+    (stopped,) = generate(["aaaaaaa"], **settings)
     assert stopped.text == free.text[: free.text.index(short)]
     one = Engine(tiny.backbone, tiny.tokenizer, GenerationSettings(**settings))
     assert "".join(one.stream(request(tiny, "aaaaaaa", prefix))) == stopped.text
 
 
 @pytest.mark.parametrize("settings", [{}, {"temperature": 1.0}, {"stop": [" ", "e"]}], ids=str)
-def test_a_stream_is_the_text_in_pieces(tiny, prefix, write, settings):
+def test_a_stream_yields_the_text_in_pieces(tiny, prefix, generate, settings):
     how = GenerationSettings(max_new_tokens=20, **settings)
     one = Engine(tiny.backbone, tiny.tokenizer, how)
     pieces = list(one.stream(request(tiny, "the fourth", prefix)))
-    assert "".join(pieces) == write(["the fourth"], max_new_tokens=20, **settings)[0].text
+    assert "".join(pieces) == generate(["the fourth"], max_new_tokens=20, **settings)[0].text
     assert len(pieces) > 1 or settings.get("stop")
     with pytest.raises(UserError, match="streaming supports neither beam search"):
         next(
@@ -332,14 +339,14 @@ def test_a_stream_is_the_text_in_pieces(tiny, prefix, write, settings):
         )
 
 
-def test_what_a_stop_text_may_begin_with_is_held_back(tiny):
+def test_the_possible_start_of_a_stop_text_is_held_back(tiny):
     one = Engine(tiny.backbone, tiny.tokenizer, GenerationSettings(stop=["\n\n", "END"]))
     held = {"abc": 0, "abc\n": 1, "abc E": 1, "abc EN": 2, "ab\N{REPLACEMENT CHARACTER}": 1}
     assert {text: one._uncertain(text) for text in held} == held
 
 
 def out_of_memory(most, function):
-    """The function, which has memory for so many rows."""
+    """Wrap a function so that batches of more than `most` rows run out of memory."""
 
     def start(backbone, prefix, tokens, *rest, **shape):
         if len(tokens) > most:
@@ -349,38 +356,38 @@ def out_of_memory(most, function):
     return start
 
 
-def test_a_batch_too_large_is_halved_until_it_fits(tiny, write, monkeypatch, capsys):
-    expected = write(TEXTS)
+def test_a_batch_that_is_too_large_is_halved_until_it_fits(tiny, generate, monkeypatch, capsys):
+    expected = generate(TEXTS)
     monkeypatch.setattr(engine.decoding, "start", out_of_memory(1, decoding.start))
-    assert write(TEXTS) == expected
+    assert generate(TEXTS) == expected
     said = capsys.readouterr().err
-    assert "no memory for 4 inputs at a time: trying 2" in said
-    assert "no memory for 2 inputs at a time: trying 1" in said
+    assert "trying 2 instead of 4 inputs at a time" in said
+    assert "trying 1 instead of 2 inputs at a time" in said
     assert said.count("no memory") == 2
     monkeypatch.setattr(engine.decoding, "start", out_of_memory(0, decoding.start))
     with pytest.raises(UserError, match="no memory for a single input"):
-        write(TEXTS)
+        generate(TEXTS)
     one = Engine(tiny.backbone, tiny.tokenizer, GenerationSettings())
-    with pytest.raises(UserError, match="no memory for a single input"):
+    with pytest.raises(UserError, match="out of memory with a single input"):
         next(one.stream(request(tiny, "a")))
 
 
-def test_other_errors_of_the_device_are_not_hidden(write, monkeypatch):
+def test_other_device_errors_are_raised(generate, monkeypatch):
     def fail(*_, **__):
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
 
     monkeypatch.setattr(engine.decoding, "start", fail)
     with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
-        write(TEXTS)
+        generate(TEXTS)
 
 
-def test_rows_of_a_batch_are_of_few_shapes():
+def test_input_lengths_are_rounded_to_few_values():
     assert [engine._rounded(n) for n in (1, 16, 17, 24, 25, 33, 48, 49, 65, 97)] == [
         *(16, 16, 24, 24, 32, 48, 48, 64, 96, 128)
     ]
 
 
-def test_prefixes_of_a_batch_have_bounded_length(prefix):
+def test_the_prefixes_of_a_batch_have_a_bounded_total_length(prefix):
     long = dataclasses.replace(prefix, keys=jnp.zeros((3, 300, 2, 8)))
     other = dataclasses.replace(long)
     requests = [Request([1] * n, p) for n, p in ((1, long), (2, other), (3, long), (4, prefix))]

@@ -1,4 +1,6 @@
-"""A bank of prompts on one base model: mixed batches, against each prompt alone."""
+"""The bank of prompts: mixed batches must give each row what its prompt gives alone."""
+
+import contextlib
 
 import jax
 import jax.numpy as jnp
@@ -7,6 +9,7 @@ import pytest
 from conftest import write_experiment
 
 from softprompt import Generator, SoftPrompt, UserError, load_base, load_experiment, train
+from softprompt.backbones.prefix import Prefix
 from softprompt.data.task import make_task
 from softprompt.evaluation.scoring import make_prefix
 from softprompt.experiment.schema import TemplateSettings
@@ -18,9 +21,9 @@ NEW = {"max_new_tokens": 6}
 
 
 def trained(base, method, template="{text}:", length=0, before=0):
-    """A method with the prefix it gives."""
+    """Make a trained prompt from a function of the opening."""
     task = make_task(
-        base, TemplateSettings(input=template), None, virtual_tokens=length, before=before
+        base, TemplateSettings(input=template), None, virtual_tokens=length, prefix_length=before
     )
     backbone = method(task.opening).adapt(base.backbone)
     made = method(task.opening)
@@ -64,7 +67,7 @@ def base(request, tiny, t5):
 
 @pytest.fixture
 def bank(base):
-    """Prompts of several lengths and forms; one opens with text behind its virtual tokens."""
+    """Prompts of several lengths and forms. The opening of "told" includes text."""
     return {
         "short": soft_prompt(base, 0, 2),
         "long": soft_prompt(base, 1, 9),
@@ -81,37 +84,37 @@ NAMES = ["short", "long", None, "told", "keys", "inside", "long", None]
 @pytest.mark.parametrize(
     "settings", [{}, {"temperature": 1.0, "samples": 2}, {"beams": 2}], ids=str
 )
-def test_rows_of_a_mixed_batch_are_those_of_each_prompt_alone(base, bank, settings):
-    how = NEW | settings
-    mixed = Generator(base, bank).generate(INPUTS, NAMES, **how)
-    for written, text, name in zip(mixed, INPUTS, NAMES, strict=True):
+def test_a_row_of_a_mixed_batch_gets_the_text_of_its_prompt_alone(base, bank, settings):
+    settings = NEW | settings
+    mixed = Generator(base, bank).generate(INPUTS, NAMES, **settings)
+    for result, text, name in zip(mixed, INPUTS, NAMES, strict=True):
         if name is not None:
-            assert written == bank[name].generate([text], **how)[0]
-        assert written == Generator(base, bank).generate([text], name, **how)[0]
+            assert result == bank[name].generate([text], **settings)[0]
+        assert result == Generator(base, bank).generate([text], name, **settings)[0]
     assert len({each.text for each in mixed if each.text}) > 4
 
 
-def test_a_prompt_alone_is_the_model_with_its_vectors_in_front(tiny):
-    """Without a cache, a bank or padding."""
+def test_a_prompt_is_equal_to_prepending_its_vectors(tiny):
+    """The reference uses no cache, no bank and no padding."""
     prompt = soft_prompt(tiny, 0, 5)
-    (written,) = Generator(tiny, {"one": prompt, "two": soft_prompt(tiny, 1, 3)}).generate(
+    (result,) = Generator(tiny, {"one": prompt, "two": soft_prompt(tiny, 1, 3)}).generate(
         ["hello"], "one", **NEW
     )
     tokens = tiny.tokenizer("hello:", add_special_tokens=False).input_ids
     for _ in range(NEW["max_new_tokens"]):
         embeddings = prompt.method(tiny.backbone.embedding(jnp.array([tokens])))
         tokens.append(int(tiny.backbone.logits(tiny.backbone(embeddings))[0, -1].argmax()))
-    assert written.text == tiny.tokenizer.decode(tokens[-6:])
+    assert result.text == tiny.tokenizer.decode(tokens[-6:])
 
 
-def test_methods_that_change_the_model_have_batches_of_their_own(tiny):
+def test_methods_that_change_the_model_run_in_their_own_batches(tiny):
     bank = {"lora": lora(tiny), "soft": soft_prompt(tiny, 0, 2)}
     names = ["lora", "soft", "lora", None]
     texts = ["abc", "abc", "de", "abc"]
     mixed = Generator(tiny, bank).generate(texts, names, **NEW)
-    for written, text, name in zip(mixed, texts, names, strict=True):
+    for result, text, name in zip(mixed, texts, names, strict=True):
         if name:
-            assert written == bank[name].generate([text], **NEW)[0]
+            assert result == bank[name].generate([text], **NEW)[0]
     assert len({mixed[i].text for i in (0, 1, 3)}) == 3
 
 
@@ -144,15 +147,15 @@ def test_adding_and_removing_prompts_compiles_nothing(tiny):
         jax.monitoring.unregister_event_duration_listener(listen)
 
 
-def test_fields_by_name_and_streams(tiny):
+def test_inputs_with_named_fields_can_be_streamed(tiny):
     prompt = soft_prompt(tiny, 0, 2, "{question} {text}:")
     generator = Generator(tiny, {"qa": prompt})
     fields = {"question": "ab", "text": "cd"}
-    (written,) = generator.generate([fields], "qa", **NEW)
-    assert "".join(generator.stream(fields, "qa", **NEW)) == written.text
+    (result,) = generator.generate([fields], "qa", **NEW)
+    assert "".join(generator.stream(fields, "qa", **NEW)) == result.text
 
 
-def test_what_cannot_be_is_refused(tiny, t5):
+def test_invalid_arguments_are_rejected(tiny, t5):
     generator = Generator(tiny, {"a": soft_prompt(tiny, 0, 2)})
     with pytest.raises(UserError, match="no prompt 'b' in the bank; it has 'a'"):
         generator.generate(["x"], "b")
@@ -160,11 +163,11 @@ def test_what_cannot_be_is_refused(tiny, t5):
         generator.remove("b")
     with pytest.raises(UserError, match="there is a prompt 'a' already"):
         generator.add("a", soft_prompt(tiny, 0, 2))
-    with pytest.raises(UserError, match="prompt 'b': for the base model"):
+    with pytest.raises(UserError, match="prompt 'b': it was trained on the base model"):
         generator.add("b", soft_prompt(t5, 0, 2))
     with pytest.raises(UserError, match="input 2: field 'text' is empty"):
         generator.generate(["x", " "], ["a", "a"])
-    with pytest.raises(UserError, match="2 inputs and 1 names of prompts"):
+    with pytest.raises(UserError, match="2 inputs but 1 prompt names"):
         generator.generate(["x", "y"], ["a"])
     with pytest.raises(UserError, match="give a list of inputs"):
         generator.generate("x", "a")
@@ -172,23 +175,82 @@ def test_what_cannot_be_is_refused(tiny, t5):
         generator.generate(["x"], "a", temprature=1.0)
     with pytest.raises(UserError, match="top_p needs a temperature"):
         generator.generate(["x"], "a", top_p=0.5)
-    with pytest.raises(UserError, match="max_new_tokens 1000: the base model has room for 128"):
+    with pytest.raises(
+        UserError, match="max_new_tokens 1000: the context window of the base model has 128"
+    ):
         generator.generate(["x"], "a", max_new_tokens=1000)
     assert generator.generate([], "a") == []
     assert generator.prompts == ["a"]
 
 
-def test_a_long_input_is_cut_and_said(tiny, capsys):
+def test_truncation_of_a_long_input_is_logged(tiny, capsys):
     generator = Generator(tiny, {"a": soft_prompt(tiny, 0, 2)})
     (cut,) = generator.generate(["a" * 500], "a", max_new_tokens=20)
-    assert "inputs: 1 cut to 106 tokens" in capsys.readouterr().err
+    assert "inputs: 1 truncated to 106 tokens" in capsys.readouterr().err
     assert cut == generator.generate(["a" * 105], "a", max_new_tokens=20)[0]
 
 
-def test_runs_are_loaded_by_their_folders(tmp_path, tiny):
+def test_the_bank_accepts_run_folders(tmp_path, tiny):
     path = write_experiment(tmp_path)
     text = path.read_text().replace('verbalizer: {low: " ab", high: " cd"}\n', "")
     path.write_text(text.replace("metric: accuracy", "metric: loss, samples: 0"))
     train(load_experiment(path, ["training.steps=1"]), tmp_path / "run")
     generator = Generator(tiny, {"letters": tmp_path / "run"})
     assert len(generator.generate(["abc"], "letters", **NEW)) == 1
+
+
+def test_the_bank_accepts_methods(tiny):
+    """A method without a task reads the text as it is."""
+    vectors = jax.random.normal(jax.random.key(0), (4, tiny.backbone.arch.hidden_size))
+    prompt = soft_prompt(tiny, 0, 4, "{text}")
+    generator = Generator(tiny, {"method": SoftPrompt(vectors, [~i for i in range(4)])})
+    generator.add("trained", prompt)
+    first, second = generator.generate(["abc"] * 2, ["method", "trained"], **NEW)
+    assert first == second
+
+
+def test_the_repr_is_short(tiny):
+    generator = Generator(tiny, {"a": soft_prompt(tiny, 0, 2)})
+    assert repr(generator) == f"Generator({tiny.name!r}, prompts=['a'])"
+
+
+def test_progress_is_reported(tiny):
+    done = []
+
+    class Bar(contextlib.nullcontext):
+        def advance(self, count=1, note=""):
+            done.append(count)
+
+    generator = Generator(tiny, {"a": soft_prompt(tiny, 0, 2)})
+    generator.generate(["abc", "d", "e"], "a", progress=lambda *_, **__: Bar(), **NEW)
+    assert sum(done) == 3
+
+
+@pytest.mark.parametrize(
+    ("lengths", "rows", "width"),
+    [
+        ([128, 128, 128, 128], [3, 0, 1, 2], 512),
+        ([100, 1, 130, 200, 81], [4, 0, None, 2, 1, 3], 512),
+        ([600], [None, 0], 2048),
+        ([1, 600, 2], [2, 1, 0], 2048),
+    ],
+)
+def test_packed_prefixes_are_concatenated(lengths, rows, width):
+    random = np.random.default_rng(0)
+    arrays = [random.normal(size=(2, 2, n, 1, 4)).astype(np.float32) for n in lengths]
+    packed = Prefix.packed([Prefix(*map(jnp.asarray, pair)) for pair in arrays], rows)
+    joined = np.concatenate(arrays, axis=2)
+    padding = [(0, 0), (0, 0), (0, width - joined.shape[2]), (0, 0), (0, 0)]
+    np.testing.assert_array_equal([packed.keys, packed.values], np.pad(joined, padding))
+    for row, (begin, end) in zip(rows, packed.spans, strict=True):
+        expected = np.zeros((2, 0, 1, 4)) if row is None else arrays[row][0]
+        np.testing.assert_array_equal(packed.keys[:, begin:end], expected)
+
+
+def test_a_single_prompt_needs_no_packing(tiny):
+    """All its batches share one padded prefix, which stays on the device."""
+    prefix = soft_prompt(tiny, 0, 5).prefix
+    packed = Prefix.packed([prefix], [0] * 4)
+    assert packed is prefix.padded is Prefix.packed([prefix], [0])
+    assert packed.keys.shape[1] == 128
+    assert packed.spans.tolist() == [[0, 5]]

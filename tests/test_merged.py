@@ -18,7 +18,7 @@ from softprompt.backbones.loading import load_backbone
 from softprompt.experiment.schema import ComputeSettings, TemplateSettings
 from softprompt.inference.prompt import TrainedPrompt
 from softprompt.interop.merged import export_merged
-from softprompt.methods.method import FullFineTuning
+from softprompt.methods.full import FullFineTuning
 
 MODELS = [*sorted(FAMILIES_GOLDEN.iterdir()), *sorted((GOLDEN / "gguf").glob("*.gguf"))]
 

@@ -1,4 +1,4 @@
-"""Metrics, against the packages that define them, scikit-learn, and plain arithmetic."""
+"""Metrics compared with their reference packages, scikit-learn and plain arithmetic."""
 
 import numpy as np
 import pytest
@@ -43,7 +43,7 @@ def test_rouge_of_a_known_pair():
 
 
 @pytest.mark.parametrize("stem", [False, True])
-def test_rouge_of_english_is_that_of_the_reference_implementation(stem):
+def test_rouge_of_english_equals_the_reference_implementation(stem):
     lines = [f"{a}\n{b}" for a, b in zip(PREDICTIONS, sentences(2), strict=True)]
     scorer = RougeScorer(["rouge1", "rouge3", "rougeL", "rougeLsum"], use_stemmer=stem)
     each = [scorer.score(r, p) for p, r in zip(lines, REFERENCES, strict=True)]
@@ -65,12 +65,12 @@ def test_rouge_of_english_is_that_of_the_reference_implementation(stem):
         ("snake_case", ["snake", "case"]),
     ],
 )
-def test_words_of_any_script_count(text, words):
+def test_words_of_any_script_are_counted(text, words):
     assert UnicodeTokenizer().tokenize(text) == words
     assert rouge([text], [text], ["rouge1"]).values()["rouge1.f1"] == 1
 
 
-def test_of_several_references_the_best_counts():
+def test_the_best_of_several_references_counts():
     found = measure(
         ["rouge1", "exact_match", "token_f1"], ["a b c"], [["x y", "a b d", "The A, b c!"]]
     )
@@ -82,7 +82,7 @@ def test_of_several_references_the_best_counts():
 @pytest.mark.parametrize(
     ("name", "metric"), [("bleu", BLEU(effective_order=True)), ("chrf", CHRF()), ("ter", TER())]
 )
-def test_the_metrics_of_sacrebleu(name, metric):
+def test_corpus_metrics_equal_those_of_sacrebleu(name, metric):
     pairs = zip(REFERENCES, sentences(3), strict=True)
     several = [[r, o] if i % 2 else [r] for i, (r, o) in enumerate(pairs)]
     scores = measure([name], PREDICTIONS, several)[name]
@@ -95,7 +95,7 @@ def test_the_metrics_of_sacrebleu(name, metric):
         assert found[name] == pytest.approx(alone, rel=1e-12)
 
 
-def test_bleu_is_that_of_the_usual_settings():
+def test_bleu_of_a_corpus_equals_the_default_settings_of_sacrebleu():
     expected = sacrebleu.corpus_bleu(PREDICTIONS, [REFERENCES]).score
     assert values("bleu", PREDICTIONS, REFERENCES)["bleu"] == pytest.approx(expected)
 
@@ -103,7 +103,7 @@ def test_bleu_is_that_of_the_usual_settings():
 @pytest.mark.parametrize(
     "text", ["this is a test", "one word", "x", "eine längere Zeile, mit Komma"]
 )
-def test_bleu_of_identical_and_of_disjoint_texts(text):
+def test_bleu_is_100_for_identical_and_0_for_disjoint_texts(text):
     assert values("bleu", [text], [text])["bleu"] == pytest.approx(100)
     assert values("bleu", [text], ["nothing of it whatsoever here"])["bleu"] == 0
 
@@ -120,12 +120,12 @@ def test_bleu_of_identical_and_of_disjoint_texts(text):
         ("b b c", "b c c", 0, 2 / 3),
     ],
 )
-def test_squad_rules(prediction, reference, exact, f1):
+def test_exact_match_and_token_f1_follow_squad(prediction, reference, exact, f1):
     assert values("exact_match", [prediction], [reference])["exact_match"] == exact
     assert values("token_f1", [prediction], [reference])["token_f1"] == pytest.approx(f1)
 
 
-def test_metrics_of_labels_are_those_of_scikit_learn():
+def test_metrics_of_labels_equal_those_of_scikit_learn():
     random = np.random.default_rng(0)
     references = random.choice(["a", "b", "c"], 200, p=[0.6, 0.3, 0.1]).tolist()
     predictions = [
@@ -154,20 +154,20 @@ def test_metrics_of_labels_are_those_of_scikit_learn():
     assert confusion["confusion.c.d"] == table[2, 3]
 
 
-def test_labels_by_the_thousand_are_counted_or_refused():
+def test_thousands_of_labels_are_counted_or_rejected():
     texts = [str(i) for i in range(5000)]
     assert values("accuracy", texts, texts[:2500] + texts[:2500]) == {"accuracy": 0.5}
     with pytest.raises(UserError, match="5000 different labels; is this free text"):
         measure(["macro_f1"], texts, texts)
 
 
-def test_matthews_of_constant_answers_is_zero():
+def test_matthews_of_constant_predictions_is_zero():
     assert label_scores("matthews", ["a", "a"], ["a", "b"]).values() == {"matthews": 0}
 
 
 @pytest.mark.parametrize("name", ["rouge1", "bleu", "chrf", "ter", "macro_f1"])
-def test_resampled_values_are_those_of_the_resampled_texts(name):
-    """What a bootstrap rests on: the sum of statistics stands for the examples."""
+def test_resampled_statistics_give_the_values_of_the_resampled_texts(name):
+    """The bootstrap relies on this: the sum of the statistics represents the examples."""
     labels = name == "macro_f1"
     predictions = [text[0] for text in PREDICTIONS] if labels else PREDICTIONS
     references = [text[0] for text in REFERENCES] if labels else REFERENCES
@@ -175,7 +175,7 @@ def test_resampled_values_are_those_of_the_resampled_texts(name):
     drawn = np.random.default_rng(0).integers(0, 40, 40)
     total = scores.statistics[drawn].sum(axis=0)
     again = values(name, [predictions[i] for i in drawn], [references[i] for i in drawn])
-    if labels:  # of the labels of all examples, drawn or not
+    if labels:  # the mean is over the labels of all examples, also of those not drawn
         names = sorted({*predictions, *references})
         expected = sklearn.metrics.f1_score(
             [references[i] for i in drawn],
@@ -188,7 +188,7 @@ def test_resampled_values_are_those_of_the_resampled_texts(name):
     assert scores.combine(total, 40) == pytest.approx(again)
 
 
-def test_the_interval_of_a_mean_is_near_that_of_theory():
+def test_the_interval_of_a_mean_is_close_to_the_theoretical_one():
     rows = np.random.default_rng(0).normal(5, 2, (400, 1))
     low, high = mean_of(["m"], rows.tolist()).intervals()["m"]
     half = 1.96 * rows.std() / np.sqrt(400)
@@ -198,7 +198,7 @@ def test_the_interval_of_a_mean_is_near_that_of_theory():
     assert low < narrow[0] < narrow[1] < high
 
 
-def test_the_paired_test_tells_chance_from_difference():
+def test_the_paired_test_distinguishes_a_difference_from_chance():
     random = np.random.default_rng(0)
     base = random.normal(0, 1, (200, 1))
     same = mean_of(["m"], base.tolist())
@@ -231,7 +231,7 @@ def test_the_paired_test_of_bleu_agrees_with_sacrebleu():
     assert paired_test(ours, theirs)["bleu"].p_value == pytest.approx(expected, abs=0.01)
 
 
-def test_what_cannot_be_measured_is_refused():
+def test_inputs_that_cannot_be_measured_are_rejected():
     with pytest.raises(UserError, match="no metric 'rogue'; known: rouge, bleu"):
         measure(["rogue"], ["a"], ["a"])
     with pytest.raises(UserError, match="'loss' needs a model"):

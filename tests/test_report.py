@@ -1,4 +1,4 @@
-"""Tables and pages about runs, the page in a real browser."""
+"""Tables about runs and report pages; pages are also opened in a browser."""
 
 import csv
 import dataclasses
@@ -19,10 +19,11 @@ from softprompt import UserError, load_experiment
 from softprompt.cli.main import main
 from softprompt.report.collect import collect, varied
 from softprompt.report.figures import spread_figure
-from softprompt.report.tables import chosen_rows, run_rows, seed_rows, table
+from softprompt.report.rows import chosen_rows, run_rows, seed_rows
+from softprompt.report.tables import table
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-TEXT = """{"steps": 1, "train_seconds": 1.0, "peak_memory_bytes": 1, "test": {},
+STRINGS_FOR_NUMBERS = """{"steps": 1, "train_seconds": 1.0, "peak_memory_bytes": 1, "test": {},
     "validation": {"accuracy": "0.5", "loss": "1"}}"""
 SWEEP = """\
 sweep:
@@ -34,23 +35,24 @@ sweep:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A sweep of the letters, a third of whose trials fail."""
+    """A sweep of the letters experiment; a third of its trials fail."""
     here = tmp_path_factory.mktemp("of letters")
     path = write_experiment(here, 5, 5)
     path.write_text(path.read_text() + SWEEP)
     arguments = ["training.steps=4", "evaluation.every=2", "training.log_every=1"]
+    arguments += ["sweep.at_once=2"]  # fewer programs to compile than with more trials at once
     assert main(["sweep", str(path), *arguments, "--folder", str(here / "sweep")]) == 1
     return here / "sweep"
 
 
 @pytest.fixture(scope="module")
 def page(folder):
-    """The sweep's page, as a browser has it once its scripts have run."""
+    """The report page of the sweep."""
     assert main(["report", str(folder)]) == 0
     return folder / "report.html"
 
 
-def test_runs_are_found_with_what_they_differ_in(folder):
+def test_collect_finds_runs_and_the_settings_that_differ(folder):
     records = collect([folder])
     assert varied(records) == ["prompt.length", "optimizer.learning_rate"]
     states = [record.state for record in records]
@@ -63,7 +65,7 @@ def test_runs_are_found_with_what_they_differ_in(folder):
             assert record.quality == summary["test"]["accuracy"]
 
 
-def test_rows_by_settings_are_means_over_seeds(folder):
+def test_rows_by_settings_hold_mean_and_range_over_seeds(folder):
     records = collect([folder])
     rows = seed_rows(records, ["prompt.length"])
     assert [row["prompt.length"] for row in rows] == [2, 4]
@@ -80,7 +82,7 @@ def test_rows_by_settings_are_means_over_seeds(folder):
         )
 
 
-def test_runs_are_listed_sorted_and_filtered(folder, capsys):
+def test_the_runs_command_lists_sorts_and_filters_runs(folder, capsys):
     command = ["runs", str(folder), "--json"]
 
     def listed(*arguments):
@@ -98,23 +100,23 @@ def test_runs_are_listed_sorted_and_filtered(folder, capsys):
     assert {(row["prompt.length"], row["state"]) for row in chosen} == {(4, "finished")}
     assert len(chosen) == 4
     assert main(["runs", str(folder), "--sort", "colour"]) == 1
-    assert "no column 'colour'; there are run, prompt.length" in capsys.readouterr().err
+    assert "no column 'colour'; the columns are run, prompt.length" in capsys.readouterr().err
     assert main(["runs", str(folder / "nowhere")]) == 1
-    assert "no run there" in capsys.readouterr().err
+    assert "contains no runs" in capsys.readouterr().err
     assert main(["runs", str(folder), "--where", "seed=0"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 7
     assert lines[0].split()[:2] == ["run", "prompt.length"]
 
 
-def test_a_lower_loss_is_the_better_one():
+def test_runs_with_a_lower_loss_come_first():
     rows = [{"validation loss": 2.0}, {"validation loss": 1.0}]
     assert chosen_rows(rows, [], "loss")[0] == {"validation loss": 1.0}
-    with pytest.raises(UserError, match="written column=value"):
+    with pytest.raises(UserError, match="has the form column=value"):
         chosen_rows(rows, ["loss"], None)
 
 
-def test_a_table_is_read_back_as_it_was(folder):
+def test_a_table_can_be_read_back_from_csv_and_markdown(folder):
     rows = run_rows(collect([folder]), ["prompt.length"])
     again = list(csv.DictReader(io.StringIO(table(rows, "csv"))))
     assert [row["prompt.length"] for row in again] == [str(row["prompt.length"]) for row in rows]
@@ -127,7 +129,7 @@ def test_a_table_is_read_back_as_it_was(folder):
 
 
 def in_browser(page, tmp_path):
-    """The page's content once its scripts have run, and the errors that they made."""
+    """Return the content of a page after its scripts have run, and their errors."""
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
     command += ["--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}"]
     done = subprocess.run(
@@ -137,7 +139,7 @@ def in_browser(page, tmp_path):
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no browser is installed")
-def test_a_browser_shows_figures_and_tables_without_an_error(page, tmp_path):
+def test_a_browser_shows_figures_and_tables_without_errors(page, tmp_path):
     shown, errors = in_browser(page, tmp_path)
     assert errors == []
     assert shown.count("<figure") == shown.count("<svg ") == 4
@@ -147,7 +149,7 @@ def test_a_browser_shows_figures_and_tables_without_an_error(page, tmp_path):
     }
     length = int(re.search("prompt.length=([24])", shown)[1])
     assert rows == {"settings": 4, "runs": 12, "samples": 8, "tokens": length}
-    for text in ("The best run", "test accuracy", "learning curves", "8 finished, 4 failed"):
+    for text in ("Best run", "test accuracy", "learning curves", "8 finished, 4 failed"):
         assert text in shown
 
     broken = tmp_path / "broken.html"
@@ -172,7 +174,7 @@ def test_a_click_on_a_heading_sorts_the_table(page, tmp_path):
     assert means == sorted(means)
 
 
-def test_a_page_needs_nothing_else_and_has_the_command_that_runs_the_best_again(page):
+def test_a_page_is_self_contained_and_has_the_command_that_repeats_the_best_run(page):
     text = page.read_text()
     links = set(re.findall(r"https?://[^\"'<> ]+", text))
     assert links == {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}  # names
@@ -187,8 +189,8 @@ def test_a_page_needs_nothing_else_and_has_the_command_that_runs_the_best_again(
         assert (page.parent / name).read_text().count("\n") > 4
 
 
-def test_what_runs_say_is_no_markup(folder, tmp_path):
-    """A file from outside cannot put a script into the page."""
+def test_text_from_runs_is_escaped_on_the_page(folder, tmp_path):
+    """A run from someone else cannot put a script on the page."""
     shutil.copytree(folder / "trials" / "000", tmp_path / "run")
     config = tmp_path / "run" / "config.yaml"
     text = config.read_text()
@@ -197,14 +199,14 @@ def test_what_runs_say_is_no_markup(folder, tmp_path):
     assert "<script>alert" not in (tmp_path / "out" / "report.html").read_text()
 
 
-def test_runs_of_several_metrics_are_not_compared(folder, tmp_path, capsys):
+def test_runs_with_different_metrics_are_not_compared(folder, tmp_path, capsys):
     for number in ("000", "001"):
         shutil.copytree(folder / "trials" / number, tmp_path / number)
     config = tmp_path / "001" / "config.yaml"
     config.write_text(config.read_text().replace("metric: accuracy", "metric: loss"))
     capsys.readouterr()
     assert main(["report", str(tmp_path), "--output", str(tmp_path / "out")]) == 0
-    assert "runs of another metric than accuracy: 1" in capsys.readouterr().err
+    assert "runs with another metric than accuracy: 1" in capsys.readouterr().err
     tables = [
         list(csv.DictReader(io.StringIO((tmp_path / "out" / f"{name}.csv").read_text())))
         for name in ("runs", "settings")
@@ -213,7 +215,7 @@ def test_runs_of_several_metrics_are_not_compared(folder, tmp_path, capsys):
     assert tables[1][0]["runs"] == "1"
 
 
-def test_a_text_of_a_prompt_is_no_formula(folder, tmp_path):
+def test_dollar_signs_in_settings_are_not_parsed_as_formulas(folder, tmp_path):
     for number in ("000", "001"):
         shutil.copytree(folder / "trials" / number, tmp_path / number)
         config = tmp_path / number / "config.yaml"
@@ -224,22 +226,27 @@ def test_a_text_of_a_prompt_is_no_formula(folder, tmp_path):
     assert r"a $^$ \| b 000" in (tmp_path / "out" / "settings.md").read_text()
 
 
-def test_a_run_is_counted_once_by_whatever_path(folder, monkeypatch):
+def test_a_run_found_by_two_paths_is_counted_once(folder, monkeypatch):
     monkeypatch.chdir(folder.parent)
     assert len(collect([folder, folder.relative_to(folder.parent)])) == 12
 
 
-def test_a_report_does_not_replace_what_is_no_report(folder, tmp_path, capsys):
+def test_a_report_does_not_overwrite_other_files(folder, tmp_path, capsys):
     for name in ("report.html", "runs.csv"):
         (tmp_path / name).write_text("mine")
         assert main(["report", str(folder), "--output", str(tmp_path)]) == 1
-        assert f"{name}: is of no report; choose another folder" in capsys.readouterr().err
+        assert (
+            f"{name}: not a file of a report; choose another folder with --output"
+            in capsys.readouterr().err
+        )
         assert (tmp_path / name).read_text() == "mine"
         (tmp_path / name).unlink()
 
 
-@pytest.mark.parametrize("damaged", ["", "{}", "[1]", '{"validation": 5}', '{"steps": "a"}', TEXT])
-def test_a_damaged_summary_leaves_its_run_out(folder, tmp_path, capsys, damaged):
+@pytest.mark.parametrize(
+    "damaged", ["", "{}", "[1]", '{"validation": 5}', '{"steps": "a"}', STRINGS_FOR_NUMBERS]
+)
+def test_a_run_with_a_damaged_summary_is_skipped(folder, tmp_path, capsys, damaged):
     for number in ("000", "001"):
         shutil.copytree(folder / "trials" / number, tmp_path / number)
     (tmp_path / "001" / "summary.json").write_text(damaged)
@@ -253,7 +260,7 @@ def test_a_damaged_summary_leaves_its_run_out(folder, tmp_path, capsys, damaged)
     "damaged",
     ['{"step": 4}', '{"step": 4, "split": "train", "loss": "1"}', '{"step": [], "split": "train"}'],
 )
-def test_damaged_metrics_leave_their_run_out(folder, tmp_path, capsys, damaged):
+def test_a_run_with_damaged_metrics_is_skipped(folder, tmp_path, capsys, damaged):
     for number in ("000", "001"):
         shutil.copytree(folder / "trials" / number, tmp_path / number)
     (tmp_path / "001" / "metrics.jsonl").write_text(f"{damaged}\n")
@@ -263,7 +270,7 @@ def test_damaged_metrics_leave_their_run_out(folder, tmp_path, capsys, damaged):
     assert len(captured.out.splitlines()) == 2
 
 
-def test_why_runs_failed_is_on_the_page_even_if_none_began(tmp_path, capsys):
+def test_the_page_shows_errors_even_if_all_runs_failed_at_the_start(tmp_path, capsys):
     path = write_experiment(tmp_path, 5, 5)
     path.write_text(path.read_text() + "sweep:\n  prompt.length: [90000, 100000]\n")
     command = ["sweep", str(path), "--folder", str(tmp_path / "sweep")]
@@ -277,21 +284,23 @@ def test_why_runs_failed_is_on_the_page_even_if_none_began(tmp_path, capsys):
     assert "<h2>Figures</h2>" not in text
 
 
-def test_categories_are_not_joined_by_a_line(folder):
+def test_values_that_are_not_numbers_are_not_joined_by_a_line(folder):
     records = [r for r in collect([folder]) if r.state == "finished"]
-    by_name = [
+    categorical = [
         dataclasses.replace(r, settings={**r.settings, "prompt.length": f"of {r.settings['seed']}"})
         for r in records
     ]
-    joined, apart = (spread_figure(each, "prompt.length", []) for each in (records, by_name))
+    numeric, not_numeric = (
+        spread_figure(each, "prompt.length", []) for each in (records, categorical)
+    )
     curve = (
         r'<g id="line2d_\d+">\s*<path d="M [\d. ]+\s+L [\d. ]+[^"]*" clip-path[^>]*stroke: #1f6feb'
     )
-    assert re.search(curve, joined)
-    assert not re.search(curve, apart)
+    assert re.search(curve, numeric)
+    assert not re.search(curve, not_numeric)
 
 
-def test_runs_are_chosen_by_settings_that_all_of_them_have(folder, capsys):
+def test_runs_can_be_filtered_by_a_setting_that_does_not_differ(folder, capsys):
     assert main(["runs", str(folder), "--where", "method=prompt", "--where", "seed=0.0"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "method" in lines[0]

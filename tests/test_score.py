@@ -1,4 +1,4 @@
-"""`softprompt score` as a person meets it."""
+"""The command `softprompt score`: its output and its errors."""
 
 import json
 
@@ -33,7 +33,7 @@ def file(tmp_path):
     return write(tmp_path / "predictions.jsonl", ANSWERS)
 
 
-def test_the_known_pair_as_json(call, tmp_path):
+def test_json_contains_the_values_of_a_known_pair(call, tmp_path):
     file = write(tmp_path / "one.jsonl", ANSWERS[:1])
     status, out, _ = call("--metrics", "rouge,bleu", "--json", file)
     found = json.loads(out)
@@ -46,7 +46,7 @@ def test_the_known_pair_as_json(call, tmp_path):
     assert "|eff:yes|tok:13a|" in found["signatures"]["bleu"]
 
 
-def test_the_table_has_values_and_intervals(call, file):
+def test_the_table_contains_values_and_intervals(call, file):
     status, out, _ = call("--metrics", "rouge1,chrf", file)
     answers = [a["prediction"] for a in ANSWERS], [a["reference"] for a in ANSWERS]
     scores = measure(["rouge1", "chrf"], *answers)
@@ -61,14 +61,14 @@ def test_the_table_has_values_and_intervals(call, file):
     assert rows[4].startswith("chrf: nrefs:var|case:mixed")
 
 
-def test_each_prediction_alone(call, file):
+def test_each_scores_every_prediction_separately(call, file):
     _, out, _ = call("--metrics", "rougeL,exact_match", "--each", file)
     each = [json.loads(line) for line in out.splitlines()]
     assert [one["exact_match"] for one in each] == [0, 0, 0]
     assert [round(one["rougeL.f1"], 3) for one in each] == [0.667, 0.8, 0]
 
 
-def test_two_systems_are_compared(call, file, tmp_path):
+def test_against_compares_two_systems(call, file, tmp_path):
     better = [{**answer, "prediction": "this is a test"} for answer in ANSWERS]
     other = write(tmp_path / "other.jsonl", better)
     _, out, _ = call("--metrics", "rouge1", "--json", other, "--against", file)
@@ -90,14 +90,14 @@ def test_two_systems_are_compared(call, file, tmp_path):
     [
         ('{"prediction": "a"}', ":1: has no 'reference'"),
         ('{"reference": "a"}', ":1: has no 'prediction'"),
-        ('{"prediction": 1, "reference": "a"}', ":1: 'prediction' is no text"),
+        ('{"prediction": 1, "reference": "a"}', ":1: 'prediction' is not text"),
         ('{"prediction": "a", "reference": []}', ":1: 'reference' is neither a text nor a list"),
         ('{"prediction": "a", "reference": [1]}', ":1: 'reference' is neither"),
         ('{"prediction": "a", "reference": "b"}\n{', ":2: not valid JSON"),
         ("", "has no records"),
     ],
 )
-def test_a_mistake_is_one_line_with_its_place(call, tmp_path, content, message):
+def test_a_mistake_is_reported_on_one_line_with_its_place(call, tmp_path, content, message):
     path = tmp_path / "bad.jsonl"
     path.write_text(content)
     status, out, err = call(path)
@@ -107,8 +107,11 @@ def test_a_mistake_is_one_line_with_its_place(call, tmp_path, content, message):
     assert err.count("\n") == 1
 
 
-def test_wrong_words_are_refused(call, file, tmp_path):
-    assert "--each: macro_f1 is of all" in call("--metrics", "rouge, macro_f1", "--each", file)[2]
+def test_invalid_arguments_are_rejected(call, file, tmp_path):
+    assert (
+        "--each: macro_f1 is a metric of all examples"
+        in call("--metrics", "rouge, macro_f1", "--each", file)[2]
+    )
     assert "not allowed with argument" in call(file, "--each", "--against", file)[2]
     assert "no metric 'rogue'; known: rouge, bleu" in call("--metrics", "rogue", file)[2]
     assert "predictions are read from a .jsonl file" in call(tmp_path / "x.txt")[2]

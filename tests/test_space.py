@@ -127,7 +127,8 @@ def test_a_file_of_many_trials_is_not_for_train_and_one_without_not_for_sweep(
     path = space("  seed: [0]\n").file.path
     assert main(["train", str(path)]) == 1
     assert (
-        f"{path}:9: sweep: a file of many trials, for softprompt sweep" in capsys.readouterr().err
+        f"{path}:9: sweep: this file describes many trials; run it as a sweep"
+        in capsys.readouterr().err
     )
     path.write_text(path.read_text().split("sweep:")[0])
     assert main(["sweep", str(path)]) == 1

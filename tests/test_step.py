@@ -1,4 +1,4 @@
-"""The training step: what it computes, what it changes, and what it leaves alone."""
+"""The training step: what it computes, what it changes and what it does not change."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ import optax
 import pytest
 from conftest import example_of
 
-from softprompt import SoftPrompt
+from softprompt import SoftPrompt, cross_entropy
 from softprompt.backbones.batch import target_log_probabilities
 from softprompt.data.batches import Layout
 from softprompt.experiment.schema import OptimizerSettings
@@ -32,11 +32,12 @@ def setup(base, settings=ADAMW, steps=10):
     graphdef, trainable, frozen = split(SoftPrompt(jnp.array(VECTORS)), base.backbone)
     optimizer = UpdateRule.of(settings)
     opt_state = optimizer.init(trainable, hyperparameters(settings, steps))
-    return trainable, opt_state, frozen, {"graphdef": graphdef, "optimizer": optimizer}
+    program = {"graphdef": graphdef, "optimizer": optimizer, "objective": cross_entropy}
+    return trainable, opt_state, frozen, program
 
 
 def one_by_one(base, vectors):
-    """Mean loss per target token, each example alone, the prompt prepended, in plain code."""
+    """Mean loss per target token: each example alone, with the prompt prepended."""
     losses = []
     for example in EXAMPLES:
         tokens = jnp.array([[*example.input, *example.candidates[0]]])
@@ -52,13 +53,13 @@ def one_by_one(base, vectors):
 
 @pytest.fixture(scope="module")
 def expected(tiny):
-    """Loss and gradient at VECTORS, one example at a time."""
+    """Loss and gradient at VECTORS, computed one example at a time."""
     return jax.jit(jax.value_and_grad(lambda v: one_by_one(tiny, v)))(VECTORS)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2, 4])
-def test_one_step_is_that_of_the_mean_loss_over_target_tokens(tiny, expected, accumulate):
-    """Also in several passes, although these have different numbers of targets."""
+def test_a_step_follows_the_gradient_of_the_mean_loss_per_target_token(tiny, expected, accumulate):
+    """Also in several passes, which have different numbers of targets."""
     plain = OptimizerSettings(name="sgd", learning_rate=0.5, schedule="constant", clip_norm=None)
     trainable, opt_state, frozen, fixed = setup(tiny, plain)
     loss, gradient = expected
@@ -71,7 +72,7 @@ def test_one_step_is_that_of_the_mean_loss_over_target_tokens(tiny, expected, ac
     np.testing.assert_allclose(vectors, VECTORS - 0.5 * gradient, atol=1e-6)
 
 
-def test_only_the_prompt_changes(tiny):
+def test_a_step_changes_only_the_prompt(tiny):
     trainable, opt_state, frozen, fixed = setup(tiny)
     before = [np.array(leaf).tobytes() for leaf in jax.tree.leaves(frozen)]
     for _ in range(3):
@@ -83,7 +84,7 @@ def test_only_the_prompt_changes(tiny):
 
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "sgd", "lion"])
-def test_every_optimizer_lowers_the_loss_and_keeps_only_the_prompts_shape(tiny, name):
+def test_every_optimizer_lowers_the_loss_with_state_of_the_prompts_shape_only(tiny, name):
     rate = 1.0 if name == "sgd" else 0.1
     settings = OptimizerSettings(name=name, learning_rate=rate, weight_decay=1e-4)
     trainable, opt_state, frozen, fixed = setup(tiny, settings, 30)
@@ -115,7 +116,7 @@ def test_logits_are_computed_at_target_positions_only(tiny):
     assert "tensor<4x8x259xf32>" not in program
 
 
-def test_one_program_for_each_batch_shape(tiny):
+def test_each_batch_shape_is_compiled_once(tiny):
     trainable, opt_state, frozen, fixed = setup(tiny)
     before = train_step._cache_size()
     for _ in range(3):
@@ -125,7 +126,7 @@ def test_one_program_for_each_batch_shape(tiny):
     assert train_step._cache_size() == before + 2
 
 
-def test_candidates_side_by_side_score_as_each_alone(tiny):
+def test_candidates_in_one_row_score_as_each_alone(tiny):
     candidates = [[20, 21, 22], [23], [24, 25]]
     example = example_of([5, 6, 7, 8], candidates, 0)
     together = Layout.of([example]).lay_out([example], 1, 8, 6)
@@ -147,19 +148,19 @@ def test_candidates_side_by_side_score_as_each_alone(tiny):
         ("cosine", [0.5, 1, 1, 0.853553, 0.5, 0.146447]),
     ],
 )
-def test_schedules_warm_up_and_fall(schedule, expected):
+def test_schedules_warm_up_and_decay(schedule, expected):
     warm = hyperparameters(OptimizerSettings(learning_rate=1.0, warmup_steps=2), 6)
     rates = [learning_rate(schedule, warm, i) for i in range(6)]
     np.testing.assert_allclose(rates, expected, atol=1e-6)
     assert learning_rate(schedule, hyperparameters(OptimizerSettings(learning_rate=1.0), 6), 0) == 1
 
 
-def test_an_update_rule_is_optax_with_plain_numbers():
-    """Its numbers are in the state; the reference has them in its program."""
+def test_an_update_rule_equals_optax_with_constant_hyperparameters():
+    """Ours keeps hyperparameters in the optimizer state; the reference compiles them in."""
     settings = OptimizerSettings(
         learning_rate=0.3, warmup_steps=3, weight_decay=0.05, clip_norm=0.5
     )
-    schedule = optax.warmup_cosine_decay_schedule(0.1, 0.3, 2, 12)  # it has no step of rate 0
+    schedule = optax.warmup_cosine_decay_schedule(0.1, 0.3, 2, 12)  # its warm-up skips rate 0
     schedule = optax.join_schedules([schedule, optax.cosine_decay_schedule(0.3, 9)], [3])
     reference = optax.chain(
         optax.clip_by_global_norm(0.5), optax.adamw(schedule, weight_decay=0.05)
@@ -183,3 +184,40 @@ def test_clipping_bounds_the_update(tiny):
     assert measured["gradient_norm"] > 1e-2
     change = jnp.linalg.norm(jax.tree.leaves(after)[0] - VECTORS)
     np.testing.assert_allclose(change, 1e-3, rtol=1e-3)
+
+
+def test_a_step_takes_any_optax_optimizer(tiny, expected):
+    graphdef, trainable, frozen = split(SoftPrompt(jnp.array(VECTORS)), tiny.backbone)
+    optimizer = optax.sgd(0.5)
+    after, _, _ = train_step(
+        trainable,
+        optimizer.init(trainable),
+        frozen,
+        BATCH,
+        KEY,
+        graphdef=graphdef,
+        optimizer=optimizer,
+        objective=cross_entropy,
+    )
+    np.testing.assert_allclose(jax.tree.leaves(after)[0], VECTORS - 0.5 * expected[1], atol=1e-6)
+
+
+def test_an_objective_decides_what_is_differentiated_and_logged(tiny):
+    """A custom objective: half of the loss, weighted by rows, with a metric."""
+
+    def half_of_the_loss(model, batch, key):
+        total, _, _ = cross_entropy(model, batch, key)
+        rows = jnp.float32(len(batch.tokens))
+        return total / 2, rows, {"rows": rows}
+
+    plain = OptimizerSettings(name="sgd", learning_rate=0.5, schedule="constant", clip_norm=None)
+    trainable, opt_state, frozen, program = setup(tiny, plain)
+    after, _, measured = train_step(
+        trainable, opt_state, frozen, BATCH, KEY, **{**program, "objective": half_of_the_loss}
+    )
+    targets = sum(len(example.candidates[0]) for example in EXAMPLES)
+    loss, gradient = jax.value_and_grad(lambda v: one_by_one(tiny, v))(jnp.array(VECTORS))
+    np.testing.assert_allclose(measured["loss"], loss * targets / 2 / 4, rtol=1e-6)
+    assert measured["rows"] == 1
+    expected = VECTORS - 0.5 * gradient * targets / 2 / 4
+    np.testing.assert_allclose(jax.tree.leaves(after)[0], expected, atol=1e-6)

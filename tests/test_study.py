@@ -29,7 +29,7 @@ def test_a_dry_run_of_trials_that_are_not_chosen_yet_counts_them(space, capsys):
     found = space(STUDY)
     assert main(["sweep", str(found.file.path), "--folder", str(found.folder), "--dry-run"]) == 0
     printed = capsys.readouterr().out
-    assert "trial 5: chosen when it is its turn (program 0, waiting)" in printed
+    assert "trial 5: values are chosen when the trial starts (program 0, waiting)" in printed
     assert "program 0: 6 trials to run, 1 at once, about" in printed
     assert not found.folder.exists()
 

@@ -245,8 +245,8 @@ def test_a_trial_whose_folder_will_not_do_fails_and_the_others_go_on(space):
     trials = sweep(space("  seed: [0, 1]\n", "training.steps=1"))
     first, second = (Outcome.read(trial.folder) for trial in trials)
     assert (first.state, second.state) == ("failed", "finished")
-    assert "is no run's folder (it has notes.txt" in first.error
-    assert "--folder" in first.error
+    assert "not a run folder (it contains notes.txt" in first.error
+    assert "choose another folder" in first.error
     assert (spoilt / "notes.txt").read_text() == "mine"
 
 
@@ -285,7 +285,7 @@ def test_another_sweep_does_not_write_into_a_sweeps_folder(space, capsys):
     assert main([*command, "--dry-run"]) == 1
     assert "holds another sweep" in capsys.readouterr().err
     train(space("  seed: [0]\n").file.experiment(), space("  seed: [0]\n", folder="run").folder)
-    with pytest.raises(UserError, match="is no sweep's folder"):
+    with pytest.raises(UserError, match="not a sweep folder"):
         sweep(space("  seed: [0]\n", folder="run"))
 
 

@@ -10,6 +10,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from compilation import IN_A_PROCESS
 from conftest import GOLDEN, write_experiment
 from orbax.checkpoint import v1 as orbax
 
@@ -44,11 +45,8 @@ def start(experiment_file):
     """Start `softprompt train` on the letters, in a process of its own."""
 
     def start(folder, *overrides):
-        command = [
-            sys.executable,
-            "-c",
-            "import sys; from softprompt.cli.main import main; sys.exit(main())",
-        ]
+        code = f"{IN_A_PROCESS}from softprompt.cli.main import main; sys.exit(main())"
+        command = [sys.executable, "-c", code]
         command += ["train", str(experiment_file), *overrides, "--run-dir", str(folder)]
         return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
@@ -119,7 +117,7 @@ os.fsync = fsync
 from softprompt.cli.main import main
 sys.exit(main())
 """
-    command = [sys.executable, "-c", code, str(write), "train", str(experiment_file)]
+    command = [sys.executable, "-c", IN_A_PROCESS + code, str(write), "train", str(experiment_file)]
     done = subprocess.run([*command, "--run-dir", str(folder)], capture_output=True)
     assert done.returncode == 9, done.stderr
     train(experiment, folder)
@@ -263,12 +261,12 @@ def test_another_experiment_does_not_write_into_a_run(experiment, experiment_fil
     train(experiment, tmp_path / "run")
     other = load_experiment(experiment_file, ["prompt.length=4"])
     with pytest.raises(
-        UserError, match=r"other settings \(prompt.length: 3 there, 4 now\); choose"
+        UserError, match=r"other settings \(prompt.length: was 3, is now 4\); choose"
     ):
         train(other, tmp_path / "run")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
-    with pytest.raises(UserError, match="is no run's folder"):
+    with pytest.raises(UserError, match="not a run folder"):
         train(experiment, tmp_path / "mine")
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 
@@ -345,10 +343,10 @@ def test_free_text_trains_and_is_measured_by_its_loss(experiment_file, tmp_path)
     ("override", "message"),
     [
         ("training.batch_size=31", "30 examples do not fill a batch of 31"),
-        ("prompt.length=127", "too short for the 127 that stand in front of every input"),
+        ("prompt.length=127", "too short for the 127 that every input begins with"),
         (
             "template.max_tokens=126",
-            "too short for the 3 that stand in front of every input and template.max_tokens 126",
+            "too short for the 3 that every input begins with and template.max_tokens 126",
         ),
         ("template.input='{title}'", "train.jsonl:1: no field 'title'"),
         ("base=./nowhere", "no such file or directory"),

@@ -112,7 +112,7 @@ def load_base(
       UserError: if the model does not exist or is not supported, or if its weights do not fit
         its config.
 
-    Example:
+    Examples:
       >>> load_base("smollm2-135m-instruct")
       Base('smollm2-135m-instruct', Decoder(30 layers, hidden size 576), float32)
     """

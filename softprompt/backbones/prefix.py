@@ -132,19 +132,19 @@ class T5Prefix:
             return prefixes[0].padded
         embeddings = keys = values = row_lengths = spans = None
         if any(prefix.embeddings is not None for prefix in prefixes):
-            lengths = [prefix.length for prefix in prefixes]
-            parts = [p.padded.embeddings for p in prefixes if p.embeddings is not None]
-            (pool,) = _concatenated([(part[None],) for part in parts], [n for n in lengths if n])
-            places = _spans(lengths, rows)
-            width = max(part.shape[0] for part in parts)
-            embeddings = _cut(pool[0], places[:, 0], width=width)
-            row_lengths = jnp.asarray(places[:, 1] - places[:, 0])
+            row_spans = _spans([prefix.length for prefix in prefixes], rows)
+            some: list[Any] = [p.padded for p in prefixes if p.embeddings is not None]
+            lengths = [p.length for p in prefixes if p.embeddings is not None]
+            (pool,) = _concatenated([(each.embeddings[None],) for each in some], lengths)
+            width = max(each.length for each in some)
+            embeddings = _take_slices(pool[0], row_spans[:, 0], width=width)
+            row_lengths = jnp.asarray(row_spans[:, 1] - row_spans[:, 0])
         if any(prefix.keys is not None for prefix in prefixes):
-            lengths = [0 if p.keys is None else p.keys.shape[1] for p in prefixes]
-            padded: list[Any] = [p.padded for p in prefixes if p.keys is not None]
-            pairs = [(each.keys, each.values) for each in padded]
-            keys, values = _concatenated(pairs, [n for n in lengths if n])
-            spans = jnp.asarray(_spans(lengths, rows))
+            all_lengths = [0 if p.keys is None else p.keys.shape[1] for p in prefixes]
+            some = [p.padded for p in prefixes if p.keys is not None]
+            lengths = [p.keys.shape[1] for p in prefixes if p.keys is not None]
+            keys, values = _concatenated([(each.keys, each.values) for each in some], lengths)
+            spans = jnp.asarray(_spans(all_lengths, rows))
         return cls(embeddings, keys, values, row_lengths, spans)
 
     def repeated(self, count: int) -> "T5Prefix":
@@ -212,25 +212,34 @@ def _insert(buffers, part, begin, length):
     """Write the first `length` entries of each array of `part` into its buffer."""
 
     def write(buffer: jax.Array, array: jax.Array) -> jax.Array:
-        entries = jnp.arange(array.shape[1])
-        targets = jnp.where(entries < length, begin + entries, buffer.shape[1])
-        return buffer.at[:, targets].set(array, mode="drop")
+        size = array.shape[1]
+        start = jnp.minimum(begin, buffer.shape[1] - size)  # padding may not fit after `begin`
+        shift = begin - start
+        entries = jnp.arange(size).reshape(-1, *[1] * (array.ndim - 2))
+        inside = (entries >= shift) & (entries < shift + length)
+        old = jax.lax.dynamic_slice_in_dim(buffer, start, size, axis=1)
+        new = jnp.where(inside, jnp.roll(array, shift, axis=1), old)
+        return jax.lax.dynamic_update_slice_in_dim(buffer, new, start, axis=1)
 
     return jax.tree.map(write, buffers, part)
 
 
 @partial(jax.jit, static_argnames="width")
-def _cut(pool: jax.Array, begins: jax.Array, *, width: int) -> jax.Array:
-    """Slices of `pool` `[P, D]` that begin at `begins` `[B]`, `[B, width, D]`."""
+def _take_slices(pool: jax.Array, begins: jax.Array, *, width: int) -> jax.Array:
+    """Slices `[B, width, D]` of a pool `[P, D]`, which begin at `[B]`."""
     return jnp.take(pool, begins[:, None] + jnp.arange(width)[None], axis=0, mode="clip")
 
 
 def positions_within(spans: jax.Array, width: int) -> tuple[jax.Array, jax.Array]:
-    """Positions `[B, P]` of a prefix's virtual tokens in each row, and their number `[B, 1]`.
+    """Compute the positions of a prefix's virtual tokens in each row.
 
     Args:
-      spans: `[B, 2]`, see `Prefix`. Virtual tokens outside a row's span are at `MASKED_POSITION`.
+      spans: `[B, 2]`, see `Prefix`.
       width: P.
+
+    Returns:
+      Positions `[B, P]`, which are `MASKED_POSITION` outside a row's span, and the number of
+      virtual tokens in each row, `[B, 1]`.
     """
     begin, end = spans[:, :1], spans[:, 1:]
     places = jnp.arange(width)[None]
@@ -256,7 +265,7 @@ class Cache:
 
     @property
     def positions(self) -> jax.Array:
-        """The positions of the tokens in the slots, `[B, S]`; `MASKED_POSITION` for a free slot."""
+        """The position of the token in each slot, `[B, S]`; `MASKED_POSITION` if it is free."""
         slots = jnp.arange(self.keys.shape[2])[None]
         return jnp.where(slots < self.lengths[:, None], slots, MASKED_POSITION)
 

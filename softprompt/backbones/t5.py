@@ -315,10 +315,12 @@ class T5(nnx.Module):
         """
         arch, rows = self.arch, len(tokens)
         encoded, mask = self.encode(self.embedding.with_offsets(tokens), lengths, prefix)
-        _, inputs = jax.lax.scan(lambda _, block: (None, block.read(encoded)), None, self.decoder)
+        _, (keys, values) = jax.lax.scan(
+            lambda _, block: (None, block.read(encoded)), None, self.decoder
+        )
         shape = (arch.num_decoder_layers, rows, capacity + 1, arch.num_heads, arch.head_size)
         empty = jnp.zeros(shape, encoded.dtype)
-        cache = T5Cache(empty, empty, jnp.zeros(rows, jnp.int32), *inputs, mask)
+        cache = T5Cache(empty, empty, jnp.zeros(rows, jnp.int32), keys, values, mask)
         return self.decode(jnp.full(rows, arch.start_token), cache, prefix)
 
     def decode(

@@ -1,14 +1,31 @@
-"""Arguments that several commands of the command line take."""
+"""Arguments that several commands share, and the parsing of their values."""
 
 import argparse
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from softprompt.errors import FolderError, UserError
+
 
 def add_command(
-    chosen: Any, name: str, run: Any, summary: str, text: str
+    subparsers: Any,
+    name: str,
+    run: Callable[[argparse.Namespace], None],
+    summary: str,
+    text: str,
 ) -> argparse.ArgumentParser:
-    command = chosen.add_parser(
+    """Add a command.
+
+    Args:
+      subparsers: of the main parser.
+      name: what the user types.
+      run: does the command's work.
+      summary: one line for the list of commands.
+      text: the rest of the command's own help, with examples.
+    """
+    command = subparsers.add_parser(
         name,
         help=summary,
         description=f"{summary[0].upper()}{summary[1:]}.\n\n{text}",
@@ -18,66 +35,142 @@ def add_command(
     return command
 
 
-def add_run(command: argparse.ArgumentParser, help: str) -> None:
-    command.add_argument("run", type=Path, metavar="RUN", help=help)
+def add_experiment(command: argparse.ArgumentParser) -> None:
+    """Add an experiment file and overrides of its settings."""
+    command.add_argument("experiment", type=Path, metavar="EXPERIMENT", help="a YAML file")
+    command.add_argument(
+        "words",
+        nargs="*",
+        default=[],
+        metavar="key=value",
+        help="override a setting of the file, such as prompt.length=50",
+    )
+
+
+def add_prompt(command: argparse.ArgumentParser) -> None:
+    """Add a trained prompt and the base model to load it on."""
+    command.add_argument("run", type=Path, metavar="RUN", help="a run folder, or its prompt/")
     add_base(command)
 
 
 def add_base(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--base", metavar="NAME", help="default: the base the prompt names")
+    """Add the base model of a trained prompt."""
+    command.add_argument(
+        "--base", metavar="NAME", help="base model (default: the one recorded in the prompt)"
+    )
 
 
 def add_batch_size(command: argparse.ArgumentParser) -> None:
+    """Add the batch size."""
     command.add_argument(
-        "--batch-size", type=count, default=32, metavar="N", help="texts a pass (default: 32)"
+        "--batch-size",
+        type=positive_integer,
+        default=32,
+        metavar="N",
+        help="number of texts per forward pass (default: 32)",
     )
 
 
 def add_inputs(command: argparse.ArgumentParser) -> None:
-    command.add_argument("words", nargs="*", default=[], metavar="TEXT")
+    """Add input texts, or a file of inputs."""
+    command.add_argument("words", nargs="*", default=[], metavar="TEXT", help="an input text")
     command.add_argument(
-        "--input", metavar="FILE", help="a file of inputs, or - for standard input"
+        "--input",
+        metavar="FILE",
+        help="read inputs from a file (.jsonl and .csv: fields by name; others: one text per "
+        "line), or from standard input if FILE is -",
     )
     command.add_argument(
-        "--jsonl", action="store_true", help="standard input has a JSON object a line"
+        "--jsonl", action="store_true", help="standard input has one JSON object per line"
     )
 
 
 def add_scoring(command: argparse.ArgumentParser) -> None:
+    """Add the settings of how labels are scored."""
     command.add_argument(
-        "--normalize", action="store_true", help="divide a label's log-probability by its tokens"
+        "--normalize",
+        action="store_true",
+        help="divide the log-probability of each label by its number of tokens",
     )
     command.add_argument(
-        "--calibrate", metavar="TEXT", help="subtract what a text without content gives a label"
+        "--calibrate",
+        metavar="TEXT",
+        help="calibrate: subtract from each label's score its score for a text without "
+        'content, such as "N/A"',
     )
 
 
 def add_generation(command: argparse.ArgumentParser) -> None:
-    kinds: dict[str, tuple[Any, str, str]] = {
-        "max_new_tokens": (count, "N", "where to stop at the latest"),
-        "temperature": (float, "X", "draw tokens, more evenly the higher it is; 0: the likeliest"),
-        "top_k": (count, "N", "draw from so many tokens"),
-        "top_p": (float, "X", "draw from the likeliest tokens that have this share"),
-        "min_p": (float, "X", "draw from tokens with this share of the likeliest's"),
-        "repetition_penalty": (float, "X", "above 1: fewer tokens that were there before"),
-        "beams": (count, "N", "beam search"),
-        "length_penalty": (float, "X", "of beam search; above 1: longer texts"),
-        "samples": (count, "N", "texts for each input"),
-        "seed": (int, "N", "of the draws"),
+    """Add the settings of generation; a setting that is not given stays as trained."""
+    settings: dict[str, tuple[Any, str, str]] = {
+        "max_new_tokens": (positive_integer, "N", "maximum number of tokens to generate"),
+        "temperature": (
+            float,
+            "X",
+            "sampling temperature: higher values give more random text; 0: greedy decoding",
+        ),
+        "top_k": (positive_integer, "N", "top-k sampling: keep the N most probable tokens"),
+        "top_p": (
+            float,
+            "X",
+            "nucleus sampling: keep the smallest set of tokens whose probabilities sum to at "
+            "least X",
+        ),
+        "min_p": (
+            float,
+            "X",
+            "min-p sampling: keep tokens with at least X times the probability of the most "
+            "probable token",
+        ),
+        "repetition_penalty": (
+            float,
+            "X",
+            "penalize tokens that occur earlier in the text: values above 1 make repetition rarer",
+        ),
+        "beams": (positive_integer, "N", "beam search with N beams"),
+        "length_penalty": (
+            float,
+            "X",
+            "beam search divides the log-probability of a text by its length to the power of X; "
+            "higher values favor longer texts",
+        ),
+        "samples": (positive_integer, "N", "number of texts per input"),
+        "seed": (int, "N", "random seed of sampling"),
     }
-    for name, (kind, metavar, help) in kinds.items():
+    for name, (kind, metavar, help) in settings.items():
         command.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=help)
-    command.add_argument("--stop", action="append", metavar="TEXT", help="ends a text, left out")
-    command.set_defaults(settings=[*kinds, "stop"])
+    command.add_argument(
+        "--stop",
+        action="append",
+        metavar="TEXT",
+        help="end the output before this text; may be given several times",
+    )
+    command.set_defaults(settings=[*settings, "stop"])
 
 
-def numbers(text: str) -> list[int]:
+@contextlib.contextmanager
+def folder_option(option: str) -> Iterator[None]:
+    """Name the option that sets the folder in every `FolderError` raised within."""
+    try:
+        yield
+    except FolderError as error:
+        raise UserError(f"{error} with {option}") from None
+
+
+def integers(text: str) -> list[int]:
+    """Parse whole numbers separated by commas."""
     if not all(part.isdecimal() for part in text.split(",")):
-        raise argparse.ArgumentTypeError("must be whole numbers with commas between them")
+        raise argparse.ArgumentTypeError("must be whole numbers separated by commas")
     return [int(part) for part in text.split(",")]
 
 
-def count(text: str) -> int:
+def names(text: str) -> list[str]:
+    """Parse names separated by commas."""
+    return [part.strip() for part in text.split(",")]
+
+
+def positive_integer(text: str) -> int:
+    """Parse a whole number of at least 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError("must be a whole number, 1 or more")
     return int(text)

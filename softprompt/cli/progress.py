@@ -1,7 +1,4 @@
-"""Progress and log messages: bars on a terminal, plain lines elsewhere.
-
-Everything goes to standard error; standard output is for results.
-"""
+"""Progress bars and log messages on standard error; standard output is for results."""
 
 import contextlib
 import logging
@@ -13,11 +10,11 @@ from typing import Self
 
 from tqdm import tqdm
 
-_SECONDS = 10  # between plain lines
+_INTERVAL = 10.0  # seconds between progress lines where there is no terminal
 
 
 def print_line(line: str) -> None:
-    """Print a line, above the bar if there is one."""
+    """Print a line to standard error, above a progress bar if there is one."""
     tqdm.write(line, file=sys.stderr)
     sys.stderr.flush()
 
@@ -26,14 +23,16 @@ def print_line(line: str) -> None:
 def printed_log() -> Iterator[None]:
     """Print what the library logs, one line per message."""
     log, handler = logging.getLogger("softprompt"), _LineHandler()
-    level = log.level
+    level, propagate = log.level, log.propagate
     log.addHandler(handler)
     log.setLevel(logging.INFO)
+    log.propagate = False  # libraries that we use add a handler to the root logger
     try:
         yield
     finally:
         log.removeHandler(handler)
         log.setLevel(level)
+        log.propagate = propagate
 
 
 class _LineHandler(logging.Handler):
@@ -42,24 +41,33 @@ class _LineHandler(logging.Handler):
 
 
 def duration(seconds: float) -> str:
-    """Time as minutes and seconds, or hours in front of them: `04:34`."""
+    """Format a time as minutes and seconds, with hours if there are any: `04:34`."""
     return tqdm.format_interval(seconds)
 
 
 class Bar:
-    """Progress of `total` units, of which `done` were done before, as a context manager.
+    """The progress of one piece of work, as a context manager.
 
-    On a terminal a bar with the rate and the time left; elsewhere, from the first unit on, a
-    line every ten seconds, so that short work is silent. Of a `part` of the work that
-    another bar is of, a bar with the note alone, and no lines.
+    A terminal shows a bar with the rate and the remaining time. Elsewhere, a line is printed
+    every ten seconds, so that short work prints nothing. See `softprompt.runtime.progress`.
+
+    Args:
+      label: what is done, such as `train`.
+      total: number of units.
+      unit: what is counted, such as `steps`.
+      done: number of units that were done earlier.
+      part: whether another bar shows the work that this is a part of. The bar of a part has
+        no rate and no remaining time, and prints no lines.
     """
 
     def __init__(self, label: str, total: int, unit: str, *, done: int = 0, part: bool = False):
         self._label, self._total, self._unit = label, total, unit
         self._part = part
         self._done = done
-        self._first: tuple[int, float] | None = None  # how many were done when, the first time
-        self._said = 0.0
+        # When the first unit ended, and the number of units then. The rate is measured from
+        # here, because the time before includes compilation.
+        self._first: tuple[int, float] | None = None
+        self._last_line = 0.0
         self._bar = tqdm(
             desc=label,
             total=total,
@@ -83,27 +91,28 @@ class Bar:
         self.close()
 
     def close(self) -> None:
-        """Take the bar off the terminal."""
+        """Remove the bar from the terminal."""
         self._bar.close()
 
     def drop(self, count: int) -> None:
-        """So many units will not be done."""
+        """Subtract units that will not be done from the total."""
         self._total -= count
         if not self._bar.disable:
             self._bar.total = self._total
             self._bar.refresh()
 
     def advance(self, count: int = 1, note: str = "") -> None:
-        """Count units as done; `note` stands behind the bar, or at the end of the line."""
+        """Count units as done, and show a note such as the loss at the end of the line."""
         self._done += count
         self._bar.set_postfix_str(note, refresh=False)
         self._bar.update(count)
         now = time.monotonic()
-        if self._first is None:  # what comes before, such as compiling, is not done for each
-            self._first, self._said = (self._done, now), now
-        elif self._bar.disable and not self._part and now - self._said >= _SECONDS:
-            self._said = now
-            first, since = self._first
-            left = (self._total - self._done) * (now - since) / (self._done - first)
+        if self._first is None:
+            self._first, self._last_line = (self._done, now), now
+        elif self._bar.disable and not self._part and now - self._last_line >= _INTERVAL:
+            self._last_line = now
+            first_done, first_time = self._first
+            seconds_per_unit = (now - first_time) / (self._done - first_done)
+            left = duration((self._total - self._done) * seconds_per_unit)
             line = f"{self._label} {self._done}/{self._total} {self._unit}"
-            print_line(", ".join(filter(None, [line, f"{duration(left)} left", note])))
+            print_line(", ".join(filter(None, [line, f"{left} left", note])))

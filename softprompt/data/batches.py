@@ -1,6 +1,6 @@
-"""Examples to batches of few shapes, in an order that only the seed decides.
+"""Batches: lay out examples as arrays of few shapes, in an order fixed by the seed.
 
-Axis letters: B batch, T tokens, M target positions.
+Axis letters: B batch, T tokens, M target positions, N examples.
 """
 
 import dataclasses
@@ -11,28 +11,22 @@ import grain
 import numpy as np
 
 from softprompt.backbones.batch import Batch
-from softprompt.data.examples import Example
+from softprompt.data.examples import Example, Examples, Lengths
 from softprompt.runtime.memory import Result, run_batches
 
 _WINDOW = 32  # batches whose examples are sorted by length together
-_MULTIPLE = 8  # lengths are rounded up to this
-_MOST_LENGTHS = 6  # batch lengths a dataset gets
-
-
-def only_answer(example: Example) -> Example:
-    """The example to train on: the right candidate alone."""
-    assert example.answer is not None
-    return dataclasses.replace(example, candidates=[example.candidates[example.answer]], answer=0)
+_MULTIPLE = 8  # row lengths are rounded up to a multiple of this
+_MAX_SHAPES = 6  # different row lengths of a dataset's batches
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How a dataset's examples become batches.
+    """How the examples of a dataset become batches.
 
     Attributes:
-      separate_targets: whether a separate decoder reads the candidates.
-      branching: whether rows may hold several candidates that are read.
-      shapes: the few `(T, M)` that batches have, T rising.
+      separate_targets: whether the backbone reads candidates apart from the input.
+      branching: whether rows may hold several candidates, for which attention needs a mask.
+      shapes: the `(T, M)` that batches may have, T ascending.
     """
 
     separate_targets: bool
@@ -41,32 +35,34 @@ class Layout:
 
     @classmethod
     def of(cls, examples: Sequence[Example], separate_targets: bool = False) -> "Layout":
-        """At most six lengths, chosen so that padding single examples wastes least."""
-        branching = any(sum(len(c) > 1 for c in e.candidates) > 1 for e in examples)
-        layout = cls(separate_targets, branching and not separate_targets, [])
-        lengths = np.array([layout.length(e) for e in examples])
-        lengths = -(-lengths // _MULTIPLE) * _MULTIPLE
-        bounds = _least_padding(lengths, _MOST_LENGTHS)
-        counts = np.array([_target_count(e) for e in examples])
-        shapes = [(bound, int(counts[lengths <= bound].max())) for bound in bounds]
-        return dataclasses.replace(layout, shapes=shapes)
+        """Plan batches with all candidates of the given examples, at least one."""
+        return cls.of_lengths(Examples.of(examples).lengths, separate_targets)
+
+    @classmethod
+    def of_lengths(cls, lengths: Lengths, separate_targets: bool) -> "Layout":
+        """Choose at most six shapes, so that the padding of single examples is minimal."""
+        rows = _row_lengths(lengths, separate_targets)
+        rows = -(-rows // _MULTIPLE) * _MULTIPLE
+        bounds = _least_padding(rows, _MAX_SHAPES)
+        shapes = [(bound, int(lengths.targets[rows <= bound].max())) for bound in bounds]
+        return cls(separate_targets, lengths.branching and not separate_targets, shapes)
 
     def length(self, example: Example) -> int:
-        """Tokens of an example's row."""
+        """Return the number of tokens in an example's row."""
         read = 0 if self.separate_targets else sum(len(c) - 1 for c in example.candidates)
         return len(example.input) + read
 
     def batch(self, examples: Sequence[Example], rows: int) -> Batch:
-        """The examples, at most `rows`, in the smallest shape that takes them all."""
+        """Lay out at most `rows` examples in the smallest shape that fits all of them."""
         length = max(map(self.length, examples))
         targets = max(map(_target_count, examples))
         shape = next(s for s in self.shapes if s[0] >= length and s[1] >= targets)
         return self.lay_out(examples, rows, *shape)
 
     def lay_out(self, examples: Sequence[Example], rows: int, length: int, targets: int) -> Batch:
-        """The examples as a batch of B = `rows`, T = `length`, M = `targets`.
+        """Lay out examples as a batch of B = `rows`, T = `length`, M = `targets`.
 
-        Rows are left empty if there are fewer examples.
+        The remaining rows are empty if there are fewer examples.
         """
         batch = Batch(
             tokens=np.zeros((rows, length), np.int32),
@@ -111,14 +107,19 @@ def _target_count(example: Example) -> int:
     return sum(map(len, example.candidates))
 
 
+def _row_lengths(lengths: Lengths, separate_targets: bool) -> np.ndarray:
+    """Return the number of tokens in each example's row, `[N]`."""
+    return lengths.input if separate_targets else lengths.input + lengths.read
+
+
 def _least_padding(lengths: np.ndarray, most: int) -> list[int]:
-    """At most `most` of the given lengths as upper bounds, the sum of all gaps least."""
+    """Choose at most `most` of the lengths as upper bounds, with the least padding in all."""
     values, counts = np.unique(lengths, return_counts=True)
     sizes = np.concatenate([[0], np.cumsum(counts)])
 
     @functools.cache
     def best(end: int, bounds: int) -> tuple[float, tuple[int, ...]]:
-        """Padded size of values[:end] with that many bounds, the last one values[end - 1]."""
+        """Return the padded size of `values[:end]` and its bounds; the last is their maximum."""
         if end == 0:
             return 0, ()
         if bounds == 0:
@@ -134,17 +135,17 @@ def _least_padding(lengths: np.ndarray, most: int) -> list[int]:
 
 
 class TrainingBatches:
-    """Endless shuffled batches; batch number n depends on seed and n alone.
+    """An endless sequence of shuffled batches. Batch n depends only on the seed and n.
 
-    Each epoch is shuffled anew. Within a window of 32 batches, examples of like length
-    share a batch, and the batches come in random order. What is left of an epoch when no
-    whole batch can be made of it is dropped.
+    Each epoch is shuffled anew. Within a window of 32 batches, examples of similar length
+    share a batch, and the batches come in random order. Examples at the end of an epoch
+    that do not fill a batch are dropped.
 
     Args:
       examples: at least `batch_size`, each with its answer.
       batch_size: examples in a batch, B.
-      seed: of the order.
-      separate_targets: whether a separate decoder reads the targets.
+      seed: seed of the order.
+      separate_targets: whether the backbone reads targets apart from the input.
     """
 
     def __init__(
@@ -155,8 +156,10 @@ class TrainingBatches:
         *,
         separate_targets: bool = False,
     ):
-        self._examples = [only_answer(example) for example in examples]
-        self._layout = Layout.of(self._examples, separate_targets)
+        self._examples = Examples.of(examples)
+        lengths = self._examples.lengths.answer_only()
+        self._layout = Layout.of_lengths(lengths, separate_targets)
+        self._row_lengths = _row_lengths(lengths, separate_targets)
         self._batch_size = batch_size
         self._per_epoch = len(examples) // batch_size
         self._seed = seed
@@ -169,29 +172,31 @@ class TrainingBatches:
     def __getitem__(self, number: int) -> Batch:
         epoch, number = divmod(number, self._per_epoch)
         window, place = divmod(number, _WINDOW)
-        return self._layout.batch(self._window(epoch, window)[place], self._batch_size)
+        examples = [self._examples[i].answer_only() for i in self._window(epoch, window)[place]]
+        return self._layout.batch(examples, self._batch_size)
 
     def largest(self) -> Batch:
-        """An empty batch of the largest shape."""
+        """Return an empty batch of the largest shape."""
         return self._layout.lay_out([], self._batch_size, *self._layout.shapes[-1])
 
     def iterate(self) -> "grain.DatasetIterator[Batch]":
-        """A Grain iterator, whose `get_state` and `set_state` give and take the position."""
+        """Return a Grain iterator. Its `get_state` and `set_state` save and set the position."""
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
         return iter(grain.MapDataset.source(self).to_iter_dataset(options))
 
-    def _sorted_window(self, epoch: int, window: int) -> list[list[Example]]:
+    def _sorted_window(self, epoch: int, window: int) -> list[list[int]]:
+        """Return the indices of the examples in each batch of a window."""
         size, first = self._batch_size, window * _WINDOW
         batches = min(_WINDOW, self._per_epoch - first)
         begin = epoch * len(self._examples) + first * size
         indices = [self._order[begin + i] for i in range(batches * size)]
-        indices.sort(key=lambda i: self._layout.length(self._examples[i]))
+        indices.sort(key=self._row_lengths.__getitem__)
         order = np.random.default_rng([self._seed, epoch, window]).permutation(batches)
-        return [[self._examples[i] for i in indices[b * size : (b + 1) * size]] for b in order]
+        return [indices[b * size : (b + 1) * size] for b in order]
 
 
 def side_by_side(batches: Sequence[Batch]) -> Batch:
-    """Batches of as many rows with a new leading axis, shorter ones padded."""
+    """Stack batches of equally many rows along a new first axis; pad the shorter ones."""
 
     def stacked(name: str, empty: int) -> np.ndarray | None:
         arrays = [getattr(batch, name) for batch in batches]
@@ -216,21 +221,23 @@ def evaluation_batches(
     *,
     separate_targets: bool = False,
 ) -> Iterator[tuple[list[int], Result]]:
-    """Run all examples once, those of like length together.
+    """Run all examples once; examples of similar length share a batch.
 
     Args:
       examples: at least one.
-      batch_size: the most in a batch; fewer if there is no memory for as many.
-      run: what to do with a batch.
-      separate_targets: whether a separate decoder reads the targets.
+      batch_size: maximum number of examples in a batch; it is lowered if memory runs out.
+      run: function to call with each batch.
+      separate_targets: whether the backbone reads targets apart from the input.
 
     Yields:
-      The examples' numbers in the rows of each batch, and what `run` gave.
+      The indices of the examples in the rows of a batch, and the result of `run`.
     """
-    layout = Layout.of(examples, separate_targets)
-    order = sorted(range(len(examples)), key=lambda i: layout.length(examples[i]))
+    dataset = Examples.of(examples)
+    layout = Layout.of_lengths(dataset.lengths, separate_targets)
+    row_lengths = _row_lengths(dataset.lengths, separate_targets)
+    order = np.argsort(row_lengths, kind="stable").tolist()
     return run_batches(
         [order],
         batch_size,
-        lambda numbers, rows: run(layout.batch([examples[i] for i in numbers], rows)),
+        lambda numbers, rows: run(layout.batch([dataset[i] for i in numbers], rows)),
     )

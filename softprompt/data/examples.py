@@ -1,31 +1,31 @@
-"""Examples: what is read and what may follow, as token ids."""
+"""Examples: inputs and their possible targets as token ids, and datasets of them.
 
+Axis letters: N examples.
+"""
+
+import abc
 import dataclasses
 import hashlib
 import json
-import logging
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping, Sequence
+from typing import overload
+
+import numpy as np
 
 from softprompt.data.records import Record
-from softprompt.runtime.progress import Progress, silent
-
-_log = logging.getLogger(__name__)
-
-if TYPE_CHECKING:
-    from softprompt.data.task import Task
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One input and its possible continuations, as token ids.
+    """One input and its candidates, as token ids.
 
     Attributes:
-      input: ids of what the model reads, at least one.
-      candidates: ids of each continuation: one for each label, or the one target.
-      answer: which candidate is the right one; None if that is not known.
-      record: what it was made from.
-      truncated: whether the input was cut.
+      input: ids of the input, at least one.
+      candidates: ids of each possible target: one per label, or the single target of free
+        text.
+      answer: index of the right candidate; None if it is not known.
+      record: the record that the example was made from.
+      truncated: whether the input was truncated.
     """
 
     input: Sequence[int]
@@ -34,39 +34,141 @@ class Example:
     record: Record
     truncated: bool
 
-
-def make_examples(
-    task: "Task", records: Sequence[Record], split: str, progress: Progress = silent
-) -> list[Example]:
-    """An example of every record, under a progress bar; says how many were cut."""
-    examples = []
-    with progress(f"tokenise {split}", len(records), "examples") as bar:
-        for record in records:
-            examples.append(task.example(record))
-            bar.advance()
-    _log.info(f"{split}: {len(examples)} examples")
-    say_truncated(examples, task, split)
-    return examples
+    def answer_only(self) -> "Example":
+        """Return the example to train on, whose only candidate is the right one."""
+        assert self.answer is not None
+        return dataclasses.replace(self, candidates=[self.candidates[self.answer]], answer=0)
 
 
-def examples_digest(splits: Mapping[str, Sequence[Example]]) -> str:
-    """SHA-256 of all that training and evaluation read of the examples."""
+@dataclasses.dataclass(frozen=True)
+class Lengths:
+    """Token counts of N examples, from which batches are planned. Each array is `[N]`.
+
+    Attributes:
+      input: tokens of the input.
+      answer: tokens of the right candidate; 0 if it is not known.
+      longest: tokens of the longest candidate.
+      targets: tokens of all candidates together.
+      candidates: number of candidates.
+    """
+
+    input: np.ndarray
+    answer: np.ndarray
+    longest: np.ndarray
+    targets: np.ndarray
+    candidates: np.ndarray
+
+    @property
+    def read(self) -> np.ndarray:
+        """Candidate tokens that are inputs of a decoder: all but the last of each candidate."""
+        return self.targets - self.candidates
+
+    @property
+    def branching(self) -> bool:
+        """Whether any example has several candidates of more than one token."""
+        # Then more tokens are read than all but one of the longest candidate.
+        return bool(((self.read >= self.longest) & (self.longest > 0)).any())
+
+    def answer_only(self) -> "Lengths":
+        """Return the lengths of the same examples with the right candidate alone."""
+        one = np.ones_like(self.candidates)
+        return Lengths(self.input, self.answer, self.answer, self.answer, one)
+
+
+class Dataset(Sequence[Example]):
+    """The examples of one split, wherever they are stored.
+
+    This is the interface between sources of examples and batches. Besides the methods of a
+    sequence it has what would otherwise take another pass over all examples. A slice of it
+    is a plain sequence of examples.
+
+    Attributes:
+      lengths: token counts of every example.
+      digest: SHA-256 of everything that training and evaluation read of the examples.
+      truncated: number of examples whose input was truncated.
+    """
+
+    lengths: Lengths
+    digest: str
+    truncated: int
+
+    @abc.abstractmethod
+    def example(self, number: int) -> Example:
+        """Return one example; `number` is in `range(len(self))`."""
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | Sequence[Example]:
+        numbers = range(len(self))[index]
+        if isinstance(numbers, int):
+            return self.example(numbers)
+        return self if numbers == range(len(self)) else [self.example(i) for i in numbers]
+
+
+class Examples(Dataset):
+    """A dataset in memory. Its lengths and digest are computed while it is filled.
+
+    Args:
+      examples: read once.
+    """
+
+    def __init__(self, examples: Iterable[Example]):
+        self._examples: list[Example] = []
+        counts, digest = [], hashlib.sha256()
+        for example in examples:
+            self._examples.append(example)
+            sizes = list(map(len, example.candidates))
+            answer = -1 if example.answer is None else example.answer
+            right = 0 if example.answer is None else sizes[answer]
+            counts.append(
+                (len(example.input), right, max(sizes, default=0), sum(sizes), len(sizes))
+            )
+            # The sizes come first, so that no two examples are hashed as the same numbers.
+            content = [len(example.input), len(sizes), *sizes, answer, *example.input]
+            for candidate in example.candidates:
+                content += candidate
+            digest.update(np.array(content, "<i8").tobytes())
+        self.lengths = Lengths(*np.array(counts, np.int32).reshape(-1, 5).T)
+        self.digest = digest.hexdigest()
+        self.truncated = sum(example.truncated for example in self._examples)
+
+    @classmethod
+    def of(cls, examples: Sequence[Example]) -> Dataset:
+        """Return a dataset unchanged, and any other sequence of examples as a dataset."""
+        return examples if isinstance(examples, Dataset) else cls(examples)
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def example(self, number: int) -> Example:
+        return self._examples[number]
+
+
+def data_digest(splits: Mapping[str, Dataset]) -> str:
+    """Return one digest of all splits, by which a run recognizes its data when it resumes."""
+    digests = {split: dataset.digest for split, dataset in splits.items()}
+    return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
+
+
+def same_data(saved: str, splits: Mapping[str, Dataset]) -> bool:
+    """Return whether a checkpoint was trained on these splits.
+
+    Args:
+      saved: the digest in the checkpoint: that of `data_digest`, or of an earlier version,
+        which hashed the examples of all splits in a row.
+      splits: the data to resume with.
+    """
+    return saved == data_digest(splits) or saved == _earlier_digest(splits)
+
+
+def _earlier_digest(splits: Mapping[str, Dataset]) -> str:
+    """Return the digest of an earlier version, which takes a pass over all examples."""
     digest = hashlib.sha256()
     for split, examples in splits.items():
         for example in examples:
-            content = [
-                split,
-                list(example.input),
-                list(map(list, example.candidates)),
-                example.answer,
-            ]
+            candidates = list(map(list, example.candidates))
+            content = [split, list(example.input), candidates, example.answer]
             digest.update(json.dumps(content).encode())
     return digest.hexdigest()
-
-
-def say_truncated(examples: Sequence[Example], task: "Task", split: str) -> None:
-    """Say how many inputs were cut, if any were."""
-    if cut := sum(example.truncated for example in examples):
-        _log.info(
-            f"{split}: {cut} cut to {task.max_tokens} tokens, at the end of their longest field"
-        )

@@ -1,27 +1,34 @@
-"""Records: what one line of a dataset says, and where it stands."""
+"""Records: the rows of a dataset before a template turns them into text."""
 
 import csv
 import dataclasses
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, overload
 
 from softprompt.errors import UserError
+from softprompt.storage.json_lines import parse_json_lines
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """Fields by name, and the place to name in an error (`file:line`)."""
+    """One row of a dataset.
+
+    Attributes:
+      fields: values by field name.
+      where: the record's place for error messages, such as `file:line`.
+    """
 
     fields: Mapping[str, Any]
     where: str
 
     def text(self, field: str) -> str:
-        """A field as text; numbers and booleans as JSON writes them.
+        """Return a field as text; numbers and booleans are written as in JSON.
 
-        Raises `UserError` if there is no such field, or it is empty or no plain value.
+        Raises:
+          UserError: if the field is missing, empty, or neither text, number nor boolean.
         """
         if field not in self.fields:
             raise UserError(
@@ -33,65 +40,99 @@ class Record:
         if not isinstance(value, str):
             raise UserError(f"{self.where}: field {field!r} is {type(value).__name__}, not text")
         if any("\ud800" <= character <= "\udfff" for character in value):
-            raise UserError(f"{self.where}: field {field!r} has half a surrogate pair in it")
+            raise UserError(f"{self.where}: field {field!r} contains an unpaired surrogate")
         if not value.strip():
             raise UserError(f"{self.where}: field {field!r} is empty")
         return value
 
 
-def read_records(source: str) -> list[Record]:
+Rows = Sequence[Mapping[str, Any] | Record]
+"""Any sequence of mappings or records, such as a list of dicts or a `datasets.Dataset`."""
+
+
+class _RowRecords(Sequence[Record]):
+    """A sequence of mappings as records, which are made on access."""
+
+    def __init__(self, rows: Rows, name: str):
+        self._rows, self._name = rows, name
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Record]: ...
+    def __getitem__(self, index: int | slice) -> Record | Sequence[Record]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        number = range(len(self))[index]
+        row, where = self._rows[number], f"{self._name} {number}"
+        if isinstance(row, Record):
+            return row
+        if not isinstance(row, Mapping):
+            raise UserError(f"{where}: {type(row).__name__}, not a mapping of fields")
+        return Record(row, where)
+
+
+def as_records(rows: Rows, name: str = "row") -> Sequence[Record]:
+    """Return a sequence of mappings as records.
+
+    Args:
+      rows: any object with a length and rows by index. Rows are read on access, so they
+        need not fit in memory.
+      name: what error messages call a row; its number follows.
+    """
+    return _RowRecords(rows, name)
+
+
+def read_records(source: str | Rows, name: str = "row") -> Sequence[Record]:
     """Read a dataset.
 
     Args:
-      source: a `.jsonl` file (one JSON object a line, blank lines skipped), a `.csv`
-        file with a header, or `hub:NAME#SPLIT` for one read by the `datasets` package.
+      source: a `.jsonl` file (one JSON object per line; blank lines are skipped), a `.csv`
+        file with a header, `hub:NAME#SPLIT` for a dataset of the Hugging Face hub (needs
+        the `datasets` package), or a sequence of mappings.
+      name: what error messages call a row of a sequence; its number follows.
 
     Raises:
-      UserError: with file and line, if a line cannot be read or there is no record.
+      UserError: if a line cannot be read, with its file and line, or if there are no records.
     """
-    if source.startswith("hub:"):
-        records = list(_read_hub(source))
+    if not isinstance(source, str):
+        records, where = as_records(source, name), f"sequence of {name}s"
+    elif source.startswith("hub:"):
+        records, where = _read_hub(source), source
     else:
-        path = Path(source)
-        readers = {".jsonl": _read_jsonl, ".csv": _read_csv}
-        if path.suffix not in readers:
-            raise UserError(
-                f"{source}: unknown kind of dataset (known: .jsonl, .csv, hub:NAME#SPLIT)"
-            )
-        try:
-            records = list(readers[path.suffix](path))
-        except OSError as error:
-            raise UserError(f"{source}: cannot be read ({error.strerror})") from None
-        except UnicodeDecodeError:
-            raise UserError(f"{source}:{_first_undecodable(path)}: not UTF-8 text") from None
-    if not records:
-        raise UserError(f"{source}: has no records")
+        records, where = _read_file(Path(source)), source
+    if not len(records):
+        raise UserError(f"{where}: has no records")
     return records
 
 
 def parse_jsonl(lines: Iterable[str], source: str) -> Iterator[Record]:
-    """Records from lines of JSON, blank ones skipped; `UserError` if one is no JSON object."""
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            yield _parse_object(line, f"{source}:{number}")
+    """Parse lines of JSON as records.
+
+    Raises:
+      UserError: if a line is not a JSON object; see `parse_json_lines`.
+    """
+    for where, fields in parse_json_lines(lines, source):
+        yield Record(fields, where)
 
 
-def _parse_object(line: str, where: str) -> Record:
+def _read_file(path: Path) -> list[Record]:
+    readers = {".jsonl": _read_jsonl, ".csv": _read_csv}
+    if path.suffix not in readers:
+        raise UserError(f"{path}: unknown kind of dataset (known: .jsonl, .csv, hub:NAME#SPLIT)")
     try:
-        fields = json.loads(line, parse_constant=_refuse)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not valid JSON ({error})") from None
-    if not isinstance(fields, dict):
-        raise UserError(f"{where}: not a JSON object")
-    return Record(fields, where)
-
-
-def _refuse(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is no number of JSON")
+        return list(readers[path.suffix](path))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}:{_first_undecodable(path)}: not UTF-8 text") from None
 
 
 def _first_undecodable(path: Path) -> int:
-    """The first line that is not UTF-8."""
+    """Return the number of the first line that is not UTF-8."""
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if line.decode(errors="ignore").encode() != line:
@@ -105,7 +146,7 @@ def _read_jsonl(path: Path) -> Iterator[Record]:
 
 
 def _read_csv(path: Path) -> Iterator[Record]:
-    csv.field_size_limit(sys.maxsize)  # long texts are cut by the template, and counted
+    csv.field_size_limit(sys.maxsize)  # long fields are truncated later, and counted
     with path.open(encoding="utf-8-sig", newline="") as file:
         rows = csv.DictReader(file, strict=True)
         try:
@@ -118,7 +159,7 @@ def _read_csv(path: Path) -> Iterator[Record]:
             raise UserError(f"{path}:{rows.line_num}: not valid CSV ({error})") from None
 
 
-def _read_hub(source: str) -> Iterator[Record]:
+def _read_hub(source: str) -> Sequence[Record]:
     try:
         import datasets
     except ImportError:
@@ -133,5 +174,4 @@ def _read_hub(source: str) -> Iterator[Record]:
     except Exception as error:  # the package raises errors of a dozen unrelated kinds
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"{source}: cannot be loaded ({reason})") from error
-    for number, row in enumerate(rows):
-        yield Record(row, f"{source} row {number}")
+    return as_records(rows, f"{source} row")

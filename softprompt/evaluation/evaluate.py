@@ -1,4 +1,4 @@
-"""A model measured on examples: what it gives the right targets, and what it answers.
+"""Evaluate a model on examples: the loss of the targets, and the quality of its answers.
 
 Axis letters: N examples, C candidates.
 """
@@ -22,24 +22,24 @@ from softprompt.runtime.progress import Progress, silent
 
 
 @dataclasses.dataclass(frozen=True)
-class Measured:
-    """What `evaluate` found.
+class EvaluationResult:
+    """The result of `evaluate`.
 
     Attributes:
-      scores: by the metrics' names, `loss` first.
-      samples: of every example that was answered `input` (its fields by name), `reference`
-        and `prediction`.
+      scores: by metric name, `loss` first.
+      samples: for every example that the model answered, its `input` (a mapping of
+        fields), `reference` and `prediction`.
     """
 
     scores: Mapping[str, Scores]
     samples: Sequence[Mapping[str, Any]]
 
     def values(self) -> dict[str, float]:
-        """All values of the metrics."""
+        """Return all values of the metrics."""
         return all_values(self.scores)
 
     def intervals(self) -> dict[str, tuple[float, float]]:
-        """Their bootstrap intervals."""
+        """Return the 95 % bootstrap intervals of the values."""
         return all_intervals(self.scores)
 
 
@@ -53,21 +53,23 @@ def evaluate(
     *,
     written: int | None = None,
     progress: Progress = silent,
-) -> Measured:
-    """Score examples and answer them, under progress bars.
+) -> EvaluationResult:
+    """Score the targets of examples, let the model answer, and measure its answers.
 
     Args:
-      backbone, prefix: the model, and what `make_prefix` gives.
-      task: what the examples were made by.
-      examples: N, with their answers.
-      experiment: whose metrics, scoring and settings of generation to use.
-      label: what stands in front of the bars.
-      written: behind how many of them to write, if they are of free text; None: all.
+      backbone: the model to run.
+      prefix: the result of `make_prefix`, or None.
+      task: the task that made the examples.
+      examples: N examples with their answers.
+      experiment: its metrics and its settings of scoring and generation are used.
+      label: label of the progress bars.
+      written: for free text, generate answers for this many examples only, the first ones.
+        None: for all examples.
       progress: shows how many examples are done.
 
     Returns:
-      `loss`, the mean negative log-likelihood per token of the right targets in nats; of
-      labels `accuracy`; and the experiment's metrics, of free text those of what is written.
+      `loss`, the mean negative log-likelihood per target token in nats; for labels
+      `accuracy`; and the experiment's metrics, for free text those of the generated texts.
     """
     settings = experiment.evaluation
     scores = np.empty((len(examples), len(examples[0].candidates)), np.float32)
@@ -76,40 +78,40 @@ def evaluate(
             scores[numbers] = part
             bar.advance(len(numbers))
     of_model = dict.fromkeys(["loss", *(n for n in settings.metrics if n in MODEL_METRICS)])
-    measured = {name: likelihood(name, examples, scores) for name in of_model}
+    results = {name: likelihood(name, examples, scores) for name in of_model}
     names = [name for name in settings.metrics if name not in MODEL_METRICS]
     if task.labels:
         answered = examples
         names = list(dict.fromkeys(["accuracy", *names]))
-        chosen = calibrated_scores(scores, examples, backbone, prefix, task, experiment.scoring)
-        predictions = [task.labels[i] for i in chosen.argmax(axis=1)]
+        calibrated = calibrated_scores(scores, examples, backbone, prefix, task, experiment.scoring)
+        predictions = [task.labels[i] for i in calibrated.argmax(axis=1)]
         references = [task.labels[example.answer or 0] for example in examples]
     else:
-        answered, how = examples[:written], experiment.generation
+        answered, generation = examples[:written], experiment.generation
         requests = []
-        if answered:  # else there need not be room to write anything
-            requests = requests_of([e.record for e in answered], task, prefix, how)
-        engine = Engine(backbone, task.base.tokenizer, how)
+        if answered:  # without requests, max_new_tokens may exceed the context window
+            requests = requests_of([e.record for e in answered], task, prefix, generation)
+        engine = Engine(backbone, task.base.tokenizer, generation)
         generated = engine.generate(requests, settings.batch_size, f"{label}: write", progress)
         predictions = [each.text.strip() for each in generated]
         references = [task.reference(example.record) for example in answered]
     if answered:
-        measured |= measure(names, predictions, references, stem=settings.stem)
+        results |= measure(names, predictions, references, stem=settings.stem)
     samples = [
         {"input": task.input_fields(e.record), "reference": reference, "prediction": prediction}
         for e, reference, prediction in zip(answered, references, predictions, strict=True)
     ]
-    return Measured(measured, samples)
+    return EvaluationResult(results, samples)
 
 
 def likelihood(name: str, examples: Sequence[Example], scores: np.ndarray) -> Scores:
-    """How likely the right targets are.
+    """Return the loss or the perplexity of the right candidates.
 
     Args:
-      name: `loss`, the mean negative log-likelihood per token in nats, or `perplexity`, e to
-        the power of it.
-      examples: N, with their answers.
-      scores: `[N, C]` log-probabilities.
+      name: `loss`, the mean negative log-likelihood per token in nats, or `perplexity`,
+        e to the power of the loss.
+      examples: N examples with their answers.
+      scores: log-probabilities of their candidates, `[N, C]`.
     """
     answers = [example.answer or 0 for example in examples]
     right = scores[np.arange(len(examples)), answers].astype(np.float64)

@@ -1,4 +1,4 @@
-"""Files of predictions, scored and compared."""
+"""Score and compare files of predictions."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -8,22 +8,28 @@ from softprompt.data.records import read_records
 from softprompt.errors import UserError
 from softprompt.metrics.named import measure
 from softprompt.metrics.scores import Difference, Scores, paired_test
-from softprompt.report.tables import aligned
 
 
 @dataclasses.dataclass(frozen=True)
 class Answers:
-    """Predictions, and for each a reference, or several of which any will do."""
+    """The predictions of one system and their references.
+
+    Attributes:
+      predictions: N texts.
+      references: for each prediction a text, or a list of texts that are all correct.
+    """
 
     predictions: Sequence[str]
     references: Sequence[str | Sequence[str]]
 
 
 def read_answers(path: str) -> Answers:
-    """Read `{"prediction": ..., "reference": ...}` a line; other keys do not matter.
+    """Read a file with a line `{"prediction": ..., "reference": ...}` per example.
+
+    Other keys are ignored.
 
     Raises:
-      UserError: with file and line, if one of them is missing or no text.
+      UserError: with file and line, if one of the keys is missing or is not text.
     """
     if Path(path).suffix != ".jsonl":
         raise UserError(f"{path}: predictions are read from a .jsonl file")
@@ -35,7 +41,7 @@ def read_answers(path: str) -> Answers:
                 raise UserError(f"{record.where}: has no {key!r}")
         prediction, reference = record.fields["prediction"], record.fields["reference"]
         if not isinstance(prediction, str):
-            raise UserError(f"{record.where}: 'prediction' is no text")
+            raise UserError(f"{record.where}: 'prediction' is not text")
         listed = reference if isinstance(reference, list) else [reference]
         if not listed or not all(isinstance(text, str) for text in listed):
             raise UserError(f"{record.where}: 'reference' is neither a text nor a list of texts")
@@ -47,10 +53,18 @@ def read_answers(path: str) -> Answers:
 def compare_answers(
     ours: Answers, theirs: Answers, metrics: Sequence[str], *, stem: bool
 ) -> tuple[dict[str, Scores], dict[str, Difference]]:
-    """Scores of others' answers to the same examples, and by how much ours differ from them.
+    """Compare two systems on the same examples.
+
+    Args:
+      ours, theirs: answers of the two systems, in the same order.
+      metrics: names of the metrics.
+      stem: whether ROUGE stems English words.
+
+    Returns:
+      Their scores by metric, and our differences from them by value name.
 
     Raises:
-      UserError: if the references of the two are not the same.
+      UserError: if the references of the two systems differ.
     """
     if ours.references != theirs.references:
         raise UserError("the two files do not have the same references in the same order")
@@ -60,31 +74,3 @@ def compare_answers(
     for name, scores in own.items():
         differences |= paired_test(scores, other[name])
     return other, differences
-
-
-def score_table(scores: dict[str, Scores]) -> str:
-    """Every value with its bootstrap interval, as text, and the signatures."""
-    rows = [("metric", "value", "95 % interval")]
-    for one in scores.values():
-        intervals = one.intervals()
-        for name, value in one.values().items():
-            low, high = intervals[name]
-            rows.append((name, f"{value:.4f}", f"{low:.4f} to {high:.4f}"))
-    lines = ["  ".join(line) for line in aligned(rows)]
-    lines += [f"{name}: {one.signature}" for name, one in scores.items() if one.signature]
-    return "\n".join(lines)
-
-
-def difference_table(
-    ours: dict[str, Scores], theirs: dict[str, Scores], differences: dict[str, Difference]
-) -> str:
-    """Values of two systems, and their differences, as text."""
-    rows = [("metric", "this", "the other", "difference", "95 % interval", "p")]
-    for name in ours:
-        values, others = ours[name].values(), theirs[name].values()
-        for key, value in values.items():
-            found = differences[key]
-            cells = f"{value:.4f}", f"{others[key]:.4f}", f"{found.difference:+.4f}"
-            low, high = found.interval
-            rows.append((key, *cells, f"{low:+.4f} to {high:+.4f}", f"{found.p_value:.3f}"))
-    return "\n".join("  ".join(line) for line in aligned(rows))

@@ -1,4 +1,4 @@
-"""Scores of candidates, and the choice among them.
+"""Score the candidates of examples by their log-probabilities.
 
 Axis letters: N examples, C candidates, B batch, M target positions.
 """
@@ -20,19 +20,25 @@ from softprompt.experiment.schema import ScoringSettings
 
 @jax.jit
 def make_prefix(method, backbone):
-    """The prefix that a method gives on the backbone it adapted, once for many batches."""
+    """Return the prefix of a method on the backbone that it has adapted.
+
+    It is computed once and used for many batches.
+    """
     return method.make_prefix(backbone)
 
 
 def prepare_model(method, backbone) -> tuple[Any, Any]:
-    """What a method says to run, as `Method.apply` gives it, once for many batches."""
+    """Return the backbone and the prefix to run, as `Method.apply` does without dropout.
+
+    They are computed once and used for many batches.
+    """
     adapted = method.adapt(backbone)
     return adapted, make_prefix(method, adapted)
 
 
 @partial(jax.jit, static_argnames="candidates")
 def candidate_scores(backbone, prefix, batch: Batch, candidates: int) -> jax.Array:
-    """Log-probability of each row's candidates, `[B, C]`, summed over their tokens."""
+    """Return the log-probability of each row's candidates, summed over tokens, `[B, C]`."""
     log_probabilities = target_log_probabilities(backbone, prefix, batch)  # [B, M]
     member = batch.target_candidates[..., None] == jnp.arange(candidates)[None, None]  # [B, M, C]
     return jnp.sum(log_probabilities[..., None], axis=1, where=member)
@@ -44,12 +50,14 @@ def score(
     """Score every candidate of every example, batch by batch.
 
     Args:
-      backbone, prefix: the model, and what `make_prefix` gives, or None for no prefix.
+      backbone: the model to run.
+      prefix: the result of `make_prefix`, or None.
       examples: at least one, all with the same number C of candidates.
-      batch_size: rows at a time.
+      batch_size: maximum number of examples in a batch.
 
     Yields:
-      Numbers of the examples done, and their candidates' log-probabilities `[n, C]`.
+      The indices of the n examples of a batch, and the log-probabilities of their
+      candidates in nats, `[n, C]`.
     """
     candidates = len(examples[0].candidates)
     for numbers, scores in evaluation_batches(
@@ -69,22 +77,25 @@ def calibrated_scores(
     task: Task,
     scoring: ScoringSettings,
 ) -> np.ndarray:
-    """Log-probabilities `[N, C]` as labels are chosen by them.
+    """Calibrate and normalize log-probabilities as the settings say.
 
     Args:
-      scores: `[N, C]`, of the examples' candidates, which are the same for all.
-      examples: N.
-      backbone, prefix: what they were scored with.
-      task: of labels.
-      scoring: whether to normalize and to calibrate.
+      scores: log-probabilities of the examples' candidates, `[N, C]`.
+      examples: N examples, all with the same candidates.
+      backbone, prefix: the model that scored them.
+      task: a task with labels.
+      scoring: whether to calibrate (Zhao et al. 2021, arXiv:2102.09690) and to normalize.
+
+    Returns:
+      The scores by which labels are chosen, `[N, C]`.
 
     Raises:
-      UserError: if the text without content does not fit the template.
+      UserError: if the content-free text does not fit the template.
     """
     if scoring.calibrate is not None:
-        empty = task.content_free(scoring.calibrate)
-        ((_, of_empty),) = score(backbone, prefix, [empty], 1)
-        scores = scores - of_empty
+        content_free = task.content_free(scoring.calibrate)
+        ((_, bias),) = score(backbone, prefix, [content_free], 1)
+        scores = scores - bias
     if scoring.normalize:
         scores = scores / np.array([len(candidate) for candidate in examples[0].candidates])
     return scores

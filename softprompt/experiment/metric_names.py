@@ -1,9 +1,10 @@
-"""The names of metrics, as experiments and the command line write them."""
+"""The names of metrics and of their values."""
 
 import re
 from collections.abc import Sequence
 
 TEXT_METRICS = ("rouge", "bleu", "chrf", "ter", "exact_match", "token_f1")
+"""Metrics of texts."""
 LABEL_METRICS = (
     "accuracy",
     "precision",
@@ -13,8 +14,9 @@ LABEL_METRICS = (
     "matthews",
     "confusion",
 )
+"""Metrics of labels."""
 CORPUS_METRICS = ("precision", "recall", "macro_f1", "matthews", "confusion")
-"""Metrics of labels that no single example has a value of."""
+"""Metrics of labels that have no value for a single example."""
 MODEL_METRICS = ("loss", "perplexity")
 """Metrics of the probabilities of the references, which need a model."""
 
@@ -22,7 +24,7 @@ _ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 
 
 def metric_values(name: str) -> list[str]:
-    """The names of a metric's values, those of `confusion` left out.
+    """Return the names of a metric's values; none for `confusion`, which depend on the labels.
 
     Raises:
       ValueError: if there is no such metric.
@@ -36,12 +38,12 @@ def metric_values(name: str) -> list[str]:
 
 
 def lower_is_better(name: str) -> bool:
-    """Whether a metric is the lower the better a model is."""
+    """Return whether lower values of a metric are better."""
     return name in ("loss", "perplexity", "ter")
 
 
 def rouge_types(name: str) -> Sequence[str]:
-    """The types of ROUGE that a name asks for; none if it is another metric's."""
+    """Return the types of ROUGE that a name stands for; none for other metrics."""
     if name == "rouge":
         return _ROUGE
     return (name,) if re.fullmatch("rouge([1-9]|L|Lsum)", name) else ()

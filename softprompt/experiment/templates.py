@@ -1,10 +1,10 @@
-"""Templates: texts in which `{field}` stands for a field of a record."""
+"""Templates: texts in which `{field}` is replaced by a field of a record."""
 
 from string import Formatter
 
 
 def template_pieces(template: str) -> list[str]:
-    """A template's parts in front of and behind `{prompt}`, if it has it."""
+    """Split a template at `{prompt}`; a template without it is one piece."""
     pieces = [""]
     for literal, field, _, _ in Formatter().parse(template):
         pieces[-1] += literal.replace("{", "{{").replace("}", "}}")
@@ -16,7 +16,11 @@ def template_pieces(template: str) -> list[str]:
 
 
 def template_fields(template: str) -> list[str]:
-    """The fields of a template but `prompt`, in order; `ValueError` if it is malformed."""
+    """Return the fields of a template in order, each once and without `prompt`.
+
+    Raises:
+      ValueError: if the template is malformed.
+    """
     try:
         parts = list(Formatter().parse(template))
     except ValueError as error:

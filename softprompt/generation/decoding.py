@@ -1,7 +1,7 @@
 """The two compiled programs of generation: prefill and decode.
 
-All state is kept per row. Rows may differ in length, in sampling settings, in end tokens and
-in how far they have come; a row that has ended does not change while others continue.
+All state is kept per row. Rows may differ in input length, generated length, sampling settings
+and end tokens. A row that has ended does not change while others continue.
 
 Axis letters: B rows, T tokens of an input, N capacity for new tokens, E end tokens,
 V vocabulary.

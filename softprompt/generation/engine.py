@@ -16,9 +16,8 @@ from transformers import PreTrainedTokenizerFast
 
 from softprompt.backbones.loading import Backbone, Prefix
 from softprompt.backbones.prefix import MAX_PACKED_TOKENS
-from softprompt.data.examples import say_truncated
 from softprompt.data.records import Record
-from softprompt.data.task import Task
+from softprompt.data.task import Task, log_truncated
 from softprompt.errors import UserError
 from softprompt.experiment.schema import GenerationSettings
 from softprompt.generation import beams, decoding
@@ -36,8 +35,8 @@ class Request:
     Attributes:
       tokens: its ids, at least one.
       prefix: what it attends to first, or None.
-      opening: the ids that the prefix stands for, for the repetition penalty. Negative ids
-        are virtual tokens.
+      opening: the ids of the tokens in the prefix, to which the repetition penalty applies.
+        Virtual tokens have negative ids.
     """
 
     tokens: Sequence[int]
@@ -78,9 +77,9 @@ def requests_of(
     Raises:
       UserError: if a record does not fit the template, or the context window is too short.
     """
-    task = task.with_room(settings.max_new_tokens, prefix.length if prefix else 0)
+    task = task.for_generation(settings.max_new_tokens, prefix.length if prefix else 0)
     examples = [task.example(record, with_answer=False) for record in records]
-    say_truncated(examples, task, "inputs")
+    log_truncated(examples, task, "inputs")
     return [Request(example.input, prefix, task.opening) for example in examples]
 
 

@@ -21,14 +21,15 @@ class Sampling:
     for what the settings mean.
 
     Attributes:
-      temperature: 0 for greedy decoding.
+      temperature: 0 for greedy decoding. None: all rows are greedy. Programs compiled for None
+        contain no sampling, so they compile faster; the tokens are the same.
       top_k: 0 for no limit.
       top_p: 1 for no limit.
       min_p: 0 for no limit.
       repetition_penalty: 1 for no penalty.
     """
 
-    temperature: jax.Array
+    temperature: jax.Array | None
     top_k: jax.Array
     top_p: jax.Array
     min_p: jax.Array
@@ -42,7 +43,7 @@ class Sampling:
             return np.full(rows, neutral if value is None else value, dtype)
 
         return cls(
-            temperature=full(settings.temperature, 0),
+            temperature=None if settings.temperature is None else full(settings.temperature, 0),
             top_k=full(settings.top_k, 0, np.int32),
             top_p=full(settings.top_p, 1),
             min_p=full(settings.min_p, 0),
@@ -56,7 +57,7 @@ def choose(
     """Choose the next token of each row.
 
     Random numbers are drawn only if a row samples, and logits are sorted only if a row uses
-    `top_k` or `top_p`: greedy decoding pays for neither.
+    `top_k` or `top_p`. Greedy decoding pays for neither.
 
     Args:
       logits: `[B, V]`.
@@ -71,6 +72,8 @@ def choose(
     if seen is not None:
         logits = penalize(logits, seen, sampling.repetition_penalty)
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    if sampling.temperature is None:
+        return greedy
     samples = sampling.temperature > 0
 
     def draw() -> jax.Array:
@@ -105,22 +108,20 @@ def filter_logits(logits: jax.Array, sampling: Sampling) -> jax.Array:
 
     Args:
       logits: `[B, V]`.
-      sampling: the settings; rows of temperature 0 are not divided.
+      sampling: the settings, with temperatures; a row of temperature 0 is not divided.
 
     Returns:
       `[B, V]`, -inf for excluded tokens.
     """
-    temperature = jnp.where(sampling.temperature > 0, sampling.temperature, 1)
-    logits = logits / temperature[:, None]
+    given = jnp.asarray(sampling.temperature)
+    logits = logits / jnp.where(given > 0, given, 1)[:, None]
     top_k, top_p = sampling.top_k[:, None], sampling.top_p[:, None]
     size = logits.shape[-1]
 
     def smallest_kept() -> jax.Array:
         ranked = -jnp.sort(-logits, axis=-1)
         last = jnp.where(top_k > 0, jnp.minimum(top_k, size), size) - 1
-        ranked = jnp.where(
-            ranked < jnp.take_along_axis(ranked, last, axis=-1), -jnp.inf, ranked
-        )
+        ranked = jnp.where(ranked < jnp.take_along_axis(ranked, last, axis=-1), -jnp.inf, ranked)
         shares = jax.nn.softmax(ranked, axis=-1)
         before = jnp.cumsum(shares, axis=-1) - shares  # the probability of more likely tokens
         kept = ((before < top_p) | (top_p >= 1)) & (ranked > -jnp.inf)

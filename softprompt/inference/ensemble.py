@@ -1,4 +1,4 @@
-"""Several trained prompts of one task, evaluated together.
+"""Ensembles: several trained prompts of one task, evaluated together.
 
 Axis letters: E prompts, N examples, C candidates, L layers, P virtual tokens, K key-value
 heads, h head size.
@@ -33,22 +33,22 @@ def evaluate_ensemble(
     label: str,
     progress: Progress = silent,
 ) -> dict[str, dict[str, float]]:
-    """Accuracy of prompts alone and together, each batch in one pass for all of them.
+    """Measure the accuracy of several prompts, each alone and all together.
 
-    The base model reads a batch once for every prompt, side by side: their prefixes are
-    stacked. (Lester et al. 2021, section 6)
+    The base model processes a batch once for all prompts, whose prefixes are stacked
+    (Lester et al. 2021, section 6).
 
     Args:
       prompts: at least two, loaded on one `Base`.
-      examples: with their answers, made by the `shared_task` of the prompts.
+      examples: labeled, encoded by the `shared_task` of the prompts.
       batch_size: rows at a time.
-      label: what stands in front of the progress bar.
-      progress: shows how many examples are done.
+      label: what the progress is reported as.
+      progress: is told how many examples are done.
 
     Returns:
-      By the prompts' numbers (`1`, `2`, …) loss and accuracy of each, and the accuracy by
-      `vote` (most prompts; of as many, the higher mean probability) and by `mean` (of the
-      probabilities).
+      For each prompt (`"1"`, `"2"`, …) its loss and accuracy. For `"vote"` the accuracy of the
+      label that most prompts choose; a tie goes to the label with the higher mean
+      probability. For `"mean"` the accuracy of the label with the highest mean probability.
 
     Raises:
       UserError: see `shared_task`.
@@ -62,9 +62,9 @@ def evaluate_ensemble(
         lambda batch: np.asarray(_scores(backbone, prefix, batch, scores.shape[-1])),
     )
     with progress(label, len(examples), "examples") as bar:
-        for numbers, of_batch in batches:
-            scores[:, numbers] = of_batch[:, : len(numbers)]
-            bar.advance(len(numbers))
+        for indices, of_batch in batches:
+            scores[:, indices] = of_batch[:, : len(indices)]
+            bar.advance(len(indices))
     answers = np.array([example.answer for example in examples])
     chosen = {str(i): one.argmax(axis=1) for i, one in enumerate(scores, 1)}
     chosen |= zip(("vote", "mean"), _choices(scores), strict=True)
@@ -75,11 +75,11 @@ def evaluate_ensemble(
 
 
 def shared_task(prompts: Sequence[TrainedPrompt]) -> Task:
-    """The task of all the prompts, with room for the longest.
+    """Return the task that the prompts have in common, with the smallest of their limits.
 
     Raises:
-      UserError: if they are not prompts of one task with labels, or one is more than a
-        prefix of a causal model.
+      UserError: if the prompts have no labels or different tasks, or one of them is more than
+        a prefix of a causal model.
     """
     first = prompts[0].task
 
@@ -89,23 +89,23 @@ def shared_task(prompts: Sequence[TrainedPrompt]) -> Task:
     for number, prompt in enumerate(prompts, 1):
         task = prompt.task
         if not task.labels:
-            raise UserError(f"prompt {number}: has no labels")
+            raise UserError(f"prompt {number}: it has no labels")
         if not prompt.is_prefix:
             method = prompt.description["method"]
             raise UserError(
-                f"prompt {number}: of method {method}, it is more than a prefix in front of inputs"
+                f"prompt {number}: method {method} is not supported; ensembles need pure prefixes"
             )
         if not prompt.base.backbone.caches_prompt:
-            raise UserError(f"prompt {number}: an encoder-decoder's cannot be evaluated together")
+            raise UserError(f"prompt {number}: ensembles support only causal base models")
         if prompt.scoring != ScoringSettings():
-            raise UserError(f"prompt {number}: has a scoring of its own")
+            raise UserError(f"prompt {number}: ensembles do not support `scoring` settings")
         if rows(task) != rows(first):
-            raise UserError(f"prompt {number}: of another task than the first")
+            raise UserError(f"prompt {number}: its task differs from the first prompt's")
     return dataclasses.replace(first, max_tokens=min(prompt.task.max_tokens for prompt in prompts))
 
 
 def stack(prompts: Sequence[TrainedPrompt]) -> Prefix:
-    """The prefixes of several prompts as one, `[E, L, P, K, h]`, shorter ones padded."""
+    """Stack the prefixes of prompts to keys and values `[E, L, P, K, h]`; short ones are padded."""
     prefixes = [prompt.prefix for prompt in prompts if isinstance(prompt.prefix, Prefix)]
     longest = max(prefix.length for prefix in prefixes)
 
@@ -121,12 +121,19 @@ def stack(prompts: Sequence[TrainedPrompt]) -> Prefix:
 
 @partial(jax.jit, static_argnames="candidates")
 def _scores(backbone, prefix: Prefix, batch: Batch, candidates: int) -> jax.Array:
-    """Log-probabilities of a batch's candidates with each prompt, `[E, B, C]`."""
+    """Compute the log-probabilities `[E, B, C]` of a batch's candidates with each prompt."""
     return jax.vmap(lambda one: candidate_scores(backbone, one, batch, candidates))(prefix)
 
 
 def _choices(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The candidates chosen by vote and by mean probability, `[N]` each, from `[E, N, C]`."""
+    """Choose candidates by vote and by mean probability.
+
+    Args:
+      scores: log-probabilities, `[E, N, C]`.
+
+    Returns:
+      The indices chosen by vote, and those chosen by mean probability, `[N]` each.
+    """
     probabilities = np.exp(scores - np.logaddexp.reduce(scores, axis=-1, keepdims=True))
     mean = probabilities.mean(axis=0)  # [N, C]
     votes = (scores.argmax(axis=-1)[..., None] == np.arange(scores.shape[-1])).sum(axis=0)

@@ -1,4 +1,4 @@
-"""Many prompts on one base model: every row of a batch names its own."""
+"""A bank of prompts on one base model, in which every input of a batch names its own prompt."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,60 +12,86 @@ from softprompt.experiment.schema import GenerationSettings, TemplateSettings
 from softprompt.generation.engine import Engine, Generated, Request
 from softprompt.inference.prompt import Input, TrainedPrompt, changed, load_prompt
 from softprompt.methods.method import Method
+from softprompt.runtime.progress import Progress, silent
+
+Prompt = TrainedPrompt | Method | str | Path  # whatever can be made a prompt of the bank
 
 
 class Generator:
-    """Writes on from inputs with the prompts of a bank, or with none.
+    """Generates text with the prompts of a bank, or with the base model alone.
 
-    Rows whose prompts are prefixes (soft prompts and prefix tuning) share batches on the one
-    frozen model; up to rounding the results are those of each row alone. Rows of methods that
-    change the model (LoRA, DePT, full fine-tuning), or whose virtual tokens stand in the text,
-    are run in batches of their own. Programs are compiled by the shapes of batches, whatever is
-    in the bank: to add or remove a prompt compiles nothing.
+    Inputs whose prompts are pure prefixes (soft prompts and prefix tuning) share batches on the
+    frozen base model. Up to rounding, each gets the text that it gets alone. Methods that change
+    the model (LoRA, DePT, full fine-tuning) and templates with virtual tokens inside the text
+    run in batches of their own.
+
+    Prefixes stay on the device between calls. Programs are compiled per shape of a batch, and
+    no shape depends on the bank: adding or removing a prompt compiles nothing.
 
     Args:
       base: the base model, or its name.
-      prompts: trained prompts, or folders of runs, by the names to call them by.
+      prompts: the bank: name -> a trained prompt, a run's folder, or a method such as a
+        `SoftPrompt`.
 
     Raises:
       UserError: see `add`.
+
+    Example:
+      generator = Generator("smollm2-135m-instruct", {"summarize": "runs/summarize"})
+      texts = ["A tool that shows the manual of a command.", "The capital of France is"]
+      results = generator.generate(texts, ["summarize", None], max_new_tokens=24)
+      results[0].text
     """
 
-    def __init__(
-        self, base: Base | str, prompts: Mapping[str, TrainedPrompt | str | Path] | None = None
-    ):
+    def __init__(self, base: Base | str, prompts: Mapping[str, Prompt] | None = None):
         self.base = base if isinstance(base, Base) else load_base(base)
         self._bank: dict[str, TrainedPrompt] = {}
         task = make_task(self.base, TemplateSettings(input="{text}"), None)
-        self._alone = TrainedPrompt(self.base, Method(), self.base.backbone, None, task, {})
+        self._no_prompt = TrainedPrompt(self.base, Method(), self.base.backbone, None, task, {})
         for name, prompt in (prompts or {}).items():
             self.add(name, prompt)
 
+    def __repr__(self) -> str:
+        return f"Generator({self.base.name!r}, prompts={self.prompts})"
+
     @property
     def prompts(self) -> list[str]:
-        """The names in the bank."""
+        """The names of the prompts in the bank."""
         return list(self._bank)
 
-    def add(self, name: str, prompt: TrainedPrompt | str | Path) -> None:
-        """Put a prompt into the bank.
+    def add(self, name: str, prompt: Prompt) -> None:
+        """Add a prompt to the bank.
+
+        Args:
+          name: by which inputs choose it.
+          prompt: a trained prompt, a run's folder, or a method, which reads the input `{text}`.
 
         Raises:
-          UserError: if there is one of this name, or it was trained on another base model.
+          UserError: if the name is taken, or the prompt was trained on another base model.
         """
         if name in self._bank:
             raise UserError(f"there is a prompt {name!r} already; remove it first")
-        if not isinstance(prompt, TrainedPrompt):
-            prompt = load_prompt(prompt, self.base)
-        if prompt.base.fingerprint != self.base.fingerprint:
+        trained = self._trained(prompt)
+        if trained.base.fingerprint != self.base.fingerprint:
             raise UserError(
-                f"prompt {name!r}: for the base model {prompt.base.name!r}, not {self.base.name!r}"
+                f"prompt {name!r}: it was trained on the base model {trained.base.name!r}, "
+                f"which is not {self.base.name!r}"
             )
-        if prompt.base.compute != self.base.compute:
-            raise UserError(f"prompt {name!r}: its base model is held in another way (`compute`)")
-        self._bank[name] = prompt
+        if trained.base.compute != self.base.compute:
+            raise UserError(
+                f"prompt {name!r}: its base model was loaded with other `compute` settings"
+            )
+        self._bank[name] = trained
+
+    def _trained(self, prompt: Prompt) -> TrainedPrompt:
+        if isinstance(prompt, TrainedPrompt):
+            return prompt
+        if isinstance(prompt, Method):
+            return TrainedPrompt.from_method(prompt, self.base)
+        return load_prompt(prompt, self.base)
 
     def remove(self, name: str) -> None:
-        """Take a prompt out of the bank; `UserError` if it is not there."""
+        """Remove a prompt from the bank; raises `UserError` if it is not there."""
         self._prompt(name)
         del self._bank[name]
 
@@ -74,50 +100,66 @@ class Generator:
         inputs: Sequence[Input],
         prompts: str | Sequence[str | None] | None,
         batch_size: int = 32,
+        *,
+        progress: Progress = silent,
         **settings: Any,
     ) -> list[Generated]:
-        """What the model writes behind each input.
+        """Generate text for each input.
 
         Args:
-          inputs: texts, or fields by name where a prompt's template has more than one.
-          prompts: the name of each input's prompt, or None for the base model alone, which
-            reads the text as it is; or one for all of them.
-          batch_size: texts at a time; fewer if the device has no memory for as many.
-          settings: see `GenerationSettings`; the same for all rows.
+          inputs: texts, or mappings of field names to texts where a template has several
+            fields.
+          prompts: for each input the name of its prompt, or None for the base model alone,
+            which reads the text as it is; or one name (or None) for all inputs.
+          batch_size: the maximum number of inputs in a batch; reduced if the device runs out
+            of memory.
+          progress: is told how many inputs are done.
+          settings: fields of `GenerationSettings`, the same for all inputs.
+
+        Returns:
+          The results, in the order of the inputs.
 
         Raises:
-          UserError: if there is no such prompt, an input is empty or lacks a field, or the
-            model has no room.
+          UserError: if a prompt is not in the bank, an input is empty or lacks a field, or the
+            context window is too short.
         """
         if isinstance(inputs, str | Mapping | Record):
             raise UserError("give a list of inputs, not one")
         names = [prompts] * len(inputs) if prompts is None or isinstance(prompts, str) else prompts
         if len(names) != len(inputs):
-            raise UserError(f"{len(inputs)} inputs and {len(names)} names of prompts")
-        how = changed(GenerationSettings(), settings)
-        bank = [self._prompt(name) for name in names]
+            raise UserError(f"{len(inputs)} inputs but {len(names)} prompt names; give one each")
+        generation = changed(GenerationSettings(), settings)
+        chosen = [self._prompt(name) for name in names]
         requests: dict[int, Request] = {}
-        for numbers in _grouped(map(id, bank)):
-            prompt = bank[numbers[0]]
-            records = [prompt.record(inputs[i], f"input {i + 1}") for i in numbers]
-            requests.update(zip(numbers, prompt.requests(records, how), strict=True))
-        backbones = [self.base.backbone if p.is_prefix else p.backbone for p in bank]
+        for indices in _grouped(map(id, chosen)):
+            prompt = chosen[indices[0]]
+            records = [prompt.record(inputs[i], f"input {i + 1}") for i in indices]
+            requests.update(zip(indices, prompt.requests(records, generation), strict=True))
+        backbones = [self.base.backbone if p.is_prefix else p.backbone for p in chosen]
         results: dict[int, Generated] = {}
-        for numbers in _grouped(map(id, backbones)):
-            engine = Engine(backbones[numbers[0]], self.base.tokenizer, how)
-            written = engine.generate([requests[i] for i in numbers], batch_size)
-            results.update(zip(numbers, written, strict=True))
+        for indices in _grouped(map(id, backbones)):
+            engine = Engine(backbones[indices[0]], self.base.tokenizer, generation)
+            generated = engine.generate(
+                [requests[i] for i in indices], batch_size, progress=progress
+            )
+            results.update(zip(indices, generated, strict=True))
         return [results[i] for i in range(len(inputs))]
 
     def stream(self, text: Input, prompt: str | None, **settings: Any) -> Iterator[str]:
-        """Pieces of what the model writes behind an input, as they are written."""
+        """Generate text for one input and yield pieces of it as soon as they are final.
+
+        Args:
+          text: the input, as for `generate`.
+          prompt: the name of its prompt, or None for the base model alone.
+          settings: fields of `GenerationSettings`.
+        """
         return self._prompt(prompt).stream(
             text, **changed(GenerationSettings(), settings).model_dump()
         )
 
     def _prompt(self, name: str | None) -> TrainedPrompt:
         if name is None:
-            return self._alone
+            return self._no_prompt
         if name not in self._bank:
             known = ", ".join(map(repr, self._bank)) or "none"
             raise UserError(f"there is no prompt {name!r} in the bank; it has {known}")
@@ -125,8 +167,8 @@ class Generator:
 
 
 def _grouped(keys: Iterable[int]) -> list[list[int]]:
-    """Numbers of the keys that are equal, group by group."""
+    """The indices of equal keys, group by group."""
     groups: dict[int, list[int]] = {}
-    for number, key in enumerate(keys):
-        groups.setdefault(key, []).append(number)
+    for index, key in enumerate(keys):
+        groups.setdefault(key, []).append(index)
     return list(groups.values())

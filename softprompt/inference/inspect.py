@@ -1,4 +1,4 @@
-"""What a trained prompt's vectors look like beside the vocabulary.
+"""Which vocabulary tokens the virtual tokens of a prompt are close to.
 
 Axis letters: P virtual tokens, D hidden, V vocabulary.
 """
@@ -15,9 +15,12 @@ from softprompt.inference.prompt import TrainedPrompt
 
 @dataclasses.dataclass(frozen=True)
 class VirtualToken:
-    """One learned vector: its Euclidean norm, and the tokens nearest to it.
+    """One learned vector.
 
-    `nearest` pairs a token's text with the cosine similarity of its embedding.
+    Attributes:
+      norm: its Euclidean norm.
+      nearest: the vocabulary tokens with the most similar embeddings: text and cosine
+        similarity of each.
     """
 
     norm: float
@@ -25,10 +28,18 @@ class VirtualToken:
 
 
 def nearest_tokens(prompt: TrainedPrompt, count: int = 5) -> list[VirtualToken]:
-    """The `count` nearest vocabulary tokens of each virtual token, by cosine similarity."""
+    """Find the vocabulary tokens nearest to each virtual token.
+
+    Args:
+      prompt: a trained soft prompt.
+      count: the number of tokens to return for each virtual token.
+
+    Raises:
+      UserError: if the method has no virtual tokens in the embedding space.
+    """
     virtual = prompt.backbone.embedding.virtual
     if virtual is None:
-        raise UserError(f"method {prompt.description['method']} has no vectors to look at")
+        raise UserError(f"method {prompt.description['method']} has no vectors to inspect")
     vectors = virtual[...]  # [P, D]
     table = prompt.base.backbone.embedding.table[...].astype(jnp.float32)  # [V, D]
     norms = jnp.linalg.norm(vectors, axis=-1)

@@ -1,4 +1,4 @@
-"""What a method learned, in use."""
+"""A trained prompt in use: label texts, generate, measure perplexity."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,42 +11,50 @@ import numpy as np
 import pydantic
 
 from softprompt.backbones.loading import Backbone, Base, Prefix, load_base
-from softprompt.data.examples import say_truncated
 from softprompt.data.records import Record
-from softprompt.data.task import Task
+from softprompt.data.task import Task, log_truncated
 from softprompt.errors import UserError
 from softprompt.evaluation.scoring import calibrated_scores, prepare_model, score
 from softprompt.experiment.schema import GenerationSettings, ScoringSettings
 from softprompt.experiment.templates import template_fields
 from softprompt.generation.engine import Engine, Generated, Request, requests_of
-from softprompt.methods.method import FullFineTuning, Method, with_parameters
-from softprompt.methods.prefix_tuning import PrefixTuning
-from softprompt.methods.saved import SavedPrompt
-from softprompt.methods.soft_prompt import SoftPrompt
+from softprompt.methods.method import Method
+from softprompt.methods.saved import SavedPrompt, describe, text_task
 from softprompt.runtime.progress import Progress, silent
 
-Input = str | Mapping[str, Any] | Record  # a text, or fields by name where there are several
+Input = str | Mapping[str, Any] | Record  # a text, or fields by name if the template has several
 
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """The likeliest label, and the probability of each, the labels given."""
+    """The predicted label of an input.
+
+    Attributes:
+      label: the most probable label.
+      probabilities: of every label; they sum to 1.
+    """
 
     label: str
     probabilities: Mapping[str, float]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class TrainedPrompt:
-    """What a method learned, on its base model and ready for use.
+    """A trained method on its base model, ready for use. `load_prompt` returns one.
 
     Attributes:
-      base: the frozen model.
-      method: the module with what was learned.
-      backbone, prefix: what it says to run; the prefix is computed once.
-      task: template, verbalizer and limits it was trained with.
-      description: what `prompt.json` says.
-      scoring, generation: how it labels and writes, if nothing else is said.
+      base: the base model.
+      method: the module that holds the learned arrays.
+      backbone: the backbone to run, as returned by the method.
+      prefix: what all rows share, computed once; None if there is nothing to share.
+      task: the template, verbalizer and limits of training.
+      description: the content of `prompt.json`.
+      scoring: how the prompt labels inputs.
+      generation: how the prompt generates text, unless a call changes it.
+
+    Example:
+      prompt = load_prompt("runs/sentiment")
+      prompt.classify(["A dull, lifeless film."])[0].label  # 'negative'
     """
 
     base: Base
@@ -58,18 +66,42 @@ class TrainedPrompt:
     scoring: ScoringSettings = dataclasses.field(default_factory=ScoringSettings)
     generation: GenerationSettings = dataclasses.field(default_factory=GenerationSettings)
 
-    @property
-    def is_prefix(self) -> bool:
-        """Whether all that was learned is in the prefix, which the frozen model itself reads."""
-        in_rows = None in self.task.pieces
-        return type(self.method) in (Method, SoftPrompt, PrefixTuning) and not in_rows
-
-    def classify(self, inputs: Sequence[Input], batch_size: int = 32) -> list[Prediction]:
-        """Label texts.
+    @classmethod
+    def from_method(cls, method: Method, base: Base, task: Task | None = None) -> "TrainedPrompt":
+        """Use a method that is not saved, such as a `SoftPrompt` from a training loop of your own.
 
         Args:
-          inputs: texts, or fields by name where the template has more than one.
-          batch_size: texts at a time.
+          method: the trained method. Its arrays are used as they are now.
+          base: the base model.
+          task: template and verbalizer; by default free text after `{text}`. The opening of the
+            task replaces that of the method.
+        """
+        method = method.folded()
+        task = task or text_task(method, base)
+        arrays = method.arrays(base.backbone)
+        description = describe(method, arrays, base, task)
+        method = type(method).load(arrays, description, task.opening)
+        backbone, prefix = prepare_model(method, base.backbone)
+        return cls(base, method, backbone, prefix, task, description)
+
+    def __repr__(self) -> str:
+        what = f"labels {', '.join(self.task.labels)}" if self.task.labels else "free text"
+        return f"TrainedPrompt({self.method!r}, base {self.base.name!r}, {what})"
+
+    @property
+    def is_prefix(self) -> bool:
+        """Whether the prefix holds everything learned, so that the frozen backbone can run it."""
+        return self.method.is_pure_prefix and None not in self.task.pieces
+
+    def classify(self, inputs: Sequence[Input], batch_size: int = 32) -> list[Prediction]:
+        """Predict the label of each input.
+
+        Args:
+          inputs: texts, or fields by name if the template has more than one.
+          batch_size: the number of inputs per batch.
+
+        Returns:
+          One prediction per input, in order.
 
         Raises:
           UserError: if the prompt has no labels, or an input is empty or lacks a field.
@@ -80,7 +112,7 @@ class TrainedPrompt:
         if not records:
             return []
         examples = [self.task.example(record, with_answer=False) for record in records]
-        say_truncated(examples, self.task, "inputs")
+        log_truncated(examples, self.task, "inputs")
         scores = np.empty((len(examples), len(labels)), np.float32)
         model = self.backbone, self.prefix
         for numbers, part in score(*model, examples, batch_size):
@@ -98,7 +130,12 @@ class TrainedPrompt:
         return [self.record(text, f"input {i}") for i, text in enumerate(inputs, 1)]
 
     def record(self, text: Input, where: str) -> Record:
-        """An input as a record; a bare text is the one field of the template."""
+        """Return an input as a record. A bare text fills the only field of the template.
+
+        Args:
+          text: the input.
+          where: names the input in error messages.
+        """
         if isinstance(text, Record):
             return text
         if isinstance(text, Mapping):
@@ -116,24 +153,24 @@ class TrainedPrompt:
         targets: Sequence[str],
         batch_size: int = 32,
     ) -> list[float]:
-        """How unlikely the model finds each target behind its input.
+        """Return the perplexity of each target, given its input.
 
         Args:
           inputs: as for `classify`.
-          targets: for each the text of the field of the template's target.
-          batch_size: pairs at a time.
+          targets: for each input, the text of the field in `template.target`.
+          batch_size: the number of pairs per batch.
 
         Returns:
-          e to the power of the mean negative log-likelihood per token, at least 1. The
-          end-of-text token closes a target, as in training.
+          exp of the mean negative log-likelihood per token, at least 1. As in training, the
+          end-of-text token is the last token of a target.
 
         Raises:
-          UserError: if a text is empty, the prompt was trained on labels, or the template's
-            target has more than one field.
+          UserError: if a text is empty, the prompt was trained on labels, or
+            `template.target` has more than one field.
         """
         fields = template_fields(self.task.template.target)
         if self.task.labels or len(fields) > 1:
-            raise UserError("perplexity is of free text, of which the target has one field")
+            raise UserError("perplexity is of free text, and the target must have one field")
         if len(inputs) != len(targets):
             raise UserError(f"{len(inputs)} inputs and {len(targets)} targets: give one for each")
         if not inputs:
@@ -142,7 +179,7 @@ class TrainedPrompt:
             self.task.example(Record({**record.fields, fields[0]: target}, record.where))
             for record, target in zip(self._records(inputs), targets, strict=True)
         ]
-        say_truncated(examples, self.task, "inputs")
+        log_truncated(examples, self.task, "inputs")
         perplexities = np.empty(len(examples))
         for numbers, scores in score(self.backbone, self.prefix, examples, batch_size):
             tokens = [len(examples[i].candidates[0]) for i in numbers]
@@ -157,18 +194,21 @@ class TrainedPrompt:
         progress: Progress = silent,
         **settings: Any,
     ) -> list[Generated]:
-        """What the model writes behind each input.
+        """Generate text after each input.
 
         Args:
-          inputs: texts, or fields by name where the template has more than one. One that
-            leaves no room for the new tokens is cut as in training.
-          batch_size: texts at a time; fewer if the device has no memory for as many.
-          progress: shows how many texts are done.
-          settings: instead of those that the prompt was trained with: see
-            `GenerationSettings`.
+          inputs: texts, or fields by name if the template has more than one. An input that
+            leaves too few tokens of the context window for the new text is truncated, as in
+            training.
+          batch_size: the number of texts per batch; fewer if the device has too little memory.
+          progress: called with the number of finished texts.
+          settings: replace those that the prompt was trained with: see `GenerationSettings`.
+
+        Returns:
+          One result per input, in order.
 
         Raises:
-          UserError: if an input is empty or lacks a field, or the model has no such room.
+          UserError: if an input is empty or lacks a field, or the context window is too short.
         """
         how = changed(self.generation, settings)
         engine = Engine(self.backbone, self.base.tokenizer, how)
@@ -176,24 +216,26 @@ class TrainedPrompt:
         return engine.generate(requests, batch_size, progress=progress)
 
     def stream(self, text: Input, **settings: Any) -> Iterator[str]:
-        """Pieces of what the model writes behind an input, as they are written."""
+        """Generate text after one input, and yield its pieces as soon as they are known."""
         how = changed(self.generation, settings)
         (request,) = self.requests(self._records([text]), how)
         return Engine(self.backbone, self.base.tokenizer, how).stream(request)
 
     def requests(self, records: Sequence[Record], settings: GenerationSettings) -> list[Request]:
-        """Records as what a `Engine` writes behind."""
+        """Return records as requests to an `Engine`."""
         return requests_of(records, self.task, self.prefix, settings)
 
 
 def changed(settings: GenerationSettings, changes: Mapping[str, Any]) -> GenerationSettings:
-    """The settings with some of them changed.
+    """Return generation settings with some of them changed.
 
     Raises:
-      UserError: if there are no such settings, or they do not fit.
+      UserError: if a setting does not exist, or settings contradict each other.
     """
     kept = settings.model_dump()
-    if "temperature" in changes and not changes["temperature"]:  # and what is only for draws
+    if (
+        "temperature" in changes and not changes["temperature"]
+    ):  # greedy: drop what needs a temperature
         kept |= dict.fromkeys(("top_k", "top_p", "min_p"))
     try:
         return GenerationSettings(**kept | dict(changes))
@@ -210,25 +252,22 @@ def _explained(error: Any) -> str:
 
 
 def load_prompt(path: str | Path, base: Base | str | None = None) -> TrainedPrompt:
-    """Load what a method learned, ready for use.
+    """Load a trained prompt, ready for use.
 
     Args:
-      path: a run's folder, or its `prompt/`.
-      base: the base model or its name; by default the one the prompt names, held and run
-        as in training.
+      path: the folder of a run, or of a saved prompt.
+      base: the base model or its name. By default the one that the prompt names, with the
+        `dtype` and `int8` of training.
 
     Raises:
-      UserError: if a file of it is damaged, or it was trained on another base model.
+      UserError: if a file is damaged, or the prompt was trained on another base model.
     """
     saved = SavedPrompt.read(Path(path))
     if not isinstance(base, Base):
-        base = load_base(base or saved.name, **saved.compute.model_dump())
+        base = load_base(base or saved.base_name, **saved.compute.model_dump())
     task = saved.task(base)
     method, arrays = saved.method(base, task.opening)
-    trained_on = base.backbone
-    if isinstance(method, FullFineTuning):
-        trained_on = with_parameters(trained_on, arrays)
-    backbone, prefix = prepare_model(method, trained_on)
+    backbone, prefix = prepare_model(method, method.restore(base.backbone, arrays))
     return TrainedPrompt(
         base, method, backbone, prefix, task, saved.description, saved.scoring, saved.generation
     )

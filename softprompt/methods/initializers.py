@@ -1,4 +1,7 @@
-"""Initial vectors of a soft prompt, `[P, D]`: P virtual tokens, D hidden, V vocabulary."""
+"""Initial vectors of a soft prompt.
+
+Axis letters: P virtual tokens, D hidden, V vocabulary.
+"""
 
 from collections.abc import Sequence
 
@@ -8,31 +11,31 @@ import numpy as np
 
 from softprompt.backbones.loading import Base
 from softprompt.errors import UserError
-from softprompt.experiment.schema import InitializationSettings
+from softprompt.experiment.method_settings import PrefixSettings, PromptSettings
+from softprompt.experiment.schema import Experiment
 
 
 def initial_vectors(
-    settings: InitializationSettings,
-    length: int,
+    experiment: Experiment,
+    settings: PromptSettings | PrefixSettings,
     base: Base,
-    labels: Sequence[str],
-    trained: Sequence[jax.Array],
-    seed: int,
+    trained: Sequence[jax.Array] = (),
 ) -> jax.Array:
-    """The first vectors that an experiment asks for.
+    """Return the vectors that training starts from.
 
     Args:
-      settings: its section `prompt` or `prefix`.
-      length: P.
+      experiment: gives the seed, and the verbalizer for `init: labels`.
+      settings: its section `prompt` or `prefix`, which says how many vectors and which `init`.
       base: the base model.
-      labels: texts of the verbalizer, for `init: labels`.
-      trained: the vectors of `settings.init_prompts`, for `init: prompts`.
-      seed: of what is random.
+      trained: `[P, D]` each, the prompts of `init_prompts`, for `init: prompts`.
 
     Returns:
       `[P, D]`, float32.
+
+    Raises:
+      UserError: if the settings do not fit the base model or the trained prompts.
     """
-    random = np.random.default_rng(seed)
+    length, random = settings.length, np.random.default_rng(experiment.seed)
     if settings.init == "vocabulary":
         vectors = sampled_vocabulary(base, length, random, settings.init_top)
     elif settings.init == "random":
@@ -41,7 +44,8 @@ def initial_vectors(
         assert settings.init_text is not None
         vectors = text_vectors(base, length, settings.init_text)
     elif settings.init == "labels":
-        vectors = label_vectors(base, length, labels, random, settings.init_top)
+        texts = list((experiment.verbalizer or {}).values())
+        vectors = label_vectors(base, length, texts, random, settings.init_top)
     else:
         vectors = mean_vectors(trained, length)
     return vectors.astype(jnp.float32)
@@ -50,10 +54,10 @@ def initial_vectors(
 def sampled_vocabulary(
     base: Base, length: int, random: np.random.Generator, top: int = 5000
 ) -> jax.Array:
-    """Embeddings of tokens drawn from the `top` of lowest id that are not special.
+    """Return embeddings `[P, D]` of tokens drawn from the `top` lowest ids that are not special.
 
-    Ids of a vocabulary rise as frequency falls. No token is drawn twice unless there are
-    fewer than `length`. (Lester et al. 2021, section 3.2)
+    In most vocabularies, low ids belong to frequent tokens. No token is drawn twice, unless
+    there are fewer than `length`. (Lester et al. 2021, section 3.2)
     """
     special = set(base.tokenizer.all_special_ids) | set(base.tokenizer.added_tokens_decoder)
     size = base.backbone.arch.vocab_size
@@ -66,29 +70,52 @@ def sampled_vocabulary(
 def random_vectors(
     base: Base, length: int, random: np.random.Generator, scale: float = 1.0
 ) -> jax.Array:
-    """Normal vectors of the embedding table's mean and `scale` times its spread, per dimension."""
+    """Return normal vectors `[P, D]` with the mean of the embedding table per dimension.
+
+    Their standard deviation is `scale` times that of the table, also per dimension.
+    """
     table = base.backbone.embedding(jnp.arange(base.backbone.arch.vocab_size)).astype(jnp.float32)
     drawn = jnp.asarray(random.standard_normal((length, table.shape[1])), jnp.float32)
     mean, spread = table.mean(axis=0, keepdims=True), table.std(axis=0, keepdims=True)
     return mean + scale * spread * drawn
 
 
-def text_vectors(base: Base, length: int, text: str) -> jax.Array:
-    """Embeddings of a text's tokens, special ones left out, repeated or cut to `length`."""
-    return base.backbone.embedding(jnp.resize(_tokens(base, text), (length,)))
+def text_vectors(base: Base, length: int | None, text: str) -> jax.Array:
+    """Return the embeddings `[P, D]` of a text, tokenised without special tokens.
+
+    They are repeated or truncated to `length`; None keeps them all.
+    """
+    tokens = _tokens(base, text)
+    return base.backbone.embedding(tokens if length is None else jnp.resize(tokens, (length,)))
 
 
 def label_vectors(
     base: Base, length: int, texts: Sequence[str], random: np.random.Generator, top: int = 5000
 ) -> jax.Array:
-    """One vector for each verbalizer text, the mean over its tokens; then sampled vocabulary.
+    """Return one vector per text of the verbalizer, then vectors of `sampled_vocabulary`.
 
-    With fewer vectors than texts, the first texts have them. (Lester et al. 2021,
-    section 3.2)
+    The vector of a text is the mean embedding of its tokens. If there are more texts than
+    vectors, the last texts have none. (Lester et al. 2021, section 3.2)
     """
     labels = [base.backbone.embedding(_tokens(base, t)).mean(axis=0) for t in texts[:length]]
     rest = sampled_vocabulary(base, length - len(labels), random, top)
     return jnp.concatenate([jnp.stack(labels), rest])
+
+
+def mean_vectors(trained: Sequence[jax.Array], length: int) -> jax.Array:
+    """Return the mean of trained prompts `[P, D]`.
+
+    With one of them this is prompt transfer (Vu et al. 2022, arXiv:2110.07904).
+
+    Raises:
+      UserError: if one of them does not have `length` vectors.
+    """
+    for vectors in trained:
+        if len(vectors) != length:
+            raise UserError(
+                f"init_prompts: a prompt has {len(vectors)} virtual tokens, but length is {length}"
+            )
+    return jnp.mean(jnp.stack(trained), axis=0)
 
 
 def _tokens(base: Base, text: str) -> jax.Array:
@@ -97,17 +124,3 @@ def _tokens(base: Base, text: str) -> jax.Array:
         raise UserError(f"init: the text {text!r} has no tokens")
     base.require_embeddings(tokens, "init")
     return jnp.asarray(tokens)
-
-
-def mean_vectors(trained: Sequence[jax.Array], length: int) -> jax.Array:
-    """The mean of trained prompts; with one of them, transfer (Vu et al. 2022, arXiv:2110.07904).
-
-    Raises:
-      UserError: if one has not `length` vectors.
-    """
-    for vectors in trained:
-        if len(vectors) != length:
-            raise UserError(
-                f"init_prompts: one has {len(vectors)} virtual tokens, not {length} as asked for"
-            )
-    return jnp.mean(jnp.stack(trained), axis=0)

@@ -1,100 +1,259 @@
-"""What a method is: it says what backbone and what prefix to run.
+"""The interface of a method: which backbone and which prefix to run, and all else about it.
 
-Axis letters: S tokens of the opening.
+A method owns its behaviour. To add one, write a subclass of `Method` in a file of its own and
+add a line to the table in `softprompt/experiment/methods.py`; see docs/adding-a-method.md.
+
+Axis letters: S tokens of the opening, P virtual tokens, D hidden.
 """
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
-from softprompt.backbones.loading import Backbone, Prefix
+from softprompt.backbones.loading import Backbone, Base, Prefix
+from softprompt.errors import UserError
+from softprompt.experiment.schema import Experiment
+
+Adapter = tuple[dict[str, np.ndarray], dict[str, Any]]  # tensors, and keys of adapter_config.json
 
 
 class Constant(nnx.Variable):
-    """An array that no method learns."""
+    """An array that is never trained."""
+
+
+class PromptParam(nnx.Param):
+    """A trained array of a soft prompt or a prefix."""
 
 
 class Method(nnx.Module):
-    """The base of all methods, and by itself the hard prompt, of which nothing is learned.
+    """What is learned, and how it changes what the model computes.
+
+    The class answers what must be known before there is an instance: its learning rate, its
+    checks, how it is built from an experiment and loaded from a file. The instance holds the
+    learned arrays. Every default below is that of a method that learns nothing.
+
+    Args:
+      opening: `[S]`, the ids that every row begins with. Virtual token i has the id `~i`, a
+        negative number. The opening is run once and becomes the prefix, or the end of it.
 
     Attributes:
-      opening: `[S]`, ids that every row begins with, virtual tokens among them or not. They
-        are run once, and become the prefix or the end of it.
-      span: `[1, 2]`, from which of these up to which there are any, or None: all. The others
-        are padding, see `SoftPrompt.padded`.
+      name: the value of `method:` in an experiment; the key in the table of methods.
+      label: the method's name in texts that people read.
+      default_learning_rate: used if the experiment gives none; None if nothing is trained.
+      trainable: the NNX filter that selects what the training step updates, in the method and
+        in the backbone.
+      is_pure_prefix: whether everything learned is in the prefix if all virtual tokens are in
+        the opening, so that rows of several prompts can share a batch of the frozen backbone.
+      adapter_holds_opening: whether a `peft` adapter of this method contains the opening, so
+        that the text given to it starts after it.
+      span: `[1, 2]`, the part of the opening that is not padding, or None: all of it. See
+        `padded`.
     """
 
-    trainable: Any = False  # the filter for what the step updates
+    name: ClassVar[str]
+    label: ClassVar[str]
+    default_learning_rate: ClassVar[float | None] = None
+    trainable: ClassVar[Any] = False
+    is_pure_prefix: ClassVar[bool] = False
+    adapter_holds_opening: ClassVar[bool] = True
 
     def __init__(self, opening: jax.Array | Sequence[int] = ()):
         self.opening = Constant(jnp.asarray(opening, jnp.int32))
         self.span: Constant | None = nnx.data(None)
 
+    # From an experiment.
+
+    @classmethod
+    def check(cls, experiment: Experiment) -> None:
+        """Raise a `ValueError` if settings of an experiment contradict each other."""
+
+    @classmethod
+    def virtual_tokens(cls, experiment: Experiment) -> tuple[int, int]:
+        """Return how many virtual tokens an experiment asks for.
+
+        Returns:
+          The number whose place the template decides, and the number before the opening.
+        """
+        return 0, 0
+
+    @classmethod
+    def initial_prompts(cls, experiment: Experiment) -> Sequence[str]:
+        """Return the run folders of the trained prompts that training starts from."""
+        return ()
+
+    @classmethod
+    def offsets_learning_rate(cls, experiment: Experiment) -> float | None:
+        """Return the learning rate of arrays of type `OffsetParam`, if the method has any."""
+        return None
+
+    @classmethod
+    def length_may_vary(cls, experiment: Experiment) -> bool:
+        """Return whether trials of a sweep can share a program if only `prompt.length` differs.
+
+        Their prompts are then padded to one length, see `padded`.
+        """
+        return False
+
+    @classmethod
+    def build(
+        cls,
+        experiment: Experiment,
+        base: Base,
+        opening: Sequence[int],
+        trained: Sequence[jax.Array] = (),
+    ) -> "Method":
+        """Make the method of an experiment as it is before training.
+
+        Args:
+          experiment: its seed determines all random values.
+          base: the base model.
+          opening: `[S]`, see the class.
+          trained: `[P, D]` each, the vectors of `initial_prompts`.
+
+        Raises:
+          UserError: if the settings do not fit the base model.
+        """
+        return cls(opening)
+
+    # What runs.
+
     def apply(
         self, backbone: Backbone, key: jax.Array | None = None
     ) -> tuple[Backbone, Prefix | None]:
-        """What to run: a backbone, and what stands in front of every row.
+        """Return the backbone to run, and the prefix that all rows share.
 
         Args:
-          backbone: the frozen one, which stays as it is.
-          key: for what is random in training.
+          backbone: the frozen one; it is not changed.
+          key: for random numbers in training, such as dropout; None outside of training.
         """
         backbone = self.adapt(backbone, key)
         return backbone, self.make_prefix(backbone)
 
     def adapt(self, backbone: Backbone, key: jax.Array | None = None) -> Backbone:
-        """The first half of `apply`."""
+        """Return the backbone to run. The first half of `apply`."""
         return backbone
 
     def make_prefix(self, backbone: Backbone) -> Prefix | None:
-        """The second half of `apply`, given what the first half returned."""
+        """Return the prefix, given what `adapt` returned. The second half of `apply`."""
         if not self.opening.size:
             return None
         prefix = backbone.prefill(backbone.embedding(self.opening[...]))
         return prefix if self.span is None else dataclasses.replace(prefix, spans=self.span[...])
 
+    # Padding, so that prompts of different lengths have the same shapes.
+
+    def can_be_padded(self, backbone: Backbone) -> bool:
+        """Return whether `padded` works on this backbone."""
+        return False
+
+    def padded(self, length: int) -> "Method":
+        """Return a method of the same function with the shapes of `length` virtual tokens."""
+        raise NotImplementedError(f"{type(self).__name__} cannot be padded")
+
+    # Saving and loading.
+
     def folded(self) -> "Method":
-        """The same function in the form that is saved."""
+        """Return the same function in the form that is saved."""
         return self
 
     def arrays(self, backbone: Backbone) -> dict[str, jax.Array]:
-        """What is saved of a folded method, by name.
+        """Return what is saved of a folded method, by name.
 
         Args:
-          backbone: the one it was trained on; of use only if that is what was trained.
+          backbone: the backbone that was trained on.
         """
         return {}
 
+    def description(self, arrays: Mapping[str, jax.Array]) -> dict[str, Any]:
+        """Return the keys of `prompt.json` that describe these arrays of a folded method."""
+        return {"arrays": {name: list(array.shape) for name, array in arrays.items()}}
 
-class FullFineTuning(Method):
-    """Every parameter of the backbone is learned."""
+    @classmethod
+    def saved_form(cls, description: Mapping[str, Any], backbone: Backbone) -> dict[str, Any]:
+        """Return the shapes and types of the saved arrays, by name.
 
-    trainable = nnx.Param
+        Args:
+          description: the content of `prompt.json`.
+          backbone: that of the base model.
+        """
+        shapes = description["arrays"].items()
+        return {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes}
 
-    def arrays(self, backbone: Backbone) -> dict[str, jax.Array]:
-        """The backbone's parameters by their paths."""
-        return parameters_of(backbone)
+    @classmethod
+    def saved_virtual_tokens(cls, shapes: Mapping[str, Sequence[int]]) -> tuple[int, int]:
+        """Return the numbers of `virtual_tokens`, from the shapes of the saved arrays."""
+        return 0, 0
 
+    @classmethod
+    def load(
+        cls,
+        arrays: Mapping[str, jax.Array],
+        description: Mapping[str, Any],
+        opening: jax.Array | Sequence[int],
+    ) -> "Method":
+        """Make a trained method from what was saved.
 
-def copied(backbone: Backbone) -> Backbone:
-    """New modules and variables that hold the same arrays, for a method to change."""
-    graphdef, state = nnx.split(backbone)
-    return nnx.merge(graphdef, jax.tree.map(lambda array: array, state))
+        Args:
+          arrays: as returned by `arrays`.
+          description: with the keys that `description` returned.
+          opening: `[S]`, as in training.
+        """
+        return cls(opening)
 
+    def restore(self, backbone: Backbone, arrays: Mapping[str, jax.Array]) -> Backbone:
+        """Return the backbone that was trained, from that of the base model and saved arrays."""
+        return backbone
 
-def parameters_of(backbone: Backbone) -> dict[str, jax.Array]:
-    """A backbone's parameters by their paths."""
-    flat = nnx.to_flat_state(nnx.state(backbone, nnx.Param))
-    return {".".join(map(str, path)): variable[...] for path, variable in flat}
+    def plain_vectors(self) -> jax.Array | None:
+        """Return the learned vectors `[P, D]` if nothing else was learned, otherwise None."""
+        return None
 
+    # Exports.
 
-def with_parameters(backbone: Backbone, arrays: Mapping[str, jax.Array]) -> Backbone:
-    """A backbone of the same structure that has other parameters, as `parameters_of` gives them."""
-    backbone = copied(backbone)
-    for path, variable in nnx.to_flat_state(nnx.state(backbone, nnx.Param)):
-        variable.set_value(arrays[".".join(map(str, path))])
-    return backbone
+    def peft_adapter(self, base: Base, prefix: Prefix | None) -> Adapter:
+        """Return the `peft` adapter of the method.
+
+        Args:
+          base: the base model.
+          prefix: as returned by `apply`.
+
+        Raises:
+          UserError: if `peft` has no adapter that computes the same.
+        """
+        raise UserError(f"method {self.name} has no form in peft")
+
+    def peft_prefix(self, base: Base, prefix: Prefix | None) -> Adapter:
+        """Return the whole prefix as a PREFIX_TUNING adapter, text in the opening included.
+
+        The arguments and errors are those of `peft_adapter`.
+        """
+        raise UserError(f"method {self.name} cannot be written as a prefix")
+
+    def merge_into(self, backbone: Backbone, adapted: Backbone) -> tuple[Backbone, np.ndarray]:
+        """Return a plain model that computes the same as the method.
+
+        Args:
+          backbone: that of the base model.
+          adapted: as returned by `apply`.
+
+        Returns:
+          A backbone, and vectors `[P, D]` to add to its vocabulary as new tokens.
+
+        Raises:
+          UserError: if no plain model computes the same.
+        """
+        raise UserError(f"method {self.name} has no form as a plain model")
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
+    def __treescope_repr__(self, path, subtree_renderer):
+        """Show notebooks the same short text. The default of NNX prints all arrays."""
+        from treescope.rendering_parts import text
+
+        return text(repr(self))

@@ -1,62 +1,133 @@
-"""Prefix tuning (Li & Liang 2021, arXiv:2101.00190), and with it P-tuning v2.
+"""Prefix tuning (Li & Liang 2021, arXiv:2101.00190) and P-tuning v2 (arXiv:2110.07602).
 
 Axis letters: P virtual tokens, L layers, K key-value heads, h head size, F hidden layer.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from softprompt.backbones.loading import Backbone, Prefix
-from softprompt.methods.method import Constant, Method
-from softprompt.methods.soft_prompt import PromptParam
+from softprompt.backbones.loading import Backbone, Base, Prefix
+from softprompt.experiment.schema import Experiment
+from softprompt.methods.initializers import initial_vectors
+from softprompt.methods.method import Adapter, Constant, Method, PromptParam
+from softprompt.methods.peft_layout import prefix_adapter
 
 
 class PrefixTuning(Method):
-    """Learned keys (as after rotary embedding) and values of virtual tokens in every layer.
+    """Learned keys and values of virtual tokens in every layer.
 
     Args:
-      keys, values: `[L, P, K, h]`.
-      opening: see `Method`; it is run behind them.
+      keys: `[L, P, K, h]`, after rotary embedding.
+      values: `[L, P, K, h]`.
+      opening: see `Method`. It comes after the learned keys and values.
     """
 
-    trainable = PromptParam
+    name: ClassVar[str] = "prefix"
+    label: ClassVar[str] = "prefix tuning"
+    default_learning_rate: ClassVar[float | None] = 3e-2
+    trainable: ClassVar[Any] = PromptParam
+    is_pure_prefix: ClassVar[bool] = True
 
     def __init__(self, keys: jax.Array, values: jax.Array, opening: jax.Array | Sequence[int] = ()):
         super().__init__(opening)
         self.keys, self.values = PromptParam(keys), PromptParam(values)
 
+    @classmethod
+    def virtual_tokens(cls, experiment: Experiment) -> tuple[int, int]:
+        """Return 0 and `prefix.length`."""
+        return 0, experiment.prefix.length
+
+    @classmethod
+    def initial_prompts(cls, experiment: Experiment) -> Sequence[str]:
+        """Return `prefix.init_prompts`."""
+        return experiment.prefix.init_prompts or ()
+
+    @classmethod
+    def build(
+        cls,
+        experiment: Experiment,
+        base: Base,
+        opening: Sequence[int],
+        trained: Sequence[jax.Array] = (),
+    ) -> "PrefixTuning | ReparametrizedPrefix":
+        """Start from the keys and values that the model computes for initial vectors.
+
+        A model with an encoder starts from random keys and values instead: see
+        `Backbone.initial_prefix`.
+        """
+        settings, key = experiment.prefix, jax.random.key(experiment.seed)
+        vectors = initial_vectors(experiment, settings, base, trained)
+        keys, values = base.backbone.initial_prefix(vectors, key)
+        if settings.size is None:
+            return cls(keys, values, opening)
+        return ReparametrizedPrefix(keys, values, settings.size, key, opening)
+
     def make_prefix(self, backbone: Backbone) -> Prefix:
-        """The keys and values, and behind them the opening's."""
-        kind = backbone.embedding.table.dtype
+        """Return the keys and values, followed by those of the opening."""
+        dtype = backbone.embedding.table.dtype
         prefix: Any = backbone.prefix_from(
-            self.keys[...].astype(kind), self.values[...].astype(kind)
+            self.keys[...].astype(dtype), self.values[...].astype(dtype)
         )
         if not self.opening.size:
             return prefix
         return backbone.prefill(backbone.embedding(self.opening[...]), prefix)
 
     def arrays(self, backbone: Backbone) -> dict[str, jax.Array]:
-        """`keys` and `values`."""
+        """Return `keys` and `values`."""
         return {"keys": self.keys[...], "values": self.values[...]}
+
+    @classmethod
+    def saved_virtual_tokens(cls, shapes: Mapping[str, Sequence[int]]) -> tuple[int, int]:
+        """Return 0 and the length of the prefix."""
+        return 0, shapes["keys"][1]
+
+    @classmethod
+    def load(
+        cls,
+        arrays: Mapping[str, jax.Array],
+        description: Mapping[str, Any],
+        opening: jax.Array | Sequence[int],
+    ) -> "PrefixTuning":
+        """Make the prefix from `keys` and `values`."""
+        return cls(arrays["keys"], arrays["values"], opening)
+
+    def peft_adapter(self, base: Base, prefix: Prefix | None) -> Adapter:
+        """Return a PREFIX_TUNING adapter."""
+        return prefix_adapter(base, prefix)
+
+    def peft_prefix(self, base: Base, prefix: Prefix | None) -> Adapter:
+        """Return the same as `peft_adapter`."""
+        return prefix_adapter(base, prefix)
+
+    def __repr__(self) -> str:
+        layers, length, heads, size = self.keys.shape
+        return (
+            f"PrefixTuning({length} virtual tokens, {layers} layers, "
+            f"{heads} key-value heads of size {size})"
+        )
 
 
 class ReparametrizedPrefix(Method):
-    """A prefix to which a network of one hidden layer adds, that all virtual tokens share.
+    """A prefix plus the output of a network that all virtual tokens share.
 
-    Li & Liang's network makes the keys and values; here it makes their difference from
-    the first ones, so that training starts from these. It folds to a plain prefix.
+    The network of Li & Liang computes the keys and values themselves. This one computes their
+    difference from the initial ones, so that training starts from these. It folds to a plain
+    `PrefixTuning`.
 
     Args:
-      keys, values: `[L, P, K, h]`, the first ones.
-      size: of the hidden layer.
-      key: of the random first weights.
+      keys: `[L, P, K, h]`, the initial keys.
+      values: `[L, P, K, h]`, the initial values.
+      size: F, the size of the hidden layer.
+      key: for the random initial weights.
       opening: see `Method`.
     """
 
-    trainable = PromptParam
+    name: ClassVar[str] = "prefix"
+    label: ClassVar[str] = "prefix tuning"
+    trainable: ClassVar[Any] = PromptParam
 
     def __init__(
         self,
@@ -76,13 +147,17 @@ class ReparametrizedPrefix(Method):
         self.up = PromptParam(jnp.zeros((size, self.first.size // length)))
 
     def make_prefix(self, backbone: Backbone) -> Prefix:
-        """That of the folded method."""
+        """Fold to a `PrefixTuning`, then make its prefix."""
         return self.folded().make_prefix(backbone)
 
     def folded(self) -> PrefixTuning:
-        """The plain keys and values."""
+        """Return the plain prefix with the current keys and values."""
         inner = jnp.tanh(self.inputs[...] @ self.down[...] + self.down_bias[...][None])  # [P, F]
         first = self.first[...]
         change = (inner @ self.up[...]).reshape(first.shape[2], 2, first.shape[1], *first.shape[3:])
         keys, values = first + change.transpose(1, 2, 0, 3, 4)
         return PrefixTuning(keys, values, self.opening[...])
+
+    def __repr__(self) -> str:
+        length, size = self.inputs.shape
+        return f"ReparametrizedPrefix({length} virtual tokens, network of size {size})"

@@ -1,7 +1,6 @@
-"""What a method learned, as a folder: saved, described and read again.
+"""The folder `prompt/`: what a method learned, saved apart from the base model.
 
-`prompt/` holds the learned arrays alone (Orbax), apart from the base model, and
-`prompt.json`, which says what they belong to.
+It holds the learned arrays (Orbax) and `prompt.json`, which says what they belong to.
 """
 
 import dataclasses
@@ -11,21 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from softprompt.backbones.loading import Backbone, Base
 from softprompt.data.task import Task, make_task
 from softprompt.errors import UserError
+from softprompt.experiment.methods import method_class
 from softprompt.experiment.schema import (
     ComputeSettings,
-    Experiment,
     GenerationSettings,
     ScoringSettings,
     TemplateSettings,
 )
-from softprompt.methods.lora import LoRA
-from softprompt.methods.making import method_of
-from softprompt.methods.method import FullFineTuning, Method, parameters_of
+from softprompt.methods.method import Method
 from softprompt.storage.arrays import load_arrays, load_description, save_arrays
 
 _FILE = "prompt.json"
@@ -33,75 +29,125 @@ _FORMAT = 2
 
 
 def save_prompt(
-    folder: Path,
+    folder: Path | str,
     method: Method,
-    backbone: Backbone,
-    name: str,
     base: Base,
-    task: Task,
-    about: Mapping[str, Any],
+    task: Task | None = None,
+    *,
+    backbone: Backbone | None = None,
+    experiment: str = "",
+    step: int = 0,
+    validation: Mapping[str, float] | None = None,
+    scoring: ScoringSettings | None = None,
+    generation: GenerationSettings | None = None,
 ) -> None:
-    """Save what a method learned, replacing what was there.
-
-    Vectors are saved as the first layer reads them: behind the factor by which some
-    models (Gemma, Granite) scale embeddings, which `embedding_scale` tells.
+    """Save what a method learned. Replaces a prompt that is already in the folder.
 
     Args:
-      folder: the folder to make.
-      method: a folded method.
-      backbone: the one it was trained on.
-      name: the method's name in an experiment.
-      base, task: what it was trained for.
-      about: `experiment`, `step`, `validation`: where it comes from, and how good it is; and
-        `usage`.
+      folder: the folder to write.
+      method: the trained method.
+      base: the base model.
+      task: what it was trained for; by default `text_task`, free text after `{text}`.
+      backbone: the backbone that was trained on; by default that of the base model. It matters
+        for full fine-tuning, which changes it.
+      experiment: the name of the experiment.
+      step: the number of training steps.
+      validation: metrics on the validation data, by name.
+      scoring: how the prompt labels inputs; by default the default settings.
+      generation: how the prompt generates text; by default the default settings.
     """
-    arrays = method.arrays(backbone)
-    description = {
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    method = method.folded()
+    arrays = method.arrays(backbone or base.backbone)
+    description = describe(
+        method,
+        arrays,
+        base,
+        task or text_task(method, base),
+        experiment=experiment,
+        step=step,
+        validation=validation,
+        scoring=scoring,
+        generation=generation,
+    )
+    save_arrays(folder, arrays, description, _FILE)
+
+
+def describe(
+    method: Method,
+    arrays: Mapping[str, jax.Array],
+    base: Base,
+    task: Task,
+    *,
+    experiment: str = "",
+    step: int = 0,
+    validation: Mapping[str, float] | None = None,
+    scoring: ScoringSettings | None = None,
+    generation: GenerationSettings | None = None,
+) -> dict[str, Any]:
+    """Return the content of `prompt.json`.
+
+    Vectors are saved as the first layer reads them, that is, after the factor by which some
+    models (Gemma, Granite) scale embeddings. `embedding_scale` is that factor.
+
+    Args:
+      method: a folded method.
+      arrays: what is saved of it.
+      base: see `save_prompt`, as all others.
+    """
+    return {
         "format": _FORMAT,
-        "method": name,
+        "method": method.name,
         "virtual_tokens": task.virtual_tokens,
-        "arrays": {key: list(array.shape) for key, array in arrays.items()},
+        **method.description(arrays),
         "base": {
             "name": base.name,
             "fingerprint": base.fingerprint,
             "compute": base.compute.model_dump(exclude={"attention"}),
         },
-        "embedding_scale": backbone.embedding.scale,
+        "embedding_scale": base.backbone.embedding.scale,
         "template": task.template.model_dump(),
         "verbalizer": task.verbalizer,
         "demonstrations": task.demonstrations,
         "tasks": task.tasks,
         "task_field": task.task_field,
-        **about,
+        "experiment": experiment,
+        "step": step,
+        "validation": dict(validation or {}),
+        "scoring": (scoring or ScoringSettings()).model_dump(),
+        "generation": (generation or GenerationSettings()).model_dump(),
         "versions": {p: importlib.metadata.version(p) for p in ("softprompt", "jax", "flax")},
     }
-    if isinstance(method, FullFineTuning):
-        del description["arrays"]  # they are the base model's
-    if isinstance(method, LoRA):
-        description["scales"] = dict(method.scales)
-    save_arrays(folder, arrays, description, _FILE)
 
 
-def usage(experiment: Experiment) -> dict[str, Any]:
-    """What an experiment says of how a prompt labels and writes."""
-    return experiment.model_dump(include={"scoring", "generation"})
+def text_task(method: Method, base: Base) -> Task:
+    """Return the task of free text after an input `{text}`, for a method without one."""
+    arrays = method.folded().arrays(base.backbone)
+    shapes = {name: array.shape for name, array in arrays.items()}
+    virtual, before = method.saved_virtual_tokens(shapes)
+    template = TemplateSettings(input="{text}")
+    return make_task(base, template, None, virtual_tokens=virtual, prefix_length=before)
 
 
 @dataclasses.dataclass(frozen=True)
 class SavedPrompt:
-    """What `prompt.json` says, checked for its form.
+    """The content of `prompt.json`, after a check of its form.
 
     Attributes:
-      folder: where it is.
-      description: all of it.
-      name, fingerprint: of the base model.
-      compute: how that was held and run in training.
-      template, scoring, generation: the experiment's.
+      folder: the folder that it is in.
+      description: the whole content.
+      base_name: the name of the base model.
+      fingerprint: that of the base model.
+      compute: how the base model was held and run in training.
+      template: that of the experiment.
+      scoring: that of the experiment.
+      generation: that of the experiment.
     """
 
     folder: Path
     description: Mapping[str, Any]
-    name: str
+    base_name: str
     fingerprint: str
     compute: ComputeSettings
     template: TemplateSettings
@@ -110,10 +156,13 @@ class SavedPrompt:
 
     @classmethod
     def read(cls, path: Path) -> "SavedPrompt":
-        """From a run's folder, or that of the prompt; every file is checked for damage.
+        """Read a prompt's description, and check all its files for damage.
+
+        Args:
+          path: the folder of a run, or of the prompt itself.
 
         Raises:
-          UserError: if it is damaged or malformed, or of another version's format.
+          UserError: if a file is damaged or malformed, or has the format of another version.
         """
         folder = _folder(path)
         description = read_description(folder)
@@ -133,17 +182,18 @@ class SavedPrompt:
             raise cls._malformed(folder, error) from error
 
     def task(self, base: Base) -> Task:
-        """The task it was trained for."""
+        """Return the task that the prompt was trained for."""
         description = self.description
         try:
-            shapes = description.get("arrays", {})
+            method = method_class(description["method"])
+            _, before = method.saved_virtual_tokens(description.get("arrays", {}))
             return make_task(
                 base,
                 self.template,
                 description["verbalizer"],
                 [(text, target) for text, target in description["demonstrations"]],
                 virtual_tokens=description["virtual_tokens"],
-                before=shapes["keys"][1] if description["method"] == "prefix" else 0,
+                prefix_length=before,
                 tasks=description["tasks"],
                 task_field=description["task_field"],
             )
@@ -151,25 +201,24 @@ class SavedPrompt:
             raise self._malformed(self.folder, error) from error
 
     def method(self, base: Base, opening: Any) -> tuple[Method, dict[str, jax.Array]]:
-        """The method and its arrays.
+        """Return the trained method, and its arrays by name.
+
+        Args:
+          base: the base model.
+          opening: that of the task.
 
         Raises:
-          UserError: if it was trained on another base model.
+          UserError: if the prompt was trained on another base model.
         """
         if base.fingerprint != self.fingerprint:
             raise UserError(
-                f"{self.folder}: trained on the base model {self.name!r} "
+                f"{self.folder}: trained on the base model {self.base_name!r} "
                 f"({self.fingerprint[:12]}), not on {base.name!r} ({base.fingerprint[:12]})"
             )
         try:
-            name = self.description["method"]
-            if name == "full":
-                like: dict[str, Any] = dict(parameters_of(base.backbone))
-            else:
-                shapes = self.description["arrays"].items()
-                like = {key: jax.ShapeDtypeStruct(shape, jnp.float32) for key, shape in shapes}
-            arrays = load_arrays(self.folder, like)
-            return method_of(name, arrays, self.description.get("scales", {}), opening), arrays
+            method = method_class(self.description["method"])
+            arrays = load_arrays(self.folder, method.saved_form(self.description, base.backbone))
+            return method.load(arrays, self.description, opening), arrays
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise self._malformed(self.folder, error) from error
 
@@ -179,15 +228,15 @@ class SavedPrompt:
 
 
 def read_description(folder: Path) -> dict[str, Any]:
-    """What `prompt.json` says, once all files of the folder have been checked."""
+    """Return the content of `prompt.json`, after checking all files of the folder for damage."""
     description = load_description(folder, _FILE)
     if not isinstance(description, dict) or description.get("format") != _FORMAT:
-        raise UserError(f"{folder / _FILE}: of a format that this version does not read")
+        raise UserError(f"{folder / _FILE}: a format that this version does not read")
     return description
 
 
 def _folder(path: Path) -> Path:
-    """The prompt's folder, from its own path or that of its run."""
+    """Return the folder of a prompt, given that folder or the one of its run."""
     if (path / _FILE).exists() or not (path / "config.yaml").exists():
         folder = path
     else:

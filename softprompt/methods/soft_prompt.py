@@ -1,63 +1,169 @@
-"""The soft prompt (Lester et al. 2021, arXiv:2104.08691), and DePT.
+"""The soft prompt, prompt tuning (Lester et al. 2021, arXiv:2104.08691).
 
-Axis letters: B batch, T tokens, P virtual tokens (k), D hidden, S positions, R rank.
+Axis letters: B batch, T tokens, P virtual tokens, D hidden, S tokens of the opening.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from softprompt.backbones.loading import Backbone
-from softprompt.methods.method import Constant, Method, copied
-
-
-class PromptParam(nnx.Param):
-    """A learned part of a prompt."""
-
-
-class OffsetParam(PromptParam):
-    """A learned part of DePT's offsets, which have a learning rate of their own."""
+from softprompt.backbones.loading import Backbone, Base, Prefix
+from softprompt.data.task import Task
+from softprompt.errors import UserError
+from softprompt.experiment.schema import Experiment
+from softprompt.methods.backbone_arrays import copied
+from softprompt.methods.initializers import (
+    initial_vectors,
+    sampled_vocabulary,
+    text_vectors,
+)
+from softprompt.methods.method import Adapter, Constant, Method, PromptParam
+from softprompt.methods.peft_layout import peft_embedding_scale, prefix_adapter
+from softprompt.methods.reparametrization import reparametrize
+from softprompt.methods.saved import save_prompt
 
 
 class SoftPrompt(Method):
-    """Learned vectors `[P, D]`, the embeddings of virtual tokens.
+    """Learned embeddings of virtual tokens, `[P, D]`.
 
-    By default these stand in front of every input. Calling it prepends them to input
-    embeddings, which is what the method is. `apply` is what training and inference use:
-    the same function, its cost not multiplied by the batch.
+    Calling it prepends the vectors to input embeddings, which is the definition of the method.
+    Training and inference use `apply`, which computes the same function but runs the vectors
+    through the model only once per batch.
 
     Args:
       vectors: `[P, D]`.
-      opening: `[S]`, see `Method`. Virtual tokens that are not in it stand in the rows.
+      opening: `[S]`, the ids that every row begins with; virtual token i has the id `~i`. By
+        default the virtual tokens alone, in order. Virtual tokens that are not in the opening
+        are among the tokens of the rows.
+
+    Example:
+      A prompt in front of any model that reads embeddings:
+
+          prompt = SoftPrompt(0.02 * jax.random.normal(jax.random.key(0), (20, 64)))
+          logits = model(prompt(embeddings))  # [B, 20 + T, 64] into the model
+
+      A prompt on a base model of this package:
+
+          base = load_base("smollm2-135m-instruct")
+          prompt = SoftPrompt.from_vocabulary(base, 20, jax.random.key(0))
+          backbone, prefix = prompt.apply(base.backbone)
     """
 
-    trainable = PromptParam
+    name: ClassVar[str] = "prompt"
+    label: ClassVar[str] = "soft prompt"
+    default_learning_rate: ClassVar[float | None] = 2e-2
+    trainable: ClassVar[Any] = PromptParam
+    is_pure_prefix: ClassVar[bool] = True
 
     def __init__(self, vectors: jax.Array, opening: jax.Array | Sequence[int] | None = None):
         super().__init__(~jnp.arange(len(vectors)) if opening is None else opening)
         self.vectors = PromptParam(vectors)
 
+    @classmethod
+    def from_vocabulary(cls, base: Base, length: int, key: jax.Array) -> "SoftPrompt":
+        """Start from embeddings of frequent tokens (Lester et al. 2021, section 3.2).
+
+        They are drawn without repetition from the 5,000 lowest ids that are not special.
+
+        Args:
+          base: the base model.
+          length: P, the number of virtual tokens.
+          key: determines the draw.
+        """
+        random = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+        return cls(sampled_vocabulary(base, length, random).astype(jnp.float32))
+
+    @classmethod
+    def from_text(cls, base: Base, text: str, length: int | None = None) -> "SoftPrompt":
+        """Start from the embeddings of a text.
+
+        Args:
+          base: the base model.
+          text: it is tokenised without special tokens.
+          length: P; the text is repeated or truncated to it. By default its number of tokens.
+
+        Raises:
+          UserError: if the text has no tokens.
+        """
+        return cls(text_vectors(base, length, text).astype(jnp.float32))
+
+    def save(self, folder: Path | str, base: Base, task: Task | None = None) -> None:
+        """Save the prompt as a folder that `load_prompt` reads.
+
+        Args:
+          folder: the folder to write; a prompt that is already in it is replaced.
+          base: the base model.
+          task: template and verbalizer; by default free text after `{text}`.
+        """
+        save_prompt(folder, self, base, task)
+
+    @classmethod
+    def virtual_tokens(cls, experiment: Experiment) -> tuple[int, int]:
+        """Return `prompt.length` and 0."""
+        return experiment.prompt.length, 0
+
+    @classmethod
+    def initial_prompts(cls, experiment: Experiment) -> Sequence[str]:
+        """Return `prompt.init_prompts`."""
+        return experiment.prompt.init_prompts or ()
+
+    @classmethod
+    def length_may_vary(cls, experiment: Experiment) -> bool:
+        """Return whether the vectors themselves are trained, which can be padded."""
+        return experiment.prompt.reparametrization is None
+
+    @classmethod
+    def build(
+        cls,
+        experiment: Experiment,
+        base: Base,
+        opening: Sequence[int],
+        trained: Sequence[jax.Array] = (),
+    ) -> "SoftPrompt | Reparametrized":
+        """Start from the vectors that the section `prompt` asks for."""
+        settings = experiment.prompt
+        vectors = initial_vectors(experiment, settings, base, trained)
+        if settings.reparametrization is None:
+            return cls(vectors, opening)
+        source = reparametrize(settings, vectors, jax.random.key(experiment.seed))
+        return Reparametrized(source, opening)
+
     def __call__(self, embeddings: jax.Array) -> jax.Array:
-        """Input embeddings `[B, T, D]` with the vectors in front, `[B, P + T, D]`."""
+        """Prepend the vectors to input embeddings.
+
+        Args:
+          embeddings: `[B, T, D]`.
+
+        Returns:
+          `[B, P + T, D]`, of the same type as the embeddings.
+        """
         vectors = self.vectors[...].astype(embeddings.dtype)
         rows = jnp.broadcast_to(vectors, (embeddings.shape[0], *vectors.shape))
         return jnp.concatenate([rows, embeddings], axis=1)
 
+    def adapt(self, backbone: Backbone, key: jax.Array | None = None) -> Backbone:
+        """Return a backbone that embeds the ids of virtual tokens as the vectors."""
+        backbone = copied(backbone)
+        backbone.embedding.virtual = nnx.Param(self.vectors[...])
+        return backbone
+
     def can_be_padded(self, backbone: Backbone) -> bool:
-        """Whether all vectors stand in the opening of a causal model."""
+        """Return whether the model is causal and all virtual tokens are in the opening."""
         in_opening = int((np.asarray(self.opening[...]) < 0).sum())
         return backbone.caches_prompt and in_opening == len(self.vectors[...])
 
     def padded(self, length: int) -> "SoftPrompt":
-        """The same prompt with `length` vectors and an opening that is longer by as many.
+        """Return the same prompt with `length` vectors and an equally longer opening.
 
-        What is added stands at the end, and no row attends to it, so that prompts of several
-        lengths can be of one shape. It is for those that `can_be_padded`.
+        The padding is at the end, and no row attends to it. Prompts of different lengths thus
+        have arrays of the same shapes. Requires `can_be_padded`.
         """
-        # On the host: on a device every length would be a program of its own.
+        # On the host: on a device, every length would compile a program.
         more = (0, length - len(self.vectors[...]))
         vectors = np.pad(np.asarray(self.vectors[...]), (more, (0, 0)))
         opening = np.pad(np.asarray(self.opening[...]), more)
@@ -65,72 +171,95 @@ class SoftPrompt(Method):
         padded.span = Constant(jnp.array([[0, self.opening[...].size]]))
         return padded
 
-    def adapt(self, backbone: Backbone, key: jax.Array | None = None) -> Backbone:
-        """The backbone, to which the ids of virtual tokens mean these vectors."""
-        backbone = copied(backbone)
-        backbone.embedding.virtual = nnx.Param(self.vectors[...])
-        return backbone
-
     def arrays(self, backbone: Backbone) -> dict[str, jax.Array]:
-        """`vectors`."""
+        """Return `vectors`."""
         return {"vectors": self.vectors[...]}
+
+    @classmethod
+    def saved_virtual_tokens(cls, shapes: Mapping[str, Sequence[int]]) -> tuple[int, int]:
+        """Return the number of vectors and 0."""
+        return shapes["vectors"][0], 0
+
+    @classmethod
+    def load(
+        cls,
+        arrays: Mapping[str, jax.Array],
+        description: Mapping[str, Any],
+        opening: jax.Array | Sequence[int],
+    ) -> "SoftPrompt":
+        """Make the prompt from `vectors`."""
+        return cls(arrays["vectors"], opening)
+
+    def plain_vectors(self) -> jax.Array:
+        """Return the vectors `[P, D]`."""
+        return self.vectors[...]
+
+    def peft_adapter(self, base: Base, prefix: Prefix | None) -> Adapter:
+        """Return a PROMPT_TUNING adapter."""
+        vectors = np.asarray(self.vectors[...], np.float32)
+        if not self._all_in_opening() or len(self.opening[...]) > len(vectors):
+            raise UserError(
+                "peft puts virtual tokens in front of everything, but these are elsewhere or "
+                "together with text; an opening can be exported as peft-prefix"
+            )
+        layers, *_ = base.backbone.prefix_shape(0)
+        return {"prompt_embeddings": vectors / np.float32(peft_embedding_scale(base))}, {
+            "peft_type": "PROMPT_TUNING",
+            "num_virtual_tokens": len(vectors),
+            "token_dim": vectors.shape[1],
+            "num_transformer_submodules": 1,
+            "num_attention_heads": base.backbone.arch.num_heads,
+            "num_layers": layers,
+            "prompt_tuning_init": "RANDOM",
+            "prompt_tuning_init_text": None,
+            "tokenizer_name_or_path": None,
+        }
+
+    def peft_prefix(self, base: Base, prefix: Prefix | None) -> Adapter:
+        """Return the keys and values of the whole opening as a PREFIX_TUNING adapter."""
+        adapter = prefix_adapter(base, prefix)
+        if not self._all_in_opening():
+            raise UserError("the virtual tokens are inside the inputs, not in front of them")
+        return adapter
+
+    def merge_into(self, backbone: Backbone, adapted: Backbone) -> tuple[Backbone, np.ndarray]:
+        """Return the frozen backbone, and the vectors for new tokens."""
+        return backbone, np.asarray(self.vectors[...], np.float32)
+
+    def _all_in_opening(self) -> bool:
+        opening = np.asarray(self.opening[...])
+        return opening[opening < 0].tolist() == [~i for i in range(len(self.vectors[...]))]
+
+    def __repr__(self) -> str:
+        length, size = self.vectors.shape
+        return f"SoftPrompt({length} virtual tokens, hidden size {size})"
 
 
 class Reparametrized(Method):
-    """A soft prompt whose vectors are made from something else while it is trained.
+    """A soft prompt whose vectors are computed from other parameters during training.
 
     Args:
-      source: a module whose call gives the vectors `[P, D]`.
+      source: a module that returns the vectors `[P, D]` when it is called.
       opening: see `SoftPrompt`.
     """
 
-    trainable = PromptParam
+    name: ClassVar[str] = "prompt"
+    label: ClassVar[str] = "soft prompt"
+    trainable: ClassVar[Any] = PromptParam
 
     def __init__(self, source: Callable[[], jax.Array], opening: jax.Array | Sequence[int]):
         super().__init__(opening)
         self.source = source
 
     def adapt(self, backbone: Backbone, key: jax.Array | None = None) -> Backbone:
-        """As that of the soft prompt that it folds to."""
+        """Fold to a `SoftPrompt`, then adapt."""
         return self.folded().adapt(backbone)
 
     def folded(self) -> SoftPrompt:
-        """The plain soft prompt."""
+        """Return the plain soft prompt with the current vectors."""
         return SoftPrompt(self.source(), self.opening[...])
 
-
-class DecomposedPrompt(Method):
-    """DePT: a short prompt, and low-rank offsets of the input embeddings.
-
-    (Shi & Lipani 2023, arXiv:2309.05173, section 2.2) The offset `[D]` of a row's token
-    depends on its position alone, counted behind the opening; the tokens behind S have
-    none. Virtual tokens that stand in the rows are among the tokens of these.
-
-    Args:
-      vectors, opening: as of `SoftPrompt`.
-      down, up: `[S, R]` and `[R, D]`, whose product are the offsets.
-    """
-
-    trainable = PromptParam
-
-    def __init__(
-        self,
-        vectors: jax.Array,
-        down: jax.Array,
-        up: jax.Array,
-        opening: jax.Array | Sequence[int],
-    ):
-        super().__init__(opening)
-        self.vectors = PromptParam(vectors)
-        self.down, self.up = OffsetParam(down), OffsetParam(up)
-
-    def adapt(self, backbone: Backbone, key: jax.Array | None = None) -> Backbone:
-        """The backbone, which adds the offsets to what it reads behind the opening."""
-        backbone = copied(backbone)
-        backbone.embedding.virtual = nnx.Param(self.vectors[...])
-        backbone.embedding.offsets = nnx.Param(self.down[...] @ self.up[...])
-        return backbone
-
-    def arrays(self, backbone: Backbone) -> dict[str, jax.Array]:
-        """`vectors`, `down` and `up`."""
-        return {"vectors": self.vectors[...], "down": self.down[...], "up": self.up[...]}
+    def __repr__(self) -> str:
+        length, size = jax.eval_shape(self.source).shape
+        kind = type(self.source).__name__
+        return f"Reparametrized({kind}, {length} virtual tokens, hidden size {size})"

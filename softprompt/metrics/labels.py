@@ -1,4 +1,4 @@
-"""Metrics of labels, all from one table of how often each was taken for which.
+"""Metrics of labels, all computed from one confusion matrix.
 
 Axis letters: N examples, C labels.
 """
@@ -10,42 +10,42 @@ import numpy as np
 from softprompt.errors import UserError
 from softprompt.metrics.scores import Scores, mean_of
 
-_MOST_LABELS = 1000
+_MAX_LABELS = 1000
 
-Table = np.ndarray  # [C, C], counts of references (rows) that were predicted (columns)
+Table = np.ndarray  # confusion matrix [C, C]: a row per reference, a column per prediction
 
 
 def accuracy(table: Table) -> float:
-    """The share of right predictions."""
+    """Return the fraction of correct predictions."""
     return float(np.trace(table) / table.sum())
 
 
 def precision(table: Table) -> float:
-    """The mean over labels of the share of its predictions that are right."""
-    return float(np.mean(_share(table, axis=0)))
+    """Return the mean over labels of the fraction of their predictions that are correct."""
+    return float(np.mean(_correct_fraction(table, axis=0)))
 
 
 def recall(table: Table) -> float:
-    """The mean over labels of the share of its examples that are found."""
-    return float(np.mean(_share(table, axis=1)))
+    """Return the mean over labels of the fraction of their examples that are found."""
+    return float(np.mean(_correct_fraction(table, axis=1)))
 
 
 def macro_f1(table: Table) -> float:
-    """The mean over labels of F1; a label that is never right has 0."""
+    """Return the mean of F1 over labels; a label that is never predicted correctly has 0."""
     twice = table.sum(axis=0) + table.sum(axis=1)
     return float(np.mean(_divide(2 * np.diag(table), twice)))
 
 
 def micro_f1(table: Table) -> float:
-    """F1 of all decisions together: with one label an example, the accuracy."""
+    """Return F1 over all decisions; with one label per example it equals the accuracy."""
     return accuracy(table)
 
 
 def matthews(table: Table) -> float:
-    """Matthews' correlation of predictions with references, for any number of labels.
+    """Return Matthews' correlation of predictions with references, for any number of labels.
 
-    From -1 to 1; 0 if all references or all predictions are the same. (Gorodkin 2004,
-    doi:10.1016/j.compbiolchem.2004.09.006)
+    It ranges from -1 to 1, and is 0 if all references or all predictions are the same.
+    Source: Gorodkin 2004, doi:10.1016/j.compbiolchem.2004.09.006.
     """
     count, right = table.sum(), np.trace(table)
     predicted, actual = table.sum(axis=0), table.sum(axis=1)
@@ -62,17 +62,17 @@ SUMMARIES: dict[str, Callable[[Table], float]] = {
 def label_scores(
     name: str, predictions: Sequence[str], references: Sequence[str | Sequence[str]]
 ) -> Scores:
-    """A metric of `SUMMARIES`, or the table itself as `confusion`.
+    """Measure predicted labels.
 
-    The labels are those that occur among predictions or references. `confusion` counts as
-    `confusion.<reference>.<prediction>`.
+    The labels are all that occur among predictions or references.
 
     Args:
-      name: of the metric.
+      name: a metric of `SUMMARIES`, or `confusion` for the counts of the confusion matrix,
+        which are named `confusion.<reference>.<prediction>`.
       predictions, references: N labels each.
 
     Raises:
-      UserError: if a reference is a list of texts, or there are too many labels for a table.
+      UserError: if a reference is a list, or there are more than 1,000 different labels.
     """
     actual = [reference for reference in references if isinstance(reference, str)]
     if len(actual) < len(references):
@@ -81,11 +81,11 @@ def label_scores(
         pairs = zip(actual, predictions, strict=True)
         return mean_of([name], [[float(label == other)] for label, other in pairs])
     labels = sorted({*predictions, *actual})
-    if len(labels) > _MOST_LABELS:
+    if len(labels) > _MAX_LABELS:
         raise UserError(f"metric {name}: {len(labels)} different labels; is this free text?")
     number, size = {label: i for i, label in enumerate(labels)}, len(labels)
     cells = [number[a] * size + number[p] for a, p in zip(actual, predictions, strict=True)]
-    used, columns = np.unique(cells, return_inverse=True)  # most cells of a table are empty
+    used, columns = np.unique(cells, return_inverse=True)  # most cells are empty
     statistics = np.zeros((len(cells), len(used)))
     statistics[np.arange(len(cells)), columns] = 1
 
@@ -100,9 +100,11 @@ def label_scores(
     return Scores(statistics, combine)
 
 
-def _share(table: Table, axis: int) -> np.ndarray:
+def _correct_fraction(table: Table, axis: int) -> np.ndarray:
+    """Return for each label the fraction of its column (axis 0) or row (axis 1) that is correct."""
     return _divide(np.diag(table), table.sum(axis=axis))
 
 
 def _divide(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+    """Divide elementwise; 0 where the denominator is 0."""
     return np.divide(numerator, denominator, out=np.zeros(len(numerator)), where=denominator > 0)

@@ -1,4 +1,4 @@
-"""Metrics by the names that experiments and the command line call them by."""
+"""Compute metrics by name, and compare models by a metric."""
 
 from collections.abc import Mapping, Sequence
 
@@ -24,18 +24,19 @@ def measure(
     """Score predictions by several metrics.
 
     Args:
-      names: of the metrics: `rouge` (1, 2, L and Lsum), or `rouge` with any N, `L` or `Lsum`;
-        `bleu`, `chrf`, `ter`, `exact_match`, `token_f1`; and of labels `accuracy`,
-        `precision`, `recall`, `macro_f1`, `micro_f1`, `matthews`, `confusion`.
+      names: names of metrics. For texts: `rouge` (ROUGE-1, 2, L and Lsum), `rouge1` to
+        `rouge9`, `rougeL`, `rougeLsum`, `bleu`, `chrf`, `ter`, `exact_match`, `token_f1`.
+        For labels: `accuracy`, `precision`, `recall`, `macro_f1`, `micro_f1`, `matthews`,
+        `confusion`.
       predictions: N texts, at least one.
-      references: N texts, or lists of texts of which any will do.
-      stem: whether ROUGE compares English words without their endings.
+      references: for each prediction a text, or a list of texts that are all correct.
+      stem: whether ROUGE stems English words before it compares them.
 
     Returns:
-      Scores by the metrics' names.
+      Scores by metric name.
 
     Raises:
-      UserError: if there is no such metric, or it does not take such references.
+      UserError: if there is no such metric, or it does not accept lists of references.
     """
     for name in names:
         try:
@@ -56,7 +57,7 @@ def measure(
 def _text_scores(
     name: str, predictions: Sequence[str], references: Sequence[str | Sequence[str]], stem: bool
 ) -> Scores:
-    from softprompt.metrics import text  # here, for it takes seconds that labels need not wait
+    from softprompt.metrics import text  # takes seconds to import, and labels do not need it
 
     if types := rouge_types(name):
         return text.rouge(predictions, references, types, stem)
@@ -64,11 +65,11 @@ def _text_scores(
 
 
 def is_better(values: Mapping[str, float], others: Mapping[str, float], name: str) -> bool:
-    """Whether a model is better than another by a metric or, as good by it, by its loss."""
+    """Return whether a model is better than another by a metric, or by its loss if they tie."""
     return merit(values, name) > merit(others, name)
 
 
 def merit(values: Mapping[str, float], name: str) -> tuple[float, float]:
-    """What is higher the better a model is by a metric or, as good by it, by its loss."""
+    """Return a key for sorting models by a metric, then by loss. Higher is better."""
     sign = -1 if lower_is_better(name) else 1
     return sign * values[name], -values["loss"]

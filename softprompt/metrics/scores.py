@@ -1,7 +1,7 @@
-"""What a metric measured: numbers of each example, and what their sum comes to.
+"""Scores: statistics of each example, and a function from their sum to a metric's values.
 
-All metrics have this form, those of a whole corpus too (BLEU sums counts of n-grams), so
-that resampling the examples costs one product of matrices and no second look at the texts.
+All metrics have this form, also metrics of a whole corpus: BLEU, for example, sums counts
+of n-grams. The bootstrap therefore resamples statistics and never compares texts again.
 
 Axis letters: N examples, S statistics, R resamples.
 """
@@ -18,12 +18,13 @@ _RESAMPLES = 1000
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """A metric on some examples.
+    """A metric on N examples.
 
     Attributes:
-      statistics: `[N, S]`, of each example; N is at least 1.
-      combine: from the sum `[S]` of the statistics of so many examples, to values by name.
-      signature: how the metric was computed, as its reference implementation writes it.
+      statistics: statistics of each example, `[N, S]`; N is at least 1.
+      combine: function of a sum of statistics `[S]` and the number of examples in the sum,
+        which returns the metric's values by name.
+      signature: settings of the metric in the notation of its reference implementation.
     """
 
     statistics: np.ndarray
@@ -31,21 +32,21 @@ class Scores:
     signature: str | None = None
 
     def values(self) -> dict[str, float]:
-        """Of all examples together."""
+        """Return the values for all examples together."""
         return self.combine(self.statistics.sum(axis=0), len(self.statistics))
 
     def each(self) -> list[dict[str, float]]:
-        """Of each example alone."""
+        """Return the values for each example alone."""
         return [self.combine(row, 1) for row in self.statistics]
 
     def intervals(self, level: float = 0.95, seed: int = 0) -> dict[str, tuple[float, float]]:
-        """Bootstrap intervals: percentiles of the values of 1,000 resamples.
+        """Return percentile bootstrap intervals from 1,000 resamples.
 
-        (Efron & Tibshirani 1993, chapter 13; for BLEU Koehn 2004, W04-3250)
+        Sources: Efron & Tibshirani 1993, chapter 13; for BLEU Koehn 2004, W04-3250.
 
         Args:
-          level: share of the resamples inside the interval.
-          seed: of the resampling.
+          level: fraction of the resamples inside the interval.
+          seed: seed of the resampling.
         """
         resampled = _resampled(self, seed)
         tail = (1 - level) / 2
@@ -55,12 +56,12 @@ class Scores:
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """One system's value less another's.
+    """The difference between the values of two systems.
 
     Attributes:
-      difference: the one measured.
+      difference: the first system's value minus the second's.
       interval: its 95 % bootstrap interval.
-      p_value: how often chance would make it as large.
+      p_value: probability of a difference at least this large if there were none.
     """
 
     difference: float
@@ -69,28 +70,30 @@ class Difference:
 
 
 def paired_test(ours: Scores, theirs: Scores, seed: int = 0) -> dict[str, Difference]:
-    """Compare two systems on the same examples, by the paired bootstrap.
+    """Compare two systems on the same examples by the paired bootstrap.
 
-    1,000 times the same examples are drawn for both. Were there no difference, the
-    resampled ones would spread around zero as they spread around the one measured; `p_value`
-    is the share of them that are at least so large. (Koehn 2004, W04-3250, as sacrebleu
-    computes it)
+    Each of 1,000 resamples draws the same examples for both systems. The test assumes that
+    without a true difference, resampled differences would be distributed around zero as they
+    are around the measured one. `p_value` is the fraction of resamples whose distance from
+    the measured difference is at least the measured difference itself.
+    Source: Koehn 2004, W04-3250, as computed by sacrebleu.
 
     Args:
-      ours, theirs: one metric of both, their examples in the same order.
-      seed: of the resampling.
+      ours, theirs: scores of the two systems by the same metric, with the examples in the
+        same order.
+      seed: seed of the resampling.
 
     Raises:
-      UserError: if they have different numbers of examples, or different names.
+      UserError: if the numbers of examples or the names of the values differ.
     """
     if len(ours.statistics) != len(theirs.statistics):
         raise UserError(
-            f"two systems are compared on the same examples, not on {len(ours.statistics)} "
+            f"two systems must be compared on the same examples, not on {len(ours.statistics)} "
             f"and {len(theirs.statistics)}"
         )
     names = list(ours.values())
     if names != list(theirs.values()):
-        raise UserError("two systems are compared by metrics of the same names")
+        raise UserError("two systems must be compared by the same metrics")
     measured = _array(ours.values()) - _array(theirs.values())
     resampled = _resampled(ours, seed) - _resampled(theirs, seed)
     low, high = np.quantile(resampled, [0.025, 0.975], axis=0).tolist()
@@ -102,21 +105,21 @@ def paired_test(ours: Scores, theirs: Scores, seed: int = 0) -> dict[str, Differ
 
 
 def all_values(scores: Mapping[str, Scores]) -> dict[str, float]:
-    """The values of several metrics, by the values' own names."""
+    """Return the values of several metrics in one mapping."""
     return {name: value for one in scores.values() for name, value in one.values().items()}
 
 
 def all_intervals(scores: Mapping[str, Scores]) -> dict[str, tuple[float, float]]:
-    """Their bootstrap intervals."""
+    """Return the bootstrap intervals of several metrics in one mapping."""
     return {name: pair for one in scores.values() for name, pair in one.intervals().items()}
 
 
 def mean_of(names: Sequence[str], rows: Sequence[Sequence[float]]) -> Scores:
-    """A metric that is the mean over examples.
+    """Return a metric whose values are means over examples.
 
     Args:
-      names: of its values.
-      rows: the values of each example.
+      names: names of the values.
+      rows: the values of each example, in the same order.
     """
 
     def mean(total: np.ndarray, count: int) -> dict[str, float]:
@@ -126,7 +129,10 @@ def mean_of(names: Sequence[str], rows: Sequence[Sequence[float]]) -> Scores:
 
 
 def _resampled(scores: Scores, seed: int) -> np.ndarray:
-    """Values `[R, names]` of examples drawn with repetition; of equal N, the same are drawn."""
+    """Return the values of R resamples, one row each.
+
+    The examples drawn depend only on N and the seed, so they are the same for two systems.
+    """
     random, count = np.random.default_rng(seed), len(scores.statistics)
     values = []
     for _ in range(_RESAMPLES):

@@ -1,4 +1,7 @@
-"""Metrics of free text. A reference is a text, or a list of texts of which any will do."""
+"""Metrics of free text.
+
+A reference is a text, or a list of texts that are all correct.
+"""
 
 import collections
 import re
@@ -17,7 +20,7 @@ from softprompt.metrics.scores import Scores, mean_of
 
 References = Sequence[str | Sequence[str]]
 
-# Ideographs and kana are words of their own; elsewhere a word is letters, marks and digits.
+# Every ideograph or kana is a word. Otherwise a word is a run of letters, marks and digits.
 _WORD = regex.compile(
     r"[\p{Han}\p{Hiragana}\p{Katakana}]|[\p{L}\p{M}\p{N}--[\p{Han}\p{Hiragana}\p{Katakana}]]+",
     regex.V1,
@@ -25,20 +28,20 @@ _WORD = regex.compile(
 
 
 class UnicodeTokenizer:
-    """Words of any script, lower-cased, for ROUGE.
+    """Splits text of any script into lower-case words, for ROUGE.
 
-    On English it does what rouge-score's own tokenizer does, which takes all letters but
-    a to z for spaces.
+    On English text the result is that of rouge-score's own tokenizer, which treats all
+    letters except a to z as spaces.
 
     Args:
-      stem: whether words of more than three letters lose their ending (Porter's, English).
+      stem: whether to stem words of more than three letters (Porter stemmer, English).
     """
 
     def __init__(self, stem: bool = False):
         self._stem: Callable[[str], str] | None = PorterStemmer().stem if stem else None
 
     def tokenize(self, text: str) -> list[str]:
-        """The words of a text."""
+        """Return the words of a text."""
         words: list[str] = _WORD.findall(unicodedata.normalize("NFC", text).lower())
         if self._stem is None:
             return words
@@ -48,17 +51,17 @@ class UnicodeTokenizer:
 def rouge(
     predictions: Sequence[str], references: References, types: Sequence[str], stem: bool = False
 ) -> Scores:
-    """ROUGE (Lin 2004, W04-1013), by the package rouge-score; the mean over examples.
+    """Compute ROUGE (Lin 2004, W04-1013) with the package rouge-score.
 
     Args:
       predictions, references: N each.
-      types: `rouge1`, `rouge2`, … of n-grams, `rougeL` of longest common subsequences,
-        `rougeLsum` of these line by line.
+      types: `rouge1`, `rouge2`, ... for n-grams, `rougeL` for the longest common
+        subsequence, `rougeLsum` for the longest common subsequence line by line.
       stem: see `UnicodeTokenizer`.
 
     Returns:
-      `<type>.precision`, `.recall` and `.f1`, from 0 to 1. Of several references the one
-      of the highest F1 counts.
+      `<type>.precision`, `.recall` and `.f1` from 0 to 1, as means over examples. With
+      several references, the one with the highest F1 counts.
     """
     scorer = RougeScorer(list(types), tokenizer=UnicodeTokenizer(stem))
     names = [f"{kind}.{part}" for kind in types for part in ("precision", "recall", "f1")]
@@ -70,51 +73,52 @@ def rouge(
 
 
 def bleu(predictions: Sequence[str], references: References) -> Scores:
-    """BLEU (Papineni et al. 2002, P02-1040), by sacrebleu; from 0 to 100.
+    """Compute BLEU (Papineni et al. 2002, P02-1040) with sacrebleu, from 0 to 100.
 
-    Where no text of a corpus is long enough for 4-grams, the longest n-grams it has count.
+    If no prediction has four words, the longest n-grams that occur are used instead.
     """
     return _by_sacrebleu("bleu", BLEU(effective_order=True), predictions, references)
 
 
 def chrf(predictions: Sequence[str], references: References) -> Scores:
-    """The F-score chrF2 of character n-grams (Popović 2015, W15-3049), by sacrebleu; 0 to 100."""
+    """Compute the F-score chrF2 of character n-grams (Popović 2015, W15-3049), from 0 to 100."""
     return _by_sacrebleu("chrf", CHRF(), predictions, references)
 
 
 def ter(predictions: Sequence[str], references: References) -> Scores:
-    """The translation edit rate (Snover et al. 2006), by sacrebleu, in percent; 0 is best."""
+    """Compute the translation edit rate (Snover et al. 2006) in percent; 0 is best."""
     return _by_sacrebleu("ter", TER(), predictions, references)
 
 
 def exact_match(predictions: Sequence[str], references: References) -> Scores:
-    """The share of predictions equal to a reference, by SQuAD's rules (arXiv:1606.05250).
+    """Compute the fraction of predictions that equal a reference (SQuAD, arXiv:1606.05250).
 
-    Case, punctuation, English articles and white space do not count.
+    Case, punctuation, English articles and white space are ignored.
     """
     return _best_of("exact_match", predictions, references, lambda p, r: float(p == r))
 
 
 def token_f1(predictions: Sequence[str], references: References) -> Scores:
-    """The mean F1 of words shared with a reference, by SQuAD's rules, see `exact_match`."""
+    """Compute the mean F1 of the words shared with a reference, normalized as in `exact_match`."""
     return _best_of("token_f1", predictions, references, _word_f1)
 
 
 def _lists(references: References) -> list[list[str]]:
+    """Return every reference as a list of texts."""
     return [[each] if isinstance(each, str) else list(each) for each in references]
 
 
 def _by_sacrebleu(
     name: str, metric: BLEU | CHRF | TER, predictions: Sequence[str], references: References
 ) -> Scores:
-    """Counts of every example, and its formula over their sum.
+    """Return the statistics of a metric of sacrebleu for every example, and its formula.
 
-    The two methods are those that each metric of sacrebleu is made of; its public ones give
-    no counts to resample.
+    The two private methods are the parts of every metric of sacrebleu. Its public methods do
+    not return the statistics, which the bootstrap needs.
     """
     listed = _lists(references)
-    most = max(map(len, listed))
-    streams: Any = [[each[i] if i < len(each) else None for each in listed] for i in range(most)]
+    count = max(map(len, listed))
+    streams: Any = [[each[i] if i < len(each) else None for each in listed] for i in range(count)]
     statistics = metric._extract_corpus_statistics(list(predictions), streams)
 
     def combine(total: np.ndarray, count: int) -> dict[str, float]:
@@ -129,6 +133,7 @@ def _best_of(
     references: References,
     compare: Callable[[list[str], list[str]], float],
 ) -> Scores:
+    """Return the mean over examples of the best comparison with a reference."""
     return mean_of(
         [name],
         [

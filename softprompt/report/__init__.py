@@ -1,1 +1,1 @@
-"""What runs gave, read from their folders: as a table, and as a page of figures."""
+"""Reports about runs, read from their folders: tables, and a page of figures."""

@@ -1,4 +1,4 @@
-"""Runs as their folders tell of them."""
+"""Read what runs left in their folders."""
 
 import dataclasses
 import json
@@ -15,7 +15,7 @@ from softprompt.sweep.outcome import Outcome
 
 _log = logging.getLogger(__name__)
 
-_APART = ("name", "seed")  # keys that say nothing of what is compared
+_IGNORED = ("name", "seed")  # settings that are not compared between runs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,17 +23,19 @@ class RunRecord:
     """One run.
 
     Attributes:
-      folder: where it is.
-      settings: of its experiment, by keys with dots.
+      folder: the run folder.
+      settings: the settings of its experiment, by dotted key such as `prompt.length`.
       state: `finished`, `pruned`, `failed`, or `unfinished`.
-      step: the last one known of.
-      validation: metrics of the best prompt, or of an unfinished run the last ones.
-      test: metrics on the test data, if there are any.
-      records: of `metrics.jsonl`.
-      seconds: of its training steps, as far as they were logged.
-      peak_memory_bytes: of its process, if it is finished.
-      error: why it failed.
-      split: `test` if all finished runs beside it have test metrics, else `validation`.
+      step: the last recorded step.
+      validation: validation metrics of the best prompt; the latest ones if the run is not
+        finished.
+      test: metrics on the test data, if any.
+      records: the records of `metrics.jsonl`.
+      seconds: logged time of the training steps; None if nothing was logged.
+      peak_memory_bytes: peak memory of the process; None if the run is not finished.
+      error: why the run failed, or None.
+      split: the split of `quality`: `test` if all finished runs that were collected together
+        have test metrics, otherwise `validation`.
     """
 
     folder: Path
@@ -50,29 +52,32 @@ class RunRecord:
 
     @property
     def metric(self) -> str:
-        """The one that decides."""
+        """The metric that selects the best prompt."""
         return self.settings["evaluation.metric"]
 
     @property
     def quality(self) -> float | None:
-        """That metric, of `split`."""
+        """The value of the metric on `split`; None if it was not measured."""
         return (self.test if self.split == "test" else self.validation).get(self.metric)
 
 
 def collect(paths: Iterable[Path]) -> list[RunRecord]:
-    """The runs in folders: of a run, of a sweep, or with any of them below.
+    """Collect the runs in folders, including their subfolders.
 
-    One that cannot be read is left out, which is said.
+    A run that cannot be read is skipped, and a message is logged.
+
+    Args:
+      paths: folders of runs, of sweeps, or folders that contain such folders.
 
     Raises:
-      UserError: if there is none.
+      UserError: if a folder contains no runs, or no run can be read.
     """
     folders: dict[Path, Path] = {}
     for path in paths:
         found = [path] if (path / "config.yaml").is_file() else []
         found += sorted(config.parent for config in path.glob("*/**/config.yaml"))
         if not found:
-            raise UserError(f"{path}: no run there")
+            raise UserError(f"{path}: contains no runs")
         for folder in found:
             folders.setdefault(folder.resolve(), folder)
     records = []
@@ -80,9 +85,9 @@ def collect(paths: Iterable[Path]) -> list[RunRecord]:
         try:
             records.append(_read(folder))
         except (UserError, OSError) as error:
-            _log.info(f"{folder}: left out ({str(error).splitlines()[0]})")
+            _log.info(f"{folder}: skipped ({str(error).splitlines()[0]})")
     if not records:
-        raise UserError("no run can be read")
+        raise UserError("none of the runs can be read")
     finished = [record for record in records if record.state == "finished"]
     if finished and all(record.metric in record.test for record in finished):
         return [dataclasses.replace(record, split="test") for record in records]
@@ -90,11 +95,14 @@ def collect(paths: Iterable[Path]) -> list[RunRecord]:
 
 
 def varied(records: Sequence[RunRecord], asked: Sequence[str | None] = ()) -> list[str]:
-    """The settings in which runs of one experiment differ; and `name`, if there are several.
+    """The settings that differ between runs of one experiment.
 
     Args:
-      records: of the runs.
-      asked: keys, or ends of keys, that are among them in any case.
+      records: the runs.
+      asked: keys, or last parts of keys, to include in any case.
+
+    Returns:
+      The dotted keys, led by `name` if the runs belong to several experiments.
     """
     names = dict.fromkeys(record.settings["name"] for record in records)
     found = {"name": None} if len(names) > 1 else {}
@@ -102,7 +110,7 @@ def varied(records: Sequence[RunRecord], asked: Sequence[str | None] = ()) -> li
         group = [record.settings for record in records if record.settings["name"] == name]
         for key in dict.fromkeys(key for settings in group for key in settings):
             values = {json.dumps(settings.get(key)) for settings in group}
-            if key not in _APART and len(values) > 1:
+            if key not in _IGNORED and len(values) > 1:
                 found[key] = None
     for name in asked:
         keys = [key for key in [*found, *records[0].settings] if name in (key, key.split(".")[-1])]
@@ -111,7 +119,7 @@ def varied(records: Sequence[RunRecord], asked: Sequence[str | None] = ()) -> li
 
 
 def best(records: Sequence[RunRecord]) -> RunRecord | None:
-    """The finished run that is best on the validation data."""
+    """The finished run with the best validation metric, or None."""
     finished = [r for r in records if r.state == "finished" and r.metric in r.validation]
     return max(finished, key=lambda r: merit(r.validation, r.metric), default=None)
 

@@ -1,4 +1,4 @@
-"""Figures of a report, as SVG to stand in a page."""
+"""The figures of a report, as SVG elements for an HTML page."""
 
 import io
 import json
@@ -14,9 +14,10 @@ from matplotlib.ticker import MaxNLocator
 
 from softprompt.experiment.metric_names import lower_is_better
 from softprompt.report.collect import RunRecord
-from softprompt.report.tables import cell, seed_rows, short
+from softprompt.report.rows import seed_rows
+from softprompt.report.tables import cell, shorten
 
-STYLE: Any = {  # to be in force while a figure is drawn
+STYLE: Any = {  # matplotlib settings that the caller activates around these functions
     "font.family": "sans-serif",
     "font.size": 10,
     "axes.spines.top": False,
@@ -29,57 +30,60 @@ STYLE: Any = {  # to be in force while a figure is drawn
     "svg.fonttype": "none",
     "text.parse_math": False,
 }
-_COLOURS = ["#1f6feb", "#d9480f", "#2b8a3e", "#862e9c", "#c2255c", "#0b7285", "#a16207", "#495057"]
+_COLORS = ["#1f6feb", "#d9480f", "#2b8a3e", "#862e9c", "#c2255c", "#0b7285", "#a16207", "#495057"]
 _SHADES = "viridis"
-MOST_LINES = len(_COLOURS)  # of `spread_figure`
-_MOST_NAMED = 12  # colours of learning curves that are explained
-_MOST_CHARACTERS = 60  # of all ticks, that these are not turned
+MAX_LINES = len(_COLORS)  # in `spread_figure`
+_MAX_LEGEND = 12  # entries in the legend of the learning curves
+_MAX_TICK_CHARACTERS = 60  # of all tick labels together; longer labels are rotated
 
 
 def spread_figure(records: Sequence[RunRecord], axis: str, others: Sequence[str]) -> str:
-    """The deciding metric against a setting: the mean over seeds, their range, every run.
+    """Plot the metric against a setting: the mean over seeds, their range, and every run.
 
     Args:
       records: finished runs.
-      axis: a setting, numbers or not.
-      others: settings that each line has one combination of.
+      axis: the setting, numeric or not. Only numeric values are joined by lines.
+      others: settings that also differ; each of their combinations gets a line of its own.
+
+    Returns:
+      The SVG element.
     """
     metric = _metric(records)
     lines: dict[str, list[RunRecord]] = {}
     for record in records:
-        lines.setdefault(_named(record, others), []).append(record)
+        lines.setdefault(_line_label(record, others), []).append(record)
     values = _ordered({_key(r.settings.get(axis)): r.settings.get(axis) for r in records})
     numeric = all(isinstance(v, int | float) for v in values)
-    places = values if numeric else list(range(len(values)))
-    where = {_key(value): place for value, place in zip(values, places, strict=True)}
+    positions = values if numeric else list(range(len(values)))
+    position = {_key(value): x for value, x in zip(values, positions, strict=True)}
     figure, axes = _figure(7.4, 4.2)
-    for (name, group), colour in zip(lines.items(), _COLOURS, strict=False):
-        rows = sorted(seed_rows(group, [axis]), key=lambda row: where[_key(row[axis])])
-        at = [where[_key(row[axis])] for row in rows]
+    for (name, group), color in zip(lines.items(), _COLORS, strict=False):
+        rows = sorted(seed_rows(group, [axis]), key=lambda row: position[_key(row[axis])])
+        x = [position[_key(row[axis])] for row in rows]
         means = [row["mean"] for row in rows]
         low, high = [row["lowest"] for row in rows], [row["highest"] for row in rows]
         if numeric:
-            axes.fill_between(at, low, high, color=colour, alpha=0.14, linewidth=0)
+            axes.fill_between(x, low, high, color=color, alpha=0.14, linewidth=0)
         else:
-            axes.vlines(at, low, high, color=colour, alpha=0.4)
+            axes.vlines(x, low, high, color=color, alpha=0.4)
         axes.plot(
-            at,
+            x,
             means,
             linestyle="-" if numeric else "none",
-            color=colour,
+            color=color,
             marker="o",
             markersize=4.5,
             label=name or None,
         )
-        each = [where[_key(r.settings.get(axis))] for r in group]
-        axes.scatter(each, [r.quality or 0 for r in group], 12, colour, alpha=0.45, linewidth=0)
-    positive = numeric and min(places) > 0
-    if positive and max(places) / min(places) >= 10:
+        runs_x = [position[_key(r.settings.get(axis))] for r in group]
+        axes.scatter(runs_x, [r.quality or 0 for r in group], 12, color, alpha=0.45, linewidth=0)
+    positive = numeric and min(positions) > 0
+    if positive and max(positions) / min(positions) >= 10:
         axes.set_xscale("log")
     if numeric:
         axes.minorticks_off()
-    axes.set_xticks(places, list(map(_tick, values)))
-    if sum(len(_tick(value)) for value in values) > _MOST_CHARACTERS:
+    axes.set_xticks(positions, list(map(_tick, values)))
+    if sum(len(_tick(value)) for value in values) > _MAX_TICK_CHARACTERS:
         axes.tick_params("x", rotation=20)
     axes.set(xlabel=axis, ylabel=metric)
     if others:
@@ -88,17 +92,20 @@ def spread_figure(records: Sequence[RunRecord], axis: str, others: Sequence[str]
 
 
 def curves_figure(records: Sequence[RunRecord], axis: str | None) -> str:
-    """Training loss and the validation metric against steps, a line for each run.
+    """Plot the training loss and the validation metric against steps, one line per run.
 
     Args:
       records: any runs.
-      axis: the setting that colours say, or None.
+      axis: the setting shown by the color of a line, or None.
+
+    Returns:
+      The SVG element.
     """
     metric = records[0].metric
     of_runs = [record.settings.get(axis) if axis else None for record in records]
     values = _ordered({_key(value): value for value in of_runs})
     shades = matplotlib.colormaps[_SHADES](np.linspace(0.05, 0.85, max(len(values), 1)))
-    colours = dict(zip(map(_key, values), shades, strict=True))
+    colors = dict(zip(map(_key, values), shades, strict=True))
     figure = Figure(figsize=(9.6, 3.8), layout="constrained")
     panels = [("train", "loss"), ("validation", metric)]
     for axes, (split, name) in zip(figure.subplots(1, 2), panels, strict=True):
@@ -109,17 +116,17 @@ def curves_figure(records: Sequence[RunRecord], axis: str | None) -> str:
             marker = "o" if split == "validation" or len(points) == 1 else None
             axes.plot(
                 *zip(*points, strict=True),
-                color=colours[_key(value)],
+                color=colors[_key(value)],
                 alpha=0.75,
                 linewidth=1.2,
                 marker=marker,
                 markersize=3.5,
             )
-        _dress(axes)
+        _style_axes(axes)
         axes.set(xlabel="step", ylabel=f"{split} {name}")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    if axis and 1 < len(values) <= _MOST_NAMED:
-        names = [Line2D([], [], color=colours[_key(value)]) for value in values]
+    if axis and 1 < len(values) <= _MAX_LEGEND:
+        names = [Line2D([], [], color=colors[_key(value)]) for value in values]
         figure.legend(
             names,
             list(map(_tick, values)),
@@ -133,21 +140,23 @@ def curves_figure(records: Sequence[RunRecord], axis: str | None) -> str:
 
 
 def heat_map(records: Sequence[RunRecord], rows: str, columns: str) -> str:
-    """The deciding metric for two settings, the mean over all runs that have them.
+    """Plot the metric for two settings: the mean over all runs with the same two values.
 
     Args:
       records: finished runs.
-      rows, columns: the two settings.
+      rows: the setting of the rows.
+      columns: the setting of the columns.
+
+    Returns:
+      The SVG element.
     """
     ys = _ordered({_key(r.settings.get(rows)): r.settings.get(rows) for r in records})
     xs = _ordered({_key(r.settings.get(columns)): r.settings.get(columns) for r in records})
     means = np.full((len(ys), len(xs)), np.nan)
     for row in seed_rows(records, [rows, columns]):
-        places = (
-            [_key(y) for y in ys].index(_key(row[rows])),
-            [_key(x) for x in xs].index(_key(row[columns])),
-        )
-        means[places] = row["mean"]
+        y = [_key(value) for value in ys].index(_key(row[rows]))
+        x = [_key(value) for value in xs].index(_key(row[columns]))
+        means[y, x] = row["mean"]
     figure, axes = _figure(max(4.6, 2.4 + 0.95 * len(xs)), 1.5 + 0.5 * len(ys))
     axes.grid(False)
     axes.imshow(_merit(means, records), cmap=_SHADES, aspect="auto")
@@ -164,26 +173,29 @@ def heat_map(records: Sequence[RunRecord], rows: str, columns: str) -> str:
 
 
 def parallel_coordinates(records: Sequence[RunRecord], keys: Sequence[str]) -> str:
-    """A line for each run through its settings and the deciding metric, which colours say.
+    """Plot one line per run through its settings and its metric; lighter lines are better.
 
     Args:
       records: finished runs.
-      keys: settings, at least one.
+      keys: the settings, at least one.
+
+    Returns:
+      The SVG element.
     """
     figure, axes = _figure(max(7.4, 2.2 * (len(keys) + 1)), 4.4)
     axes.grid(False)
     quality = np.array([record.quality for record in records], np.float64)
     scales = [_scale([r.settings.get(key) for r in records]) for key in keys]
     scales.append(_scale([float(value) for value in quality]))
-    merit = _unit(_merit(quality, records))
+    merit = _normalized(_merit(quality, records))
     for number in np.argsort(merit):
         heights = [heights[number] for heights, _ in scales]
-        colour = matplotlib.colormaps[_SHADES](0.05 + 0.85 * merit[number])
-        axes.plot(range(len(scales)), heights, color=colour, alpha=0.8, linewidth=1.4)
-    for place, (_, ticks) in enumerate(scales):
-        axes.axvline(place, color="#9aa3ad", linewidth=0.8)
+        color = matplotlib.colormaps[_SHADES](0.05 + 0.85 * merit[number])
+        axes.plot(range(len(scales)), heights, color=color, alpha=0.8, linewidth=1.4)
+    for x, (_, ticks) in enumerate(scales):
+        axes.axvline(x, color="#9aa3ad", linewidth=0.8)
         for height, text in ticks:
-            axes.text(place - 0.03, height, text, ha="right", va="center", fontsize=8.5)
+            axes.text(x - 0.03, height, text, ha="right", va="center", fontsize=8.5)
     axes.set_xticks(range(len(scales)), [*keys, _metric(records)])
     axes.set_yticks([])
     axes.spines[["left", "bottom"]].set_visible(False)
@@ -192,23 +204,29 @@ def parallel_coordinates(records: Sequence[RunRecord], keys: Sequence[str]) -> s
 
 
 def _scale(values: Sequence[Any]) -> tuple[list[float], list[tuple[float, str]]]:
-    """Heights from 0 to 1 of values, and where which are written; far numbers by logarithm."""
+    """Place values on an axis from 0 to 1.
+
+    Numbers that span a factor of 10 or more are placed on a logarithmic axis.
+
+    Returns:
+      The height of each value, and the height and text of each tick.
+    """
     if not all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
         names = _ordered({_key(value): value for value in values})
         keys = [_key(name) for name in names]
         step = 1 / max(len(names) - 1, 1)
-        ticks = [(i * step, short(cell(name), 18)) for i, name in enumerate(names)]
+        ticks = [(i * step, shorten(cell(name), 18)) for i, name in enumerate(names)]
         return [keys.index(_key(value)) * step for value in values], ticks
     numbers = np.array(values, np.float64)
-    far = numbers.min() > 0 and numbers.max() / numbers.min() >= 10
-    heights = _unit(np.log(numbers) if far else numbers)
-    places = {round(float(h), 4): cell(v) for h, v in zip(heights, values, strict=True)}
-    if len(places) > 6:
-        places = {h: places[h] for h in (min(places), max(places))}
-    return heights.tolist(), list(places.items())
+    logarithmic = numbers.min() > 0 and numbers.max() / numbers.min() >= 10
+    heights = _normalized(np.log(numbers) if logarithmic else numbers)
+    texts = {round(float(h), 4): cell(v) for h, v in zip(heights, values, strict=True)}
+    if len(texts) > 6:
+        texts = {h: texts[h] for h in (min(texts), max(texts))}
+    return heights.tolist(), list(texts.items())
 
 
-def _unit(numbers: np.ndarray) -> np.ndarray:
+def _normalized(numbers: np.ndarray) -> np.ndarray:
     low, high = np.nanmin(numbers), np.nanmax(numbers)
     return np.full(numbers.shape, 0.5) if low == high else (numbers - low) / (high - low)
 
@@ -221,12 +239,12 @@ def _metric(records: Sequence[RunRecord]) -> str:
     return f"{records[0].split} {records[0].metric}"
 
 
-def _named(record: RunRecord, keys: Sequence[str]) -> str:
+def _line_label(record: RunRecord, keys: Sequence[str]) -> str:
     return ", ".join(f"{key} {_tick(record.settings.get(key))}" for key in keys)
 
 
 def _tick(value: Any) -> str:
-    return short(cell(value), 24)
+    return shorten(cell(value), 24)
 
 
 def _key(value: Any) -> str:
@@ -234,7 +252,7 @@ def _key(value: Any) -> str:
 
 
 def _ordered(values: Mapping[str, Any]) -> list[Any]:
-    """Distinct values, numbers rising, others as they came."""
+    """Distinct values: numbers in ascending order, others in order of appearance."""
     found = list(values.values())
     numeric = all(isinstance(value, int | float) for value in found)
     return sorted(found) if numeric else found
@@ -247,20 +265,20 @@ def _has(record: Mapping[str, Any], split: str, name: str) -> bool:
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots()
-    _dress(axes)
+    _style_axes(axes)
     return figure, axes
 
 
-def _dress(axes: Axes) -> None:
+def _style_axes(axes: Axes) -> None:
     axes.grid(True, linewidth=0.8)
     axes.set_axisbelow(True)
 
 
 def _svg(figure: Figure, name: str) -> str:
-    """The figure's `<svg>`; the name keeps its ids apart from those of others in the page."""
+    """The `<svg>` element; the name makes its ids differ from those of other figures."""
     written = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": name}):
-        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(written, format="svg", metadata=nothing, transparent=True)
+        no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(written, format="svg", metadata=no_metadata, transparent=True)
     text = written.getvalue()
     return text[text.index("<svg") :]

@@ -1,10 +1,9 @@
-"""A report: one HTML file that needs nothing else, and its tables as CSV and Markdown."""
+"""The report: a self-contained HTML page, and its tables as CSV and Markdown."""
 
 import json
 import logging
 import math
-import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,41 +11,47 @@ import jinja2
 import matplotlib
 
 from softprompt.data.records import read_records
-from softprompt.errors import UserError
+from softprompt.errors import FolderError, UserError
+from softprompt.experiment.methods import method_class
 from softprompt.experiment.reading import load_experiment
 from softprompt.inference.inspect import nearest_tokens
 from softprompt.inference.prompt import TrainedPrompt, load_prompt
 from softprompt.report import figures
 from softprompt.report.collect import RunRecord, best, collect, varied
-from softprompt.report.tables import cell, run_rows, seed_rows, table
+from softprompt.report.rows import run_rows, seed_rows
+from softprompt.report.tables import cell, table
 from softprompt.storage.files import write_file
 
 _log = logging.getLogger(__name__)
 
 _PAGE = "report.html"
-_FORMS = {"csv": "csv", "md": "markdown"}  # of tables, by the ends of their files' names
-_SAMPLES = 8  # predictions that are shown
-_TOKENS = 20  # virtual tokens that are shown
+_FORMS = {"csv": "csv", "md": "markdown"}  # by file extension
+_SAMPLES = 8  # number of predictions on the page
+_TOKENS = 20  # number of virtual tokens on the page
 
 
-def write_report(paths: Sequence[Path], folder: Path) -> Path:
-    """Write `report.html`, `runs.csv`, `runs.md` and `settings.md`, `settings.csv` to a folder.
+def write_report(paths: Sequence[Path], folder: Path, rerun_command: Callable[[Path], str]) -> Path:
+    """Write `report.html`, `runs.csv`, `runs.md`, `settings.csv` and `settings.md` to a folder.
 
     Args:
-      paths: see `collect`.
-      folder: where to; it is made.
+      paths: folders of runs or sweeps; see `collect`.
+      folder: where to write; it is created if necessary.
+      rerun_command: gives the command that repeats a run, from the path of its `config.yaml`.
 
     Returns:
-      The page.
+      The path of the page.
 
     Raises:
-      UserError: if there are no runs, or the folder cannot be written or has files of others.
+      UserError: if there are no runs, or the folder cannot be written.
+      FolderError: if the folder has files with these names that are not from a report.
     """
     everything = collect(paths)
     metric = everything[0].metric
     records = [record for record in everything if record.metric == metric]
     if others := len(everything) - len(records):
-        _log.info(f"runs of another metric than {metric}: {others}, in the table of runs alone")
+        _log.info(
+            f"runs with another metric than {metric}: {others} (only in the table of all runs)"
+        )
     keys = varied(records)
     rows, by_settings = run_rows(everything, varied(everything), folder), seed_rows(records, keys)
     tables = {"runs": rows, "settings": by_settings}
@@ -64,14 +69,16 @@ def write_report(paths: Sequence[Path], folder: Path) -> Path:
         by_settings=by_settings,
         rows=[{k: v for k, v in row.items() if k != "error"} for row in rows],
         failures={row["run"]: row["error"] for row in rows if row.get("error")},
-        best=_best(records, keys),
+        best=_best_run(records, keys, rerun_command),
     )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, of_table in tables.items():
             if of_table:
                 for end, form in _FORMS.items():
-                    write_file(folder / f"{name}.{end}", table(of_table, form) + "\n")
+                    write_file(
+                        folder / f"{name}.{end}", table(of_table, form, left={"error"}) + "\n"
+                    )
         write_file(folder / _PAGE, page)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror})") from None
@@ -79,11 +86,11 @@ def write_report(paths: Sequence[Path], folder: Path) -> Path:
 
 
 def _require_report(folder: Path, names: Sequence[str]) -> None:
-    """Refuse a folder with files of these names that are of no report."""
+    """Require that files with these names, if they exist, come from an earlier report."""
     page, there = folder / _PAGE, [folder / name for name in names if (folder / name).exists()]
     ours = page.is_file() and "· softprompt</title>" in page.read_text("utf-8", errors="replace")
     if there and not ours:
-        raise UserError(f"{there[0]}: is of no report; choose another folder with --output")
+        raise FolderError(f"{there[0]}: not a file of a report; choose another folder")
 
 
 def _title(records: Sequence[RunRecord]) -> str:
@@ -91,12 +98,15 @@ def _title(records: Sequence[RunRecord]) -> str:
 
 
 def _facts(records: Sequence[RunRecord]) -> dict[str, str]:
-    """What it is of, and what it cost."""
+    """Key figures of the runs, by label."""
     states = [record.state for record in records]
     seconds = [record.seconds for record in records if record.seconds is not None]
     memory = [r.peak_memory_bytes for r in records if r.peak_memory_bytes is not None]
     facts = {
         "runs": ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states)),
+        "method": ", ".join(
+            dict.fromkeys(method_class(r.settings["method"]).label for r in records)
+        ),
         "base model": ", ".join(dict.fromkeys(Path(r.settings["base"]).name for r in records)),
         "steps": f"{sum(record.step for record in records):,}",
     }
@@ -108,28 +118,30 @@ def _facts(records: Sequence[RunRecord]) -> dict[str, str]:
 
 
 def _figures(records: Sequence[RunRecord]) -> list[tuple[str, str]]:
-    """Captions and figures."""
+    """Pairs of a caption and a figure."""
     finished = [r for r in records if r.state == "finished" and _is_number(r.quality)]
-    keys, axis, found = varied(finished), _axis(finished), []
+    keys, axis, found = varied(finished), _main_setting(finished), []
     others = [key for key in keys if key != axis]
     lines = _combinations(finished, others)
     with matplotlib.rc_context(figures.STYLE):
         if axis:
-            by = others if lines <= figures.MOST_LINES else []
-            caption = f"{axis}: the mean of the runs, and from the worst to the best of them"
+            by = others if lines <= figures.MAX_LINES else []
+            caption = f"{axis}: mean over the runs, and the range from the worst to the best run"
             found.append((caption, figures.spread_figure(finished, axis, by)))
         if len(keys) == 2 and 2 * len(seed_rows(finished, keys)) >= _combinations(finished, keys):
             found.append((f"{keys[0]} and {keys[1]}", figures.heat_map(finished, keys[0], keys[1])))
         if len(keys) > 1:
-            caption = "every run through its settings; the lighter, the better"
+            caption = "one line per run through its settings; lighter lines are better"
             found.append((caption, figures.parallel_coordinates(finished, keys)))
         if any(record.records for record in records):
-            found.append(("learning curves", figures.curves_figure(records, _axis(records))))
+            found.append(
+                ("learning curves", figures.curves_figure(records, _main_setting(records)))
+            )
     return found
 
 
-def _axis(records: Sequence[RunRecord]) -> str | None:
-    """The setting to look at first: the prompt's length, or else the one with most values."""
+def _main_setting(records: Sequence[RunRecord]) -> str | None:
+    """The setting of the main figure: the prompt length, or the setting with most values."""
     keys = varied(records)
     if "prompt.length" in keys:
         return "prompt.length"
@@ -137,7 +149,7 @@ def _axis(records: Sequence[RunRecord]) -> str | None:
 
 
 def _combinations(records: Sequence[RunRecord], keys: Sequence[str]) -> int:
-    """Of all values that settings have."""
+    """The number of possible combinations of the values of some settings."""
     return math.prod(len({json.dumps(r.settings.get(key)) for r in records}) for key in keys)
 
 
@@ -145,8 +157,10 @@ def _is_number(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
 
 
-def _best(records: Sequence[RunRecord], keys: Sequence[str]) -> dict[str, Any] | None:
-    """The best run: what it is, how to run it again, what it says and looks like."""
+def _best_run(
+    records: Sequence[RunRecord], keys: Sequence[str], rerun_command: Callable[[Path], str]
+) -> dict[str, Any] | None:
+    """The best run: settings, metrics, command, predictions and nearest tokens."""
     found = best(records)
     if found is None:
         return None
@@ -155,9 +169,7 @@ def _best(records: Sequence[RunRecord], keys: Sequence[str]) -> dict[str, Any] |
         "settings": {key: found.settings.get(key) for key in [*keys, "seed"]},
         "validation": found.validation,
         "test": found.test,
-        "command": shlex.join(
-            ["softprompt", "train", str(found.folder / "config.yaml"), "--run-dir", "runs/again"]
-        ),
+        "command": rerun_command(found.folder / "config.yaml"),
         "config": (found.folder / "config.yaml").read_text(encoding="utf-8"),
         "tokens": [],
         "samples": [],
@@ -165,27 +177,27 @@ def _best(records: Sequence[RunRecord], keys: Sequence[str]) -> dict[str, Any] |
     try:
         prompt = load_prompt(found.folder)
         about["samples"] = _samples(prompt, found)
-        if found.settings["method"] == "prompt":
+        if prompt.method.plain_vectors() is not None:
             about["tokens"] = nearest_tokens(prompt, 5)[:_TOKENS]
     except UserError as error:
-        _log.info(f"{found.folder}: without predictions and nearest tokens ({error})")
+        _log.info(f"{found.folder}: no predictions and nearest tokens on the page ({error})")
     return about
 
 
 def _samples(prompt: TrainedPrompt, found: RunRecord) -> list[dict[str, str]]:
-    """Inputs of the validation data, what is right and what the prompt says."""
+    """Inputs, references and predictions of some validation data."""
     experiment = load_experiment(found.folder / "config.yaml")
     records = list(read_records(experiment.data.validation))[:_SAMPLES]
     task = prompt.task
     if task.labels:
         examples = [task.example(record) for record in records]
-        right = [task.labels[example.answer or 0] for example in examples]
-        said = [prediction.label for prediction in prompt.classify(records)]
+        references = [task.labels[example.answer or 0] for example in examples]
+        predictions = [prediction.label for prediction in prompt.classify(records)]
     else:
-        right = [task.reference(record) for record in records]
-        said = [generated.text.strip() for generated in prompt.generate(records)]
+        references = [task.reference(record) for record in records]
+        predictions = [generated.text.strip() for generated in prompt.generate(records)]
     inputs = ["\n".join(task.input_fields(record).values()) for record in records]
     return [
         {"input": text, "reference": reference, "prediction": prediction}
-        for text, reference, prediction in zip(inputs, right, said, strict=True)
+        for text, reference, prediction in zip(inputs, references, predictions, strict=True)
     ]

@@ -1,121 +1,51 @@
-"""Runs as rows of cells, and these as text, Markdown or CSV."""
+"""Tables as text, Markdown or CSV. All commands print their tables with this module."""
 
 import csv
 import io
 import json
-import os
-import statistics
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Collection, Sequence
 from typing import Any
 
-from softprompt.errors import UserError
-from softprompt.experiment.metric_names import lower_is_better
-from softprompt.report.collect import RunRecord
-
 Row = dict[str, Any]
-_WIDEST = 60  # characters of a cell
+"""Cells by column name. All rows of a table have the same columns."""
+
+_WIDTH = 60
 
 
-def run_rows(
-    records: Sequence[RunRecord], keys: Sequence[str], within: Path | None = None
-) -> list[Row]:
-    """A row for each run: folder, the given settings, seed, and how it ended.
-
-    Args:
-      records: the runs.
-      keys: the settings.
-      within: the folder that theirs are named from; by default the current one.
-    """
-    metrics = dict.fromkeys(record.metric for record in records)
-    failed = any(record.error for record in records)
-    rows = []
-    for record in records:
-        folder = os.path.relpath(record.folder, within) if within else str(record.folder)
-        row: Row = {"run": folder}
-        row |= {key: record.settings.get(key) for key in keys}
-        row |= {"seed": record.settings["seed"], "state": record.state, "step": record.step}
-        row |= {f"validation {name}": record.validation.get(name) for name in metrics}
-        if any(each.test for each in records):
-            row |= {f"test {name}": record.test.get(name) for name in metrics}
-        row |= {"seconds": record.seconds}
-        rows.append(row | ({"error": record.error} if failed else {}))
-    return rows
-
-
-def seed_rows(records: Sequence[RunRecord], keys: Sequence[str]) -> list[Row]:
-    """A row for each combination of settings: the mean over its seeds, the lowest and highest."""
-    groups: dict[str, list[RunRecord]] = {}
-    for record in records:
-        if record.state == "finished" and record.quality is not None:
-            place = json.dumps([record.settings.get(key) for key in keys])
-            groups.setdefault(place, []).append(record)
-    rows = []
-    for group in groups.values():
-        values = [record.quality for record in group if record.quality is not None]
-        row: Row = {key: group[0].settings.get(key) for key in keys}
-        row |= {"runs": len(group), "mean": statistics.mean(values)}
-        rows.append(row | {"lowest": min(values), "highest": max(values)})
-    return rows
-
-
-def chosen_rows(
-    rows: Sequence[Row], where: Sequence[str], sort: str | None, *, reverse: bool = False
-) -> list[Row]:
-    """The rows whose columns have the given values, sorted.
+def table(
+    rows: Sequence[Row], form: str, *, left: Collection[str] = (), width: int | None = _WIDTH
+) -> str:
+    """Format a table.
 
     Args:
-      rows: with the same columns.
-      where: `column=value` each.
-      sort: a column; of metrics the best come first.
-      reverse: sorted the other way round.
+      rows: at least one row.
+      form: `text`, `markdown` or `csv`.
+      left: columns to align to the left. The first column always is; the others are aligned
+        to the right.
+      width: shorten cells to this number of characters; None: keep them. CSV cells are never
+        shortened.
 
-    Raises:
-      UserError: if there is no such column.
+    Returns:
+      The lines of the table, without a line break at the end.
     """
-
-    def column(name: str) -> str:
-        if name in rows[0]:
-            return name
-        known = [each for each in rows[0] if each.endswith((f" {name}", f".{name}"))]
-        if not known:
-            raise UserError(f"no column {name!r}; there are {', '.join(rows[0])}")
-        return known[0]
-
-    kept = list(rows)
-    for condition in where:
-        name, equals, value = condition.partition("=")
-        if not equals:
-            raise UserError(f"{condition!r}: a condition is written column=value")
-        key = column(name)
-        kept = [row for row in kept if _is(row[key], value)]
-    if sort:
-        key = column(sort)
-        of_metric = key.startswith(("validation ", "test "))
-        downward = of_metric and not lower_is_better(key.split(" ", 1)[1])
-        there = [row for row in kept if row[key] is not None]
-        if any(isinstance(row[key], str) for row in there):
-            there.sort(key=lambda row: cell(row[key]))
-        else:
-            there.sort(key=lambda row: row[key], reverse=downward)
-        if reverse:
-            there.reverse()
-        kept = [*there, *(row for row in kept if row[key] is None)]
-    return kept
-
-
-def _is(value: Any, text: str) -> bool:
-    """Whether a cell has a value, as it stands in a table or as a number written otherwise."""
-    if cell(value) == text:
-        return True
-    try:
-        return isinstance(value, int | float) and value == float(text)
-    except ValueError:
-        return False
+    columns = list(rows[0])
+    if form == "csv":
+        return _csv(rows, columns)
+    lines = [columns, *([shorten(cell(value), width) for value in row.values()] for row in rows)]
+    to_left = [i == 0 or name in left for i, name in enumerate(columns)]
+    if form == "text":
+        return "\n".join("  ".join(line).rstrip() for line in _aligned(lines, to_left))
+    escaped = [[text.replace("|", "\\|") for text in line] for line in lines]
+    head, *body = _aligned(escaped, to_left)
+    rule = [
+        f"{'-' * (len(text) - 1)}{'-' if is_left else ':'}"
+        for text, is_left in zip(head, to_left, strict=True)
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [head, rule, *body])
 
 
 def cell(value: Any) -> str:
-    """A value as it stands in a table."""
+    """Format a value for a table: numbers with 4 significant digits, None as `-`."""
     if value is None:
         return "-"
     if isinstance(value, float):
@@ -123,36 +53,31 @@ def cell(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> list[list[str]]:
-    """Cells padded to columns: the first one's text to the left, the others' to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+def shorten(text: str, width: int | None = _WIDTH) -> str:
+    """Put a text on one line, and truncate it to a number of characters, if there is one."""
+    line = text.replace("\n", "\\n")
+    return line if width is None or len(line) <= width else f"{line[: width - 1]}…"
+
+
+def _aligned(lines: Sequence[Sequence[str]], to_left: Sequence[bool]) -> list[list[str]]:
+    """Pad the cells of each column to one width."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return [
-        [cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(pairs)]
-        for pairs in (zip(row, widths, strict=True) for row in rows)
+        [
+            text.ljust(width) if is_left else text.rjust(width)
+            for text, width, is_left in zip(line, widths, to_left, strict=True)
+        ]
+        for line in lines
     ]
 
 
-def table(rows: Sequence[Row], form: str) -> str:
-    """At least one row as `text`, `markdown` or `csv`."""
-    if form == "csv":
-        written = io.StringIO()
-        writer = csv.DictWriter(written, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({key: _scalar(value) for key, value in row.items()} for row in rows)
-        return written.getvalue().rstrip("\n")
-    cells = [list(rows[0]), *([short(cell(v)) for v in row.values()] for row in rows)]
-    if form == "text":
-        return "\n".join("  ".join(line).rstrip() for line in aligned(cells))
-    lines = aligned([[each.replace("|", "\\|") for each in line] for line in cells])
-    rule = [f"{'-' * (len(each) - 1)}{':' if i else '-'}" for i, each in enumerate(lines[0])]
-    return "\n".join(f"| {' | '.join(line)} |" for line in [lines[0], rule, *lines[1:]])
+def _csv(rows: Sequence[Row], columns: Sequence[str]) -> str:
+    written = io.StringIO()
+    writer = csv.DictWriter(written, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({key: _scalar(value) for key, value in row.items()} for row in rows)
+    return written.getvalue().rstrip("\n")
 
 
 def _scalar(value: Any) -> Any:
     return value if value is None or isinstance(value, str | int | float) else json.dumps(value)
-
-
-def short(text: str, widest: int = _WIDEST) -> str:
-    """A text on one line of at most so many characters."""
-    line = text.replace("\n", "\\n")
-    return line if len(line) <= widest else f"{line[: widest - 1]}…"

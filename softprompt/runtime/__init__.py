@@ -1,1 +1,1 @@
-"""What any long computation needs: progress, memory, signals and the compilation cache."""
+"""Services of any long computation: progress, memory, signals, the compilation cache."""

@@ -1,4 +1,4 @@
-"""Memory: the peak so far, and smaller batches when the device runs out of it."""
+"""Memory: the peak use, and smaller batches when the device runs out of memory."""
 
 import logging
 import resource
@@ -16,7 +16,7 @@ Result = TypeVar("Result")
 
 
 def peak_memory() -> int:
-    """Peak memory so far in bytes: of the accelerator, or on a CPU of this process."""
+    """Return the peak memory use in bytes: of the accelerator, or of this process on a CPU."""
     statistics = jax.devices()[0].memory_stats()
     if statistics and "peak_bytes_in_use" in statistics:
         return statistics["peak_bytes_in_use"]
@@ -25,25 +25,27 @@ def peak_memory() -> int:
 
 
 def is_out_of_memory(error: jax.errors.JaxRuntimeError) -> bool:
-    """Whether a program failed because the device had no memory for it."""
+    """Whether the error says that the device ran out of memory."""
     return "RESOURCE_EXHAUSTED" in str(error)
 
 
 def run_batches(
     groups: Iterable[list[int]], batch_size: int, run: Callable[[list[int], int], Result]
 ) -> Iterator[tuple[list[int], Result]]:
-    """Run groups in batches, one after another; from one that is too large on, all are smaller.
+    """Run inputs in batches, and halve the batch size when the device runs out of memory.
+
+    The smaller batch size also applies to all later batches.
 
     Args:
-      groups: numbers of inputs, of which those of one group may be in a batch.
-      batch_size: the most in a batch.
-      run: what to do with a batch, given the numbers and the most that are in one now.
+      groups: indices of inputs. The inputs of a batch come from one group.
+      batch_size: maximum number of inputs in a batch.
+      run: runs one batch, given its indices and the current batch size.
 
     Yields:
-      The numbers of each batch that was run, and what `run` gave.
+      The indices of each batch, and the result of `run`.
 
     Raises:
-      UserError: if there is no memory for one alone, or the batch size is no positive number.
+      UserError: if the batch size is not positive, or a single input needs too much memory.
     """
     if batch_size < 1:
         raise UserError(f"batch_size {batch_size}: must be 1 or more")
@@ -58,11 +60,13 @@ def run_batches(
                     raise
                 if len(part) == 1:
                     raise UserError(
-                        "the device has no memory for a single input; shorten it or what is to "
-                        "be written, or ask for fewer beams or samples"
+                        "the device runs out of memory with a single input; shorten the input, "
+                        "or reduce max_new_tokens, beams or samples"
                     ) from None
                 batch_size = len(part) // 2
-                _log.warning(f"no memory for {len(part)} inputs at a time: trying {batch_size}")
+                _log.warning(
+                    f"out of memory: trying {batch_size} instead of {len(part)} inputs at a time"
+                )
                 continue
             yield part, result
             left = left[batch_size:]

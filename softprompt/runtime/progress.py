@@ -1,4 +1,4 @@
-"""How the library reports progress: a callback that it calls when a piece of work begins.
+"""Progress reports: a callback that the library calls when a piece of work begins.
 
 The library never prints. A caller that wants to show progress passes a `Progress`; the
 command line passes one that draws bars.
@@ -21,13 +21,13 @@ class Bar(Protocol):
     ) -> None: ...
 
     def advance(self, count: int = 1, note: str = "") -> None:
-        """Count units as done; `note` is the latest news, such as the loss."""
+        """Count units as done; `note` is a short status, such as the loss."""
 
     def drop(self, count: int) -> None:
-        """Take units off the total that will not be done."""
+        """Subtract units that will not be done from the total."""
 
     def close(self) -> None:
-        """End the display."""
+        """Stop showing the work."""
 
 
 class Progress(Protocol):
@@ -36,14 +36,17 @@ class Progress(Protocol):
     def __call__(
         self, label: str, total: int, unit: str, *, done: int = 0, part: bool = False
     ) -> Bar:
-        """Start to show a piece of work.
+        """Start showing a piece of work.
 
         Args:
           label: what is done, such as `train`.
           total: number of units.
           unit: what is counted, such as `steps`.
-          done: units that were done earlier.
-          part: whether it is part of a larger piece of work that is shown as well.
+          done: number of units that were done earlier.
+          part: whether it is part of a larger piece of work that is also shown.
+
+        Returns:
+          The object to report to while the work goes on.
         """
 
 
@@ -70,5 +73,5 @@ class _SilentBar:
 
 
 def silent(label: str, total: int, unit: str, *, done: int = 0, part: bool = False) -> Bar:
-    """The default: show nothing."""
+    """Show nothing. This is the default of all functions that take a `Progress`."""
     return _SilentBar()

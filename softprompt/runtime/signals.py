@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: stop where it does no harm."""
+"""SIGTERM and Ctrl-C: stop long work at a point where its state can be saved."""
 
 import contextlib
 import logging
@@ -14,10 +14,14 @@ _log = logging.getLogger(__name__)
 
 
 class StopSignals:
-    """Takes over SIGTERM and SIGINT, as a context manager.
+    """Handle SIGTERM and SIGINT while the context is active.
 
-    A signal raises `Stopped` where it strikes, except inside `deferred`, where the first
-    one only sets `requested`; a second one always raises.
+    A signal raises `Stopped` at once. Inside `deferred`, the first signal only sets
+    `requested`, and the work checks it between steps; a second signal always raises.
+    Outside the main thread, which alone can handle signals, the context has no effect.
+
+    Attributes:
+      requested: number of the signal that arrived, or None.
     """
 
     def __init__(self) -> None:
@@ -42,7 +46,7 @@ class StopSignals:
 
     @contextlib.contextmanager
     def deferred(self, on: bool = True) -> Iterator[None]:
-        """Within it, the first signal waits to be asked for; with `on` false, it does not."""
+        """Let the first signal only set `requested`; with `on=False`, let it raise again."""
         before, self._deferring = self._deferring, on
         try:
             yield
@@ -53,4 +57,4 @@ class StopSignals:
         again, self.requested = self.requested is not None, number
         if again or not self._deferring:
             raise Stopped(number, "stopped")
-        _log.info("stopping after this step; once more to stop at once")
+        _log.info("stopping after this step; send the signal again to stop at once")

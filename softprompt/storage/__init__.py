@@ -1,1 +1,1 @@
-"""Files that a run leaves: arrays with checksums, atomic writes, locks and run folders."""
+"""Files that runs write: arrays with checksums, atomic writes, locks and run folders."""

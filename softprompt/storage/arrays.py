@@ -1,8 +1,8 @@
-"""Saved arrays: the only file that knows Orbax.
+"""Saved arrays with checksums. No other module uses Orbax.
 
-A saved folder holds `arrays/` (Orbax), one JSON file that describes them, and
-`SHA256SUMS` of every file. Orbax itself does not notice a flipped bit, so the sums are
-checked before anything is read.
+A saved folder holds `arrays/` (written by Orbax), one JSON file that describes them, and
+`SHA256SUMS` with the checksum of every file. Orbax does not detect a flipped bit, so the
+checksums are verified before anything is loaded.
 """
 
 import hashlib
@@ -21,7 +21,8 @@ from orbax.checkpoint import v1 as orbax
 from softprompt.errors import UserError
 
 _SUMS = "SHA256SUMS"
-_ONE_AT_A_TIME = threading.Lock()  # Orbax mixes up what several threads save (trials of a sweep)
+# The trials of a sweep save from several threads, and Orbax mixes up concurrent saves.
+_ORBAX_LOCK = threading.Lock()
 
 
 class DamagedError(UserError):
@@ -29,40 +30,45 @@ class DamagedError(UserError):
 
 
 def save_arrays(folder: Path, arrays: Any, description: Mapping[str, Any], file: str) -> None:
-    """Write arrays and their description to `folder`, whole or not at all.
+    """Write arrays and their description to a folder, completely or not at all.
 
-    What was there is replaced; for a moment between two renames there is nothing.
+    An existing folder is replaced. Between the two renames of the replacement the folder
+    does not exist for a moment.
 
     Args:
-      folder: the folder to make.
+      folder: the folder to create or replace.
       arrays: a pytree of arrays; NNX states lose their variable types.
-      description: what goes into the JSON file.
+      description: content of the JSON file.
       file: name of the JSON file.
     """
     new, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
     shutil.rmtree(new, ignore_errors=True)
-    new.mkdir()  # Orbax would wait a minute before it says that it cannot
+    new.mkdir()  # fails at once; Orbax would retry for a minute
     if jax.tree.leaves(arrays):
-        with _ONE_AT_A_TIME:
+        with _ORBAX_LOCK:
             orbax.save(new.absolute() / "arrays", nnx.as_pure(arrays))
     (new / file).write_text(json.dumps(description, indent=2, ensure_ascii=False) + "\n")
     sums = [f"{_sha256(path)}  {path.relative_to(new)}\n" for path in _files(new)]
     (new / _SUMS).write_text("".join(sums))
     for path in [*_files(new), *(p for p in new.rglob("*") if p.is_dir()), new]:
-        _sync(path)
+        _flush_to_disk(path)
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)
     new.rename(folder)
-    _sync(folder.parent)
+    _flush_to_disk(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
 def load_description(folder: Path, file: str) -> dict[str, Any]:
-    """Check every file of a saved folder against its SHA-256 and read the description.
+    """Verify the checksum of every file of a saved folder, and read the description.
+
+    Args:
+      folder: the saved folder.
+      file: name of the JSON file.
 
     Raises:
-      DamagedError: naming the file that is missing or was altered.
+      DamagedError: if a file is missing or altered; the message names it.
     """
     if not folder.is_dir():
         raise DamagedError(f"{folder}: no such folder")
@@ -70,53 +76,56 @@ def load_description(folder: Path, file: str) -> dict[str, Any]:
         *lines, end = (folder / _SUMS).read_text().split("\n")
         sums = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
         if end:
-            raise ValueError("cut short")
+            raise ValueError("truncated")
     except FileNotFoundError:
         raise DamagedError(f"{folder / _SUMS}: missing") from None
     except ValueError:
         raise DamagedError(f"{folder / _SUMS}: damaged") from None
-    here = {str(path.relative_to(folder)): path for path in _files(folder)}
+    present = {str(path.relative_to(folder)): path for path in _files(folder)}
     for name, digest in sums.items():
-        if name not in here:
+        if name not in present:
             raise DamagedError(f"{folder / name}: missing")
-        if _sha256(here[name]) != digest:
-            raise DamagedError(f"{folder / name}: damaged (its SHA-256 is not the recorded one)")
+        if _sha256(present[name]) != digest:
+            raise DamagedError(f"{folder / name}: damaged (its SHA-256 does not match {_SUMS})")
     if file not in sums:
         raise DamagedError(f"{folder / file}: missing")
     return json.loads((folder / file).read_text())
 
 
 def load_arrays(folder: Path, like: Any) -> Any:
-    """Read the arrays of a folder that `load_description` has checked.
+    """Load the arrays of a folder that `load_description` has verified.
 
     Args:
-      folder: the folder.
-      like: a pytree of arrays or `jax.ShapeDtypeStruct`s; what is saved must fit it.
+      folder: the saved folder.
+      like: a pytree of arrays or `jax.ShapeDtypeStruct`s with the expected structure.
+
+    Returns:
+      The arrays, on the first device, in the structure of `like`.
 
     Raises:
-      DamagedError: if what is saved has other shapes or another structure.
+      DamagedError: if the saved arrays have another structure, shape or dtype.
     """
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), nnx.as_pure(like)
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), nnx.as_pure(like)
     )
     path = folder.absolute() / "arrays"
     if not jax.tree.leaves(like) and not path.exists():
         return like
-    saved, wanted = _shapes(orbax.metadata(path).metadata), _shapes(abstract)
-    for name in sorted(saved.keys() | wanted.keys()):
-        if saved.get(name) != wanted.get(name):
+    saved, expected = _shapes(orbax.metadata(path).metadata), _shapes(abstract)
+    for name in sorted(saved.keys() | expected.keys()):
+        if saved.get(name) != expected.get(name):
             raise DamagedError(
-                f"{folder}: its arrays do not fit ({name} is {saved.get(name, 'missing')}, "
-                f"not {wanted.get(name, 'there')})"
+                f"{folder}: unexpected arrays ({name} is {saved.get(name, 'missing')}, "
+                f"expected {expected.get(name, 'no such array')})"
             )
-    with _ONE_AT_A_TIME:
+    with _ORBAX_LOCK:
         loaded = orbax.load(path, abstract)
     return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(loaded))
 
 
 def _shapes(tree: Any) -> dict[str, str]:
-    """Type and shape of every array of a tree, by its path."""
+    """The dtype and shape of every array of a tree, by its path."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {
         jax.tree_util.keystr(path, simple=True, separator="."): f"{leaf.dtype}{list(leaf.shape)}"
@@ -133,7 +142,8 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sync(path: Path) -> None:
+def _flush_to_disk(path: Path) -> None:
+    """Call `fsync` on a file or folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

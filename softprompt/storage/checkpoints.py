@@ -15,11 +15,11 @@ from softprompt.storage.arrays import DamagedError, load_arrays, load_descriptio
 
 
 class Checkpoints:
-    """The checkpoints of a run, one folder a step, written in the background.
+    """The checkpoints of a run: one folder per step, written by a background thread.
 
     Args:
-      folder: where they are.
-      keep: how many of the newest to keep; the best one is kept besides.
+      folder: the folder of all checkpoints; it is created if necessary.
+      keep: number of newest checkpoints to keep. The best one is kept in addition.
     """
 
     _FILE = "checkpoint.json"
@@ -34,33 +34,34 @@ class Checkpoints:
 
     @property
     def steps(self) -> list[int]:
-        """Steps that have a checkpoint, rising."""
+        """The steps that have a checkpoint, in ascending order."""
         return sorted(int(p.name) for p in self._folder.iterdir() if p.name.isdecimal())
 
     def path(self, step: int) -> Path:
-        """The folder of a step's checkpoint."""
+        """The folder of the checkpoint of a step."""
         return self._folder / str(step)
 
     def save(self, step: int, arrays: Any, description: Mapping[str, Any], best: int) -> None:
-        """Copy the arrays to the host and write them in the background.
+        """Copy the arrays to the host, and write them in the background.
 
         Args:
-          step: names the checkpoint.
-          arrays, description: what to save.
-          best: the step whose checkpoint must not be deleted.
+          step: the step of the checkpoint.
+          arrays: a pytree of arrays.
+          description: values for the JSON file of the checkpoint.
+          best: a step whose checkpoint must not be deleted.
         """
         self.wait()
         host = jax.tree.map(np.array, nnx.as_pure(arrays))
         self._pending = self._worker.submit(self._write, step, host, dict(description), best)
 
     def wait(self) -> None:
-        """Until what `save` began is on disk; raises what went wrong there."""
+        """Wait until the last `save` is on disk, and raise its error if it failed."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
             pending.result()
 
     def read_descriptions(self) -> Iterator[tuple[int, dict[str, Any] | DamagedError]]:
-        """Steps from the newest on, each with its description or with what is damaged."""
+        """Yield each step, newest first, with its description or the error that it is damaged."""
         for step in reversed(self.steps):
             try:
                 yield step, load_description(self.path(step), self._FILE)
@@ -68,7 +69,7 @@ class Checkpoints:
                 yield step, error
 
     def load(self, step: int, like: Any) -> Any:
-        """The arrays of a step whose description has been read."""
+        """Load the arrays of a step whose description was read; see `load_arrays`."""
         return load_arrays(self.path(step), like)
 
     def _write(self, step: int, arrays: Any, description: dict[str, Any], best: int) -> None:
@@ -77,7 +78,7 @@ class Checkpoints:
         except OSError as error:
             reason = error.strerror or str(error)
             raise UserError(f"{self.path(step)}: cannot be written ({reason})") from error
-        # Later steps are left from before the run went back to this one.
+        # Checkpoints of later steps are left over from before the run resumed at an earlier step.
         kept = {*[s for s in self.steps if s <= step][-self._keep :], best}
         for other in self.steps:
             if other not in kept:

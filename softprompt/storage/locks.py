@@ -1,40 +1,44 @@
-"""Folders that one process at a time may write to."""
+"""Locks between processes: on a folder, or on a single file."""
 
 import contextlib
 import fcntl
 from collections.abc import Iterator
 from pathlib import Path
 
-from softprompt.errors import UserError
+from softprompt.errors import FolderError, UserError
 
 
 class InUseError(UserError):
-    """A process that is still running has the folder."""
+    """Another running process holds the lock of the folder."""
 
 
 @contextlib.contextmanager
 def locked_folder(
-    folder: Path, file: str, kind: str, work: str, option: str, *, shared: bool = False
+    folder: Path, file: str, kind: str, work: str, *, shared: bool = False
 ) -> Iterator[None]:
-    """Make a folder, or find it as one of its kind, and hold its lock.
+    """Create a folder or open an existing one of its kind, and hold its lock.
+
+    An `OSError` raised in the body becomes a `UserError` that names the file.
 
     Args:
-      folder: where.
-      file: what a folder of this kind has.
-      kind, work, option: the kind, what processes do there, and how another one is chosen.
-      shared: whether several processes may hold it.
+      folder: the folder; missing parents are created.
+      file: name of the file that marks a folder of this kind.
+      kind: what the folder is, such as `run`, for error messages.
+      work: what a process does there, such as `training`, for error messages.
+      shared: let several processes hold the lock together.
 
     Raises:
-      UserError: if it is a folder of another kind, or cannot be written.
-      InUseError: if another process has it.
+      FolderError: if the folder has other content.
+      UserError: if the folder cannot be read or written.
+      InUseError: if another process holds the lock.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         others = [p.name for p in folder.iterdir() if p.name[0] != "."]
         if others and not (folder / file).exists():
-            raise UserError(
-                f"{folder}: is no {kind}'s folder (it has {others[0]}, but no {file}); "
-                f"choose another folder with {option} (make: RUN=DIR)"
+            raise FolderError(
+                f"{folder}: not a {kind} folder (it contains {others[0]}, but no {file}); "
+                "choose another folder"
             )
         lock = (folder / ".lock").open("w")
     except OSError as error:
@@ -52,8 +56,12 @@ def locked_folder(
 
 
 @contextlib.contextmanager
-def alone(lock: Path) -> Iterator[None]:
-    """Wait until no other process holds the lock of a file, and hold it."""
-    with lock.open("w") as file:
+def file_lock(path: Path) -> Iterator[None]:
+    """Wait for the exclusive lock of a file, and hold it.
+
+    Args:
+      path: an empty file that exists only for its lock; it is created if necessary.
+    """
+    with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

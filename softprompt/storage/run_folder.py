@@ -1,4 +1,4 @@
-"""The folder of one run: who may write to it, its config, metrics and summary."""
+"""The folder of one run: its lock, configuration, metrics, samples and summary."""
 
 import contextlib
 import json
@@ -10,11 +10,11 @@ from typing import Any
 import pydantic
 import tensorboardX
 
-from softprompt.data.records import parse_jsonl
-from softprompt.errors import UserError
+from softprompt.errors import FolderError, UserError
 from softprompt.experiment.reading import differences, dump_experiment, load_experiment
 from softprompt.experiment.schema import Experiment
 from softprompt.storage.files import write_file
+from softprompt.storage.json_lines import parse_json_lines
 from softprompt.storage.locks import locked_folder
 
 _log = logging.getLogger(__name__)
@@ -24,32 +24,31 @@ _SUMMARY = "summary.json"
 
 
 @contextlib.contextmanager
-def open_run(folder: Path, experiment: Experiment, option: str = "--run-dir") -> Iterator[None]:
-    """Make a run's folder, or find it as this experiment left it, and hold its lock.
+def open_run(folder: Path, experiment: Experiment) -> Iterator[None]:
+    """Create the folder of a run or open the folder of a stopped one, and hold its lock.
 
     Args:
-      folder: where.
-      experiment: what is to be run there.
-      option: how another folder is chosen.
+      folder: the run folder.
+      experiment: the experiment to run there.
 
     Raises:
-      UserError: if the folder belongs to another experiment or to a process still
-        running, or cannot be written.
+      FolderError: if the folder has other content, or a run with other settings.
+      UserError: if another process is training there, or the folder cannot be written.
     """
     config = folder / "config.yaml"
-    with locked_folder(folder, config.name, "run", "training", option):
-        if any(folder.glob("checkpoints/*")):  # else there is nothing to mix up
+    with locked_folder(folder, config.name, "run", "training"):
+        if any(folder.glob("checkpoints/*")):  # without them, nothing can be mixed up
             changed = differences(load_experiment(config).model_dump(), experiment.model_dump())
             if changed:
-                raise UserError(
+                raise FolderError(
                     f"{folder}: holds a run with other settings ({'; '.join(changed)}); "
-                    f"choose another folder with {option} (make: RUN=DIR)"
+                    "choose another folder"
                 )
         yield
 
 
 def write_config(folder: Path, experiment: Experiment) -> None:
-    """Write the resolved experiment, from which the run can be made again."""
+    """Write the resolved experiment as `config.yaml`, from which the run can be repeated."""
     write_file(folder / "config.yaml", dump_experiment(experiment, folder))
 
 
@@ -62,15 +61,15 @@ class _Summary(pydantic.BaseModel):
 
 
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
-    """Write `summary.json`, with which a run is finished."""
+    """Write `summary.json`, which marks the run as finished."""
     write_file(folder / _SUMMARY, json.dumps(summary, indent=2) + "\n")
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:
-    """The summary of a run, or None if it is not finished.
+    """Read the summary of a run; None if the run is not finished.
 
     Raises:
-      UserError: if it is damaged.
+      UserError: if the file is damaged.
     """
     path = folder / _SUMMARY
     if not path.exists():
@@ -80,35 +79,45 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
         _Summary.model_validate(summary, strict=True)
     except (OSError, ValueError):
         raise UserError(
-            f"{path}: damaged; without it and trial.json the run is finished again"
+            f"{path}: damaged; delete it (and trial.json) and train again to recreate it"
         ) from None
     return summary
 
 
 def write_samples(folder: Path, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
-    """Add what was written at a step to `samples.jsonl`; later steps, to be done again, go."""
+    """Append the predictions at a step to `samples.jsonl`.
+
+    Samples of this and later steps are removed first: a run that resumed at an earlier step
+    makes them again.
+
+    Args:
+      folder: the run folder.
+      step: the training step.
+      samples: one JSON object per example.
+    """
     path = folder / "samples.jsonl"
     kept = []
     if path.exists():
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-        kept = [dict(record.fields) for record in parse_jsonl(lines, str(path))]
-        kept = [record for record in kept if record.get("step", step) < step]
+        kept = [sample for _, sample in parse_json_lines(lines, str(path))]
+        kept = [sample for sample in kept if sample.get("step", step) < step]
     write_predictions(path, [*kept, *({"step": step, **sample} for sample in samples)])
 
 
 def write_predictions(path: Path, samples: Sequence[Mapping[str, Any]]) -> None:
-    """Write a JSON object a line, as `softprompt score` reads it."""
+    """Write one JSON object per line."""
     lines = (json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
     write_file(path, "".join(lines))
 
 
 class MetricsLog:
-    """`metrics.jsonl` and TensorBoard events of a run.
+    """The metrics of a run: `metrics.jsonl` and TensorBoard events.
 
     Args:
-      folder: the run's.
-      step, records: where the run goes on from, and the number of records up to there; the
-        ones behind, of work that will be done again, go.
+      folder: the run folder.
+      step: the step at which the run resumes; 0 for a new run.
+      records: number of records up to that step. Later records are removed, because the run
+        makes them again.
     """
 
     def __init__(self, folder: Path, step: int, records: int):
@@ -123,7 +132,7 @@ class MetricsLog:
         self._board = tensorboardX.SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
-        """Append one record."""
+        """Append one record: the values measured on a split at a step."""
         self._file.write(json.dumps({"step": step, "split": split, **values}) + "\n")
         self._file.flush()
         self.records += 1
@@ -131,25 +140,27 @@ class MetricsLog:
             self._board.add_scalar(f"{split}/{key}", value, step)
 
     def close(self) -> None:
-        """Flush and close both."""
+        """Close both files."""
         self._file.close()
         self._board.close()
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The records of `metrics.jsonl`; a last line cut short by a kill is left out.
+    """Read the records of `metrics.jsonl`.
+
+    An incomplete last line, as a killed process leaves it, is ignored.
 
     Raises:
-      UserError: with file and line, if another line is damaged.
+      UserError: if another line is damaged, with its file and line.
     """
     path = folder / _METRICS
     if not path.exists():
         return []
     *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    records = [record.fields for record in parse_jsonl(lines, str(path))]
+    records = [record for _, record in parse_json_lines(lines, str(path))]
     for number, record in enumerate(records, 1):
         numbers = [value for key, value in record.items() if key != "split"]
         of_numbers = all(isinstance(value, int | float) for value in numbers)
         if not ({"step", "split"} <= record.keys() and of_numbers):
             raise UserError(f"{path}:{number}: not a record of metrics; move the file away")
-    return [dict(record) for record in records]
+    return records

@@ -1,1 +1,1 @@
-"""Many trials of one experiment: which, how they train side by side, and what they give."""
+"""Sweeps: many trials of one experiment that train side by side."""

@@ -1,25 +1,24 @@
-"""Several methods on one task: what each is worth, and what it costs."""
+"""Compare several methods on one task: the quality that each reaches, and what it costs."""
 
-import csv
 import dataclasses
-import io
 import logging
 import statistics
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from softprompt.errors import UserError
+from softprompt.errors import FolderError, UserError
+from softprompt.experiment.methods import METHODS, method_class
 from softprompt.experiment.reading import differences, load_experiment
 from softprompt.experiment.schema import Experiment
-from softprompt.report import tables
 from softprompt.storage.run_folder import read_summary
 
 _log = logging.getLogger(__name__)
 
-METHODS = ("none", "few-shot", "prompt", "prefix", "dept", "lora", "full")
-_SHOTS = 4  # of `few-shot`, where the experiment says none
+FEW_SHOT = "few-shot"  # the base model alone, with solved examples before every input
+_SHOTS = 4  # solved examples of `FEW_SHOT` if the experiment sets none
+
+Train = Callable[[Path, Sequence[str], Path], None]
+"""Trains an experiment file with overrides in a run folder."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,14 +26,14 @@ class Row:
     """One method, over its seeds.
 
     Attributes:
-      method: its name.
-      metric: what `quality` is, with the split that it was measured on.
-      quality: by seed.
-      trainable_parameters: how many numbers are learned.
-      saved_bytes: of what is kept for use.
-      train_seconds: of the training steps alone, the median over seeds.
-      examples_per_second: in these, the median over seeds.
-      peak_memory_bytes: of the whole process, the largest over seeds.
+      method: name of the method.
+      metric: name of the metric in `quality`, with the split that it was measured on.
+      quality: value of the metric for each seed.
+      trainable_parameters: number of trained parameters.
+      saved_bytes: size of the saved prompt.
+      train_seconds: time of the training steps alone; the median over seeds.
+      examples_per_second: throughput of the training steps; the median over seeds.
+      peak_memory_bytes: peak memory of the whole process; the maximum over seeds.
     """
 
     method: str
@@ -48,94 +47,85 @@ class Row:
 
 
 def compare(
-    file: Path, methods: Sequence[str], seeds: Sequence[int], overrides: Sequence[str], folder: Path
+    file: Path,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    overrides: Sequence[str],
+    folder: Path,
+    train: Train,
 ) -> list[Row]:
-    """Train what is missing, each run in a process of its own, and sum up.
+    """Train the runs that are not finished, and summarize all of them.
 
-    An experiment's learning rate is that of its own method; every other method has its
-    default. A run is in `folder/<method>/seed-<seed>`, and one that is finished is not
-    run again. The base model alone (`none`) is measured once, since it has no seed.
+    The experiment's own method keeps the learning rate of the file; every other method uses
+    its default. The folder of a run is `folder/<method>/seed-<seed>`. The base model alone
+    (`none`) does not depend on the seed and is evaluated once.
 
     Args:
       file: the experiment.
-      methods: of `METHODS`.
-      seeds: of what is random: initial values, order of the data, examples shown.
+      methods: names of methods, or `FEW_SHOT`.
+      seeds: random seeds for initial values, data order and solved examples.
       overrides: `key=value`, for all methods.
-      folder: where the runs are.
+      folder: the folder of all runs.
+      train: trains one run. It should start a process of its own, because the peak memory of
+        a run is that of its process.
+
+    Returns:
+      One row per method, in the given order.
 
     Raises:
-      UserError: if a method is unknown, or one of its runs fails.
+      UserError: if a method is unknown or a run fails.
+      FolderError: if a finished run has other settings.
     """
-    if unknown := [method for method in methods if method not in METHODS]:
-        raise UserError(f"method {unknown[0]!r} is none of {', '.join(METHODS)}")
+    known = sorted([*METHODS, FEW_SHOT], key=lambda name: _is_trained(name))
+    if unknown := [method for method in methods if method not in known]:
+        raise UserError(f"method {unknown[0]!r} is none of {', '.join(known)}")
     own = load_experiment(file, overrides)
     rows = []
     for method in dict.fromkeys(methods):
         of_method = _overrides(method, own, overrides)
         runs = []
-        for seed in seeds if method != "none" else seeds[:1]:
+        for seed in seeds if method == FEW_SHOT or _is_trained(method) else seeds[:1]:
             run = folder / method / f"seed-{seed}"
-            _train(file, [*of_method, f"seed={seed}"], run)
+            of_run = [*of_method, f"seed={seed}"]
+            if not _is_finished(file, of_run, run):
+                _log.info(f"{run}: training")
+                train(file, of_run, run)
             runs.append(run)
         rows.append(_row(method, own, runs))
     return rows
 
 
-def table(rows: Sequence[Row], form: str) -> str:
-    """The rows as `text`, `markdown` or `csv`."""
-    columns: dict[str, Callable[[Row], str]] = {
-        "method": lambda row: row.method,
-        rows[0].metric: lambda row: f"{statistics.mean(row.quality):.3f}",
-        "lowest to highest": lambda row: (
-            f"{min(row.quality):.3f} to {max(row.quality):.3f}" if len(row.quality) > 1 else "-"
-        ),
-        "learned parameters": lambda row: f"{row.trainable_parameters:,}",
-        "kept": lambda row: _bytes(row.saved_bytes),
-        "training": lambda row: f"{row.train_seconds:,.0f} s" if row.train_seconds else "-",
-        "examples/s": lambda row: (
-            f"{row.examples_per_second:.1f}" if row.examples_per_second else "-"
-        ),
-        "peak memory": lambda row: _bytes(row.peak_memory_bytes),
-    }
-    if form == "csv":
-        written = io.StringIO()
-        names = [field.name for field in dataclasses.fields(Row)]
-        writer = csv.DictWriter(written, names, lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            quality = " ".join(map(str, row.quality))
-            writer.writerow(dataclasses.asdict(row) | {"quality": quality})
-        return written.getvalue().rstrip("\n")
-    return tables.table([{name: of(row) for name, of in columns.items()} for row in rows], form)
-
-
 def _overrides(method: str, own: Experiment, given: Sequence[str]) -> list[str]:
-    """The given overrides and those that make the experiment one of the method."""
-    if method in ("none", "few-shot"):
-        shots = 0 if method == "none" else own.shots or _SHOTS
-        return [*given, "method=none", f"shots={shots}"]
+    """The overrides that select a method, together with the given ones."""
+    if method == FEW_SHOT:
+        return [*given, "method=none", f"shots={own.shots or _SHOTS}"]
+    if not _is_trained(method):
+        return [*given, f"method={method}", "shots=0"]
     rate = [] if method == own.method else ["optimizer.learning_rate=null"]
     return [*rate, *given, f"method={method}"]
 
 
-def _train(file: Path, overrides: Sequence[str], run: Path) -> None:
-    """Run an experiment in a process of its own, unless it is finished."""
+def _is_trained(method: str) -> bool:
+    return method != FEW_SHOT and method_class(method).trainable is not False
+
+
+def _is_finished(file: Path, overrides: Sequence[str], run: Path) -> bool:
+    """Whether the folder holds this run, finished.
+
+    Raises:
+      FolderError: if it holds a finished run with other settings.
+    """
     config = run / "config.yaml"
-    if read_summary(run) and config.exists():
-        changed = differences(
-            load_experiment(config).model_dump(), load_experiment(file, overrides).model_dump()
+    if not (read_summary(run) and config.exists()):
+        return False
+    changed = differences(
+        load_experiment(config).model_dump(), load_experiment(file, overrides).model_dump()
+    )
+    if changed:
+        raise FolderError(
+            f"{run}: holds a run with other settings ({'; '.join(changed)}); choose another folder"
         )
-        if not changed:
-            return
-        raise UserError(
-            f"{run}: holds a run with other settings ({'; '.join(changed)}); choose another "
-            "folder with --folder"
-        )
-    _log.info(f"{run}: training")
-    command = [sys.executable, "-m", "softprompt", "train", str(file), *overrides]
-    done = subprocess.run([*command, "--run-dir", str(run)], stdout=subprocess.DEVNULL)
-    if done.returncode:
-        raise UserError(f"{run}: failed, see above; the same command goes on from there")
+    return True
 
 
 def _row(method: str, own: Experiment, runs: Sequence[Path]) -> Row:
@@ -156,10 +146,3 @@ def _row(method: str, own: Experiment, runs: Sequence[Path]) -> Row:
         median("examples_per_second"),
         max(summary["peak_memory_bytes"] for summary in summaries),
     )
-
-
-def _bytes(count: int) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count} B"

@@ -1,4 +1,4 @@
-"""How a trial ended: `trial.json` in the folder of its run."""
+"""How a trial ended: `trial.json` in its run folder."""
 
 import dataclasses
 import json
@@ -16,11 +16,11 @@ _FILE = "trial.json"
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """The end of a trial, that is not run again.
+    """The end of a trial. A trial with an outcome is not run again.
 
     Attributes:
-      state: `finished`; `pruned`, worse than others at a rung; or `failed`.
-      step: of the end; None if it failed before the first.
+      state: `finished`; `pruned`, because other trials were better; or `failed`.
+      step: the last step; None if the trial failed before its first step.
       error: why it failed.
     """
 
@@ -29,13 +29,13 @@ class Outcome:
     error: str | None = None
 
     def write(self, folder: Path) -> None:
-        """Keep it in a trial's folder."""
+        """Write the outcome into the run folder of the trial."""
         folder.mkdir(parents=True, exist_ok=True)
         write_file(folder / _FILE, json.dumps(dataclasses.asdict(self)) + "\n")
 
     @classmethod
     def read(cls, folder: Path) -> "Outcome | None":
-        """That of a trial, or None if it has not ended.
+        """Read the outcome of a trial. Return None if it has not ended.
 
         Raises:
           UserError: if the file is damaged.
@@ -46,14 +46,14 @@ class Outcome:
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError):
-            raise UserError(f"{path}: damaged; delete it to go on with the trial") from None
+            raise UserError(f"{path}: damaged; delete it to continue the trial") from None
 
 
 _OUTCOME = pydantic.TypeAdapter(Outcome)
 
 
 def validation_at(folder: Path, step: int) -> dict[str, float] | None:
-    """What a run's evaluation after a step measured, or None if there was none."""
+    """Return the validation metrics of a run at a step, or None if there was no evaluation."""
     for record in read_metrics(folder):
         if record["step"] == step and record["split"] == "validation":
             return record

@@ -1,9 +1,9 @@
-"""What a sweep will be, before it is run."""
+"""A forecast of a sweep: its trials and how long they will take."""
 
 import dataclasses
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +16,22 @@ from softprompt.runtime.progress import Progress, silent
 from softprompt.runtime.signals import StopSignals
 from softprompt.sweep.outcome import Outcome
 from softprompt.sweep.program import step_group, trials_that_fit
-from softprompt.sweep.runner import groups, require_same
+from softprompt.sweep.runner import program_families, require_same
 from softprompt.sweep.space import Space, Trial
 from softprompt.training.preparation import Preparation, Prepared
-from softprompt.training.run import Run
+from softprompt.training.session import Session
 
-_SAMPLE = 32  # batches that are taken for all
+_SAMPLE = 32  # batches that represent all batches
 
 
 @dataclasses.dataclass(frozen=True)
-class Planned:
+class PlannedTrial:
     """A trial to come.
 
     Attributes:
-      number, parameters: see `Trial`; of `how: tpe` there are none yet.
-      group: the number of the group that it is in.
-      state: of its outcome, or `waiting`.
+      number, parameters: see `Trial`. With `how: tpe` there are no parameters yet.
+      group: number of the group that it belongs to.
+      state: the state of its outcome, or `waiting`.
     """
 
     number: int
@@ -41,14 +41,14 @@ class Planned:
 
 
 @dataclasses.dataclass(frozen=True)
-class Group:
-    """Trials that share a program, which is compiled for every length of batches.
+class PlannedGroup:
+    """Trials that share a program, which is compiled once for every batch length.
 
     Attributes:
-      waiting: how many of them have not ended.
-      at_once: how many of them train side by side.
-      seconds: that they will take.
-      error: why none of this is known, if so.
+      waiting: number of trials that have not ended.
+      at_once: number of trials that train side by side.
+      seconds: estimated duration.
+      error: why there is no estimate, if there is none.
     """
 
     waiting: int
@@ -59,27 +59,32 @@ class Group:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A sweep to come.
+    """The forecast.
 
     Attributes:
       trials: in order.
-      groups: of them, by number.
-      seconds: that all will take, as a few timed steps and evaluations of each group tell;
-        trials that leave early take less.
+      groups: by number.
+      seconds: estimated duration of all trials, from a few timed steps and evaluations of
+        each group. Trials that are pruned take less.
     """
 
-    trials: Sequence[Planned]
-    groups: Sequence[Group]
+    trials: Sequence[PlannedTrial]
+    groups: Sequence[PlannedGroup]
     seconds: float
 
 
-def plan(space: Space, progress: Progress = silent) -> Plan:
-    """Plan the sweep of a space.
+def plan(space: Space, *, progress: Progress = silent) -> Plan:
+    """Forecast a sweep.
 
-    What `how: tpe` will choose is not known: the file's own values stand for it.
+    The parameters that `how: tpe` will choose are unknown, so the values of the file
+    represent them.
+
+    Args:
+      space: the trials.
+      progress: shows progress; silent by default.
 
     Raises:
-      UserError: if the folder is another sweep's.
+      UserError: if the folder belongs to another sweep.
     """
     require_same(space)
     if space.sweep.how == "tpe":
@@ -87,70 +92,73 @@ def plan(space: Space, progress: Progress = silent) -> Plan:
     else:
         trials = space.trials()
     preparation = Preparation(progress)
-    planned, found = [], []
-    for number, group in enumerate(groups(trials)):
-        outcomes = [Outcome.read(trial.folder) for trial in group]
-        for trial, outcome in zip(group, outcomes, strict=True):
+    planned, groups = [], []
+    for number, family in enumerate(program_families(trials)):
+        outcomes = [Outcome.read(trial.folder) for trial in family]
+        for trial, outcome in zip(family, outcomes, strict=True):
             state = outcome.state if outcome else "waiting"
-            planned.append(Planned(trial.number, trial.parameters, number, state))
-        waiting = [each for each, end in zip(group, outcomes, strict=True) if end is None]
+            planned.append(PlannedTrial(trial.number, trial.parameters, number, state))
+        waiting = [trial for trial, end in zip(family, outcomes, strict=True) if end is None]
         try:
-            found.append(_group(space, waiting, preparation) if waiting else Group(0, 0, 0.0))
+            group = _plan_group(space, waiting, preparation) if waiting else PlannedGroup(0, 0, 0.0)
         except UserError as error:
-            found.append(Group(len(waiting), 0, 0.0, str(error)))
-    seconds = round(sum(group.seconds for group in found), 1)
-    return Plan(sorted(planned, key=lambda each: each.number), found, seconds)
+            group = PlannedGroup(len(waiting), 0, 0.0, str(error))
+        groups.append(group)
+    seconds = round(sum(group.seconds for group in groups), 1)
+    return Plan(sorted(planned, key=lambda trial: trial.number), groups, seconds)
 
 
-def _group(space: Space, trials: Sequence[Trial], preparation: Preparation) -> Group:
-    """What trials of one program take, one after another."""
+def _plan_group(space: Space, trials: Sequence[Trial], preparation: Preparation) -> PlannedGroup:
+    """Estimate how long the trials of one program take."""
     experiment = trials[0].experiment
     prepared = preparation.prepare(experiment)
-    seconds, step, at_once = prepared.seconds, 0.0, 1
-    with tempfile.TemporaryDirectory() as folder:
-        run = Run(
-            experiment,
-            Path(folder),
-            StopSignals(),
-            prepared,
-            room=space.longest(experiment, prepared.base.backbone.arch.context_length),
-        )
-        if run.steps:
+    padded_length = space.longest(experiment, prepared.base.backbone.arch.context_length)
+    seconds, step_seconds, at_once = prepared.seconds, 0.0, 1
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Session(
+            experiment, Path(folder), prepared, StopSignals(), padded_length=padded_length
+        ) as session,
+    ):
+        steps = session.steps
+        if steps:
             at_once = min(
-                space.sweep.at_once or trials_that_fit(run, len(trials), peak_memory()), len(trials)
+                space.sweep.at_once or trials_that_fit(session, len(trials), peak_memory()),
+                len(trials),
             )
-            sample = [run.batches[number] for number in range(min(run.steps, _SAMPLE))]
+            sample = [session.batches[number] for number in range(min(steps, _SAMPLE))]
             sample.sort(key=lambda batch: batch.tokens.size)
-            inputs = [(sample[len(sample) // 2], run.key)] * at_once
-            first, again = _seconds(lambda: step_group([run] * at_once, inputs))
+            inputs = [(sample[len(sample) // 2], session.state.key)] * at_once
+            sessions = [session] * at_once
+            first, again = _time(lambda: step_group(sessions, inputs))
             seconds += (first - again) * len({batch.tokens.shape for batch in sample})
-            step = again / at_once
-        run.close()
-    row = _seconds_of_a_row(prepared, experiment.evaluation.batch_size)
+            step_seconds = again / at_once
+    row_seconds = _seconds_per_row(prepared, experiment.evaluation.batch_size)
     for trial in trials:
-        training, evaluation = trial.experiment.training, trial.experiment.evaluation
-        steps = training.steps if run.steps else 0
-        evaluations = max(1, -(-steps // evaluation.every))
+        evaluation = trial.experiment.evaluation
+        trial_steps = trial.experiment.training.steps if steps else 0
+        evaluations = max(1, -(-trial_steps // evaluation.every))
         rows = len(prepared.examples["validation"][: evaluation.examples]) * evaluations
         rows += len(prepared.examples.get("test", ()))
-        seconds += steps * step + rows * row
-    return Group(len(trials), at_once, round(seconds, 1))
+        seconds += trial_steps * step_seconds + rows * row_seconds
+    return PlannedGroup(len(trials), at_once, round(seconds, 1))
 
 
-def _seconds_of_a_row(prepared: Prepared, batch_size: int) -> float:
+def _seconds_per_row(prepared: Prepared, batch_size: int) -> float:
+    """Time a batch of validation examples of medium length."""
     by_length = sorted(prepared.examples["validation"], key=lambda example: len(example.input))
     first = max(0, (len(by_length) - batch_size) // 2)
     examples = by_length[first : first + batch_size]
     model = prepare_model(prepared.method, prepared.base.backbone)
-    _, again = _seconds(lambda: list(score(*model, examples, batch_size)))
+    _, again = _time(lambda: list(score(*model, examples, batch_size)))
     return again / len(examples)
 
 
-def _seconds(work: Any) -> tuple[float, float]:
-    """The first time, with compiling, and the median of three more."""
-    taken = []
+def _time(work: Callable[[], Any]) -> tuple[float, float]:
+    """Seconds of the first call, which compiles, and the median of three more calls."""
+    seconds = []
     for _ in range(4):
         began = time.monotonic()
         jax.block_until_ready(work())
-        taken.append(time.monotonic() - began)
-    return taken[0], sorted(taken[1:])[1]
+        seconds.append(time.monotonic() - began)
+    return seconds[0], sorted(seconds[1:])[1]

@@ -15,11 +15,13 @@ from flax import nnx
 
 from softprompt.backbones.batch import Batch
 from softprompt.data.batches import side_by_side
+from softprompt.experiment.methods import method_class
 from softprompt.experiment.schema import Experiment
-from softprompt.training.run import Run
+from softprompt.training.session import Session
 from softprompt.training.step import PROGRAM, update
 
-_NUMBERS = {  # settings that are arrays in a program, or that the step does not read
+MAX_GROUP = 64  # trials that make a step together
+_VARYING = {  # settings that are arrays in a program, or that the step does not read
     "name": True,
     "seed": True,
     "optimizer": {"learning_rate", "warmup_steps", "weight_decay"},
@@ -30,8 +32,7 @@ _NUMBERS = {  # settings that are arrays in a program, or that the step does not
     "generation": True,
     "dept": {"learning_rate"},
 }
-_INITIAL = {"init", "init_top", "init_scale", "init_text", "init_prompts"}
-MAX_GROUP = 64  # trials that make a step together
+_INITIALIZATION = {"init", "init_top", "init_scale", "init_text", "init_prompts"}
 
 
 @partial(jax.jit, static_argnames=PROGRAM)
@@ -44,121 +45,141 @@ def train_steps(
     keys: Sequence[jax.Array],
     **program: Any,
 ) -> list[tuple[nnx.State, Any, dict[str, jax.Array]]]:
-    """`update` of N trials side by side, compiled; they share the backbone.
+    """Make one `update` of N trials in one program. The trials share the backbone.
 
     Args:
-      trainable, opt_state, constants, keys: of each trial; `(constants, backbone)` is its
-        `frozen`.
-      backbone: the frozen one.
-      batch: the trials' batches, with a leading axis N.
-      program: the rest of `update`'s arguments, the same for all trials.
+      trainable, opt_state, constants, keys: one per trial. `(constants, backbone)` is the
+        `frozen` argument of `update`.
+      backbone: the frozen backbone.
+      batch: the batches of the trials, with a leading axis N.
+      program: the static arguments of `update`, the same for all trials.
 
     Returns:
-      What `update` gives, of each trial.
+      For each trial what `update` returns.
     """
 
-    def one(of_trial: Any, batch: Batch) -> Any:
-        trainable, opt_state, constants, key = of_trial
+    def one_trial(arrays: Any, batch: Batch) -> Any:
+        trainable, opt_state, constants, key = arrays
         return update(trainable, opt_state, (constants, backbone), batch, key, **program)
 
-    of_trials = zip(trainable, opt_state, constants, keys, strict=True)
-    stacked: Any = jax.tree.map(lambda *each: jnp.stack(each), *of_trials)
-    results = jax.vmap(one)(stacked, batch)
+    trials = zip(trainable, opt_state, constants, keys, strict=True)
+    stacked: Any = jax.tree.map(lambda *arrays: jnp.stack(arrays), *trials)
+    results = jax.vmap(one_trial)(stacked, batch)
     return [jax.tree.map(itemgetter(i), results) for i in range(len(keys))]
 
 
-def shared(experiment: Experiment) -> str:
-    """The settings that trials of one program have in common, as JSON.
+def shared_settings(experiment: Experiment) -> str:
+    """Return the settings, as JSON, that trials must have in common to share a program.
 
-    They may differ in seed, first values, learning rate, warm-up, length of the schedule,
-    weight decay, and in the length of a soft prompt: its vectors are padded. Not if they
-    are made from something else (a reparametrization), and not for Adafactor, which looks
-    at all of a matrix. Solved examples, which the seed draws, are part of the program.
+    Trials may differ in seed, initialization, learning rate, warm-up, number of steps and
+    weight decay, and in the length of a soft prompt, which is padded. The length must be
+    the same with Adafactor, which normalizes over the whole matrix. Few-shot
+    demonstrations are part of the program, so with `shots` the seed must be the same.
     """
-    excluded: dict[str, Any] = {**_NUMBERS, "prompt": set(_INITIAL), "prefix": set(_INITIAL)}
-    plain = experiment.method == "prompt" and experiment.prompt.reparametrization is None
-    if plain and experiment.optimizer.name != "adafactor":
+    excluded: dict[str, Any] = {
+        **_VARYING,
+        "prompt": set(_INITIALIZATION),
+        "prefix": set(_INITIALIZATION),
+    }
+    length_may_vary = method_class(experiment.method).length_may_vary(experiment)
+    if length_may_vary and experiment.optimizer.name != "adafactor":
         excluded["prompt"].add("length")
     if experiment.shots:
         del excluded["seed"]
     return experiment.model_dump_json(exclude=excluded)
 
 
-def step_group(runs: Sequence[Run], inputs: Sequence[tuple[Batch, jax.Array]]) -> list[Any]:
-    """A step of runs that are one of `parts`, from the inputs of each: what it is to take."""
-    return train_steps(*_arguments(runs, inputs), **runs[0].program)
-
-
-def parts(runs: Sequence[Run], widest: int) -> list[list[Run]]:
-    """The runs in groups that make a step together.
-
-    Those of a group have the same program, and their number is a power of two, at most
-    `widest`, so that few programs are compiled while trials come and go.
-    """
-    found: list[list[Run]] = []
-    left = list(runs)
-    while left:
-        first = _shapes(left[0])
-        same = [run for run in left if _shapes(run) == first]
-        left = [run for run in left if _shapes(run) != first]
-        while same:
-            width = _power_of_two(min(len(same), widest))
-            found.append(same[:width])
-            same = same[width:]
-    return found
-
-
-def trials_that_fit(run: Run, most: int, taken: float) -> int:
-    """How many trials like this one can train side by side, a power of two.
-
-    On an accelerator, as many as its free memory has room for; on a CPU, which gains little
-    from more, as many as need no more memory than the process has anyway, and no more than
-    a quarter of the machine's.
+def step_group(
+    sessions: Sequence[Session], inputs: Sequence[tuple[Batch, jax.Array]]
+) -> list[tuple[nnx.State, Any, dict[str, jax.Array]]]:
+    """Make one step of a group of trials; see `program_groups`.
 
     Args:
-      run: one of them.
-      most: how many there are.
-      taken: memory in bytes that the process had taken before the first of them.
+      sessions: the trials.
+      inputs: for each trial what `Session.next_inputs` returned.
+
+    Returns:
+      For each trial the arguments of `Session.accept`.
     """
-    batch, key, room = run.batches.largest(), run.key, _room(taken)
-    width = _power_of_two(min(most, MAX_GROUP))
+    return train_steps(*_arguments(sessions, inputs), **sessions[0].state.program)
+
+
+def program_groups(sessions: Sequence[Session], max_group: int) -> list[list[Session]]:
+    """Divide trials into groups that make a step together.
+
+    The trials of a group share a program. Their number is a power of two and at most
+    `max_group`, so that few programs are compiled while trials start and end.
+    """
+    groups: list[list[Session]] = []
+    left = list(sessions)
+    while left:
+        program = _program_key(left[0])
+        same = [session for session in left if _program_key(session) == program]
+        left = [session for session in left if _program_key(session) != program]
+        while same:
+            width = _power_of_two(min(len(same), max_group))
+            groups.append(same[:width])
+            same = same[width:]
+    return groups
+
+
+def trials_that_fit(session: Session, count: int, memory_before: float) -> int:
+    """Return how many trials like this one fit into memory together, as a power of two.
+
+    An accelerator takes as many as fit into its free memory. A CPU gains little from more
+    trials, so there they may need as much memory as the process uses anyway, and at most a
+    quarter of the machine's memory.
+
+    Args:
+      session: one of the trials.
+      count: number of trials.
+      memory_before: bytes that the process used before the first trial's first step.
+    """
+    batch, key = session.batches.largest(), session.state.key
+    budget = _memory_budget(memory_before)
+    width = _power_of_two(min(count, MAX_GROUP))
     while width > 1:
-        inputs = [(batch, key)] * width
-        lowered = train_steps.lower(*_arguments([run] * width, inputs), **run.program)
+        arguments = _arguments([session] * width, [(batch, key)] * width)
+        lowered = train_steps.lower(*arguments, **session.state.program)
         needed = lowered.compile().memory_analysis()
         if needed is None:
             return 1
-        if needed.temp_size_in_bytes <= room:
+        if needed.temp_size_in_bytes <= budget:
             break
-        width = _power_of_two(width * room / needed.temp_size_in_bytes)
+        width = _power_of_two(width * budget / needed.temp_size_in_bytes)
     return width
 
 
-def _power_of_two(most: float) -> int:
-    return 1 << (max(1, int(most)).bit_length() - 1)
+def _power_of_two(limit: float) -> int:
+    return 1 << (max(1, int(limit)).bit_length() - 1)
 
 
-def _room(taken: float) -> float:
+def _memory_budget(memory_before: float) -> float:
+    """Bytes that the temporary arrays of a step may take."""
     statistics = jax.devices()[0].memory_stats()
     if statistics and "bytes_limit" in statistics:
         return 0.8 * (statistics["bytes_limit"] - statistics["bytes_in_use"])
     machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return min(taken, machine / 4)
+    return min(memory_before, machine / 4)
 
 
-def _arguments(runs: Sequence[Run], inputs: Sequence[tuple[Batch, jax.Array]]) -> tuple[Any, ...]:
+def _arguments(
+    sessions: Sequence[Session], inputs: Sequence[tuple[Batch, jax.Array]]
+) -> tuple[Any, ...]:
+    states = [session.state for session in sessions]
     return (
-        [run.trainable for run in runs],
-        [run.opt_state for run in runs],
-        [run.frozen[0] for run in runs],
-        runs[0].frozen[1],
+        [state.trainable for state in states],
+        [state.opt_state for state in states],
+        [state.frozen[0] for state in states],
+        states[0].frozen[1],
         side_by_side([batch for batch, _ in inputs]),
         [key for _, key in inputs],
     )
 
 
-def _shapes(run: Run) -> Any:
-    """What decides whether two runs have the same program."""
-    arrays = run.trainable, run.opt_state, run.frozen[0]
+def _program_key(session: Session) -> Any:
+    """What decides whether two trials share a program."""
+    state = session.state
+    arrays = state.trainable, state.opt_state, state.frozen[0]
     shapes = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(arrays)]
-    return run.program, shapes, id(run.base), run.rows
+    return state.program, shapes, id(session.base), session.rows

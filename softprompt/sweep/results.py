@@ -1,16 +1,20 @@
-"""What a sweep gave, as a table."""
+"""The results of a sweep: its trials, ranked by the deciding metric."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from softprompt.metrics.named import merit
-from softprompt.report.tables import aligned
 from softprompt.storage.run_folder import read_summary
 from softprompt.sweep.outcome import Outcome, validation_at
-from softprompt.sweep.space import Trial, text
+from softprompt.sweep.space import Trial, format_value
 
 
 def measured(trial: Trial) -> dict[str, float] | None:
-    """The best validation metrics of a finished trial, or those at which one was left."""
+    """The validation metrics of an ended trial, or None if there are none.
+
+    For a finished trial these are the best of the run; for a pruned trial, those at the step
+    where it was pruned.
+    """
     outcome = Outcome.read(trial.folder)
     if outcome is None or outcome.step is None:
         return None
@@ -22,34 +26,45 @@ def measured(trial: Trial) -> dict[str, float] | None:
 
 
 def ranked(trials: Sequence[Trial]) -> list[Trial]:
-    """The trials, the best one first; behind the finished ones, those that came further first."""
+    """The trials, best first.
+
+    Finished trials come before the others. Pruned trials with more steps come before those
+    with fewer steps.
+    """
 
     def key(trial: Trial) -> tuple[bool, int, tuple[float, float]]:
         outcome, values = Outcome.read(trial.folder), measured(trial)
         if outcome is None or values is None:
             return False, -1, (0.0, 0.0)
         finished = outcome.state == "finished"
-        how_good = merit(values, trial.experiment.evaluation.metric)
-        return finished, 0 if finished else outcome.step or 0, how_good
+        quality = merit(values, trial.experiment.evaluation.metric)
+        return finished, 0 if finished else outcome.step or 0, quality
 
     return sorted(trials, key=key, reverse=True)
 
 
-def results_table(trials: Sequence[Trial]) -> str:
-    """A line for each trial: its parameters, its end, and the deciding metric."""
+def results_rows(trials: Sequence[Trial]) -> list[dict[str, Any]]:
+    """One row per trial, best first: its parameters, how it ended, and the deciding metric.
+
+    Values that do not exist are None: a parameter of other trials, the step and the metric of
+    a trial that is running or has failed.
+    """
     metric = trials[0].experiment.evaluation.metric
     names = list(dict.fromkeys(name for trial in trials for name in trial.parameters))
-    rows = [["trial", *names, "end", "step", f"validation {metric}"]]
+    rows = []
     for trial in ranked(trials):
         outcome, values = Outcome.read(trial.folder), measured(trial)
-        given = [text(trial.parameters[n]) if n in trial.parameters else "-" for n in names]
+        parameters = {
+            name: format_value(trial.parameters[name]) if name in trial.parameters else None
+            for name in names
+        }
         rows.append(
-            [
-                str(trial.number),
-                *given,
-                outcome.state if outcome else "running",
-                str(outcome.step) if outcome and outcome.step is not None else "-",
-                f"{values[metric]:.4f}" if values else "-",
-            ]
+            {
+                "trial": trial.number,
+                **parameters,
+                "end": outcome.state if outcome else "running",
+                "step": outcome.step if outcome else None,
+                f"validation {metric}": values[metric] if values else None,
+            }
         )
-    return "\n".join("  ".join(line).rstrip() for line in aligned(rows))
+    return rows

@@ -1,6 +1,6 @@
-"""The places in which trials train side by side.
+"""The scheduler of a sweep: it trains trials side by side, each in a slot.
 
-A trial that ends leaves its place to the next one.
+When a trial ends, its slot takes the next trial.
 """
 
 import contextlib
@@ -18,21 +18,23 @@ from softprompt.runtime.signals import StopSignals
 from softprompt.storage.locks import InUseError
 from softprompt.storage.run_folder import open_run, write_config
 from softprompt.sweep.outcome import Outcome, validation_at
-from softprompt.sweep.program import MAX_GROUP, parts, step_group, trials_that_fit
+from softprompt.sweep.program import MAX_GROUP, program_groups, step_group, trials_that_fit
 from softprompt.sweep.space import Space, Trial
-from softprompt.training.loop import finished
+from softprompt.training.loop import finished_summary
 from softprompt.training.preparation import Preparation
-from softprompt.training.run import Run
+from softprompt.training.session import Session
 
 _log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
-class Opened:
-    """A trial whose folder this process has locked; `close` gives it back.
+class OpenedTrial:
+    """A trial whose run folder this process has locked.
 
     Attributes:
-      error: why its folder will not do, if so.
+      trial: the trial.
+      close: unlocks the folder.
+      error: why the folder cannot be used, if it cannot.
     """
 
     trial: Trial
@@ -40,12 +42,12 @@ class Opened:
     error: UserError | None = None
 
     @classmethod
-    def of(cls, trial: Trial) -> "Opened | None":
-        """Lock a trial's folder; None if another process has it."""
+    def lock(cls, trial: Trial) -> "OpenedTrial | None":
+        """Lock the run folder of a trial. Return None if another process has locked it."""
         stack = contextlib.ExitStack()
         try:
-            stack.enter_context(open_run(trial.folder, trial.experiment, "--folder"))
-            write_config(trial.folder, trial.experiment)  # also of one that fails at its start
+            stack.enter_context(open_run(trial.folder, trial.experiment))
+            write_config(trial.folder, trial.experiment)  # also for a trial that fails at once
         except InUseError:
             return None
         except UserError as error:
@@ -54,104 +56,106 @@ class Opened:
 
 
 class Source(Protocol):
-    """Where trials come from."""
+    """Where trials come from, and who decides whether they continue."""
 
-    def next(self) -> Opened | None:
-        """The next one, or None if there are no more for now."""
+    def next(self) -> OpenedTrial | None:
+        """Return the next trial, or None if there is none at the moment."""
 
-    def goes_on(self, trial: Trial, step: int, measured: Mapping[str, float]) -> bool:
-        """Whether a trial goes on after an evaluation, given what it measured."""
+    def continues(self, trial: Trial, step: int, measured: Mapping[str, float]) -> bool:
+        """Return whether a trial continues after an evaluation with these metrics."""
 
     def ended(self, trial: Trial, outcome: Outcome) -> None:
-        """A trial has ended, and that is written to its folder."""
+        """Take note that a trial ended. Its outcome is already in its folder."""
 
 
 @dataclasses.dataclass
 class _Slot:
-    opened: Opened
-    run: Run
+    opened: OpenedTrial
+    session: Session
     bar: Bar
-    judged: int = -1
+    judged: int = -1  # the last step at which the source was asked
     error: UserError | None = None
 
 
 class Scheduler:
-    """Runs trials, as many side by side as there are places.
+    """Trains trials side by side.
 
     Args:
-      stop: ends the work where it does no harm.
-      bar: of all steps of all trials.
-      space: of the trials; it says how many places there are, if not as many as there is
-        memory for.
+      space: the sweep. Its `at_once` is the number of slots; by default there are as many
+        as memory allows.
+      stop: stops the work after the current step.
+      bar: counts the steps of all trials.
+      progress: shows the trials one by one.
     """
 
-    def __init__(self, stop: StopSignals, bar: Bar, space: Space, progress: Progress = silent):
-        self._progress = progress
-        self._stop, self._bar, self._space = stop, bar, space
+    def __init__(self, space: Space, stop: StopSignals, bar: Bar, progress: Progress = silent):
+        self._space, self._stop, self._bar, self._progress = space, stop, bar, progress
         self._preparation = Preparation(progress)
-        self._taken = 0.0  # bytes of memory before the first trial's first step
-        self._widest = MAX_GROUP  # trials that make a step together
-        self._seen: set[int] = set()  # trials whose earlier steps are off the bar
+        self._memory_before = 0.0  # bytes in use before the first trial's first step
+        self._max_group = MAX_GROUP
+        self._counted: set[int] = set()  # trials whose earlier steps were taken off the bar
 
     def train(self, source: Source, count: int, until: int | None = None) -> None:
-        """Run trials until there are no more, or a signal has come and all is saved.
+        """Train trials until there are no more. On a signal, save all of them and return.
 
         Args:
-          source: of trials; the next one is asked for when a place is free.
-          count: how many they are at most.
-          until: the step to stop each at, one with an evaluation; None: their end.
+          source: gives the next trial when a slot is free.
+          count: the largest number of trials.
+          until: stop each trial at this step, which must be one with an evaluation. By
+            default trials train to their end.
         """
-        places: list[_Slot] = []
-        at_once = self._space.sweep.at_once or 0
+        slots: list[_Slot] = []
+        width = self._space.sweep.at_once or 0
         try:
             while True:
                 stopping = self._stop.requested
-                places = [each for each in places if self._goes_on(each, source, until)]
-                if stopping:  # and every place has seen it, and saved
+                slots = [slot for slot in slots if self._continues(slot, source, until)]
+                if stopping:  # every slot has saved its trial
                     return
-                while not self._stop.requested and len(places) < max(at_once, 1):
+                while not self._stop.requested and len(slots) < max(width, 1):
                     opened = source.next()
                     if opened is None:
                         break
-                    place = self._start(opened, source)
-                    if place is None or not self._goes_on(place, source, until):
+                    slot = self._start(opened, source)
+                    if slot is None or not self._continues(slot, source, until):
                         continue
-                    places.append(place)
-                    if not at_once:
-                        self._taken = self._taken or peak_memory()
-                        at_once = trials_that_fit(place.run, count, self._taken)
-                        _log.info(f"{at_once} of {count} trials at once")
-                if not places:
+                    slots.append(slot)
+                    if not width:
+                        self._memory_before = self._memory_before or peak_memory()
+                        width = trials_that_fit(slot.session, count, self._memory_before)
+                        _log.info(f"{width} of {count} trials at once")
+                if not slots:
                     return
                 if not self._stop.requested:
-                    self._step(places)
-        except OSError:  # of one trial's files; the others lose nothing
-            for place in places:
+                    self._step(slots)
+        except OSError:  # a file of one trial failed; the others must not lose anything
+            for slot in slots:
                 with contextlib.suppress(OSError, UserError):
-                    place.run.save()
+                    slot.session.save()
             raise
         finally:
-            for place in places:
-                self._leave(place)
+            for slot in slots:
+                self._release(slot)
 
-    def _start(self, opened: Opened, source: Source) -> _Slot | None:
+    def _start(self, opened: OpenedTrial, source: Source) -> _Slot | None:
+        """Put a trial into a slot, or return None if it ends before its first step."""
         trial = opened.trial
         steps = trial.experiment.training.steps
         try:
             if opened.error is not None:
                 raise opened.error
-            if summary := finished(trial.folder):  # and stopped before it could say so
+            if summary := finished_summary(trial.folder):  # stopped before it was recorded
                 self._bar.drop(steps)
                 self._end(opened, source, Outcome("finished", summary["steps"]))
                 return None
             prepared = self._preparation.prepare(trial.experiment)
             context = prepared.base.backbone.arch.context_length
-            run = Run(
+            session = Session(
                 trial.experiment,
                 trial.folder,
-                self._stop,
                 prepared,
-                room=self._space.longest(trial.experiment, context),
+                self._stop,
+                padded_length=self._space.longest(trial.experiment, context),
                 name=trial.name,
                 progress=self._progress,
             )
@@ -159,86 +163,90 @@ class Scheduler:
             self._bar.drop(steps)
             self._end(opened, source, Outcome("failed", None, str(error)))
             return None
-        if trial.number not in self._seen:
-            self._seen.add(trial.number)
-            self._bar.drop(run.progress.step)
-        bar = self._progress(trial.name, run.steps, "steps", done=run.progress.step, part=True)
-        return _Slot(opened, run, bar)
+        done = session.run.step
+        if trial.number not in self._counted:
+            self._counted.add(trial.number)
+            self._bar.drop(done)
+        bar = self._progress(trial.name, session.steps, "steps", done=done, part=True)
+        return _Slot(opened, session, bar)
 
-    def _goes_on(self, place: _Slot, source: Source, until: int | None) -> bool:
-        """Do what is due in a place, if work stops save it; False if its trial left it."""
-        run, trial = place.run, place.opened.trial
-        step = run.progress.step
+    def _continues(self, slot: _Slot, source: Source, until: int | None) -> bool:
+        """Do what is due for a trial. Return False if the trial has left its slot."""
+        session, trial = slot.session, slot.opened.trial
+        step = session.run.step
         outcome = None
         try:
-            if place.error is not None:
-                raise place.error
-            another = run.run_due_work()
+            if slot.error is not None:
+                raise slot.error
+            has_next_step = session.run_due_work()
             if self._stop.requested:
-                run.save()
+                session.save()
                 return True
-            if not another:
-                run.close()
-                run.finish()
+            if not has_next_step:
+                session.close()
+                session.finish()
                 outcome = Outcome("finished", step)
-            elif run.progress.evaluated == step and step not in (place.judged, until):
-                place.judged = step
+            elif session.run.evaluated == step and step not in (slot.judged, until):
+                slot.judged = step
                 measured = validation_at(trial.folder, step)
-                if measured and not source.goes_on(trial, step, measured):
+                if measured and not source.continues(trial, step, measured):
                     outcome = Outcome("pruned", step)
         except UserError as error:
             outcome = Outcome("failed", step, str(error))
         if outcome is None and (until is None or step < until):
             return True
-        self._leave(place, close=outcome is None)
+        self._release(slot, close=outcome is None)
         if outcome is not None:
             self._bar.drop(trial.experiment.training.steps - step)
-            self._end(place.opened, source, outcome)
+            self._end(slot.opened, source, outcome)
         return False
 
-    def _step(self, places: list[_Slot]) -> None:
-        inputs = {id(place.run): place.run.inputs() for place in places}
-        by_run = {id(place.run): place for place in places}
-        left = [place.run for place in places]
-        while left:
-            runs = parts(left, self._widest)[0]
+    def _step(self, slots: list[_Slot]) -> None:
+        """Make one step of every trial, in groups that share a program."""
+        inputs = {id(slot.session): slot.session.next_inputs() for slot in slots}
+        slot_of = {id(slot.session): slot for slot in slots}
+        waiting = [slot.session for slot in slots]
+        while waiting:
+            group = program_groups(waiting, self._max_group)[0]
             try:
-                results = step_group(runs, [inputs[id(run)] for run in runs])
+                results = step_group(group, [inputs[id(session)] for session in group])
             except jax.errors.JaxRuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
-                self._narrow(len(runs))
+                self._halve_groups(len(group))
                 continue
-            left = [run for run in left if run not in runs]
-            for run, result in zip(runs, results, strict=True):
-                place, (batch, _) = by_run[id(run)], inputs[id(run)]
+            waiting = [session for session in waiting if session not in group]
+            for session, result in zip(group, results, strict=True):
+                slot, (batch, _) = slot_of[id(session)], inputs[id(session)]
                 try:
-                    run.take(*result, padding=batch.padding, beside=len(places))
+                    session.accept(*result, padding=batch.padding, parallel_runs=len(slots))
                 except UserError as error:
-                    place.error = error
-                place.bar.advance(note=run.quality or run.note)
-                self._bar.advance(note=f"{len(places)} at once")
+                    slot.error = error
+                slot.bar.advance(note=session.reporter.quality or session.reporter.note)
+                self._bar.advance(note=f"{len(slots)} at once")
 
-    def _narrow(self, count: int) -> None:
-        """So many trials have no memory for a step together: from now on half of them."""
+    def _halve_groups(self, count: int) -> None:
+        """Halve the largest group, because `count` trials do not fit into memory together."""
         if count == 1:
             raise UserError(
                 "the device has no memory for a single trial; set a smaller training.batch_size, "
-                "with training.accumulate for as many examples a step: what was done is kept"
+                "with training.accumulate to keep the number of examples per step; "
+                "everything done so far is kept"
             )
-        self._widest = count // 2
-        _log.info(f"no memory for a step of {count} trials at once: trying {self._widest}")
+        self._max_group = count // 2
+        _log.warning(f"no memory for a step of {count} trials at once: trying {self._max_group}")
 
-    def _leave(self, place: _Slot, *, close: bool = True) -> None:
-        place.run.close()
-        place.bar.close()
+    def _release(self, slot: _Slot, *, close: bool = True) -> None:
+        slot.session.close()
+        slot.bar.close()
         if close:
-            place.opened.close()
+            slot.opened.close()
 
-    def _end(self, opened: Opened, source: Source, outcome: Outcome) -> None:
+    def _end(self, opened: OpenedTrial, source: Source, outcome: Outcome) -> None:
         outcome.write(opened.trial.folder)
         source.ended(opened.trial, outcome)
         opened.close()
-        if outcome.state != "finished":
-            what = f"failed: {outcome.error}" if outcome.error else f"left at step {outcome.step}"
-            _log.info(f"{opened.trial.name}: {what}")
+        if outcome.error:
+            _log.warning(f"{opened.trial.name}: failed: {outcome.error}")
+        elif outcome.state == "pruned":
+            _log.info(f"{opened.trial.name}: pruned at step {outcome.step}")

@@ -1,4 +1,4 @@
-"""The section `sweep` of an experiment file: which trials there are."""
+"""The section `sweep` of an experiment file, and the trials that it describes."""
 
 import dataclasses
 import itertools
@@ -29,8 +29,9 @@ Value = Any  # of a parameter: whatever an experiment takes
 
 
 class Range(Section):
-    """Numbers from `low` to `high`, evenly likely, or with `log` their logarithms; whole
-    numbers if both ends are.
+    """A uniform distribution from `low` to `high`; with `log`, of the logarithm.
+
+    It draws whole numbers if both ends are whole numbers.
     """
 
     low: Number
@@ -47,11 +48,11 @@ class Range(Section):
 
     @property
     def whole(self) -> bool:
-        """Whether it is of whole numbers."""
+        """Whether it draws whole numbers."""
         return isinstance(self.low, int) and isinstance(self.high, int)
 
     def draw(self, random: np.random.Generator) -> Number:
-        """One of its numbers; of four digits, if they are not whole."""
+        """Draw a number, rounded to four digits if it is not whole."""
         low, high = float(self.low), float(self.high) + self.whole
         if self.log:
             drawn = float(np.exp(random.uniform(np.log(low), np.log(high))))
@@ -65,12 +66,12 @@ class Range(Section):
 Values = list[Value] | Range
 
 
-class Halving(Section):
+class HalvingSettings(Section):
     """Successive halving (Jamieson & Talwalkar 2016, arXiv:1502.07943).
 
     Attributes:
-      rungs: steps at which trials are compared, by `evaluation.metric`.
-      factor: of n trials at a rung, the n / factor best go on.
+      rungs: steps at which trials are compared by `evaluation.metric`.
+      factor: of n trials at a rung, the best n / factor continue.
     """
 
     rungs: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)]
@@ -83,26 +84,26 @@ class Halving(Section):
         return self
 
 
-class Sweep(Section):
-    """What is tried.
+class SweepSettings(Section):
+    """The trials of a sweep, and how they run.
 
     Attributes:
-      parameters: by the keys of an experiment: values, or a range to draw from.
-      how: `grid`, every combination; `zip`, the first values of all, the second ones, and so
-        on; `random`, each drawn; `tpe`, chosen by Optuna in view of what others gave.
-      points: the parameters of each trial, in place of all this.
-      trials: how many, of `random` and `tpe`.
-      halving: which trials end early.
-      at_once: how many train side by side; by default as many as there is memory for.
-      storage: of `tpe`: the URL of a database for the study; by default a file in the
-        sweep's folder.
+      parameters: for each key of the experiment, a list of values or a range to draw from.
+      how: `grid` (every combination), `zip` (the first values of all keys, then the second
+        values, and so on), `random` (draw every value) or `tpe` (Optuna chooses from the
+        results so far).
+      points: the parameters of each trial. They replace `parameters` and `how`.
+      trials: number of trials, for `random` and `tpe`.
+      halving: successive halving, which stops poor trials early.
+      at_once: number of trials that train side by side. By default as many as memory allows.
+      storage: database URL of the study, for `tpe`. By default a file in the sweep folder.
     """
 
     parameters: Mapping[str, Values]
     how: Literal["grid", "zip", "random", "tpe"] = "grid"
     points: Annotated[list[dict[str, Value]], Field(min_length=1)] | None = None
     trials: Annotated[int, Field(ge=1)] | None = None
-    halving: Halving | None = None
+    halving: HalvingSettings | None = None
     at_once: Annotated[int, Field(ge=1)] | None = None
     storage: str | None = None
 
@@ -111,26 +112,26 @@ class Sweep(Section):
         if bool(self.parameters) == bool(self.points):
             raise ValueError("give keys of the experiment with lists of values, or points")
         if self.points and (self.how != "grid" or self.trials is not None):
-            raise ValueError("points are the trials; with them there is no how and no trials")
+            raise ValueError("points list the trials; remove how and trials")
         drawn = self.how in ("random", "tpe")
         ranges = [name for name, v in self.parameters.items() if isinstance(v, Range)]
         if ranges and not drawn:
             raise ValueError(f"{ranges[0]}: a range needs how: random or how: tpe")
         if drawn != (self.trials is not None):
-            raise ValueError("how: random and how: tpe need trials, the others have none")
+            raise ValueError("how: random and how: tpe need trials; grid and zip do not take it")
         lists = {name: v for name, v in self.parameters.items() if not isinstance(v, Range)}
         for name, values in lists.items():
             if self.how != "zip" and len({*map(repr, values)}) < len(values):
                 raise ValueError(f"{name}: a value is given twice")
         counts = {*map(len, lists.values())}
         if self.how == "zip" and len(counts) > 1:
-            raise ValueError("how: zip needs as many values of every key")
+            raise ValueError("how: zip needs the same number of values for every key")
         if self.storage and self.how != "tpe":
-            raise ValueError("storage is that of how: tpe")
+            raise ValueError("storage needs how: tpe")
         return self
 
 
-_OWN = Sweep.model_fields.keys() - {"parameters"}
+_OWN = SweepSettings.model_fields.keys() - {"parameters"}
 _SECTIONS = {
     name
     for name, field in Experiment.model_fields.items()
@@ -145,9 +146,9 @@ class Trial:
 
     Attributes:
       number: counted from 0.
-      parameters: by the experiment's keys.
-      experiment: with these.
-      folder: of its run.
+      parameters: values by keys of the experiment.
+      experiment: the experiment with these parameters.
+      folder: the run folder.
     """
 
     number: int
@@ -157,29 +158,29 @@ class Trial:
 
     @property
     def name(self) -> str:
-        """Its number and parameters, in one line; of a key the last part, if that will do."""
+        """Number and parameters on one line. Keys are shortened if that is unambiguous."""
         last = [name.split(".")[-1] for name in self.parameters]
         keys = last if len({*last}) == len(last) else [*self.parameters]
         given = dict(zip(keys, self.parameters.values(), strict=True))
-        return f"trial {self.number} ({shown(given)})"
+        return f"trial {self.number} ({format_parameters(given)})"
 
 
 class Space:
     """The trials that a file describes.
 
     Args:
-      file: it.
-      folder: the sweep's.
+      file: the experiment file.
+      folder: the sweep folder.
 
     Raises:
-      UserError: if it has no sweep, or a mistake in it.
+      UserError: if the file has no valid section `sweep`.
     """
 
     def __init__(self, file: ExperimentFile, folder: Path):
         if file.sweep is None:
-            raise UserError(f"{file.path}: has no section sweep, which says what to try")
+            raise UserError(f"{file.path}: has no section sweep; list the values to try there")
         if not isinstance(file.sweep, dict):
-            raise UserError(f"{file.where('')}: sweep: a mapping of keys to values")
+            raise UserError(f"{file.where('')}: sweep: must be a mapping of keys to values")
         self.file, self.folder = file, folder
         own = {k: v for k, v in file.sweep.items() if k in _OWN}
         if isinstance(points := own.get("points"), list):
@@ -188,7 +189,7 @@ class Space:
         for name in others:
             self._require_key(name)
         values = {name: self._values(name, value) for name, value in others.items()}
-        self.sweep = file.settings(Sweep, {**own, "parameters": values})
+        self.sweep = file.settings(SweepSettings, {**own, "parameters": values})
         for name in itertools.chain(*(self.sweep.points or ())):
             self._require_key(name)
         if self.sweep.how == "tpe":
@@ -197,14 +198,14 @@ class Space:
             self.trials()
 
     def trials(self) -> list[Trial]:
-        """All of them, in order; those of `tpe` are chosen later, one by one."""
+        """Return all trials in order. The trials of `tpe` are chosen later, one by one."""
         return [self.trial(i, parameters) for i, parameters in enumerate(self._points())]
 
     def trial(self, number: int, parameters: Mapping[str, Value]) -> Trial:
-        """One of them.
+        """Return the trial with these parameters.
 
         Raises:
-          UserError: if the experiment does not take these parameters.
+          UserError: if they are not valid for the experiment.
         """
         experiment = self.file.experiment(parameters)
         halving, every = self.sweep.halving, experiment.evaluation.every
@@ -218,11 +219,11 @@ class Space:
         return Trial(number, parameters, experiment, self.folder / "trials" / f"{number:03d}")
 
     def longest(self, experiment: Experiment, context: int) -> int:
-        """Virtual tokens of the longest prompt that a trial may have.
+        """Return the number of virtual tokens of the longest prompt of any trial.
 
         Args:
-          experiment: of one of them.
-          context: most tokens of the base model; prompts for which it is too short do not count.
+          experiment: the experiment of one trial.
+          context: context window of the base model. Prompts that do not fit are ignored.
         """
         lengths = [experiment.prompt.length]
         if isinstance(values := self.sweep.parameters.get("prompt.length"), Range):
@@ -233,19 +234,19 @@ class Space:
         return max((length for length in lengths if length < context), default=0)
 
     def _require_key(self, name: str) -> None:
-        """That trials may differ in a key."""
+        """Reject keys in which trials must not differ."""
         where = self.file.where(name)
         if name.split(".")[0] not in Experiment.model_fields or name == "name":
-            raise UserError(f"{where}: sweep.{name}: no key of an experiment")
+            raise UserError(f"{where}: sweep.{name}: unknown key")
         if name in _SECTIONS:
-            raise UserError(f"{where}: sweep.{name}: a section; give its keys, as {name}.KEY")
+            raise UserError(f"{where}: sweep.{name}: is a section; give its keys, as {name}.KEY")
         if name == "evaluation.metric":
             raise UserError(f"{where}: sweep.{name}: trials are compared by one metric")
         if name in self.file.overridden:
-            raise UserError(f"command line: {name}: trials differ in it; set sweep.{name}")
+            raise UserError(f"command line: {name}: trials differ in it; set sweep.{name} instead")
 
     def _require_values(self) -> None:
-        """That each value which `tpe` may choose is one, beside the first ones of other keys."""
+        """Check each value that `tpe` may choose, with the first values of the other keys."""
         choices = {
             name: [values.low, values.high] if isinstance(values, Range) else values
             for name, values in self.sweep.parameters.items()
@@ -261,7 +262,8 @@ class Space:
         if isinstance(value, list) and value:
             return value
         raise UserError(
-            f"{self.file.where(name)}: sweep.{name}: a list of values, or {{low: ..., high: ...}}"
+            f"{self.file.where(name)}: sweep.{name}: must be a list of values, "
+            "or {low: ..., high: ...}"
         )
 
     def _points(self) -> Iterator[Mapping[str, Value]]:
@@ -271,7 +273,7 @@ class Space:
         elif sweep.how == "random":
             random = np.random.default_rng(self.file.experiment().seed)
             for _ in range(sweep.trials or 0):
-                yield {name: _drawn(v, random) for name, v in sweep.parameters.items()}
+                yield {name: _draw(v, random) for name, v in sweep.parameters.items()}
         else:
             choices: list[Sequence[Value]] = [
                 v for v in sweep.parameters.values() if not isinstance(v, Range)
@@ -283,25 +285,25 @@ class Space:
                 yield dict(zip(names, point, strict=True))
 
 
-def shown(parameters: Mapping[str, Value]) -> str:
-    """Parameters as `key=value`, with a space between them, as the command line takes them."""
-    return " ".join(f"{name}={text(value)}" for name, value in parameters.items())
+def format_parameters(parameters: Mapping[str, Value]) -> str:
+    """Format parameters as overrides: `key=value`, separated by spaces."""
+    return " ".join(f"{name}={format_value(value)}" for name, value in parameters.items())
 
 
-def text(value: Value) -> str:
-    """A parameter's value as YAML, on one line."""
+def format_value(value: Value) -> str:
+    """Format the value of a parameter as YAML on one line."""
     plain = isinstance(value, str) and "\n" not in value
     return value if plain else json.dumps(value, ensure_ascii=False)
 
 
-def _drawn(values: Values, random: np.random.Generator) -> Value:
+def _draw(values: Values, random: np.random.Generator) -> Value:
     if isinstance(values, Range):
         return values.draw(random)
     return values[int(random.integers(len(values)))]
 
 
 def _flat(tree: Mapping[str, Value]) -> dict[str, Value]:
-    """Values in sections by keys with dots."""
+    """Flatten sections into keys with dots."""
     flat: dict[str, Value] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping) and key not in _VALUES:

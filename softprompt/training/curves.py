@@ -1,4 +1,4 @@
-"""`curves.png`: loss and metrics of a run against its steps."""
+"""`curves.png`: the learning curves of a run."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from softprompt.storage.run_folder import read_metrics
 
 
 def draw_curves(folder: Path, metric: str) -> None:
-    """Draw loss, accuracy and the deciding metric of a run into `curves.png` in its folder."""
+    """Draw loss, accuracy and the deciding metric against the steps into `curves.png`."""
     records = read_metrics(folder)
     candidates = dict.fromkeys(["loss", "accuracy", metric])
     keys = [key for key in candidates if any(key in r for r in records)]

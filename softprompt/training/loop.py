@@ -1,9 +1,11 @@
-"""The training of one experiment, from its data to a prompt."""
+"""The main loop: train one experiment in one folder, from its data to a prompt."""
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from softprompt.data.records import Rows
 from softprompt.errors import Stopped, UserError
 from softprompt.experiment.schema import Experiment
 from softprompt.methods.saved import read_description
@@ -11,61 +13,76 @@ from softprompt.runtime.progress import Progress, silent
 from softprompt.runtime.signals import StopSignals
 from softprompt.storage.run_folder import open_run, read_summary
 from softprompt.training.preparation import Preparation
-from softprompt.training.run import Run
+from softprompt.training.session import Session
 from softprompt.training.step import train_step
 
 _log = logging.getLogger(__name__)
 
 
 def train(
-    experiment: Experiment, folder: str | Path, *, progress: Progress = silent
+    experiment: Experiment,
+    folder: str | Path,
+    *,
+    data: Mapping[str, Rows] | None = None,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Run an experiment in a folder, or go on with it, and return its summary.
+    """Train an experiment in a run folder, or resume it there, and return its summary.
+
+    A run that is finished is not trained again.
+
+    Args:
+      experiment: what to train; see `load_experiment`.
+      folder: the run folder, which is created if it does not exist.
+      data: records by split (`train`, `validation`, `test`), which replace the sources that
+        the experiment names. Each split is a sequence of dictionaries.
+      progress: shows progress; silent by default.
+
+    Returns:
+      What `summary.json` in the folder holds: steps, times, validation and test metrics.
 
     Raises:
-      UserError: if the experiment, its data or its base model will not do, or the loss
-        is not finite.
-      Stopped: on SIGTERM or Ctrl-C, once the state is saved.
+      UserError: if the experiment, its data or its base model is invalid, if the folder
+        holds another run, or if the loss is not finite.
+      Stopped: on SIGTERM or Ctrl-C, after the state is saved.
+
+    Examples:
+      >>> experiment = load_experiment("experiments/sentiment.yaml", ["training.steps=20"])
+      >>> summary = train(experiment, "runs/short")
+      >>> summary["test"]["accuracy"]
     """
     folder = Path(folder)
     with StopSignals() as stop, open_run(folder, experiment):
-        if summary := finished(folder):
-            _log.info(
-                f"{folder}: this run is finished; for another one set --run-dir (make: RUN=DIR)"
-            )
+        if summary := finished_summary(folder):
+            _log.info(f"{folder}: this run is finished; choose another folder to train again")
             return summary
-        prepared = Preparation(progress).prepare(experiment)
-        run = Run(experiment, folder, stop, prepared, progress=progress)
-        _train(run, stop, progress)
-        return run.finish()
+        prepared = Preparation(progress).prepare(experiment, data)
+        with Session(experiment, folder, prepared, stop, progress=progress) as session:
+            _make_steps(session, stop, progress)
+        if stop.requested:
+            raise Stopped(
+                stop.requested,
+                f"stopped at step {session.run.step}, all saved; run the same command to resume",
+            )
+        return session.finish()
 
 
-def finished(folder: Path) -> dict[str, Any] | None:
-    """The summary of a finished run whose prompt is intact."""
+def _make_steps(session: Session, stop: StopSignals, progress: Progress) -> None:
+    """Make all steps, or save the state when a signal stops the work."""
+    done = session.run.step
+    with stop.deferred(), progress("train", session.steps, "steps", done=done) as bar:
+        while not stop.requested and session.run_due_work() and not stop.requested:
+            batch, key = session.next_inputs()
+            results = train_step(*session.state.arrays, batch, key, **session.state.program)
+            session.accept(*results, padding=batch.padding)
+            bar.advance(note=session.reporter.note)
+        if stop.requested:
+            session.save()
+
+
+def finished_summary(folder: Path) -> dict[str, Any] | None:
+    """Return the summary of a finished run whose prompt is intact, or None."""
     try:
         read_description(folder / "prompt")
         return read_summary(folder)
     except UserError:
         return None
-
-
-def _train(run: Run, stop: StopSignals, progress: Progress) -> None:
-    """Steps, evaluations and checkpoints, up to the last step or an early stop."""
-    try:
-        with stop.deferred(), progress("train", run.steps, "steps", done=run.progress.step) as bar:
-            while not stop.requested and run.run_due_work() and not stop.requested:
-                batch, key = run.inputs()
-                results = train_step(
-                    run.trainable, run.opt_state, run.frozen, batch, key, **run.program
-                )
-                run.take(*results, padding=batch.padding)
-                bar.advance(note=run.note)
-            if stop.requested:
-                run.save()
-    finally:
-        run.close()
-    if stop.requested:
-        raise Stopped(
-            stop.requested,
-            f"stopped at step {run.progress.step}, all saved; the same command goes on from there",
-        )

@@ -1,7 +1,7 @@
-"""Update rules: Optax's, with the numbers of an experiment in their state.
+"""Optax optimizers whose hyperparameters are part of their state.
 
-Learning rate, warm-up, length of the schedule and weight decay are arrays beside Optax's
-own, so that one compiled program serves experiments that differ in them.
+Learning rate, warm-up, number of steps and weight decay are arrays in the optimizer state,
+so that experiments that differ in them share a compiled program.
 """
 
 import dataclasses
@@ -14,18 +14,18 @@ import optax
 from flax import nnx
 
 from softprompt.experiment.schema import OptimizerSettings
-from softprompt.methods.soft_prompt import OffsetParam
+from softprompt.methods.dept import OffsetParam
 
 
 class Hyperparameters(NamedTuple):
-    """The numbers of an update rule, float32 scalars.
+    """The hyperparameters of an optimizer, as float32 scalars.
 
     Attributes:
-      learning_rate: the peak.
-      offsets_learning_rate: the same of DePT's offsets, or None.
-      warmup_steps: until the peak.
-      steps: where the schedule ends.
-      weight_decay: a step shrinks what is learned by this times the learning rate.
+      learning_rate: peak learning rate.
+      offsets_learning_rate: peak learning rate of DePT's offsets, or None.
+      warmup_steps: number of steps until the peak.
+      steps: the step at which the schedule ends.
+      weight_decay: a step shrinks parameters by this times the learning rate.
     """
 
     learning_rate: Any
@@ -37,10 +37,15 @@ class Hyperparameters(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class UpdateRule:
-    """What of an optimizer is part of the program; see `OptimizerSettings`.
+    """The part of an optimizer that is compiled into a program; see `OptimizerSettings`.
 
-    Adafactor is set as in Lester et al. 2021, section 3: no scaling by the size of the
-    parameter.
+    Adafactor does not scale by the size of the parameter, as in Lester et al. 2021,
+    section 3.
+
+    Attributes:
+      name: `adamw`, `adafactor`, `sgd` or `lion`.
+      schedule: `constant`, `linear` or `cosine`.
+      clip_norm: bound on the global gradient norm, or None.
     """
 
     name: str
@@ -49,18 +54,22 @@ class UpdateRule:
 
     @classmethod
     def of(cls, settings: OptimizerSettings) -> "UpdateRule":
-        """That of an experiment."""
+        """Return the rule of an experiment."""
         return cls(settings.name, settings.schedule, settings.clip_norm)
 
     def init(self, trainable: Any, numbers: Hyperparameters) -> tuple[Hyperparameters, Any]:
-        """The first state."""
+        """Return the first state of the optimizer."""
         numbers = jax.tree.map(jnp.asarray, numbers)
         return numbers, self._rule(numbers).init(trainable)
 
     def update(
         self, gradients: Any, state: tuple[Hyperparameters, Any], trainable: Any
     ) -> tuple[Any, tuple[Hyperparameters, Any]]:
-        """As an Optax transformation's: the updates to be added, and the next state."""
+        """Turn gradients into updates to add, as an Optax transformation does.
+
+        Returns:
+          The updates and the next state.
+        """
         numbers, inner = state
         updates, inner = self._rule(numbers).update(gradients, inner, trainable)
         return updates, (numbers, inner)
@@ -68,8 +77,8 @@ class UpdateRule:
     def _rule(self, numbers: Hyperparameters) -> optax.GradientTransformation:
         rule = self._unclipped(numbers)
         if numbers.offsets_learning_rate is not None:
-            of_offsets = numbers._replace(learning_rate=numbers.offsets_learning_rate)
-            rules = {"offsets": self._unclipped(of_offsets), "others": rule}
+            offsets = numbers._replace(learning_rate=numbers.offsets_learning_rate)
+            rules = {"offsets": self._unclipped(offsets), "others": rule}
             rule = optax.multi_transform(rules, _labels)
         if self.clip_norm is None:
             return rule
@@ -99,17 +108,17 @@ class UpdateRule:
 def hyperparameters(
     settings: OptimizerSettings, steps: int, offsets_learning_rate: float | None = None
 ) -> Hyperparameters:
-    """The numbers of an experiment.
+    """Return the hyperparameters of an experiment.
 
     Args:
-      settings: its section.
-      steps: where the schedule ends.
-      offsets_learning_rate: of DePT's offsets, if they have one of their own.
+      settings: its section `optimizer`.
+      steps: the step at which the schedule ends.
+      offsets_learning_rate: learning rate of DePT's offsets, if the method has any.
     """
-    of_offsets = offsets_learning_rate
+    offsets = offsets_learning_rate
     return Hyperparameters(
         learning_rate=np.float32(settings.learning_rate),
-        offsets_learning_rate=None if of_offsets is None else np.float32(of_offsets),
+        offsets_learning_rate=None if offsets is None else np.float32(offsets),
         warmup_steps=np.float32(settings.warmup_steps),
         steps=np.float32(steps),
         weight_decay=np.float32(settings.weight_decay),
@@ -117,9 +126,10 @@ def hyperparameters(
 
 
 def learning_rate(schedule: str, numbers: Hyperparameters, step: jax.Array | int) -> jax.Array:
-    """That of a step, counted from 0: a linear warm-up, then constant or down to 0 at `steps`.
+    """Return the learning rate of a step, counted from 0.
 
-    A warm-up of n steps uses 1/n, 2/n, … of the peak, so that no step is wasted on 0.
+    It rises linearly to the peak, then stays constant or falls to 0 at `steps`. A warm-up
+    of n steps uses 1/n, 2/n, … of the peak, so that the first step is not wasted on 0.
     """
     warmup = numbers.warmup_steps
     done = jnp.clip((step - warmup) / jnp.maximum(1, numbers.steps - warmup), 0, 1)
@@ -133,7 +143,7 @@ def learning_rate(schedule: str, numbers: Hyperparameters, step: jax.Array | int
 
 
 def _labels(trainable):
-    """Which rule each variable follows."""
+    """Name the rule that updates each variable."""
     return jax.tree.map(
         lambda variable: "offsets" if isinstance(variable, OffsetParam) else "others",
         trainable,

@@ -1,23 +1,22 @@
-"""What a run has before its first step: base model, examples and method."""
+"""What a run needs before its first step: base model, examples and method."""
 
 import dataclasses
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 
 from softprompt.backbones.loading import Base, load_base
-from softprompt.data.examples import Example, make_examples
-from softprompt.data.records import Record, read_records
-from softprompt.data.task import Task, draw_demonstrations, make_task
+from softprompt.data.examples import Dataset
+from softprompt.data.records import Record, Rows, read_records
+from softprompt.data.task import Task, make_examples, make_task
+from softprompt.data.template import draw_demonstrations
 from softprompt.errors import UserError
+from softprompt.experiment.methods import method_class
 from softprompt.experiment.schema import Experiment
 from softprompt.inference.prompt import load_prompt
-from softprompt.methods.making import make_method, virtual_tokens
 from softprompt.methods.method import Method
-from softprompt.methods.soft_prompt import SoftPrompt
 from softprompt.runtime.progress import Progress, silent
 
 _log = logging.getLogger(__name__)
@@ -25,70 +24,84 @@ _log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """What `Preparation` made of an experiment.
+    """A prepared experiment.
 
     Attributes:
       base: the base model.
-      task: what turns records into examples.
-      examples: by split, of all data that the experiment names.
-      method: as it is before training.
-      seconds: that it took.
+      task: turns records into examples.
+      examples: the examples of each split.
+      method: the method before training.
+      seconds: duration of the preparation.
     """
 
     base: Base
     task: Task
-    examples: Mapping[str, Sequence[Example]]
+    examples: Mapping[str, Dataset]
     method: Method
     seconds: float
 
 
 class Preparation:
-    """Prepares experiments; what follows one another in several is read once.
+    """Prepares experiments one after another, and reuses what they have in common.
 
-    Of base models the last one is kept, and of data the last examples of each split.
+    It keeps the last base model and the last examples of each split.
+
+    Args:
+      progress: shows how many examples are tokenized.
     """
 
     def __init__(self, progress: Progress = silent) -> None:
         self._progress = progress
         self._bases: dict[str, Base] = {}
         self._records: dict[str, Sequence[Record]] = {}
-        self._examples: dict[str, tuple[Any, Any, Sequence[Example]]] = {}
+        self._examples: dict[str, tuple[Task, Sequence[Record], Dataset]] = {}
 
-    def prepare(self, experiment: Experiment) -> Prepared:
-        """Read an experiment's data, load its base model, and make its method.
+    def prepare(self, experiment: Experiment, data: Mapping[str, Rows] | None = None) -> Prepared:
+        """Read the data of an experiment, load its base model, and build its method.
+
+        Args:
+          experiment: the experiment.
+          data: records by split, which replace the sources that the experiment names.
 
         Raises:
-          UserError: if the experiment, its data or its base model will not do.
+          UserError: if the experiment, its data or its base model is invalid.
         """
         began = time.monotonic()
-        sources = experiment.data.model_dump(exclude_none=True)
+        given = {split: read_records(rows, f"{split} row") for split, rows in (data or {}).items()}
+        splits = type(experiment.data).model_fields
+        if unknown := given.keys() - splits.keys():
+            raise UserError(f"data: {min(unknown)!r} is none of {', '.join(splits)}")
+        named = experiment.data.model_dump(exclude_none=True, exclude=set(given))
         self._records = {
-            source: self._records.get(source) or read_records(source) for source in sources.values()
+            source: self._records.get(source) or read_records(source) for source in named.values()
         }
-        records = {split: self._records[source] for split, source in sources.items()}
+        given |= {split: self._records[source] for split, source in named.items()}
+        records = {split: given[split] for split in splits if split in given}
         base = self._base(experiment)
         texts = experiment.template, experiment.verbalizer
         shown = draw_demonstrations(*texts, records["train"], experiment.shots, experiment.seed)
-        virtual, before = virtual_tokens(experiment)
+        kind = method_class(experiment.method)
+        virtual, before = kind.virtual_tokens(experiment)
         task = make_task(
             base,
             *texts,
             shown,
             virtual_tokens=virtual,
-            before=before,
+            prefix_length=before,
             tasks=experiment.prompt.tasks or () if virtual else (),
             task_field=experiment.prompt.task_field,
         )
         examples = {split: self._examples_of(task, part, split) for split, part in records.items()}
         if not task.labels and experiment.evaluation.samples:
-            task.with_room(experiment.generation.max_new_tokens, before + len(task.opening))
-        method = make_method(experiment, base, task.opening, _initial_prompts(experiment, base))
+            task.for_generation(experiment.generation.max_new_tokens, before + len(task.opening))
+        trained = [_vectors_of(path, base) for path in kind.initial_prompts(experiment)]
+        method = kind.build(experiment, base, task.opening, trained)
         return Prepared(base, task, examples, method, time.monotonic() - began)
 
     def _base(self, experiment: Experiment) -> Base:
         wanted = experiment.model_dump_json(include={"base", "compute"})
         if wanted not in self._bases:
-            self._bases.clear()  # before another takes its place in memory
+            self._bases.clear()  # free the memory before loading another one
             self._examples.clear()
             began = time.monotonic()
             base = load_base(experiment.base, **experiment.compute.model_dump())
@@ -100,36 +113,31 @@ class Preparation:
             self._bases[wanted] = base
         return self._bases[wanted]
 
-    def _examples_of(self, task: Task, records: Sequence[Record], split: str) -> Sequence[Example]:
-        """The examples, as they were made before if nothing that they depend on has changed.
-
-        A longer opening leaves less room, which matters if there is not enough.
-        """
-        about = dataclasses.replace(task, opening=(), max_tokens=0, virtual_tokens=0)
-        before, source, examples = self._examples.get(split, (None, None, []))
-        in_rows = any(piece is None for piece in task.pieces)
-        fit = all(not e.truncated and _size(e) <= task.max_tokens for e in examples)
-        if before != about or source is not records or in_rows or not fit:
-            examples = make_examples(task, records, split, self._progress)
-            self._examples[split] = about, records, examples
+    def _examples_of(self, task: Task, records: Sequence[Record], split: str) -> Dataset:
+        """Encode the examples of a split, or reuse the examples of the last experiment."""
+        # The opening is not part of an example. It only limits the length of the input.
+        key = dataclasses.replace(task, opening=(), max_tokens=0, virtual_tokens=0)
+        prompt_in_rows = any(piece is None for piece in task.pieces)
+        if split in self._examples and not prompt_in_rows:
+            last_key, source, examples = self._examples[split]
+            if last_key == key and source is records and _fit(examples, task):
+                return examples
+        examples = make_examples(task, records, split, self._progress)
+        self._examples[split] = key, records, examples
         return examples
 
 
-def _size(example: Example) -> int:
-    return len(example.input) + max(map(len, example.candidates))
+def _fit(examples: Dataset, task: Task) -> bool:
+    """Whether the examples are as they would be with the limit of a task."""
+    lengths = examples.lengths
+    return not examples.truncated and bool(
+        (lengths.input + lengths.longest <= task.max_tokens).all()
+    )
 
 
-def _initial_prompts(experiment: Experiment, base: Base) -> list[jax.Array]:
-    """The trained prompts that what is learned starts from."""
-    settings = {
-        "prompt": experiment.prompt,
-        "dept": experiment.prompt,
-        "prefix": experiment.prefix,
-    }.get(experiment.method)
-    vectors = []
-    for path in settings.init_prompts or () if settings else ():
-        trained = load_prompt(path, base).method
-        if not isinstance(trained, SoftPrompt):
-            raise UserError(f"init_prompts: {path} is no soft prompt")
-        vectors.append(trained.vectors[...])
+def _vectors_of(path: str, base: Base) -> jax.Array:
+    """Return the vectors `[P, D]` of a trained soft prompt."""
+    vectors = load_prompt(path, base).method.plain_vectors()
+    if vectors is None:
+        raise UserError(f"init_prompts: {path} is not a soft prompt")
     return vectors

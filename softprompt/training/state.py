@@ -1,25 +1,38 @@
-"""Where a run stands, as every checkpoint has it."""
+"""The state of a run: its arrays, and where it stands. A checkpoint holds both."""
 
 import dataclasses
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from softprompt.backbones.loading import Backbone
+from softprompt.experiment.schema import Experiment
+from softprompt.methods.method import Method
+from softprompt.objectives.cross_entropy import cross_entropy
+from softprompt.training.optimizers import UpdateRule, hyperparameters, learning_rate
+from softprompt.training.step import Frozen, split
+
 
 @dataclasses.dataclass
 class RunState:
-    """Where a run stands, apart from its arrays; part of every checkpoint.
+    """Where a run stands, apart from its arrays. Every checkpoint holds it as JSON.
 
     Attributes:
-      base, examples: digests of the base model and of all tokenised data, which must be
-        the same when the run goes on.
-      step: updates made.
+      base, examples: digests of the base model and of the tokenized data. A run resumes
+        only if both are unchanged.
+      step: number of updates made.
       data: state of the iterator over training batches.
-      evaluated: the last step whose prompt was evaluated; -1 if none was.
-      best_step, best_metrics: of the best prompt so far.
-      stale: evaluations since then.
-      records: written to the metrics.
-      losses, padding: of each step since the last record of the metrics.
-      seconds: spent on this run; `step_seconds`, on its steps alone; `logged_seconds`,
-        `step_seconds` at the last record of the metrics.
+      evaluated: the last step that was evaluated, or -1.
+      best_step, best_metrics: step and validation metrics of the best evaluation so far.
+      stale: number of evaluations since the best one.
+      records: number of records in `metrics.jsonl`.
+      losses, padding: loss and share of padding of each step since the last record.
+      seconds: time spent on this run.
+      step_seconds: time spent on its steps alone.
+      logged_seconds: `step_seconds` at the last record.
     """
 
     base: str
@@ -36,3 +49,108 @@ class RunState:
     seconds: float = 0.0
     step_seconds: float = 0.0
     logged_seconds: float = 0.0
+
+
+class TrainState:
+    """The arrays of a run: trainable, frozen, and of the optimizer.
+
+    Args:
+      experiment: gives optimizer, schedule and seed.
+      method: the method before training.
+      backbone: the frozen backbone.
+      padded_length: pad the prompt to this many virtual tokens while it trains, so that
+        the trials of a sweep share a compiled program. Ignored if the method cannot be
+        padded. Saved arrays are not padded.
+
+    Attributes:
+      trainable, opt_state, frozen: the arguments of `train_step`.
+      program: the static arguments of `train_step`.
+      key: random key of the run.
+      padded_length: see above; None if the prompt is not padded.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        method: Method,
+        backbone: Backbone,
+        padded_length: int | None = None,
+    ):
+        offsets = type(method).offsets_learning_rate(experiment)
+        steps = experiment.training.steps
+        self._optimizer = UpdateRule.of(experiment.optimizer)
+        self._hyperparameters = hyperparameters(experiment.optimizer, steps, offsets)
+        graphdef, trainable, frozen = split(method, backbone)
+        self._unpadded = graphdef, jax.eval_shape(lambda: trainable), frozen
+        self.padded_length = None
+        if padded_length is not None and method.can_be_padded(backbone):
+            self.padded_length = padded_length
+            graphdef, trainable, frozen = split(method.padded(padded_length), backbone)
+        self.trainable, self.frozen = trainable, frozen
+        self.opt_state = self._optimizer.init(trainable, self._hyperparameters)
+        self.key = jax.random.key(experiment.seed)
+        self.program: dict[str, Any] = {
+            "graphdef": graphdef,
+            "optimizer": self._optimizer,
+            "objective": cross_entropy,
+            "accumulate": experiment.training.accumulate,
+        }
+
+    @property
+    def arrays(self) -> tuple[nnx.State, Any, Frozen]:
+        """The first three arguments of `train_step`."""
+        return self.trainable, self.opt_state, self.frozen
+
+    @property
+    def trainable_parameters(self) -> int:
+        """Number of trainable parameters, without padding."""
+        return sum(x.size for x in jax.tree.leaves(self._unpadded[1]))
+
+    def learning_rate(self, step: int) -> float:
+        """The learning rate of a step, counted from 0."""
+        return float(learning_rate(self._optimizer.schedule, self._hyperparameters, step))
+
+    def is_finite(self) -> bool:
+        """Whether all trainable parameters are finite."""
+        return all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(self.trainable))
+
+    def model(self) -> tuple[Method, Backbone]:
+        """The method and the backbone as they are now, padded as in training."""
+        return nnx.merge(self.program["graphdef"], self.trainable, *self.frozen)
+
+    def unpadded_model(self, trainable: nnx.State | None = None) -> tuple[Method, Backbone]:
+        """The method and the backbone without padding.
+
+        Args:
+          trainable: the trainable state to use; the current one by default.
+        """
+        graphdef, shapes, frozen = self._unpadded
+        trainable = self.trainable if trainable is None else trainable
+        return nnx.merge(graphdef, resize(trainable, shapes), *frozen)
+
+    def saved_shapes(self) -> tuple[nnx.State, Any]:
+        """Shapes of trainable and optimizer state in a checkpoint."""
+        init = self._optimizer.init
+        return jax.eval_shape(lambda x: (x, init(x, self._hyperparameters)), self._unpadded[1])
+
+    def save(self) -> tuple[nnx.State, Any]:
+        """Trainable and optimizer state as a checkpoint holds them."""
+        return resize((self.trainable, self.opt_state), self.saved_shapes())
+
+    def restore(self, saved: tuple[nnx.State, Any]) -> None:
+        """Take over what `save` returned."""
+        self.trainable, self.opt_state = resize(saved, (self.trainable, self.opt_state))
+
+
+def resize(tree: Any, like: Any) -> Any:
+    """Cut arrays at their ends, or pad them with zeros, to the shapes of other arrays."""
+
+    def fit(array: jax.Array, shape: Any) -> jax.Array:
+        if array.shape == shape.shape:
+            return array
+        # On the host: on a device every length would be compiled separately.
+        cut = np.asarray(array)[tuple(map(slice, shape.shape))]
+        more = [(0, want - have) for want, have in zip(shape.shape, cut.shape, strict=True)]
+        return jnp.asarray(np.pad(cut, more))
+
+    return jax.tree.map(fit, tree, like)

@@ -1,9 +1,9 @@
-"""The whole idea on one page: a step that updates what a method learns, and nothing else.
+"""The training step: it updates what a method learns, and nothing else.
 
-A method says what backbone and what prefix to run; the loss is that of predicting the
-target's tokens; only what the method declares trainable is differentiated, updated and
-kept in the optimizer's state. The frozen rest is an argument, so that it is no constant
-of the compiled program, and it is not donated, so that it stays as it is.
+An objective gives the sum of a loss over a batch and the weight to divide it by. The step
+differentiates `sum / weight` with respect to the trainable state only. The frozen state is
+an argument of the compiled program, so that it is not a constant in it, and it is not
+donated, so that it stays valid.
 """
 
 from typing import Any
@@ -13,27 +13,18 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from softprompt.backbones.batch import Batch, target_log_probabilities
+from softprompt.backbones.batch import Batch
 from softprompt.methods.method import Constant, Method
+from softprompt.objectives.model import Model, Objective
 from softprompt.training.optimizers import UpdateRule
 
-Frozen = tuple[nnx.State, nnx.State]  # the method's constants, and the rest: the backbone
+Frozen = tuple[nnx.State, nnx.State]  # the method's constants; the backbone
 
 
 def split(method: Method, backbone: Any) -> tuple[Any, nnx.State, Frozen]:
-    """The structure of `(method, backbone)`, the part that is trained, and the frozen one."""
-    graphdef, trainable, *rest = nnx.split((method, backbone), method.trainable, Constant, ...)
-    return graphdef, trainable, (rest[0], rest[1])
-
-
-def loss_sum(
-    trainable: nnx.State, frozen: Frozen, graphdef: Any, batch: Batch, key: jax.Array
-) -> jax.Array:
-    """Negative log-likelihood of the batch's targets, in nats, summed."""
-    method, backbone = nnx.merge(graphdef, trainable, *frozen)
-    backbone, prefix = method.apply(backbone, key)
-    log_probabilities = target_log_probabilities(backbone, prefix, batch)
-    return -jnp.sum(log_probabilities, where=batch.target_candidates >= 0)
+    """Split `(method, backbone)` into its structure, its trainable state and its frozen state."""
+    graphdef, trainable, *frozen = nnx.split((method, backbone), method.trainable, Constant, ...)
+    return graphdef, trainable, (frozen[0], frozen[1])
 
 
 def update(
@@ -44,39 +35,50 @@ def update(
     key: jax.Array,
     *,
     graphdef: Any,
-    optimizer: UpdateRule,
+    optimizer: UpdateRule | optax.GradientTransformation,
+    objective: Objective,
     accumulate: int = 1,
 ) -> tuple[nnx.State, Any, dict[str, jax.Array]]:
-    """One update from the mean loss per target token of a batch.
+    """Make one update.
 
     Args:
-      trainable, frozen, graphdef: the parts and the structure of `(method, backbone)`, as
-        `split` gives them.
-      opt_state: the optimizer's state.
+      trainable, frozen, graphdef: what `split` returned.
+      opt_state: state of the optimizer.
       batch: its rows are run in `accumulate` passes of equal size.
-      key: for what is random in the method.
-      optimizer: what makes updates of gradients.
+      key: random key for the objective, such as for dropout.
+      optimizer: turns gradients into updates; any Optax optimizer will do, or our
+        `UpdateRule`, whose hyperparameters are not compiled in.
+      objective: the loss; see `Objective`.
+      accumulate: number of passes.
 
     Returns:
-      The new trainable part and optimizer state, and `loss` and `gradient_norm`.
+      The new trainable state, the new optimizer state, and measurements: `loss`,
+      `gradient_norm` and the metrics of the objective, all scalars.
     """
 
-    def add_pass(total, rows_and_key):
-        of_pass = value_and_gradient(trainable, frozen, graphdef, *rows_and_key)
-        return jax.tree.map(jnp.add, total, of_pass), None
+    def loss_sum(trainable: nnx.State, batch: Batch, key: jax.Array):
+        model = Model(*nnx.merge(graphdef, trainable, *frozen))
+        total, weight, metrics = objective(model, batch, key)
+        return total, (weight, metrics)
 
-    value_and_gradient = jax.value_and_grad(loss_sum)
+    def one_pass(batch: Batch, key: jax.Array):
+        return jax.value_and_grad(loss_sum, has_aux=True)(trainable, batch, key)
+
+    def add_pass(total, batch_and_key):
+        return jax.tree.map(jnp.add, total, one_pass(*batch_and_key)), None
+
     passes = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
-    zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, trainable))
-    total, _ = jax.lax.scan(add_pass, zero, (passes, jax.random.split(key, accumulate)))
-    count = jnp.sum(batch.target_candidates >= 0, dtype=jnp.float32)
-    loss, gradients = jax.tree.map(lambda x: x / count, total)
+    inputs = passes, jax.random.split(key, accumulate)
+    shapes = jax.eval_shape(one_pass, *jax.tree.map(lambda x: x[0], inputs))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    ((total, (weight, metrics)), gradients), _ = jax.lax.scan(add_pass, zeros, inputs)
+    loss, gradients, metrics = jax.tree.map(lambda x: x / weight, (total, gradients, metrics))
     updates, opt_state = optimizer.update(gradients, opt_state, trainable)
-    measured = {"loss": loss, "gradient_norm": optax.tree.norm(gradients)}
+    measured = {"loss": loss, "gradient_norm": optax.tree.norm(gradients), **metrics}
     return optax.apply_updates(trainable, updates), opt_state, measured
 
 
-PROGRAM = ("graphdef", "optimizer", "accumulate")  # what a program is compiled for
+PROGRAM = ("graphdef", "optimizer", "objective", "accumulate")  # what a program is compiled for
 
 train_step = jax.jit(update, static_argnames=PROGRAM, donate_argnames=("trainable", "opt_state"))
-"""`update`, compiled; `trainable` and `opt_state` are donated."""
+"""`update`, compiled. `trainable` and `opt_state` are donated."""

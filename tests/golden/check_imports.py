@@ -21,18 +21,19 @@ from export_adapters import logits_of
 from softprompt.backbones.batch import Batch
 from softprompt.backbones.formats.directory import ModelDirectory
 from softprompt.backbones.loading import Base, load_backbone
+from softprompt.experiment.methods import method_class
 from softprompt.experiment.schema import ComputeSettings
 from softprompt.inference.prompt import TrainedPrompt
 from softprompt.interop.peft_export import export_adapter
 from softprompt.interop.peft_import import import_adapter
-from softprompt.methods.making import method_of
 
 TOLERANCE = 1e-4
 
 
 def imported(base: Base, adapter: Path):
-    name, arrays, scales = import_adapter(adapter, base)
-    return method_of(name, arrays, scales, [~i for i in range(len(arrays.get("vectors", ())))])
+    name, arrays, description = import_adapter(adapter, base)
+    opening = [~i for i in range(len(arrays.get("vectors", ())))]
+    return method_class(name).load(arrays, description, opening)
 
 
 def comes_back(base: Base, method) -> bool:

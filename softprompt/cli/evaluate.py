@@ -1,0 +1,125 @@
+"""`softprompt eval`: evaluate trained prompts on a split of their data."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from softprompt.cli.arguments import add_base, add_batch_size, add_command, add_scoring
+from softprompt.cli.inputs import with_scoring
+from softprompt.cli.progress import Bar
+from softprompt.errors import UserError
+
+if TYPE_CHECKING:
+    from softprompt.experiment.schema import Experiment
+
+
+def add_to(subparsers: Any) -> None:
+    """Declare the command and its arguments."""
+    command = add_command(
+        subparsers,
+        "eval",
+        run,
+        "evaluate one or several trained prompts on a split of their data",
+        """\
+Prints one line of JSON: the split, its number of examples, the loss (nats per target token),
+the accuracy if the task has labels, and the metrics of the experiment or of --metrics. Several
+prompts of one task are evaluated in one pass: each gets a line, and two more lines are for
+the ensemble, by majority vote and by mean probability.
+
+examples:
+  softprompt eval runs/sentiment
+  softprompt eval runs/sentiment --split validation --metrics macro_f1,matthews
+  softprompt eval runs/summarize --output predictions.jsonl       (read by softprompt score)
+  softprompt eval runs/seed-0 runs/seed-1 runs/seed-2""",
+    )
+    command.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run folder")
+    add_base(command)
+    add_batch_size(command)
+    command.add_argument(
+        "--split",
+        choices=("train", "validation", "test"),
+        default="test",
+        help="the data to evaluate on (default: test)",
+    )
+    command.add_argument(
+        "--metrics",
+        metavar="A,B",
+        help="metrics, separated by commas (default: those of the experiment)",
+    )
+    command.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="write inputs, references and predictions to a .jsonl file",
+    )
+    add_scoring(command)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Evaluate one prompt, or several together."""
+    first, *others = options.runs
+    config = first / "config.yaml"
+    if not config.is_file():
+        raise UserError(f"{first}: not a run folder (it has no config.yaml)")
+    if others and (options.metrics or options.output or options.calibrate or options.normalize):
+        raise UserError("--metrics, --output, --normalize and --calibrate need a single run")
+    experiment = _load_experiment(config, options)
+    data = experiment.data.model_dump(exclude_none=True)
+    if options.split not in data:
+        raise UserError(f"{config}: has no data.{options.split}")
+    if others:
+        _evaluate_several(options, data[options.split])
+    else:
+        _evaluate_one(options, experiment, data[options.split])
+
+
+def _load_experiment(config: Path, options: argparse.Namespace) -> "Experiment":
+    from softprompt.experiment.reading import load_experiment
+
+    overrides = [f"evaluation.batch_size={options.batch_size}"]
+    if options.metrics:
+        overrides += [f"evaluation.metrics=[{options.metrics}]", "evaluation.metric=loss"]
+    return load_experiment(config, overrides)
+
+
+def _evaluate_one(options: argparse.Namespace, experiment: "Experiment", data: str) -> None:
+    from softprompt.data.records import read_records
+    from softprompt.data.task import make_examples
+    from softprompt.evaluation.evaluate import evaluate
+    from softprompt.experiment.metric_names import MODEL_METRICS
+    from softprompt.inference.prompt import load_prompt
+    from softprompt.storage.run_folder import write_predictions
+
+    prompt = with_scoring(load_prompt(options.runs[0], options.base), options)
+    examples = make_examples(prompt.task, read_records(data), options.split, Bar)
+    needs_predictions = options.output or set(experiment.evaluation.metrics) - {*MODEL_METRICS}
+    measured = evaluate(
+        prompt.backbone,
+        prompt.prefix,
+        prompt.task,
+        examples,
+        experiment.model_copy(update={"scoring": prompt.scoring}),
+        options.split,
+        written=None if needs_predictions else 0,
+        progress=Bar,
+    )
+    result = {"split": options.split, "examples": len(examples), **measured.values()}
+    print(json.dumps(result))
+    if options.output:
+        write_predictions(options.output, measured.samples)
+
+
+def _evaluate_several(options: argparse.Namespace, data: str) -> None:
+    from softprompt.data.records import read_records
+    from softprompt.data.task import make_examples
+    from softprompt.inference.ensemble import evaluate_ensemble, shared_task
+    from softprompt.inference.prompt import load_prompt
+
+    first = load_prompt(options.runs[0], options.base)
+    prompts = [first, *(load_prompt(run, first.base) for run in options.runs[1:])]
+    examples = make_examples(shared_task(prompts), read_records(data), options.split, Bar)
+    results = evaluate_ensemble(prompts, examples, options.batch_size, options.split, Bar)
+    for name, metrics in zip([*options.runs, "vote", "mean"], results.values(), strict=True):
+        about = {"run": str(name), "split": options.split, "examples": len(examples)}
+        print(json.dumps({**about, **metrics}))

@@ -1,0 +1,169 @@
+"""Compile a template: from an experiment's template to the pieces of an input.
+
+A piece is text with fields to fill in, special tokens, or the place of the virtual tokens.
+"""
+
+from collections.abc import Mapping, Sequence
+from string import Formatter
+
+import jinja2
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from softprompt.data.records import Record
+from softprompt.errors import UserError
+from softprompt.experiment.schema import TemplateSettings
+from softprompt.experiment.templates import template_fields, template_pieces
+
+Demonstration = tuple[str, str]
+"""The input and the target of a solved example."""
+
+Piece = str | list[int] | None
+"""Text with `{field}`s, token ids, or None for the virtual tokens."""
+
+
+def compile_template(
+    template: TemplateSettings,
+    demonstrations: Sequence[Demonstration],
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    virtual: bool,
+) -> list[Piece]:
+    """Return the pieces of an input, which are tokenized one by one.
+
+    Args:
+      template: the experiment's template.
+      demonstrations: solved examples to write before the input.
+      tokenizer: the base model's. It supplies the special tokens or the chat template.
+      virtual: whether the input contains virtual tokens. They come first unless the
+        template places them with `{prompt}`.
+
+    Raises:
+      UserError: if the chat template or the tokenizer cannot be used.
+    """
+    begin: list[int] = []
+    end: list[int] = []
+    if template.chat:  # a chat template writes special tokens as text
+        texts = _apply_chat_template(template, demonstrations, tokenizer)
+    else:
+        solved = [f"{_escape(text)}{_escape(target)}\n\n" for text, target in demonstrations]
+        texts = ["".join(solved), template.input]
+        begin, end = _special_tokens(tokenizer)
+    pieces: list[Piece] = [begin]
+    for text in texts:
+        first, *rest = template_pieces(text)
+        if virtual:
+            pieces += [first, *(piece for part in rest for piece in (None, part))]
+        else:
+            pieces.append("".join([first, *rest]))
+    pieces.append(end)
+    if virtual and None not in pieces:
+        pieces.insert(0, None)
+    return [piece for piece in pieces if piece not in ("", [])]
+
+
+def fill(template: str, record: Record) -> tuple[str, list[tuple[int, int]]]:
+    """Fill in the fields of a template.
+
+    Returns:
+      The text, and for each field the characters where it begins and ends.
+    """
+    text, spans = "", []
+    for literal, field, _, _ in Formatter().parse(template):
+        text += literal
+        if field is not None:
+            value = record.text(field)
+            spans.append((len(text), len(text) + len(value)))
+            text += value
+    return text, spans
+
+
+def label_of(template: TemplateSettings, verbalizer: Mapping[str, str], record: Record) -> str:
+    """Return the label of a record.
+
+    Raises:
+      UserError: if the field is missing, or its value is not in the verbalizer.
+    """
+    (field,) = template_fields(template.target)
+    label = record.text(field)
+    if label not in verbalizer:
+        raise UserError(
+            f"{record.where}: label {label!r} is not in the verbalizer "
+            f"(labels: {', '.join(verbalizer)})"
+        )
+    return label
+
+
+def draw_demonstrations(
+    template: TemplateSettings,
+    verbalizer: Mapping[str, str] | None,
+    records: Sequence[Record],
+    count: int,
+    seed: int,
+) -> list[Demonstration]:
+    """Draw `count` records without replacement and return their inputs and targets.
+
+    Raises:
+      UserError: if there are fewer records, or one of those drawn lacks a field.
+    """
+    if count > len(records):
+        raise UserError(f"shots: {count}, but there are only {len(records)} training records")
+    drawn = np.random.default_rng(seed).choice(len(records), count, replace=False)
+    return [_demonstrate(template, verbalizer, records[int(i)]) for i in drawn]
+
+
+def _demonstrate(
+    template: TemplateSettings, verbalizer: Mapping[str, str] | None, record: Record
+) -> Demonstration:
+    text = fill("".join(template_pieces(template.input)), record)[0]
+    if not verbalizer:
+        return text, fill(template.target, record)[0]
+    (field,) = template_fields(template.target)
+    label = label_of(template, verbalizer, record)
+    return text, template.target.format(**{field: verbalizer[label]})
+
+
+def _apply_chat_template(
+    template: TemplateSettings,
+    demonstrations: Sequence[Demonstration],
+    tokenizer: PreTrainedTokenizerFast,
+) -> list[str]:
+    """Return the chat as two templates: what comes before the input, and the rest."""
+    contents = [] if template.system is None else [template.system]
+    roles = [] if template.system is None else ["system"]
+    for demonstration in demonstrations:
+        contents += map(_escape, demonstration)
+        roles += ["user", "assistant"]
+    contents.append(template.input)
+    roles.append("user")
+    # A character for private use stands for each message, because chat templates may trim or
+    # otherwise change ordinary text.
+    marks = [chr(0xE000 + i) for i in range(len(contents))]
+    messages = [{"role": r, "content": m} for r, m in zip(roles, marks, strict=True)]
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except (ValueError, jinja2.TemplateError) as error:
+        reason = str(error).split("\n")[0]
+        raise UserError(f"template.chat: the base model's chat template: {reason}") from error
+    text = _escape(str(text))
+    if not all(mark in text for mark in marks):
+        raise UserError("template.chat: the base model's chat template leaves out a message")
+    before, _, after = text.rpartition(marks[-1])
+    for mark, content in zip(marks[:-1], contents[:-1], strict=True):
+        before = before.replace(mark, content)
+    return [before, template.input + after]
+
+
+def _escape(text: str) -> str:
+    """Return a template without fields that gives this text."""
+    return text.replace("{", "{{").replace("}", "}}")
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[int]]:
+    """Return the ids that the tokenizer adds before and after every text."""
+    plain = tokenizer("a", add_special_tokens=False).input_ids
+    whole = tokenizer("a").input_ids
+    for start in range(len(whole) - len(plain) + 1):
+        if whole[start : start + len(plain)] == plain:
+            return whole[:start], whole[start + len(plain) :]
+    raise UserError("the base model's tokenizer changes texts when it adds special tokens")

@@ -1,0 +1,290 @@
+"""Sections of an experiment that all methods share: their keys, defaults and limits.
+
+The descriptions are also the configuration reference of the documentation.
+"""
+
+from typing import Annotated, Any, Literal, Self
+
+import pydantic
+from pydantic import Field
+
+from softprompt.experiment.metric_names import metric_values
+from softprompt.experiment.templates import template_fields, template_pieces
+
+
+class Section(pydantic.BaseModel):
+    """A section of an experiment. Unknown keys and values of another type are rejected."""
+
+    model_config = pydantic.ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False
+    )
+
+
+class DataSettings(Section):
+    """Where the data come from.
+
+    Each source is a `.jsonl` file with one JSON object per line, a `.csv` file with a header,
+    or `hub:NAME#SPLIT` for a dataset of the Hugging Face hub.
+    """
+
+    train: str = Field(description="Training data.")
+    validation: str = Field(description="Validation data, which decide which prompt is kept.")
+    test: str | None = Field(
+        default=None, description="Test data, on which the best prompt is evaluated at the end."
+    )
+
+
+class TemplateSettings(Section):
+    """How a record becomes text. `{field}` is replaced by a field of the record."""
+
+    input: str = Field(
+        description="Text that the model reads. `{prompt}` marks the place of the virtual tokens; "
+        "by default they come first."
+    )
+    target: str = Field(default="{label}", description="Text that the model learns to generate.")
+    chat: bool = Field(
+        default=False,
+        description="Wrap `input` as a user message in the base model's chat template.",
+    )
+    system: str | None = Field(
+        default=None, description="System message of the chat; it needs `chat: true`."
+    )
+    max_tokens: int | None = Field(
+        default=None,
+        ge=2,
+        description="Limit for the tokens of an input and its target together. The longest field "
+        "of a longer input is truncated. The default is the context window without the tokens "
+        "that every input begins with.",
+    )
+
+    @pydantic.field_validator("input", "target")
+    @classmethod
+    def _check_fields(cls, template: str) -> str:
+        if not template_fields(template):
+            raise ValueError("has no {field} to fill in ({prompt} is the place of the soft prompt)")
+        return template
+
+    @pydantic.model_validator(mode="after")
+    def _check_parts(self) -> Self:
+        if self.system is not None:
+            template_fields(self.system)
+            if not self.chat:
+                raise ValueError("system needs chat: true")
+        texts = (self.system or "", self.input)
+        if sum(len(template_pieces(text)) - 1 for text in texts) > 1:
+            raise ValueError("{prompt} may occur only once")
+        if "{prompt}" in self.target:
+            raise ValueError("target: {prompt} may occur only in the input")
+        return self
+
+
+class ComputeSettings(Section):
+    """How the frozen base model is stored and run."""
+
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32",
+        description="Type of parameters and activations. Norms, softmax and loss are always "
+        "computed in float32.",
+    )
+    int8: bool = Field(
+        default=False,
+        description="Store the weight matrices as int8, with one scale per output channel.",
+    )
+    attention: Literal["auto", "xla", "cudnn"] = Field(
+        default="auto",
+        description="Implementation of attention. `auto` selects `cudnn` where it is available "
+        "and `xla` elsewhere.",
+    )
+
+
+class OptimizerSettings(Section):
+    """The update rule and its schedule."""
+
+    name: Literal["adamw", "adafactor", "sgd", "lion"] = Field(
+        default="adamw", description="Update rule. `sgd` has a momentum of 0.9."
+    )
+    learning_rate: float = Field(
+        default=2e-2,
+        gt=0,
+        description="Peak learning rate, reached after the warm-up. The default depends on the "
+        "method.",
+    )
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        default="cosine",
+        description="Learning rate after the warm-up: constant, or falling to 0 at the last step along "
+        "a straight line or a cosine.",
+    )
+    warmup_steps: int = Field(
+        default=0, ge=0, description="Steps in which the learning rate rises linearly to its peak."
+    )
+    weight_decay: float = Field(
+        default=0.0,
+        ge=0,
+        description="Each update also shrinks the trained parameters by this times the learning "
+        "rate.",
+    )
+    clip_norm: float | None = Field(
+        default=1.0, gt=0, description="Maximum norm of the whole gradient; `null` for no clipping."
+    )
+
+
+class TrainingSettings(Section):
+    """Length of the training and size of a step."""
+
+    steps: int = Field(ge=1, description="Number of updates.")
+    batch_size: int = Field(default=16, ge=1, description="Examples per forward and backward pass.")
+    accumulate: int = Field(
+        default=1,
+        ge=1,
+        description="Passes per update. An update averages the gradients of `batch_size` times "
+        "`accumulate` examples.",
+    )
+    log_every: int = Field(
+        default=10, ge=1, description="Steps between records of the training loss."
+    )
+
+
+class ScoringSettings(Section):
+    """How the label of an input is chosen from the log-probabilities of the verbalizers."""
+
+    normalize: bool = Field(
+        default=False,
+        description="Divide each log-probability by the verbalizer's number of tokens.",
+    )
+    calibrate: str | None = Field(
+        default=None,
+        pattern=r"\S",
+        description="Content-free text, such as `N/A`. The log-probabilities that the model gives "
+        "with this text in every field are subtracted (Zhao et al. 2021, arXiv:2102.09690).",
+    )
+
+
+class GenerationSettings(Section):
+    """How text is generated."""
+
+    max_new_tokens: int = Field(
+        default=64,
+        ge=1,
+        description="Maximum number of tokens, if the end-of-text token comes no earlier.",
+    )
+    temperature: float | None = Field(
+        default=None,
+        ge=1e-3,
+        description="Sample with the logits divided by this. `null` or 0 selects greedy decoding.",
+    )
+    top_k: int | None = Field(
+        default=None, ge=1, lt=2**31, description="Sample from the k most probable tokens only."
+    )
+    top_p: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="Nucleus sampling: keep the smallest set of tokens with at least this total "
+        "probability.",
+    )
+    min_p: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="Keep the tokens with at least this fraction of the highest probability.",
+    )
+    repetition_penalty: float | None = Field(
+        default=None,
+        gt=0,
+        description="Factor above 1 that makes tokens of the input and of the generated text less "
+        "probable.",
+    )
+    beams: int = Field(default=1, ge=1, description="Beams of beam search; 1 for no beam search.")
+    length_penalty: float = Field(
+        default=1.0,
+        ge=-4,
+        le=4,
+        description="Beam search divides log-probabilities by the length to this power.",
+    )
+    samples: int = Field(
+        default=1, ge=1, description="Texts per input: independent samples, or the best beams."
+    )
+    seed: int = Field(default=0, ge=0, lt=2**32, description="Seed of sampling.")
+    stop: list[Annotated[str, Field(min_length=1)]] = Field(
+        default=[], description="Texts that end the generation; they are removed from the result."
+    )
+
+    @pydantic.field_validator("temperature", mode="before")
+    @classmethod
+    def _zero_is_greedy(cls, temperature: Any) -> Any:
+        return None if temperature == 0 else temperature
+
+    @pydantic.model_validator(mode="after")
+    def _check_parts(self) -> Self:
+        if self.temperature is None:
+            for name in ("top_k", "top_p", "min_p"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name} needs a temperature")
+            if self.samples > self.beams:
+                raise ValueError("samples: several samples need a temperature, or as many beams")
+        elif self.beams > 1:
+            raise ValueError("beams: beam search takes no temperature")
+        return self
+
+
+class EvaluationSettings(Section):
+    """When to evaluate, and which metric decides which prompt is kept."""
+
+    every: int = Field(
+        default=100,
+        ge=1,
+        description="Steps between evaluations. The last step is always evaluated.",
+    )
+    examples: int | None = Field(
+        default=None,
+        ge=1,
+        description="Evaluate only this many validation examples, the first ones.",
+    )
+    metrics: list[str] = Field(
+        default=[], description="Additional metrics of the predicted labels or the generated texts."
+    )
+    metric: str = Field(
+        default="loss",
+        description="The metric that decides: `loss`, `accuracy`, or a value of one of `metrics`, "
+        "such as `rougeL.f1` or `bleu`.",
+    )
+    stem: bool = Field(default=False, description="Stem English words before ROUGE compares them.")
+    samples: int = Field(
+        default=32,
+        ge=0,
+        description="For free text: generate, measure and save texts for this many validation "
+        "examples, the first ones.",
+    )
+    patience: int | None = Field(
+        default=None,
+        ge=1,
+        description="Stop early after this many evaluations without an improvement.",
+    )
+    batch_size: int = Field(default=32, ge=1, description="Examples per forward pass.")
+
+    @pydantic.field_validator("metrics")
+    @classmethod
+    def _check_names(cls, names: list[str]) -> list[str]:
+        for name in names:
+            metric_values(name)
+        return names
+
+    @pydantic.model_validator(mode="after")
+    def _check_metric(self) -> Self:
+        measured = ["loss", "accuracy", *(v for name in self.metrics for v in metric_values(name))]
+        if self.metric not in measured:
+            raise ValueError(f"metric: {self.metric!r} is none of {', '.join(measured)}")
+        return self
+
+
+class CheckpointSettings(Section):
+    """When the full state of a run is saved. Every evaluation saves a checkpoint."""
+
+    every: int | None = Field(
+        default=None, ge=1, description="Also save a checkpoint every this many steps."
+    )
+    keep: int = Field(
+        default=2,
+        ge=1,
+        description="Number of newest checkpoints to keep. The best one is always kept.",
+    )

@@ -1,0 +1,16 @@
+"""The base model alone: the template, and solved examples if the experiment asks for them.
+
+In-context learning (Brown et al. 2020, arXiv:2005.14165). The baseline of every other method.
+"""
+
+from typing import ClassVar
+
+from softprompt.methods.method import Method
+
+
+class ZeroShot(Method):
+    """A method that learns nothing."""
+
+    name: ClassVar[str] = "none"
+    label: ClassVar[str] = "base model alone"
+    is_pure_prefix: ClassVar[bool] = True

@@ -1,0 +1,32 @@
+"""Cross-entropy of the target tokens.
+
+Axis letters: B batch, M target positions.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from softprompt.backbones.batch import Batch, target_log_probabilities
+from softprompt.objectives.model import Model
+
+
+def cross_entropy(
+    model: Model, batch: Batch, key: jax.Array
+) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
+    """Compute the negative log-likelihood of a batch's target tokens.
+
+    Args:
+      model: the method on its backbone.
+      batch: `[B]` rows with `[B, M]` targets.
+      key: the random key of this pass, for dropout.
+
+    Returns:
+      The sum over all target tokens in nats, the number of target tokens, and no metrics.
+    """
+    backbone, prefix = model.apply(key)
+    log_probabilities = target_log_probabilities(backbone, prefix, batch)  # [B, M]
+    is_target = batch.target_candidates >= 0
+    total = -jnp.sum(log_probabilities, where=is_target)
+    return total, jnp.sum(is_target, dtype=jnp.float32), {}

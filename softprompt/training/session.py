@@ -1,0 +1,328 @@
+"""The session of a run: what is due when, and how a stopped run resumes.
+
+A run that was stopped at any moment resumes from its newest intact checkpoint and ends
+bit for bit as if it had never stopped: every batch is a function of the seed and its
+number, and a checkpoint holds everything else.
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import jax
+from flax import nnx
+
+from softprompt.backbones.batch import Batch
+from softprompt.backbones.loading import Backbone
+from softprompt.data.batches import TrainingBatches
+from softprompt.data.examples import Example, data_digest, same_data
+from softprompt.errors import Stopped, UserError
+from softprompt.evaluation.evaluate import EvaluationResult, evaluate
+from softprompt.evaluation.scoring import prepare_model
+from softprompt.experiment.schema import Experiment
+from softprompt.inference.prompt import load_prompt
+from softprompt.methods.saved import SavedPrompt, read_description, save_prompt
+from softprompt.metrics.named import is_better
+from softprompt.runtime.progress import Progress, silent
+from softprompt.runtime.signals import StopSignals
+from softprompt.storage.arrays import DamagedError
+from softprompt.storage.checkpoints import Checkpoints
+from softprompt.storage.run_folder import write_config
+from softprompt.training.preparation import Prepared
+from softprompt.training.reporting import Reporter, log_message
+from softprompt.training.state import RunState, TrainState
+
+
+class Session:
+    """One process's work on a run, as a context manager that waits for pending writes.
+
+    Its caller makes the steps: see `loop.train` and `sweep.scheduler`.
+
+    Args:
+      experiment: what to train.
+      folder: the run folder, opened by `open_run`.
+      prepared: the base model, the data and the method.
+      stop: may interrupt an evaluation.
+      padded_length: see `TrainState`.
+      name: put in front of log messages, if there is one.
+      progress: shows evaluations.
+
+    Attributes:
+      state: the arrays.
+      run: where the run stands.
+      reporter: what it reports.
+      steps: number of steps to make; 0 if nothing is trained.
+
+    Raises:
+      UserError: if the data does not fill a batch, or if the base model or the data
+        changed since the run began.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        folder: Path,
+        prepared: Prepared,
+        stop: StopSignals,
+        *,
+        padded_length: int | None = None,
+        name: str = "",
+        progress: Progress = silent,
+    ):
+        self.experiment, self.folder, self.name = experiment, folder, name
+        self.base, self.task, self.examples = prepared.base, prepared.task, prepared.examples
+        self._stop, self._progress = stop, progress
+        self.rows = experiment.training.batch_size * experiment.training.accumulate
+        if len(self.examples["train"]) < self.rows:
+            raise UserError(
+                f"{experiment.data.train}: {len(self.examples['train'])} examples do not fill a "
+                f"batch of {self.rows}; set a smaller training.batch_size"
+            )
+        self.batches = TrainingBatches(
+            self.examples["train"],
+            self.rows,
+            experiment.seed,
+            separate_targets=self.base.backbone.separate_targets,
+        )
+        self._iterator = self.batches.iterate()
+        backbone = self.base.backbone
+        self.state = TrainState(experiment, prepared.method, backbone, padded_length)
+        self.steps = experiment.training.steps if jax.tree.leaves(self.state.trainable) else 0
+
+        write_config(folder, experiment)
+        self._checkpoints = Checkpoints(folder / "checkpoints", experiment.checkpoints.keep)
+        self.run = RunState(self.base.fingerprint, data_digest(self.examples))
+        self._resume()
+        self.reporter = Reporter(experiment, folder, self.run, name)
+        self._saved_step = self.run.step
+        self._pending: tuple[dict[str, jax.Array], float] | None = None  # of the last step
+        self._began = time.monotonic() - prepared.seconds - self.run.seconds
+        self._last_step_ended = time.monotonic()
+        self._parallel_runs = 1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def run_due_work(self) -> bool:
+        """Evaluate and save if that is due, and return whether there is a next step.
+
+        An evaluation that a signal interrupts leaves no trace.
+        """
+        run, evaluation = self.run, self.experiment.evaluation
+        every, patience = self.experiment.checkpoints.every, evaluation.patience
+        is_last = run.step == self.steps
+        is_due = run.step > 0 and run.step % evaluation.every == 0
+        if run.evaluated < run.step and (is_last or is_due):
+            self._evaluate()
+        elif every and run.step % every == 0 and self._saved_step < run.step:
+            self.save()
+        stops_early = patience is not None and run.stale >= patience
+        if stops_early and not is_last:
+            log_message(self.name, f"no better prompt in {run.stale} evaluations: stopping early")
+        return not (is_last or stops_early)
+
+    def next_inputs(self) -> tuple[Batch, jax.Array]:
+        """Return the batch and the random key of the next step."""
+        return next(self._iterator), jax.random.fold_in(self.state.key, self.run.step)
+
+    def accept(
+        self,
+        trainable: nnx.State,
+        opt_state: Any,
+        measured: dict[str, jax.Array],
+        *,
+        padding: float,
+        parallel_runs: int = 1,
+    ) -> None:
+        """Take over the results of a step, which may still be running on the device.
+
+        While it runs, the measurements of the step before are checked and logged.
+
+        Args:
+          trainable, opt_state, measured: what `train_step` returned.
+          padding: share of padding in the batch.
+          parallel_runs: number of runs that made a step at the same time, this one included.
+
+        Raises:
+          UserError: if the step before gave a loss or a gradient that is not finite.
+        """
+        self.state.trainable, self.state.opt_state = trainable, opt_state
+        self._finish_step()
+        self._pending, self._parallel_runs = (measured, padding), parallel_runs
+        self.run.step += 1
+
+    def save(self) -> None:
+        """Save a checkpoint of the state after the last step, unless it exists."""
+        run = self.run
+        if self._saved_step == run.step:
+            return
+        self._finish_step()
+        if not self.state.is_finite():
+            raise self._not_finite("the update made trained values infinite")
+        run.data = self._iterator.get_state()
+        run.records = self.reporter.records
+        run.seconds = time.monotonic() - self._began
+        description = dataclasses.asdict(run)
+        self._checkpoints.save(run.step, self.state.save(), description, run.best_step)
+        self._saved_step = run.step
+
+    def close(self) -> None:
+        """Wait until everything saved is on disk."""
+        self.reporter.close()
+        self._checkpoints.wait()
+
+    def finish(self) -> dict[str, Any]:
+        """Evaluate the best prompt on the test data, and write and return the summary."""
+        test = None
+        if "test" in self.examples:
+            test = self._measure(*self._best_model(), "test")
+        return self.reporter.summary(self.state, time.monotonic() - self._began, test)
+
+    def _resume(self) -> None:
+        """Resume from the newest intact checkpoint whose best prompt is intact as well."""
+        found = dict(self._checkpoints.read_descriptions())
+        intact = {}
+        for step, description in found.items():
+            if isinstance(description, DamagedError):
+                log_message(self.name, f"{description}; not using this checkpoint")
+            else:
+                intact[step] = description
+        best_prompts = {0, *intact, self._saved_prompt_step()}
+        for step, description in intact.items():
+            self._require_unchanged(description)
+            if description["best_step"] in best_prompts:
+                self.state.restore(self._checkpoints.load(step, self.state.saved_shapes()))
+                self.run = RunState(**description)
+                self._iterator.set_state(self.run.data)
+                log_message(self.name, f"resuming from step {step}")
+                return
+        if found:
+            log_message(self.name, "no checkpoint can be used: starting from the beginning")
+
+    def _require_unchanged(self, description: dict[str, Any]) -> None:
+        """Check that a checkpoint belongs to this base model and this data."""
+        changed = None
+        if description["base"] != self.base.fingerprint:
+            changed = "base model"
+        elif not same_data(description["examples"], self.examples):
+            changed = "data"
+        if changed:
+            raise UserError(
+                f"{self.folder}: its {changed} has changed since the run began; restore it, "
+                "or choose another folder"
+            )
+
+    def _finish_step(self) -> None:
+        """Wait for the pending step, check that its results are finite, and report them."""
+        if self._pending is None:
+            return
+        arrays, padding = self._pending
+        self._pending = None
+        measured = {name: float(value) for name, value in arrays.items()}
+        loss, norm = measured["loss"], measured["gradient_norm"]
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise self._not_finite(f"the loss is {loss} and the gradient norm is {norm}")
+        now = time.monotonic()
+        seconds = (now - self._last_step_ended) / self._parallel_runs
+        self._last_step_ended = now
+        self.reporter.step(measured, padding, seconds, self.state)
+
+    def _evaluate(self) -> None:
+        """Evaluate the current prompt, save the state, and keep the prompt if it is the best."""
+        self._finish_step()
+        try:
+            with self._stop.deferred(False):
+                result = self._measure(*prepare_model(*self.state.model()), "validation")
+        except Stopped:
+            return
+        run, metric = self.run, self.experiment.evaluation.metric
+        metrics = result.values()
+        if not math.isfinite(metrics["loss"]):
+            raise self._not_finite(f"the validation loss is {metrics['loss']}")
+        is_best = not run.best_metrics or is_better(metrics, run.best_metrics, metric)
+        if is_best:
+            run.best_step, run.best_metrics = run.step, metrics
+        run.stale = 0 if is_best else run.stale + 1
+        run.evaluated = run.step
+        self.reporter.validation(result, best=is_best, free_text=not self.task.labels)
+        self.save()
+        if is_best:
+            self._checkpoints.wait()
+            self._save_prompt(self.state.trainable)
+        self._last_step_ended = time.monotonic()
+
+    def _measure(self, backbone: Backbone, prefix: Any, split: str) -> EvaluationResult:
+        settings = self.experiment.evaluation
+        examples: Sequence[Example] = self.examples[split]
+        generated: int | None = settings.samples
+        if split == "validation":
+            examples = examples[: settings.examples]
+        elif settings.samples:
+            generated = None
+        return evaluate(
+            backbone,
+            prefix,
+            self.task,
+            examples,
+            self.experiment,
+            f"{self.name}: {split}" if self.name else split,
+            written=generated,
+            progress=self._progress,
+        )
+
+    def _save_prompt(self, trainable: nnx.State) -> None:
+        method, backbone = self.state.unpadded_model(trainable)
+        save_prompt(
+            self.folder / "prompt",
+            method.folded(),
+            self.base,
+            self.task,
+            backbone=backbone,
+            experiment=self.experiment.name,
+            step=self.run.best_step,
+            validation=self.run.best_metrics,
+            scoring=self.experiment.scoring,
+            generation=self.experiment.generation,
+        )
+
+    def _saved_prompt_step(self) -> int:
+        """The step of the saved prompt; -1 if there is none or it is damaged."""
+        try:
+            return read_description(self.folder / "prompt")["step"]
+        except UserError:
+            return -1
+
+    def _best_model(self) -> tuple[Backbone, Any]:
+        """Backbone and prefix of the best step, from `prompt/` or from its checkpoint."""
+        best = self.run.best_step
+        if self._saved_prompt_step() != best:
+            trainable, _ = self._checkpoints.load(best, self.state.saved_shapes())
+            self._save_prompt(trainable)
+        folder = self.folder / "prompt"
+        if self.state.padded_length is None:
+            trained = load_prompt(folder, self.base)
+            return trained.backbone, trained.prefix
+        method, _ = SavedPrompt.read(folder).method(self.base, self.task.opening)
+        return prepare_model(method.padded(self.state.padded_length), self.base.backbone)
+
+    def _not_finite(self, what: str) -> UserError:
+        self._checkpoints.wait()
+        newest = self._checkpoints.steps[-1:]
+        kept = f"checkpoint {self._checkpoints.path(newest[0])} is kept" if newest else ""
+        where = "" if self.name else ", in another folder"
+        return UserError(
+            f"step {self.run.step}: {what}; lower optimizer.learning_rate{where}; "
+            f"{kept or 'there is no checkpoint yet'}"
+        )
