@@ -73,8 +73,8 @@ class TrainedPrompt:
         Args:
           method: the trained method. Its arrays are used as they are now.
           base: the base model.
-          task: template and verbalizer; by default free text after `{text}`. The opening of the
-            task replaces that of the method.
+          task: template and verbalizer; by default free text after `{text}`. The task's
+            opening replaces the method's.
         """
         method = method.folded()
         task = task or text_task(method, base)

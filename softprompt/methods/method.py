@@ -35,7 +35,7 @@ class Method(nnx.Module):
 
     The class answers what must be known before there is an instance: its learning rate, its
     checks, how it is built from an experiment and loaded from a file. The instance holds the
-    learned arrays. Every default below is that of a method that learns nothing.
+    learned arrays. The defaults in this class describe a method that learns nothing.
 
     Args:
       opening: `[S]`, the ids that every row begins with. Virtual token i has the id `~i`, a
@@ -165,7 +165,7 @@ class Method(nnx.Module):
         """Return what is saved of a folded method, by name.
 
         Args:
-          backbone: the backbone that was trained on.
+          backbone: the backbone after training.
         """
         return {}
 
@@ -179,7 +179,7 @@ class Method(nnx.Module):
 
         Args:
           description: the content of `prompt.json`.
-          backbone: that of the base model.
+          backbone: the frozen backbone of the base model.
         """
         shapes = description["arrays"].items()
         return {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes}
@@ -206,7 +206,12 @@ class Method(nnx.Module):
         return cls(opening)
 
     def restore(self, backbone: Backbone, arrays: Mapping[str, jax.Array]) -> Backbone:
-        """Return the backbone that was trained, from that of the base model and saved arrays."""
+        """Return the backbone as it was after training.
+
+        Args:
+          backbone: the frozen backbone of the base model.
+          arrays: the saved arrays.
+        """
         return backbone
 
     def plain_vectors(self) -> jax.Array | None:
@@ -230,7 +235,7 @@ class Method(nnx.Module):
     def peft_prefix(self, base: Base, prefix: Prefix | None) -> Adapter:
         """Return the whole prefix as a PREFIX_TUNING adapter, text in the opening included.
 
-        The arguments and errors are those of `peft_adapter`.
+        Arguments and errors are the same as for `peft_adapter`.
         """
         raise UserError(f"method {self.name} cannot be written as a prefix")
 
@@ -238,7 +243,7 @@ class Method(nnx.Module):
         """Return a plain model that computes the same as the method.
 
         Args:
-          backbone: that of the base model.
+          backbone: the frozen backbone of the base model.
           adapted: as returned by `apply`.
 
         Returns:
