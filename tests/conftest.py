@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from compilation import IN_A_PROCESS, compile_quickly
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -35,25 +36,7 @@ FAMILIES_GOLDEN = GOLDEN / "families"
 REPOSITORY = Path(__file__).parent.parent
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-
-# Many tests compile the same programs: keep them, here and in processes that tests start.
-_WORKER = os.environ.get("PYTEST_XDIST_WORKER", "alone")
-_COMPILED = str(REPOSITORY / ".pytest_cache" / "compiled" / _WORKER)
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _COMPILED
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
-jax.config.update("jax_compilation_cache_dir", _COMPILED)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-
-# They run but a moment, and most of the tests' time goes into compiling them.
-os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-jax.config.update("jax_disable_most_optimizations", True)
-os.environ["XLA_FLAGS"] = " ".join(
-    [
-        os.environ.get("XLA_FLAGS", ""),
-        "--xla_cpu_use_fusion_emitters=false",
-        "--xla_cpu_parallel_codegen_split_count=1",
-    ]
-)
+compile_quickly()
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -216,7 +199,7 @@ sys.exit(main())
 
 def sweep_process(space: Space, before: str, *overrides: str) -> subprocess.Popen:
     """`softprompt sweep` in a process that runs some code before every step of places `here`."""
-    code = _SWEEP.format(before=textwrap.indent(before, "    "))
+    code = IN_A_PROCESS + _SWEEP.format(before=textwrap.indent(before, "    "))
     command = ["sweep", str(space.file.path), *overrides, "--folder", str(space.folder)]
     return subprocess.Popen(
         [sys.executable, "-c", code, *command], stderr=subprocess.PIPE, text=True

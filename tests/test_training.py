@@ -10,6 +10,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from compilation import IN_A_PROCESS
 from conftest import GOLDEN, write_experiment
 from orbax.checkpoint import v1 as orbax
 
@@ -44,11 +45,8 @@ def start(experiment_file):
     """Start `softprompt train` on the letters, in a process of its own."""
 
     def start(folder, *overrides):
-        command = [
-            sys.executable,
-            "-c",
-            "import sys; from softprompt.cli.main import main; sys.exit(main())",
-        ]
+        code = f"{IN_A_PROCESS}from softprompt.cli.main import main; sys.exit(main())"
+        command = [sys.executable, "-c", code]
         command += ["train", str(experiment_file), *overrides, "--run-dir", str(folder)]
         return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
@@ -119,7 +117,7 @@ os.fsync = fsync
 from softprompt.cli.main import main
 sys.exit(main())
 """
-    command = [sys.executable, "-c", code, str(write), "train", str(experiment_file)]
+    command = [sys.executable, "-c", IN_A_PROCESS + code, str(write), "train", str(experiment_file)]
     done = subprocess.run([*command, "--run-dir", str(folder)], capture_output=True)
     assert done.returncode == 9, done.stderr
     train(experiment, folder)

@@ -3,6 +3,7 @@
 import hashlib
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -56,9 +57,10 @@ def load_weights(state: nnx.State, file: ModelFile, names: Names, arch: Any, dty
         stored_dtype = np.float32 if is_norm else np.int8 if quantized else jnp.dtype(dtype)
         values, scales = reader.parameter(path, parameter.shape, stored_dtype)
         if not reader.problems:
-            parameter.set_value(jnp.asarray(values))
+            # `jnp.asarray` would compile a program for each shape.
+            parameter.set_value(jax.device_put(values))
             if quantized:
-                flat[*path[:-1], "scale"].set_value(jnp.asarray(scales))
+                flat[*path[:-1], "scale"].set_value(jax.device_put(scales))
     reader.raise_problems()
     return reader.digest.hexdigest()
 
