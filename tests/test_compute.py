@@ -1,5 +1,6 @@
-"""How a backbone is held and run: bfloat16, int8, and the implementations of attention."""
+"""Storage and computation of a backbone: bfloat16, int8, and implementations of attention."""
 
+import functools
 from functools import partial
 
 import jax
@@ -15,10 +16,13 @@ from softprompt.backbones.attention import Source, attend, causal_mask
 from softprompt.backbones.flash import choose_attention, compare_with_xla, flash_attend
 from softprompt.backbones.formats.weights import quantize
 
-MIXED = "gemma3_text-pattern"  # windows shorter than the prompt, two rotary embeddings, a soft-cap
+MIXED = "gemma3_text-pattern"  # windows shorter than the prompt, two ropes, a soft-cap
 
 
-@partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+quick = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+@quick
 def loss_and_gradient(backbone, tokens, lengths, prompt):
     real = jnp.arange(tokens.shape[1])[None] < lengths[:, None]
 
@@ -33,42 +37,43 @@ def loss_and_gradient(backbone, tokens, lengths, prompt):
     return jax.value_and_grad(loss)(prompt)
 
 
+@functools.cache
 def measured(variant, **compute):
     golden = np.load(FAMILIES_GOLDEN / variant / "golden.npz")
     arguments = golden["tokens"], golden["lengths"], jnp.asarray(golden["prompt"])
     return loss_and_gradient(golden_backbone(variant, **compute), *arguments)
 
 
-def likeness(one, other):
-    """Cosine of the angle between two gradients."""
+def cosine(one, other):
+    """The cosine similarity of two gradients."""
     return jnp.vdot(one, other) / (jnp.linalg.norm(one) * jnp.linalg.norm(other))
 
 
 @pytest.mark.parametrize("variant", ["llama-biased", MIXED, "qwen3_moe-plain", "gpt2-plain"])
 @pytest.mark.parametrize("compute", [{"dtype": "bfloat16"}, {"int8": True}], ids=str)
-def test_rounded_models_have_nearly_the_same_loss_and_prompt_gradient(variant, compute):
+def test_rounded_weights_hardly_change_loss_and_prompt_gradient(variant, compute):
     loss, gradient = measured(variant)
     rounded_loss, rounded = measured(variant, **compute)
     assert rounded.dtype == jnp.float32
     assert rounded_loss != loss
     np.testing.assert_allclose(rounded_loss, loss, rtol=0.02)
-    assert likeness(rounded, gradient) > 0.99
+    assert cosine(rounded, gradient) > 0.99
 
 
-def test_everything_is_of_the_asked_type_but_norms():
+def test_all_parameters_except_norms_have_the_requested_dtype():
     _, state = nnx.split(golden_backbone(MIXED, dtype="bfloat16"))
     for path, parameter in nnx.to_flat_state(state):
         expected = jnp.float32 if "norm" in str(path) else jnp.bfloat16
         assert parameter.dtype == expected, path
 
 
-def test_int8_holds_the_matrices_of_layers_and_head_alone():
+def test_only_kernels_are_int8():
     _, state = nnx.split(golden_backbone("llama-biased", int8=True))
     for path, parameter in nnx.to_flat_state(state):
         assert (parameter.dtype == jnp.int8) == (path[-1] == "kernel"), path
 
 
-def test_quantized_kernels_are_off_by_half_a_step_at_most():
+def test_quantization_error_is_at_most_half_a_step():
     kernel = np.random.default_rng(0).normal(size=(40, 7)).astype(np.float32)
     kernel[:, 3] = 0
     values, scales = quantize(kernel)
@@ -77,7 +82,7 @@ def test_quantized_kernels_are_off_by_half_a_step_at_most():
     assert (np.abs(values * scales - kernel) <= scales / 2 * (1 + 1e-6)).all()
 
 
-def test_the_fingerprint_is_that_of_the_file_whatever_it_is_held_as():
+def test_the_fingerprint_does_not_depend_on_dtype_or_quantization():
     path = str(GOLDEN / "llama-grouped")
     fingerprints = {
         load_base(path, **compute).fingerprint
@@ -92,15 +97,15 @@ def draw(random, *shape):
 
 @pytest.mark.parametrize("window", [None, 9, 3])
 @pytest.mark.parametrize("virtual", [0, 5])
-def test_flash_attention_is_plain_attention(window, virtual):
+def test_flash_attention_agrees_with_plain_attention(window, virtual):
     random = np.random.default_rng(0)
     queries, keys, values = draw(random, 2, 7, 4, 8), *(draw(random, 2, 7, 2, 8) for _ in "kv")
     prefix = (draw(random, virtual, 2, 8), draw(random, virtual, 2, 8)) if virtual else None
-    places = jnp.arange(7)[None] + virtual
-    sources = [Source(keys, values, causal_mask(places, places, window))]
+    positions = jnp.arange(7)[None] + virtual
+    sources = [Source(keys, values, causal_mask(positions, positions, window))]
     if prefix:
-        seen = causal_mask(places, jnp.arange(virtual)[None], window)
-        sources.append(Source(*prefix, visible=seen))
+        visible = causal_mask(positions, jnp.arange(virtual)[None], window)
+        sources.append(Source(*prefix, visible=visible))
     plain = attend(queries, sources, scale=0.3)
     flash = flash_attend(
         queries, keys, values, prefix, scale=0.3, window=window, implementation="xla"
@@ -109,21 +114,26 @@ def test_flash_attention_is_plain_attention(window, virtual):
 
 
 @pytest.mark.parametrize("variant", ["mistral-window", "qwen3-window"])
-def test_a_model_with_flash_attention_is_the_same_model(variant, monkeypatch):
-    """CuDNN itself needs a GPU; here all around it runs, with XLA in its place."""
+def test_a_model_with_flash_attention_has_the_same_logits(variant, monkeypatch):
+    """Without a GPU, XLA replaces cuDNN inside `flash_attend`."""
     monkeypatch.setattr(decoder, "flash_attend", partial(flash_attend, implementation="xla"))
     golden = np.load(FAMILIES_GOLDEN / variant / "golden.npz")
     backbone = nnx.clone(golden_backbone(variant))
     backbone.attention = "cudnn"
     tokens = jnp.asarray(golden["tokens"])
-    prefix = backbone.prefill(jnp.asarray(golden["prompt"]))
-    logits = backbone.logits(backbone(backbone.embedding(tokens), prefix=prefix))
+
+    @quick
+    def prompted(backbone, prompt):
+        prefix = backbone.prefill(prompt)
+        return backbone.logits(backbone(backbone.embedding(tokens), prefix=prefix))
+
+    logits = prompted(backbone, jnp.asarray(golden["prompt"]))
     real = np.arange(tokens.shape[1])[None] < golden["lengths"][:, None]
     error = np.abs(np.asarray(logits) - golden["prompted_logits"])[real]
     assert error.max() < 1e-4 * golden["prompted_logits"][real].std()
 
 
-def test_the_trial_tells_a_good_implementation_from_a_bad_one(monkeypatch):
+def test_the_comparison_finds_wrong_and_failing_implementations(monkeypatch):
     arch = golden_backbone("llama-biased").arch
     assert compare_with_xla(arch, "xla") is None
     assert "failed" in compare_with_xla(arch, "cudnn")
@@ -131,7 +141,7 @@ def test_the_trial_tells_a_good_implementation_from_a_bad_one(monkeypatch):
     assert "disagreed" in compare_with_xla(arch, "xla")
 
 
-def test_attention_is_chosen_by_what_there_is():
+def test_attention_is_chosen_by_device():
     arch = golden_backbone("llama-biased").arch
     assert choose_attention("auto", arch, "bfloat16") == "xla"
     assert choose_attention("xla", arch, "bfloat16") == "xla"

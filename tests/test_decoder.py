@@ -1,4 +1,6 @@
-"""The decoder against transformers and peft, whose results are in tests/golden."""
+"""The decoder agrees with transformers and peft, whose results are in tests/golden."""
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,23 +14,41 @@ from softprompt.backbones.attention import Source, attend, causal_mask
 pytestmark = pytest.mark.usefixtures("strict_types")
 
 VARIANTS = ["llama-grouped", "llama-untied", "llama-sharded"]
-EXACT = 1e-4  # of the reference logits' spread, in float32
+EXACT = 1e-4  # tolerance in units of the standard deviation of the reference logits
+
+
+quick = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def rows(golden):
-    """Tokens, positions and segments of a golden file's right-padded batch."""
+    """Return tokens, positions and segments of the right-padded batch in a golden file."""
     tokens = jnp.asarray(golden["tokens"])
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     segments = jnp.where(positions < golden["lengths"][:, None], 0, -1)
     return tokens, positions, segments
 
 
+@quick
 def run(backbone, tokens, positions, segments, prefix=None):
     return backbone.logits(backbone(backbone.embedding(tokens), positions, segments, prefix))
 
 
+@quick
+def loss_and_gradient(backbone, tokens, positions, segments, prompt):
+    def loss(prompt):
+        prefix = backbone.prefill(prompt)
+        hidden = backbone(backbone.embedding(tokens), positions, segments, prefix)
+        logits = backbone.logits(hidden)
+        log_probabilities = jnp.take_along_axis(
+            jax.nn.log_softmax(logits[:, :-1]), tokens[:, 1:, None], axis=-1
+        )[..., 0]
+        return -log_probabilities.mean(where=(segments == 0)[:, 1:]), logits
+
+    return jax.value_and_grad(loss, has_aux=True)(prompt)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_logits_are_those_of_transformers(variant):
+def test_logits_agree_with_transformers(variant):
     golden = np.load(GOLDEN / variant / "golden.npz")
     backbone = load_base(str(GOLDEN / variant)).backbone
     batch = rows(golden)
@@ -38,30 +58,20 @@ def test_logits_are_those_of_transformers(variant):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_prompted_loss_and_gradient_are_those_of_peft(variant):
+def test_prompted_loss_and_gradient_agree_with_peft(variant):
     golden = np.load(GOLDEN / variant / "golden.npz")
     backbone = load_base(str(GOLDEN / variant)).backbone
-    tokens, positions, segments = rows(golden)
-    real = segments == 0
-
-    def loss(prompt):
-        logits = run(backbone, tokens, positions, segments, backbone.prefill(prompt))
-        log_probabilities = jnp.take_along_axis(
-            jax.nn.log_softmax(logits[:, :-1]), tokens[:, 1:, None], axis=-1
-        )[..., 0]
-        return -log_probabilities.mean(where=real[:, 1:]), logits
-
-    (value, logits), gradient = jax.value_and_grad(loss, has_aux=True)(
-        jnp.asarray(golden["prompt"])
-    )
-    error = np.abs(logits - golden["prompted_logits"])[np.asarray(real)]
+    batch = rows(golden)
+    real = np.asarray(batch[2] == 0)
+    (value, logits), gradient = loss_and_gradient(backbone, *batch, jnp.asarray(golden["prompt"]))
+    error = np.abs(logits - golden["prompted_logits"])[real]
     assert error.max() < EXACT * golden["prompted_logits"].std()
     np.testing.assert_allclose(value, golden["loss"], rtol=1e-6)
     scale = np.abs(golden["prompt_gradient"]).max()
     assert np.abs(gradient - golden["prompt_gradient"]).max() < EXACT * scale
 
 
-def test_smollm2_logits_are_those_of_transformers(smollm2):
+def test_smollm2_logits_agree_with_transformers(smollm2):
     golden = np.load(GOLDEN / "smollm2.npz")
     text = "The quick brown fox jumps over the lazy dog, and 12 more."
     tokens = smollm2.tokenizer(text).input_ids
@@ -69,12 +79,12 @@ def test_smollm2_logits_are_those_of_transformers(smollm2):
     positions = jnp.arange(len(tokens))[None]
     logits = run(smollm2.backbone, jnp.array([tokens]), positions, jnp.zeros_like(positions))[0]
     assert np.abs(logits[:, ::61] - golden["logits"]).max() < EXACT * golden["spread"]
-    normaliser = jax.nn.logsumexp(logits, axis=-1)
-    np.testing.assert_allclose(normaliser, golden["log_normaliser"], rtol=1e-5)
+    normalizer = jax.nn.logsumexp(logits, axis=-1)
+    np.testing.assert_allclose(normalizer, golden["log_normaliser"], rtol=1e-5)
 
 
-def test_no_token_sees_a_later_one_or_another_candidate(tiny):
-    """By gradients: a hidden state depends on exactly the tokens it may see."""
+def test_no_token_attends_to_a_later_token_or_another_candidate(tiny):
+    """Gradients show which tokens each hidden state depends on."""
     segments = jnp.array([[0, 0, 0, 1, 1, 2, 2, -1]])
     positions = jnp.array([[0, 1, 2, 3, 4, 3, 4, 0]])
     embeddings = tiny.backbone.embedding(jnp.arange(8)[None] + 50)
@@ -82,8 +92,8 @@ def test_no_token_sees_a_later_one_or_another_candidate(tiny):
     def hidden(embeddings):
         return tiny.backbone(embeddings, positions, segments)[0].sum(axis=-1)
 
-    gradient = jnp.abs(jax.jacobian(hidden)(embeddings))[:, 0].sum(axis=-1)  # [T, T]
-    seen = np.asarray(gradient > 0)[:-1]  # what padding sees does not matter
+    gradient = jnp.abs(quick(jax.jacobian(hidden))(embeddings))[:, 0].sum(axis=-1)  # [T, T]
+    seen = np.asarray(gradient > 0)[:-1]  # without the row of the padding
     expected = np.array(
         [
             [1, 0, 0, 0, 0, 0, 0, 0],
@@ -100,7 +110,7 @@ def test_no_token_sees_a_later_one_or_another_candidate(tiny):
 
 
 def test_attention_is_a_softmax_over_prefix_and_own_keys():
-    """Against the textbook, one query head at a time, in float64."""
+    """The reference is computed in float64, one query and head at a time."""
     random = np.random.default_rng(0)
     batch, length, kv_heads, group, size, virtual = 2, 5, 2, 3, 4, 3
     queries = random.normal(size=(batch, length, kv_heads * group, size))
@@ -119,5 +129,11 @@ def test_attention_is_a_softmax_over_prefix_and_own_keys():
 
     arrays = (queries, keys, values, prefix_keys, prefix_values)
     queries, keys, values, *prefix = (jnp.asarray(a, jnp.float32) for a in arrays)
-    got = attend(queries, [Source(keys, values, visible), Source(*prefix)], scale=size**-0.5)
+
+    @jax.jit
+    def attention(queries, keys, values, prefix):
+        sources = [Source(keys, values, visible), Source(*prefix)]
+        return attend(queries, sources, scale=size**-0.5)
+
+    got = attention(queries, keys, values, prefix)
     np.testing.assert_allclose(got, expected, atol=1e-6)

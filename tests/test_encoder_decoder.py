@@ -1,8 +1,10 @@
-"""T5 through the same method, step, evaluator and prompt as causal models."""
+"""T5 uses the same methods, training step, evaluation and saved prompts as causal models."""
 
 import dataclasses
 import json
+from functools import partial
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -18,36 +20,58 @@ def base(t5_folder):
     return load_base(str(t5_folder))
 
 
-def scores(base, prefix, examples):
+quick = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+@quick
+def encode(backbone, embeddings, lengths, prefix):
+    return backbone.encode(embeddings, lengths, prefix)[0]
+
+
+@quick
+def target_states(backbone, prefix, batch):
+    return backbone.target_states(batch, prefix)
+
+
+log_probabilities = quick(target_log_probabilities)
+
+
+def batch_of(examples, targets=6):
+    """A batch of one of few shapes, so that the tests share compiled programs."""
     layout = Layout.of(examples, separate_targets=True)
-    batch = layout.batch(examples, len(examples))
-    return np.asarray(target_log_probabilities(base.backbone, prefix, batch))
+    return layout.lay_out(examples, len(examples), 8, targets)
 
 
-def test_candidates_side_by_side_score_as_each_alone(base):
+def scores(base, prefix, examples):
+    return np.asarray(log_probabilities(base.backbone, prefix, batch_of(examples)))
+
+
+def test_candidates_in_one_row_score_the_same_as_separately(base):
     candidates = [[20, 21, 22], [23], [24, 25, 1]]
     prefix = base.backbone.prefill(jnp.ones((3, 16)))
     together = scores(base, prefix, [example_of([5, 6, 7, 1], candidates, 0)])[0]
-    alone = []
+    separate = []
     for candidate in candidates:
-        alone += scores(base, prefix, [example_of([5, 6, 7, 1], [candidate], 0)])[0].tolist()
-    np.testing.assert_allclose(together, alone, atol=1e-5)
+        example = example_of([5, 6, 7, 1], [candidate], 0)
+        separate += scores(base, prefix, [example])[0, : len(candidate)].tolist()
+    np.testing.assert_allclose(together, separate, atol=1e-5)
 
 
-def test_a_row_does_not_depend_on_its_padding(base):
+def test_padding_does_not_change_the_scores(base):
     examples = [
         example_of([5, 6, 7, 8, 9, 10, 11, 1], [[20, 21, 22]], 0),
         example_of([12, 1], [[23]], 0),
     ]
-    together = scores(base, None, examples)
-    np.testing.assert_allclose(together[1, 0], scores(base, None, examples[1:])[0, 0], atol=1e-5)
+    prefix = base.backbone.prefill(jnp.ones((3, 16)))
+    together = scores(base, prefix, examples)
+    alone = scores(base, prefix, examples[1:])
+    np.testing.assert_allclose(together[1, 0], alone[0, 0], atol=1e-5)
 
 
-def test_a_target_is_predicted_from_those_before_it_alone(base):
+def test_a_target_depends_only_on_earlier_targets(base):
     def states(targets):
-        example = example_of([5, 6, 1], [targets], 0)
-        batch = Layout.of([example], separate_targets=True).batch([example], 1)
-        return np.asarray(base.backbone.target_states(batch, None))[0]
+        batch = batch_of([example_of([5, 6, 1], [targets], 0)], targets=4)
+        return np.asarray(target_states(base.backbone, None, batch))[0]
 
     before = states([20, 21, 22, 23])
     for changed in range(4):
@@ -57,17 +81,21 @@ def test_a_target_is_predicted_from_those_before_it_alone(base):
         np.testing.assert_array_equal(moved, np.arange(4) > changed)
 
 
-def test_the_prompt_stands_in_front_of_the_encoder(base):
+def test_the_prompt_is_prepended_to_the_input_of_the_encoder(base):
     vectors = jnp.asarray(np.random.default_rng(0).normal(size=(3, 16)), jnp.float32)
     example = example_of([5, 6, 1], [[20, 21]], 0)
     backbone, prefix = SoftPrompt(vectors).apply(base.backbone)
     got = scores(base, prefix, [example])
 
     prepended = SoftPrompt(vectors)(backbone.embedding(jnp.array([[5, 6, 1]])))
-    encoded, _ = backbone.encode(prepended, jnp.array([6]), None)
-    ours, _ = backbone.encode(backbone.embedding(jnp.array([[5, 6, 1]])), jnp.array([3]), prefix)
-    np.testing.assert_allclose(ours, encoded, atol=1e-6)
+    expected = encode(backbone, prepended, jnp.array([6]), None)
+    embeddings = backbone.embedding(jnp.array([[5, 6, 1]]))
+    encoded = encode(backbone, embeddings, jnp.array([3]), prefix)
+    np.testing.assert_allclose(encoded, expected, atol=1e-6)
     assert np.abs(got - scores(base, None, [example])).max() > 1e-3
+
+
+LENGTHS = 2, 4  # of texts: with padding, but all batches have the same shape
 
 
 def losses(folder):
@@ -75,24 +103,26 @@ def losses(folder):
     return [record["loss"] for record in map(json.loads, lines) if record["split"] == "train"]
 
 
-def test_training_evaluation_and_prediction_are_those_of_causal_models(t5_folder, tmp_path):
+def test_training_evaluation_and_prediction_work_as_for_causal_models(t5_folder, tmp_path):
     overrides = [f"base={t5_folder}", "training.steps=40", "evaluation.every=40"]
-    summary = train(load_experiment(write_experiment(tmp_path), overrides), tmp_path / "run")
+    summary = train(
+        load_experiment(write_experiment(tmp_path, *LENGTHS), overrides), tmp_path / "run"
+    )
     assert summary["trainable_parameters"] == 3 * 16
     train_losses = losses(tmp_path / "run")
     assert train_losses[-1] < train_losses[0] - 0.2
     prompt = load_prompt(tmp_path / "run")
     (prediction,) = prompt.classify(["aaaa"])
     example = prompt.task.example(prompt.record("aaaa", ""), with_answer=False)
-    log_probabilities = scores(prompt.base, prompt.prefix, [example])[0]
-    low, high = log_probabilities[:3].sum(), log_probabilities[3:].sum()
+    of_targets = scores(prompt.base, prompt.prefix, [example])[0]
+    low, high = of_targets[:3].sum(), of_targets[3:].sum()
     np.testing.assert_allclose(
         prediction.probabilities["low"], 1 / (1 + np.exp(high - low)), rtol=1e-4
     )
 
 
-def test_free_text_is_learned_and_written(t5_folder, tmp_path):
-    path = write_experiment(tmp_path)
+def test_free_text_is_learned_and_generated(t5_folder, tmp_path):
+    path = write_experiment(tmp_path, *LENGTHS)
     text = path.read_text().replace('verbalizer: {low: " ab", high: " cd"}\n', "")
     text = text.replace("metric: accuracy", "metric: loss")
     path.write_text(text)
@@ -103,16 +133,15 @@ def test_free_text_is_learned_and_written(t5_folder, tmp_path):
     prompt = load_prompt(tmp_path / "run")
     generated = prompt.generate(["aaaa", "zz"], max_new_tokens=8)
     for one, source in zip(generated, ["aaaa", "zz"], strict=True):
-        written = prompt.base.tokenizer(one.text).input_ids  # the end-of-text token is added
+        written = prompt.base.tokenizer(one.text).input_ids  # adds the end-of-text token
         example = prompt.task.example(prompt.record(source, ""), with_answer=False)
         example = dataclasses.replace(example, candidates=[written])
-        layout = Layout.of([example], separate_targets=True)
-        states = prompt.base.backbone.target_states(layout.batch([example], 1), prompt.prefix)
+        states = target_states(prompt.base.backbone, prompt.prefix, batch_of([example], targets=9))
         likeliest = prompt.base.backbone.logits(states)[0].argmax(axis=-1).tolist()
         assert likeliest[: len(written) - 1] == written[:-1]
 
 
-def test_a_target_longer_than_the_model_takes_is_refused(t5_folder, tmp_path):
+def test_a_target_longer_than_the_context_window_is_rejected(t5_folder, tmp_path):
     path = write_experiment(tmp_path)
     overrides = [f"base={t5_folder}", "template.max_tokens=2"]
     with pytest.raises(UserError, match="its target has 3 tokens, more than 2"):

@@ -12,6 +12,7 @@ from softprompt.data.examples import Example, Examples, data_digest, same_data
 from softprompt.data.records import Record, read_records
 from softprompt.data.task import make_examples, make_task
 from softprompt.experiment.schema import TemplateSettings
+from softprompt.training.preparation import Preparation
 
 VERBALIZER = {"good": " yes", "bad": " no"}
 
@@ -117,8 +118,23 @@ def test_any_sequence_of_mappings_is_a_dataset(tiny):
         make_examples(task(tiny), [*rows[:1], {"title": "T", "label": "bad"}])
     with pytest.raises(UserError, match="row 0: str, not a mapping of fields"):
         make_examples(task(tiny), ["text"])
-    with pytest.raises(UserError, match="the data: has no records"):
+    with pytest.raises(UserError, match="sequence of rows: has no records"):
         read_records([])
+
+
+def test_sequences_replace_the_sources_of_an_experiment(experiment):
+    """The digests agree, so a run may also be resumed with the same data as a sequence."""
+    rows = [dict(record.fields) for record in read_records(experiment.data.train)]
+    from_files = Preparation().prepare(experiment).examples
+    moved = experiment.data.model_copy(update={"train": "no/such.jsonl"})
+    experiment = experiment.model_copy(update={"data": moved})
+    assert same_data(
+        data_digest(from_files), Preparation().prepare(experiment, {"train": rows}).examples
+    )
+    with pytest.raises(UserError, match="train row 30: no field 'text'"):
+        Preparation().prepare(experiment, {"train": [*rows, {"label": "low"}]})
+    with pytest.raises(UserError, match="data: 'dev' is none of train, validation, test"):
+        Preparation().prepare(experiment, {"train": rows, "dev": rows})
 
 
 def splits(answer=1, first=5):

@@ -95,7 +95,7 @@ def test_new_tokens_of_a_merged_model_cannot_win(run, tmp_path):
         ("none", ["method=none"], "merged", "method none has no form"),
         ("none", ["method=none"], "peft", "method none has no form in peft"),
         ("full", MERGED["full"], "peft", "method full has no form in peft"),
-        ("in-place", MERGED["in-place"], "peft", "stand elsewhere"),
+        ("in-place", MERGED["in-place"], "peft", "are elsewhere"),
     ],
 )
 def test_what_has_no_such_form_is_refused_and_leaves_nothing(
@@ -137,14 +137,14 @@ def test_an_array_of_the_original_becomes_a_prompt(folder, tmp_path, capsys):
     np.testing.assert_array_equal(prompt.method.vectors[...], vectors)
     assert prompt.generate(["hello"], max_new_tokens=3)
     assert main([*arguments]) == 1
-    assert "there is something in it" in capsys.readouterr().err
+    assert "the folder is not empty" in capsys.readouterr().err
 
 
 def test_a_whole_folder_is_kept(run, tmp_path, capsys):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
     assert main(["export", str(run("prompt")), str(tmp_path / "mine")]) == 1
-    assert "there is something in it" in capsys.readouterr().err
+    assert "the folder is not empty" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 
 

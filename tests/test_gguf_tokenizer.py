@@ -1,4 +1,4 @@
-"""Tokenizers of GGUF files against llama.cpp, whose ids are in tests/golden."""
+"""Tokenizers of GGUF files agree with llama.cpp, whose ids are in tests/golden."""
 
 import json
 import sys
@@ -15,8 +15,8 @@ sys.path.append(str(GOLDEN))
 from vocabularies import write_vocabulary
 
 SMALL = json.loads((GOLDEN / "small_tokens.json").read_text())
-# For these, llama.cpp has stand-ins of the models' own patterns, which two texts tell apart.
-STAND_INS = ("tekken", "gpt-4o")
+# For these, llama.cpp only approximates the model's patterns. Two of the texts show the difference.
+APPROXIMATE = ("tekken", "gpt-4o")
 
 
 def tokenizer_of(folder, kind, pre, **flags):
@@ -31,21 +31,21 @@ def assert_same_ids(tokenizer, texts, expected):
 
 
 @pytest.mark.parametrize(
-    "pre", ["gpt-2", "smollm", "llama-bpe", "dbrx", "qwen2", *STAND_INS, "default"]
+    "pre", ["gpt-2", "smollm", "llama-bpe", "dbrx", "qwen2", *APPROXIMATE, "default"]
 )
-def test_byte_level_ids_are_those_of_llama_cpp(tmp_path, pre):
+def test_byte_level_ids_agree_with_llama_cpp(tmp_path, pre):
     tokenizer = tokenizer_of(tmp_path, "gpt2", pre)
     differing = []
     for text, expected in zip(SMALL["texts"], SMALL[pre], strict=True):
         ids = tokenizer(text, add_special_tokens=False).input_ids
         assert tokenizer.decode(ids) == text
         differing += [text] if ids != expected else []
-    assert len(differing) == (2 if pre in STAND_INS else 0)
+    assert len(differing) == (2 if pre in APPROXIMATE else 0)
     assert not any(text.isascii() for text in differing)
 
 
 @pytest.mark.parametrize("prefix", [True, False])
-def test_sentencepiece_ids_are_those_of_llama_cpp(tmp_path, prefix):
+def test_sentencepiece_ids_agree_with_llama_cpp(tmp_path, prefix):
     tokenizer = tokenizer_of(tmp_path, "llama", "default", add_space_prefix=prefix)
     assert_same_ids(tokenizer, SMALL["texts"], SMALL[f"llama {prefix}"])
     for text in SMALL["texts"]:
@@ -53,7 +53,7 @@ def test_sentencepiece_ids_are_those_of_llama_cpp(tmp_path, prefix):
             assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text
 
 
-def test_space_behind_phi3s_special_tokens_is_lost_as_in_llama_cpp(tmp_path):
+def test_phi3_drops_a_space_after_special_tokens_as_llama_cpp_does(tmp_path):
     tokenizer = tokenizer_of(
         tmp_path, "llama", "default", name="Phi3", control_tokens=["<|endoftext|>"]
     )
@@ -61,17 +61,17 @@ def test_space_behind_phi3s_special_tokens_is_lost_as_in_llama_cpp(tmp_path):
 
 
 @pytest.mark.parametrize(("pre", "like"), [("smaug-bpe", "dbrx"), ("falcon3", "llama-bpe")])
-def test_other_names_are_read_alike(tmp_path, pre, like):
+def test_aliases_of_pre_tokenizers_are_equivalent(tmp_path, pre, like):
     assert_same_ids(tokenizer_of(tmp_path, "gpt2", pre), SMALL["texts"], SMALL[like])
 
 
 @pytest.mark.parametrize(("pre", "begins"), [("llama3", True), ("tekken", True), ("dbrx", False)])
-def test_some_kinds_begin_with_a_mark_by_themselves(tmp_path, pre, begins):
+def test_some_pre_tokenizers_add_a_bos_token_by_default(tmp_path, pre, begins):
     ids = tokenizer_of(tmp_path, "gpt2", pre)("a").input_ids
     assert (ids[0] == 1) == begins
 
 
-def test_gemmas_ids_are_those_of_llama_cpp():
+def test_gemma_ids_agree_with_llama_cpp():
     try:
         path = find_model("gemma3-270m")
     except UserError as error:
@@ -93,14 +93,14 @@ def test_gemmas_ids_are_those_of_llama_cpp():
         ({"add_eos_token": True}, [1, "a", 2]),
     ],
 )
-def test_marks_at_the_ends_are_those_the_file_asks_for(tmp_path, flags, expected):
+def test_bos_and_eos_are_added_as_the_file_says(tmp_path, flags, expected):
     tokenizer = tokenizer_of(tmp_path, "llama", "default", add_space_prefix=False, **flags)
     letter = tokenizer.convert_tokens_to_ids("a")
     assert tokenizer("a").input_ids == [letter if part == "a" else part for part in expected]
 
 
 @pytest.mark.parametrize(("kind", "pre"), [("gpt2", "kimi-k2"), ("bert", "default")])
-def test_another_kind_is_refused_by_name(tmp_path, kind, pre):
+def test_an_unsupported_tokenizer_is_rejected_by_name(tmp_path, kind, pre):
     path = tmp_path / "vocabulary.gguf"
     write_vocabulary(path, "gpt2", pre)
     if kind != "gpt2":
@@ -111,7 +111,7 @@ def test_another_kind_is_refused_by_name(tmp_path, kind, pre):
     assert "'llama-bpe'" in str(error.value)
 
 
-def test_a_vocabulary_with_damage_is_refused(tmp_path):
+def test_a_damaged_vocabulary_is_rejected(tmp_path):
     path = tmp_path / "vocabulary.gguf"
     write_vocabulary(path, "gpt2", "gpt-2")
     whole = path.read_bytes()

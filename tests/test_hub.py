@@ -1,4 +1,4 @@
-"""A hub id, from a hub on this machine that speaks as much of the protocol as is needed."""
+"""Loading by hub id, from a local server that implements the necessary part of the hub protocol."""
 
 import hashlib
 import json
@@ -10,6 +10,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from conftest import GOLDEN
+
+from softprompt import load_base
 
 MODEL = GOLDEN / "llama-sharded"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -51,9 +53,22 @@ class _Hub(BaseHTTPRequestHandler):
         pass
 
 
+_LOAD = """
+import sys, softprompt
+for name in sys.argv[1:]:
+    try:
+        print(softprompt.load_base(name).fingerprint)
+    except softprompt.UserError as error:
+        print(error)
+"""
+
+
 @pytest.fixture
 def load(tmp_path):
-    """Load a base model in a process that takes this machine for the hub."""
+    """Load base models in another process, with the local server as the hub.
+
+    It returns the fingerprint or the error message of each.
+    """
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
@@ -64,10 +79,11 @@ def load(tmp_path):
         "NO_PROXY": "127.0.0.1",
     }
 
-    def load(name):
-        code = f"import softprompt; print(softprompt.load_base({name!r}).fingerprint)"
-        command = [sys.executable, "-c", code]
-        return subprocess.run(command, env=environment, capture_output=True, text=True)
+    def load(*names):
+        command = [sys.executable, "-c", _LOAD, *names]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
 
     yield load
     server.shutdown()
@@ -75,13 +91,7 @@ def load(tmp_path):
     server.server_close()
 
 
-def test_a_hub_id_with_a_revision_is_downloaded_and_loaded(load):
-    from softprompt import load_base
-
-    done = load(f"someone/llama@{REVISION}")
-    assert done.stdout.strip() == load_base(str(MODEL)).fingerprint, done.stderr
-
-
-def test_a_hub_id_that_is_not_there_is_named(load):
-    done = load("someone/else")
-    assert "base 'someone/else': not a local path, and not available from the hub" in done.stderr
+def test_a_hub_id_with_a_revision_is_downloaded_and_an_unknown_one_is_named(load):
+    fingerprint, message = load(f"someone/llama@{REVISION}", "someone/else")
+    assert fingerprint == load_base(str(MODEL)).fingerprint
+    assert "base 'someone/else': not a local path, and not available from the hub" in message

@@ -1,6 +1,7 @@
 """The storeys of the package: imports point down only."""
 
 import ast
+import re
 from pathlib import Path
 
 import softprompt
@@ -72,3 +73,12 @@ def test_the_experiment_storey_imports_no_jax():
             for alias in node.names
         ]
         assert not any(m.split(".")[0] in ("jax", "flax", "optax") for m in modules), path
+
+
+def test_only_one_file_imports_orbax():
+    importing = [
+        path.name
+        for path in PACKAGE.rglob("*.py")
+        if re.search("(from|import) orbax", path.read_text())
+    ]
+    assert importing == ["arrays.py"]

@@ -1,4 +1,4 @@
-"""Loading base models: names, tokenizers, and files that do not fit."""
+"""Loading base models: names, tokenizers, invalid files and the compilation cache."""
 
 import json
 import shutil
@@ -18,16 +18,16 @@ from softprompt.backbones.loading import load_backbone
 
 @pytest.fixture
 def model(tmp_path):
-    """A copy of a small model, to be spoiled."""
+    """A copy of a small model that a test can damage."""
     return shutil.copytree(GOLDEN / "llama-untied", tmp_path / "model")
 
 
-def spoil_config(model, **changes):
+def change_config(model, **changes):
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | changes))
 
 
-def test_token_ids_are_those_of_llama_cpp(smollm2):
+def test_token_ids_agree_with_llama_cpp(smollm2):
     lines = (GOLDEN / "smollm2_tokens.jsonl").read_text().splitlines()
     cases = [json.loads(line) for line in lines]
     assert len(cases) > 300
@@ -43,7 +43,7 @@ def test_special_tokens_and_chat_template_come_from_the_file(smollm2):
     assert tokenizer.chat_template.startswith("{% for message in messages %}")
 
 
-def test_weights_that_do_not_fit_are_all_named(model):
+def test_all_tensors_that_do_not_fit_are_named(model):
     weights = load_file(model / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]
     weights["model.norm.weight"] = np.ones(31, np.float32)
@@ -58,7 +58,7 @@ def test_weights_that_do_not_fit_are_all_named(model):
     assert "\n" not in message
 
 
-def test_other_weights_have_another_fingerprint(model):
+def test_different_weights_have_different_fingerprints(model):
     before = load_base(str(model)).fingerprint
     assert load_base(str(GOLDEN / "llama-untied")).fingerprint == before
     weights = load_file(model / "model.safetensors")
@@ -94,20 +94,20 @@ def test_other_weights_have_another_fingerprint(model):
         ),
     ],
 )
-def test_what_is_not_supported_is_refused_by_name(model, changes, message):
-    spoil_config(model, **changes)
+def test_unsupported_and_invalid_settings_are_named(model, changes, message):
+    change_config(model, **changes)
     with pytest.raises(UserError) as error:
         load_base(str(model))
     assert message in str(error.value)
 
 
-def test_many_problems_are_cut_short(model):
-    spoil_config(model, hidden_size=48)
+def test_a_long_list_of_problems_is_shortened(model):
+    change_config(model, hidden_size=48)
     with pytest.raises(UserError, match=r"model.embed_tokens.weight has shape .*; and \d+ more$"):
         load_base(str(model))
 
 
-def test_a_tokenizer_larger_than_the_model_is_refused(model):
+def test_a_tokenizer_larger_than_the_model_is_rejected(model):
     tokenizer = json.loads((model / "tokenizer.json").read_text())
     tokenizer["model"]["vocab"]["extra"] = 259
     (model / "tokenizer.json").write_text(json.dumps(tokenizer))
@@ -115,7 +115,7 @@ def test_a_tokenizer_larger_than_the_model_is_refused(model):
         load_base(str(model))
 
 
-def test_pickled_weights_are_refused_with_the_reason(model):
+def test_pickled_weights_are_rejected_with_a_reason(model):
     (model / "model.safetensors").rename(model / "pytorch_model.bin")
     with pytest.raises(UserError, match="unpickling"):
         load_base(str(model))
@@ -137,7 +137,7 @@ def test_pickled_weights_are_refused_with_the_reason(model):
         ("tokenizer.json", None, "its tokenizer cannot be loaded"),
     ],
 )
-def test_a_damaged_directory_is_named(model, file, content, message):
+def test_errors_name_the_damaged_file(model, file, content, message):
     if content is None:
         (model / file).unlink()
     else:
@@ -159,14 +159,14 @@ def test_a_damaged_directory_is_named(model, file, content, message):
         ("owner/name", "base 'owner/name': not a local path, and not available from the hub"),
     ],
 )
-def test_a_wrong_name_says_what_to_do(name, message):
+def test_an_unknown_name_is_explained(name, message):
     with pytest.raises(UserError) as error:
         load_base(name)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_a_file_that_is_no_gguf_is_refused(tmp_path):
+def test_a_file_in_another_format_is_not_read_as_gguf(tmp_path):
     path = tmp_path / "model.gguf"
     path.write_text("not a model")
     with pytest.raises(UserError, match="not a readable GGUF file"):
@@ -175,7 +175,7 @@ def test_a_file_that_is_no_gguf_is_refused(tmp_path):
 
 @pytest.fixture
 def unconfigured_cache(monkeypatch, tmp_path):
-    """JAX as a user has it who has configured no compilation cache, with `~/.cache` elsewhere."""
+    """JAX without a configured compilation cache, and a temporary cache home."""
     before = jax.config.jax_compilation_cache_dir
     seconds = jax.config.jax_persistent_cache_min_compile_time_secs
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")

@@ -1,4 +1,4 @@
-"""LoRA: its first matrices, its merging and its dropout, by plain arithmetic."""
+"""LoRA: initial matrices, merging, dropout, and patterns of targets."""
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from softprompt.methods.lora import LoRA, find_targets, initial_matrices
 
 
 def lora_of(base, patterns=("*",), dropout=0.0):
+    """Return a LoRA of rank 2 whose matrices are all random."""
     paths = find_targets(base.backbone, patterns)
     matrices = initial_matrices(base.backbone, paths, 2, jax.random.key(0))
     keys = jax.random.split(jax.random.key(1), len(paths))
@@ -32,7 +33,7 @@ def test_lora_starts_from_the_base_model(tiny, experiment_file):
 
 
 @pytest.mark.parametrize("variant", ["llama-biased", "gpt2-inner", "t5-gated", "qwen3_moe-normed"])
-def test_merged_lora_is_that_beside_the_matrices(variant):
+def test_merged_matrices_compute_the_same_as_additions_beside_them(variant):
     base = Base(variant, "", {}, golden_backbone(variant), None, ComputeSettings())
     method = lora_of(base)
     before = [np.array(leaf) for leaf in jax.tree.leaves(base.backbone)]
@@ -47,10 +48,10 @@ def test_merged_lora_is_that_beside_the_matrices(variant):
     np.testing.assert_allclose(merged, beside, atol=1e-5 * float(jnp.abs(beside).max()))
     assert float(jnp.abs(merged - states(base.backbone)).max()) > 1e-2
     for one, other in zip(before, jax.tree.leaves(base.backbone), strict=True):
-        np.testing.assert_array_equal(one, other)  # there is nothing to unmerge
+        np.testing.assert_array_equal(one, other)  # the given backbone is unchanged
 
 
-def test_dropout_is_of_training_alone_and_keeps_the_mean(tiny):
+def test_dropout_needs_a_key_and_keeps_the_mean(tiny):
     method = lora_of(tiny, ["attention.query"], dropout=0.5)
     x = jnp.ones((2000, tiny.backbone.arch.hidden_size))
 
@@ -66,7 +67,7 @@ def test_dropout_is_of_training_alone_and_keeps_the_mean(tiny):
     assert (addition(jax.random.key(4)) != dropped).any()
 
 
-def test_a_pattern_that_names_no_matrix_is_refused(tiny):
+def test_a_pattern_that_matches_no_matrix_is_rejected(tiny):
     with pytest.raises(UserError, match=r"lora\.targets: 'q_proj' names none of layers\.attention"):
         find_targets(tiny.backbone, ["q_proj"])
     named = find_targets(tiny.backbone, ["feed_forward.*", "value"])

@@ -1,17 +1,28 @@
-"""Every method through the same run; and what each makes of the backbone, by plain arithmetic."""
+"""Every method in a complete run, and what each computes, compared with a plain forward pass."""
 
 import dataclasses
 import json
+import re
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import golden_backbone, write_experiment
+from conftest import REPOSITORY, golden_backbone, write_experiment
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
-from softprompt import Base, SoftPrompt, UserError, load_experiment, load_prompt, train
+from softprompt import (
+    Base,
+    SoftPrompt,
+    TrainedPrompt,
+    UserError,
+    load_experiment,
+    load_prompt,
+    train,
+)
 from softprompt.data.records import Record, read_records
 from softprompt.data.task import make_examples, make_task
 from softprompt.evaluation.evaluate import evaluate
@@ -24,11 +35,12 @@ from softprompt.methods.lora import LoRA
 from softprompt.methods.method import Method
 from softprompt.methods.multitask import MultiTask
 from softprompt.methods.prefix_tuning import PrefixTuning, ReparametrizedPrefix
+from softprompt.methods.saved import save_prompt
 from softprompt.methods.soft_prompt import Reparametrized
 
 D, P = 32, 3
 
-CASES = {  # overrides, and the number of parameters learned
+CASES = {  # overrides, and the number of trained parameters if it has a simple formula
     "prompt": ([], P * D),
     "mlp": (
         ["prompt.reparametrization=mlp", "prompt.size=5", "optimizer.learning_rate=3e-3"],
@@ -59,7 +71,7 @@ CASES = {  # overrides, and the number of parameters learned
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_method_learns_and_is_loaded_as_it_was_measured(name, tmp_path):
+def test_a_method_learns_and_scores_the_same_after_loading(name, tmp_path):
     overrides, count = CASES[name]
     if "optimizer.learning_rate" not in str(overrides):
         overrides = [*overrides, "optimizer.learning_rate=0.03"]
@@ -85,17 +97,22 @@ def test_the_table_names_every_method_as_it_names_itself(name):
 
 
 def test_an_unknown_method_is_rejected(experiment_file):
-    names = "'prompt', 'prefix', 'dept', 'lora', 'full' or 'none'"
+    *others, last = map(repr, METHODS)
+    names = f"{', '.join(others)} or {last}"
     with pytest.raises(UserError, match=rf": method: Input should be {names}, not 'best'"):
         load_experiment(experiment_file, ["method=best"])
 
 
 def ids(base, text):
+    """Return the token ids of a text, without special tokens."""
     return base.tokenizer(text, add_special_tokens=False).input_ids
 
 
 def whole(base, *parts):
-    """Log-probability of the last part's tokens behind the others, vectors or texts, at once."""
+    """Return the log-probability of the last part after the others, in one plain forward pass.
+
+    Parts are texts, or vectors `[P, D]`.
+    """
     *before, last = parts
     embeddings = [
         base.backbone.embedding(jnp.array(ids(base, part))) if isinstance(part, str) else part
@@ -114,6 +131,7 @@ VECTORS = jax.random.normal(jax.random.key(7), (P, D))
 
 
 def scores(base, method, task, record):
+    """Return the log-probabilities of the verbalizers after a record."""
     backbone = method.adapt(base.backbone)
     example = task.example(Record(record, "here"), with_answer=False)
     ((_, found),) = score(backbone, make_prefix(method, backbone), [example], 1)
@@ -122,16 +140,16 @@ def scores(base, method, task, record):
 
 PLACES = {  # template, demonstrations, and the parts of an input
     "front": ("{text}:", [], [VECTORS, "hello:"]),
-    "behind text": ("Say {prompt}{text}:", [], ["Say ", VECTORS, "hello:"]),
+    "after text": ("Say {prompt}{text}:", [], ["Say ", VECTORS, "hello:"]),
     "in place": ("{text}{prompt}:", [], ["hello", VECTORS, ":"]),
     "suffix": ("{text}:{prompt}", [], ["hello:", VECTORS]),
-    "front, shots": ("{text}:", SHOWN, [VECTORS, "aa: ab\n\nbb:xyz\n\n", "hello:"]),
-    "behind shots": ("{prompt}{text}:", SHOWN, ["aa: ab\n\nbb:xyz\n\n", VECTORS, "hello:"]),
+    "front, with shots": ("{text}:", SHOWN, [VECTORS, "aa: ab\n\nbb:xyz\n\n", "hello:"]),
+    "after shots": ("{prompt}{text}:", SHOWN, ["aa: ab\n\nbb:xyz\n\n", VECTORS, "hello:"]),
 }
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_virtual_tokens_stand_where_the_template_says(tiny, place):
+def test_the_template_decides_the_place_of_virtual_tokens(tiny, place):
     text, shown, parts = PLACES[place]
     task = make_task(tiny, TemplateSettings(input=text), VERBALIZER, shown, virtual_tokens=P)
     found = scores(tiny, SoftPrompt(VECTORS, task.opening), task, {"text": "hello"})
@@ -140,7 +158,7 @@ def test_virtual_tokens_stand_where_the_template_says(tiny, place):
     assert (~0 in task.opening) == (place not in ("in place", "suffix"))
 
 
-def test_text_that_all_inputs_share_is_run_once(tiny):
+def test_text_that_all_inputs_share_is_in_the_opening(tiny):
     task = make_task(tiny, TemplateSettings(input="{text}:"), VERBALIZER, SHOWN)
     assert task.opening == ids(tiny, "aa: ab\n\nbb:xyz\n\n")
     found = scores(tiny, Method(task.opening), task, {"text": "hello"})
@@ -149,8 +167,8 @@ def test_text_that_all_inputs_share_is_run_once(tiny):
     np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
-def test_special_tokens_stand_around_the_pieces(smollm2, tmp_path):
-    """The beginning-of-text token stands behind a prompt in front, and before one in the text."""
+def test_special_tokens_enclose_the_template(smollm2, tmp_path):
+    """By default the prompt precedes the beginning-of-text token; `{prompt}` follows it."""
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=smollm2.tokenizer.backend_tokenizer, bos_token="<|im_start|>"
     )
@@ -169,7 +187,7 @@ def test_special_tokens_stand_around_the_pieces(smollm2, tmp_path):
     assert behind.example(record, with_answer=False).input == [*ids(base, "hello:"), 2]
 
 
-def test_a_chat_template_is_written_out(smollm2):
+def test_the_chat_template_of_the_base_model_is_applied(smollm2):
     template = TemplateSettings(input="{prompt}Say {text}", chat=True, system="Be {{kind}}.")
     task = make_task(smollm2, template, VERBALIZER, SHOWN, virtual_tokens=2)
     example = task.example(Record({"text": "{hello}"}, "here"), with_answer=False)
@@ -186,18 +204,18 @@ def test_a_chat_template_is_written_out(smollm2):
     assert example.input == ids(smollm2, "Say {hello}" + behind)
 
 
-def test_a_base_model_without_a_chat_template_is_named(tiny):
+def test_a_base_model_without_a_chat_template_is_rejected(tiny):
     with pytest.raises(UserError, match=r"template\.chat: the base model's chat template"):
         make_task(tiny, TemplateSettings(input="{text}", chat=True), VERBALIZER)
 
 
-def test_a_field_named_prompt_is_refused_where_it_would_be_mistaken(tiny):
+def test_a_field_named_prompt_is_rejected_if_the_template_has_a_prompt(tiny):
     task = make_task(tiny, TemplateSettings(input="{text}{prompt}"), VERBALIZER, virtual_tokens=1)
     with pytest.raises(UserError, match="give the field 'prompt' another name"):
         task.example(Record({"text": "a", "prompt": "b"}, "here"), with_answer=False)
 
 
-def test_every_task_of_several_has_a_prompt_of_its_own(tiny):
+def test_each_task_has_its_own_prompt(tiny):
     source = MultiTask(VECTORS, 2)
     random = np.random.default_rng(0)
     columns, rows = random.normal(size=(2, P)), random.normal(size=(2, D))
@@ -232,7 +250,7 @@ def test_offsets_are_added_by_position(tiny):
     np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
-def test_offsets_have_a_learning_rate_of_their_own(experiment_file, tmp_path):
+def test_offsets_have_their_own_learning_rate(experiment_file, tmp_path):
     experiment = load_experiment(
         experiment_file, ["method=dept", "dept.learning_rate=0.01", "optimizer.learning_rate=1e-12"]
     )
@@ -243,19 +261,31 @@ def test_offsets_have_a_learning_rate_of_their_own(experiment_file, tmp_path):
     assert float(jnp.abs(prompt.method.down[...] - first.down[...]).max()) > 1e-3
 
 
-def test_offsets_reach_generated_tokens(tiny):
-    """Written with a cache, as read at once."""
+def test_offsets_apply_to_generated_tokens(tiny):
+    """Decoding with a KV cache equals one forward pass over all tokens."""
     down, up = jnp.ones((9, 1)), 0.3 * jax.random.normal(jax.random.key(0), (1, D))
     backbone = DecomposedPrompt(VECTORS, down, up, ()).adapt(tiny.backbone)
     tokens = jnp.array([ids(tiny, "hello, you")])
-    hidden, cache = backbone.start(tokens[:, :6], jnp.array([6]), None, 4)
+
+    @jax.jit
+    def in_one_pass(backbone):
+        return backbone(backbone.embedding.with_offsets(tokens))
+
+    @jax.jit
+    def start(backbone):
+        return backbone.start(tokens[:, :6], jnp.array([6]), None, 4)
+
+    @jax.jit
+    def decode(backbone, tokens, cache):
+        return backbone.decode(tokens, cache, None)
+
+    expected, (hidden, cache) = in_one_pass(backbone), start(backbone)
     for place in range(6, 10):
-        expected = backbone(backbone.embedding.with_offsets(tokens[:, :place]))[:, -1]
-        np.testing.assert_allclose(hidden, expected, atol=1e-4)
-        hidden, cache = backbone.decode(tokens[:, place], cache, None)
+        np.testing.assert_allclose(hidden, expected[:, place - 1], atol=1e-4)
+        hidden, cache = decode(backbone, tokens[:, place], cache)
 
 
-def test_prefix_tuning_from_text_is_the_text(tiny, experiment_file):
+def test_prefix_tuning_that_starts_from_a_text_equals_the_text(tiny, experiment_file):
     overrides = ["method=prefix", "prefix.init=text", "prefix.init_text=Say", "prefix.length=3"]
     method = PrefixTuning.build(load_experiment(experiment_file, overrides), tiny, [])
     task = make_task(tiny, TemplateSettings(input="{text}:"), VERBALIZER, prefix_length=3)
@@ -264,7 +294,7 @@ def test_prefix_tuning_from_text_is_the_text(tiny, experiment_file):
     np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
-def test_a_network_of_a_prefix_starts_from_it_and_folds(tiny):
+def test_a_reparametrized_prefix_starts_from_the_prefix_and_folds(tiny):
     keys, values = jax.random.normal(jax.random.key(0), (2, 3, 4, 2, 8))
     method = ReparametrizedPrefix(keys, values, 5, jax.random.key(1))
     np.testing.assert_array_equal(method.folded().keys[...], keys)
@@ -281,7 +311,7 @@ def test_a_network_of_a_prefix_starts_from_it_and_folds(tiny):
 
 
 @pytest.mark.parametrize("name", ["mlp", "lstm", "residual", "low_rank", "multitask"])
-def test_folding_changes_no_logit(tiny, experiment_file, name):
+def test_folding_does_not_change_the_logits(tiny, experiment_file, name):
     tasks = ["prompt.tasks=[a, b]"] if name == "multitask" else ["prompt.size=3"]
     overrides = [f"prompt.reparametrization={name}", *tasks]
     method = SoftPrompt.build(load_experiment(experiment_file, overrides), tiny, [~0, ~1, ~2])
@@ -295,25 +325,32 @@ def test_folding_changes_no_logit(tiny, experiment_file, name):
     np.testing.assert_allclose(logits(method.folded()), logits(method), atol=1e-5)
 
 
-def test_training_goes_on_from_trained_prompts(experiment_file, tmp_path):
-    runs = []
-    for seed in (0, 1):
-        runs.append(tmp_path / f"run-{seed}")
-        train(load_experiment(experiment_file, [f"seed={seed}"]), runs[-1])
-    listed = f"prompt.init_prompts=[{runs[0]}, {runs[1]}]"
+def test_training_starts_from_the_mean_of_trained_prompts(experiment_file, tiny, tmp_path):
+    prompts = [SoftPrompt.from_vocabulary(tiny, 3, jax.random.key(seed)) for seed in (0, 1)]
+    folders = [tmp_path / f"prompt-{number}" for number in (0, 1)]
+    for prompt, folder in zip(prompts, folders, strict=True):
+        prompt.save(folder, tiny)
+    listed = f"prompt.init_prompts=[{folders[0]}, {folders[1]}]"
     overrides = ["prompt.init=prompts", listed, "optimizer.learning_rate=1e-12"]
     train(load_experiment(experiment_file, overrides), tmp_path / "mean")
-    first, second, mean = (
-        np.asarray(load_prompt(run).method.vectors[...]) for run in (*runs, tmp_path / "mean")
-    )
+    mean = load_prompt(tmp_path / "mean").method.vectors[...]
+    first, second = (prompt.vectors[...] for prompt in prompts)
     np.testing.assert_allclose(mean, (first + second) / 2, atol=1e-6)
-    with pytest.raises(UserError, match="one has 3 virtual tokens, not 4 as asked for"):
+    with pytest.raises(UserError, match="a prompt has 3 virtual tokens, but length is 4"):
         train(load_experiment(experiment_file, [*overrides, "prompt.length=4"]), tmp_path / "x")
     with pytest.raises(UserError, match="init: prompts and init_prompts need each other"):
         load_experiment(experiment_file, ["prompt.init=prompts"])
 
 
-def test_the_base_model_alone_is_measured_with_and_without_examples(experiment_file, tmp_path):
+def test_initial_prompts_must_be_soft_prompts(experiment_file, tiny, tmp_path):
+    keys, values = jnp.zeros((2, 3, 3, 2, 8))
+    save_prompt(tmp_path / "prefix", PrefixTuning(keys, values), tiny)
+    overrides = ["prompt.init=prompts", f"prompt.init_prompts=[{tmp_path / 'prefix'}]"]
+    with pytest.raises(UserError, match="prefix is not a soft prompt"):
+        train(load_experiment(experiment_file, overrides), tmp_path / "run")
+
+
+def test_the_base_model_alone_scores_with_and_without_solved_examples(experiment_file, tmp_path):
     for shots in (0, 2):
         experiment = load_experiment(
             experiment_file, ["method=none", f"shots={shots}", "template.max_tokens=40"]
@@ -330,15 +367,16 @@ def test_the_base_model_alone_is_measured_with_and_without_examples(experiment_f
         np.testing.assert_allclose(prediction.probabilities["low"], expected, rtol=1e-3)
 
 
-def test_prompts_together_score_as_each_alone(experiment_file, tmp_path):
-    """Also of different lengths; and votes are counted."""
-    runs = []
+_TEXT_AND_LABELS = TemplateSettings(input="{text} is"), {"low": " ab", "high": " cd"}
+
+
+def test_an_ensemble_scores_as_each_prompt_alone(experiment_file, tiny):
+    """Prompts may have different lengths. Votes and mean probabilities are counted by hand."""
+    prompts = []
     for seed, length in ((0, 3), (1, 5), (2, 3)):
-        runs.append(tmp_path / f"run-{seed}")
-        overrides = [f"seed={seed}", f"prompt.length={length}", "optimizer.learning_rate=0.5"]
-        train(load_experiment(experiment_file, overrides), runs[-1])
-    base = load_prompt(runs[0]).base
-    prompts = [load_prompt(run, base) for run in runs]
+        vectors = jax.random.normal(jax.random.key(seed), (length, D))
+        task = make_task(tiny, *_TEXT_AND_LABELS, virtual_tokens=length)
+        prompts.append(TrainedPrompt.from_method(SoftPrompt(vectors), tiny, task))
     experiment = load_experiment(experiment_file)
     examples = make_examples(prompts[0].task, read_records(experiment.data.train), "train")
     together = evaluate_ensemble(prompts, examples, 8, "train")
@@ -354,8 +392,8 @@ def test_prompts_together_score_as_each_alone(experiment_file, tmp_path):
     assert together["vote"]["accuracy"] == (votes == answers).mean()
     mean = chances.mean(axis=0).argmax(axis=-1)
     assert together["mean"]["accuracy"] == (mean == answers).mean()
-    rooms = [prompt.task.max_tokens for prompt in prompts]
-    assert shared_task(prompts).max_tokens == min(rooms) < max(rooms)
+    limits = [prompt.task.max_tokens for prompt in prompts]
+    assert shared_task(prompts).max_tokens == min(limits) < max(limits)
     template = prompts[1].task.template.model_copy(update={"target": "It is {label}"})
     other = dataclasses.replace(
         prompts[1], task=dataclasses.replace(prompts[1].task, template=template)
@@ -364,7 +402,7 @@ def test_prompts_together_score_as_each_alone(experiment_file, tmp_path):
         shared_task([prompts[0], other])
 
 
-def test_a_prefix_of_a_decoder_takes_no_room_from_the_encoder(tiny):
+def test_a_prefix_takes_tokens_only_from_a_context_window_that_it_shares(tiny):
     for variant, taken in (("t5-gated", 0), ("llama-biased", 9)):
         base = Base(variant, "", {}, golden_backbone(variant), tiny.tokenizer, ComputeSettings())
         with_prefix, without = (
@@ -374,17 +412,17 @@ def test_a_prefix_of_a_decoder_takes_no_room_from_the_encoder(tiny):
         assert without.max_tokens - with_prefix.max_tokens == taken
 
 
-def test_dept_with_a_reparametrization_is_refused(experiment_file):
-    with pytest.raises(UserError, match=r"dept is not for a prompt\.reparametrization"):
+def test_dept_with_a_reparametrization_is_rejected(experiment_file):
+    with pytest.raises(UserError, match=r"dept does not support prompt\.reparametrization"):
         load_experiment(experiment_file, ["method=dept", "prompt.reparametrization=mlp"])
 
 
-def test_initial_prompts_are_of_no_concern_to_other_methods(experiment_file, tmp_path):
+def test_methods_without_virtual_tokens_ignore_initial_prompts(experiment_file, tmp_path):
     overrides = ["prompt.init=prompts", "prompt.init_prompts=[nowhere]", "method=none"]
     assert train(load_experiment(experiment_file, overrides), tmp_path / "run")["steps"] == 0
 
 
-def test_texts_without_tokens_give_no_first_vectors(experiment_file, tmp_path):
+def test_labels_without_tokens_are_rejected_as_initial_vectors(experiment_file, tmp_path):
     overrides = [
         "prompt.init=labels",
         "template.target='{label}.'",
@@ -394,13 +432,45 @@ def test_texts_without_tokens_give_no_first_vectors(experiment_file, tmp_path):
         train(load_experiment(experiment_file, overrides), tmp_path / "run")
 
 
-def test_full_fine_tuning_in_int8_is_refused(experiment_file):
+def test_full_fine_tuning_of_int8_matrices_is_rejected(experiment_file):
     with pytest.raises(UserError, match=r"method: full cannot train compute\.int8 matrices"):
         load_experiment(experiment_file, ["method=full", "compute.int8=true"])
 
 
-def test_a_method_has_its_own_learning_rate_where_none_is_given(experiment_file):
+def test_a_method_has_a_default_learning_rate(experiment_file):
     given = load_experiment(experiment_file, ["method=lora"])
     assert given.optimizer.learning_rate == 0.1
     default = load_experiment(experiment_file, ["method=lora", "optimizer.learning_rate=null"])
     assert default.optimizer.learning_rate == LoRA.default_learning_rate == 3e-3
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_says_what_it_cannot_export(name, tiny, experiment_file):
+    method = method_class(name).build(load_experiment(experiment_file), tiny, [])
+    backbone, prefix = method.apply(tiny.backbone)
+    exports = {
+        "peft": (lambda: method.peft_adapter(tiny, prefix), {"prompt", "prefix", "lora"}),
+        "peft-prefix": (lambda: method.peft_prefix(tiny, prefix), {"prompt", "prefix"}),
+        "merged": (
+            lambda: method.merge_into(tiny.backbone, backbone),
+            {"prompt", "lora", "full"},
+        ),
+    }
+    for export, supported in exports.values():
+        if name not in supported:
+            with pytest.raises(UserError, match=f"method {name} "):
+                export()
+
+
+def test_the_documented_example_of_a_new_method_works(monkeypatch, experiment_file, tmp_path):
+    """Follow docs/adding-a-method.md: add the file and the line, then run its tests."""
+    text = (REPOSITORY / "docs" / "adding-a-method.md").read_text()
+    source, tests = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    module = types.ModuleType("softprompt.methods.bitfit")
+    exec(source, vars(module))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setitem(METHODS, "bitfit", "softprompt.methods.bitfit:BitFit")
+    documented: dict = {}
+    exec(tests, documented)
+    documented["test_bitfit_trains_the_biases_and_scores_the_same_after_loading"](tmp_path)
+    documented["test_bitfit_needs_biases"](experiment_file, tmp_path / "rejected")

@@ -152,17 +152,17 @@ MALFORMED = {
     "no prompt": ("prompt", rename("prompt_embeddings", "x"), {}, "no prompt_embeddings"),
     "length": ("prompt", None, {"num_virtual_tokens": 7}, "4 rows, not the 7"),
     "length text": ("prompt", None, {"num_virtual_tokens": "4"}, "num_virtual_tokens is '4'"),
-    "kind": ("prompt", None, {"peft_type": "IA3"}, "kind 'IA3' are not read"),
+    "kind": ("prompt", None, {"peft_type": "IA3"}, "kind 'IA3' are not supported"),
     "prefix": ("prefix", None, {"num_virtual_tokens": 2}, "takes (2, "),
     "half": ("lora", drop_first, {}, "but not base_model"),
-    "foreign": ("lora", rename_pair, {}, "has no place for base_model.model.model.layers.0"),
-    "length fraction": ("prompt", None, {"num_virtual_tokens": 4.0}, "no positive whole number"),
-    "prefix fraction": ("prefix", None, {"num_virtual_tokens": 4.0}, "no positive whole number"),
+    "foreign": ("lora", rename_pair, {}, "has no module for base_model.model.model.layers.0"),
+    "length fraction": ("prompt", None, {"num_virtual_tokens": 4.0}, "a positive integer"),
+    "prefix fraction": ("prefix", None, {"num_virtual_tokens": 4.0}, "a positive integer"),
     "patterns": ("lora", None, {"alpha_pattern": ["q_proj"]}, "alpha_pattern is ['q_proj']"),
     "dora": ("lora", None, {"use_dora": True}, "use_dora True is not supported"),
     "bias": ("lora", None, {"bias": "all"}, "bias 'all' is not supported"),
     "alpha": ("lora", None, {"lora_alpha": None}, "lora_alpha is None"),
-    "regex": ("lora", None, {"alpha_pattern": {"(a+)+$": 2}}, "is no plain name"),
+    "regex": ("lora", None, {"alpha_pattern": {"(a+)+$": 2}}, "is not a plain name"),
 }
 
 
@@ -222,7 +222,7 @@ def test_an_array_of_the_original_is_read(tmp_path):
     assert name == "prompt"
     np.testing.assert_allclose(arrays["vectors"], vectors, rtol=1e-6)
     np.save(tmp_path / "wide.npy", np.ones((3, 17)))
-    with pytest.raises(UserError, match=r"17 dimensions, those of the base model .* 16"):
+    with pytest.raises(UserError, match=r"17 dimensions, but the base model .* has 16"):
         import_array(tmp_path / "wide.npy", base)
 
 
@@ -233,12 +233,12 @@ def test_what_peft_cannot_express_is_refused(tmp_path):
     offsets = DecomposedPrompt(vectors, jnp.ones((3, 1)), jnp.ones((1, 16)), [~0, ~1])
     lora = LoRA({}, {})
     for prompt, as_prefix, message in (
-        (in_place, False, "stand elsewhere"),
-        (in_place, True, "nothing stands in front"),
-        (behind_text, False, "stand elsewhere"),
-        (trained(base, offsets), False, "method DecomposedPrompt has no form in peft"),
-        (trained(base, offsets), True, "method DecomposedPrompt cannot be written as a prefix"),
-        (trained(base, lora), True, "method LoRA cannot be written as a prefix"),
+        (in_place, False, "are elsewhere"),
+        (in_place, True, "there is no prefix of keys and values"),
+        (behind_text, False, "are elsewhere"),
+        (trained(base, offsets), False, "method dept has no form in peft"),
+        (trained(base, offsets), True, "method dept cannot be written as a prefix"),
+        (trained(base, lora), True, "method lora cannot be written as a prefix"),
     ):
         with pytest.raises(UserError, match=message):
             export_adapter(prompt, tmp_path, as_prefix=as_prefix)

@@ -1,4 +1,4 @@
-"""What vectors are made from: against plain NumPy in float64 and against peft; the starts."""
+"""Reparametrizations: against plain NumPy in float64, against peft, and their initial values."""
 
 from functools import partial
 
@@ -24,7 +24,7 @@ MAKE = {
     "residual": partial(Residual, hidden_size=HIDDEN, key=KEY),
     "low-rank": partial(LowRank, rank=RANK),
 }
-# What each learns: its arrays and their shapes.
+# The trained arrays of each, and their shapes.
 ARRAYS = {
     "mlp": {
         "inputs": (5, 8),
@@ -62,13 +62,13 @@ ARRAYS = {
 
 
 def named(state):
-    """The arrays of a state by their path, with dots."""
+    """Return the arrays of a state by their paths."""
     flat = nnx.to_flat_state(state)
     return {".".join(path): np.asarray(variable[...]) for path, variable in flat}
 
 
 def set_arrays(module, arrays):
-    """Set what a module learns, by the path of each array."""
+    """Set the trained arrays of a module, by their paths."""
     state = nnx.to_flat_state(nnx.state(module, PromptParam))
     assert {".".join(path) for path, _ in state} == set(arrays)
     for path, variable in state:
@@ -79,7 +79,7 @@ def set_arrays(module, arrays):
 
 
 def randomized(kind):
-    """A module all of whose arrays are random, and those arrays in float64."""
+    """Return a module with random arrays, and the same arrays in float64."""
     module, random = MAKE[kind](VECTORS), np.random.default_rng(3)
     arrays = {
         name: random.standard_normal(shape).astype(np.float32)
@@ -102,7 +102,7 @@ def sigmoid(x):
 
 
 def recurrence(arrays, name, inputs):
-    """States `[P, H]` of an LSTM, one step and one gate at a time."""
+    """Return the states `[P, H]` of an LSTM, computed one step and one gate at a time."""
     kernels = np.split(arrays[f"{name}.kernel"], 4, axis=1)
     recurrents = np.split(arrays[f"{name}.recurrent"], 4, axis=1)
     biases = np.split(arrays[f"{name}.bias"], 4)
@@ -144,7 +144,7 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize("kind", MAKE)
-def test_all_that_is_learned_is_float32_and_a_prompt_param(kind):
+def test_every_array_is_float32_and_a_prompt_param(kind):
     module = MAKE[kind](VECTORS)
     assert {name: array.shape for name, array in named(nnx.state(module)).items()} == ARRAYS[kind]
     arrays = named(nnx.state(module, PromptParam))
@@ -154,7 +154,7 @@ def test_all_that_is_learned_is_float32_and_a_prompt_param(kind):
 
 
 @pytest.mark.parametrize("kind", MAKE)
-def test_vectors_are_those_of_plain_numpy(kind):
+def test_vectors_equal_plain_numpy(kind):
     module, arrays = randomized(kind)
     expected = EXPECTED[kind](arrays)
     np.testing.assert_allclose(module(), expected, atol=2e-6 * np.abs(expected).max())
@@ -164,7 +164,7 @@ WEIGHTING = np.random.default_rng(2).standard_normal((LENGTH, SIZE)).astype(np.f
 
 
 def gradients(module):
-    """Those of a random weighting of the vectors, by the path of each array."""
+    """Return the gradient of a weighted sum of the vectors, by the path of each array."""
     graphdef, state = nnx.split(module)
 
     @jax.jit
@@ -176,7 +176,7 @@ def gradients(module):
 
 
 @pytest.mark.parametrize("kind", MAKE)
-def test_every_array_has_the_gradient_of_plain_numpy(kind):
+def test_gradients_equal_differences_in_plain_numpy(kind):
     module, arrays = randomized(kind)
     for name, gradient in gradients(module).items():
         direction = np.random.default_rng(4).standard_normal(gradient.shape)
@@ -190,20 +190,20 @@ def test_every_array_has_the_gradient_of_plain_numpy(kind):
 
 
 @pytest.mark.parametrize("kind", MAKE)
-def test_at_the_start_all_learns_but_the_layers_of_a_residual(kind):
+def test_every_array_has_an_initial_gradient_except_the_layers_of_residual(kind):
     at_start = gradients(MAKE[kind](VECTORS))
     still = {name for name, gradient in at_start.items() if not gradient.any()}
     layers = {"down.kernel", "down.bias", "up.kernel", "up.bias"}
     assert still == (layers if kind == "residual" else set())
 
 
-def test_a_residual_network_starts_from_the_vectors():
+def test_residual_starts_from_the_vectors():
     np.testing.assert_array_equal(MAKE["residual"](VECTORS)(), VECTORS)
 
 
 @pytest.mark.parametrize("kind", ["mlp", "lstm", "residual"])
-def test_the_vectors_are_the_networks_inputs_and_a_key_draws_the_rest(kind):
-    # With H = D, arrays that shared a key would have the same bounds, and so the same values.
+def test_the_vectors_are_the_inputs_and_the_key_draws_the_weights(kind):
+    # With H = D, two arrays drawn with the same key would have equal values.
     one, again, other = (
         named(nnx.state(MAKE[kind](VECTORS, hidden_size=SIZE, key=key)))
         for key in (KEY, KEY, jax.random.key(9))
@@ -218,7 +218,7 @@ def test_the_vectors_are_the_networks_inputs_and_a_key_draws_the_rest(kind):
 
 
 @pytest.mark.parametrize("kind", ["mlp", "lstm"])
-def test_networks_start_with_the_spread_of_torch(kind):
+def test_initial_weights_have_the_bounds_of_torch(kind):
     hidden = 100
     arrays = named(nnx.state(MAKE[kind](VECTORS, hidden_size=hidden)))
     kernels = {name for name in arrays if name.endswith("kernel")}
@@ -231,8 +231,8 @@ def test_networks_start_with_the_spread_of_torch(kind):
                 assert abs(arrays[part].mean()) < 0.35 * bound
 
 
-def test_low_rank_starts_at_the_best_approximation():
-    """No matrix of rank R is nearer than by the values that are left out (Eckart-Young)."""
+def test_low_rank_starts_from_the_best_approximation():
+    """Its distance is the norm of the omitted singular values (Eckart-Young theorem)."""
     module = MAKE["low-rank"](VECTORS)
     values = np.linalg.svd(np.float64(VECTORS), compute_uv=False)
     distance = np.linalg.norm(module() - np.float64(VECTORS))
@@ -243,14 +243,14 @@ def test_low_rank_starts_at_the_best_approximation():
     np.testing.assert_allclose(LowRank(VECTORS, LENGTH)(), VECTORS, atol=1e-6)
 
 
-def test_low_rank_learns_in_directions_that_the_vectors_lack():
+def test_low_rank_has_gradients_in_directions_that_the_vectors_lack():
     module = LowRank(jnp.tile(VECTORS[:1], (LENGTH, 1)), RANK)
     np.testing.assert_allclose(module(), jnp.tile(VECTORS[:1], (LENGTH, 1)), atol=1e-6)
     gradient = gradients(module)["right"]
     assert np.abs(gradient).max(axis=1).min() > 0.01 * np.abs(gradient).max()
 
 
-# Parts of our modules by peft's names: of layers, and of the LSTM's directions.
+# The names of layers and of the LSTM's directions in peft.
 LAYERS = {
     MLP: {"first": "mlp_head.0", "second": "mlp_head.2", "third": "mlp_head.4"},
     LSTM: {"first": "mlp_head.0", "second": "mlp_head.2"},
@@ -272,7 +272,7 @@ def test_networks_agree_with_peft(kind):
         arrays[f"{name}.kernel"] = golden[f"lstm_head.weight_ih_{theirs}"].T
         arrays[f"{name}.recurrent"] = golden[f"lstm_head.weight_hh_{theirs}"].T
         biases = [golden[f"lstm_head.bias_{part}_{theirs}"] for part in ("ih", "hh")]
-        arrays[f"{name}.bias"] = sum(biases)  # torch has two of one effect
+        arrays[f"{name}.bias"] = sum(biases)  # torch adds two biases
     module = kind(jnp.zeros((3, 8)), hidden_size=6, key=KEY)
     set_arrays(module, arrays)
     np.testing.assert_allclose(module(), golden["output"], atol=1e-6)

@@ -40,6 +40,7 @@ def folder(tmp_path_factory):
     path = write_experiment(here, 5, 5)
     path.write_text(path.read_text() + SWEEP)
     arguments = ["training.steps=4", "evaluation.every=2", "training.log_every=1"]
+    arguments += ["sweep.at_once=2"]  # fewer programs to compile than with more trials at once
     assert main(["sweep", str(path), *arguments, "--folder", str(here / "sweep")]) == 1
     return here / "sweep"
 

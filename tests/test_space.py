@@ -58,25 +58,25 @@ def test_random_trials_are_drawn_from_their_ranges_and_more_of_them_begin_alike(
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ("  promt.length: [1]\n", "letters.yaml:10: sweep.promt.length: no key of an experiment"),
+        ("  promt.length: [1]\n", "letters.yaml:10: sweep.promt.length: unknown key"),
         ("  prompt.lenth: [1]\n", "prompt.lenth: unknown key; did you mean 'length'?"),
         ("  prompt.length: [0]\n", "letters.yaml:10: prompt.length: Input should be greater"),
-        ("  prompt.length: 3\n", "sweep.prompt.length: a list of values, or {low: ..., high: ...}"),
-        ("  prompt.length: []\n", "sweep.prompt.length: a list of values"),
+        ("  prompt.length: 3\n", "sweep.prompt.length: must be a list of values, or {low: ..., high: ...}"),
+        ("  prompt.length: []\n", "sweep.prompt.length: must be a list of values"),
         ("  prompt.length: {low: 5, high: 1}\n", "sweep.prompt.length: low must be less than high"),
         ("  seed: {low: 0, high: 9}\n", "a range needs how: random or how: tpe"),
         ("  seed: [0]\n  how: random\n", "how: random and how: tpe need trials"),
-        ("  seed: [0]\n  trials: 3\n", "the others have none"),
-        ("  seed: [0]\n  prompt.length: [1, 2]\n  how: zip\n", "zip needs as many values"),
+        ("  seed: [0]\n  trials: 3\n", "grid and zip do not take it"),
+        ("  seed: [0]\n  prompt.length: [1, 2]\n  how: zip\n", "zip needs the same number of values"),
         ("  how: grid\n", "give keys of the experiment with lists of values, or points"),
         ("  seed: [0]\n  halving: {rungs: [3]}\n", "3 must be a multiple of evaluation.every (4)"),
         ("  seed: [0]\n  halving: {rungs: [12]}\n", "less than training.steps (12)"),
         ("  seed: [0]\n  halving: {rungs: [4], factr: 2}\n", "unknown key; did you mean 'factor'?"),
         ("  seed: [0]\n  halving: {rungs: [8, 4]}\n", "each of the rungs must be above the one"),
-        ("  points: [{seed: 1}]\n  how: tpe\n  trials: 3\n", "points are the trials"),
-        ("  points: [{name: x}]\n", "sweep.name: no key of an experiment"),
-        ("  parameters: {seed: [1]}\n", "sweep.parameters.seed: no key of an experiment"),
-        ("  prompt: [{length: 2}, {length: 5}]\n", "sweep.prompt: a section; give its keys, as"),
+        ("  points: [{seed: 1}]\n  how: tpe\n  trials: 3\n", "points list the trials"),
+        ("  points: [{name: x}]\n", "sweep.name: unknown key"),
+        ("  parameters: {seed: [1]}\n", "sweep.parameters.seed: unknown key"),
+        ("  prompt: [{length: 2}, {length: 5}]\n", "sweep.prompt: is a section; give its keys, as"),
         ("  prompt: [{length: 2}]\n  prompt.init: [random]\n", "sweep.prompt.init: given twice"),
         ("  points: [{evaluation: {metric: loss}}]\n", "trials are compared by one metric"),
         ("  seed: [1, 2, 1]\n", "seed: a value is given twice"),
@@ -105,7 +105,7 @@ def test_a_mistake_in_a_sweep_is_one_line_with_its_place(space, section, message
     assert len(str(error.value).splitlines()) == 1
 
 
-def test_overrides_replace_what_is_tried_however_it_is_written(space):
+def test_overrides_replace_the_values_of_a_sweep_in_either_notation(space):
     for section in ("  prompt.length: [1, 5]\n", "  prompt: {length: [1, 5]}\n"):
         section += "  prompt: {init: [random]}\n" if "prompt.length" in section else ""
         found = parameters(space(section, "sweep.prompt.length=[9]"))
@@ -114,14 +114,14 @@ def test_overrides_replace_what_is_tried_however_it_is_written(space):
         space("  prompt.length: [1, 5]\n", "prompt.length=7")
 
 
-def test_prompts_for_which_the_model_is_too_short_are_not_padded_for(space):
+def test_prompts_that_do_not_fit_the_model_are_ignored_in_padding(space):
     found = space("  prompt.length: [2, 6, 100000]\n")
     assert found.longest(found.trials()[0].experiment, 128) == 6
     drawn = space("  how: random\n  trials: 2\n  prompt.length: {low: 1, high: 9000}\n")
     assert drawn.longest(drawn.file.experiment(), 128) == 127
 
 
-def test_a_file_of_many_trials_is_not_for_train_and_one_without_not_for_sweep(
+def test_train_rejects_a_sweep_and_sweep_rejects_a_file_without_one(
     space, experiment_file, capsys
 ):
     path = space("  seed: [0]\n").file.path

@@ -74,12 +74,12 @@ def test_two_processes_share_a_study_and_one_is_killed(space, storage, tmp_path)
     url = storage and f"sqlite:///{tmp_path / 'study.db'}"
     found = space(STUDY + (f"  storage: {url}\n" if url else ""))
     dead = tmp_path / "dead"
-    dies = f"if here[0].run.progress.step == 6: Path({str(dead)!r}).touch(); os._exit(9)"
+    dies = f"if here[0].session.run.step == 6: Path({str(dead)!r}).touch(); os._exit(9)"
     waits = f"while not Path({str(dead)!r}).exists(): time.sleep(0.05)"
     workers = [sweep_process(found, before) for before in (dies, waits)]
     errors = [worker.communicate()[1] for worker in workers]
     assert [worker.returncode for worker in workers] == [9, 0], errors
-    assert "going on from step 4" in errors[1]
+    assert "resuming from step 4" in errors[1]
     known = known_trials(found.folder, url)
     assert [trial.state.name for trial in known] == ["COMPLETE"] * 6
     folders = sorted((found.folder / "trials").iterdir())

@@ -16,8 +16,8 @@ from softprompt.data.batches import Layout, side_by_side
 from softprompt.experiment.schema import OptimizerSettings
 from softprompt.storage.run_folder import MetricsLog, read_metrics
 from softprompt.sweep.outcome import Outcome, validation_at
-from softprompt.sweep.program import shared, step_group
-from softprompt.sweep.runner import groups, sweep
+from softprompt.sweep.program import shared_settings, step_group
+from softprompt.sweep.runner import program_families, sweep
 from softprompt.training.optimizers import UpdateRule, hyperparameters
 from softprompt.training.step import split, train_step
 
@@ -78,7 +78,7 @@ DIFFERENT = """\
 def test_each_trial_is_its_own_single_run(space):
     """Three side by side in one program, of several lengths and schedules, and each alone."""
     trials = sweep(space(DIFFERENT))
-    assert len(groups(trials)) == 1
+    assert len(program_families(trials)) == 1
     for trial in trials:
         alone = trial.folder.with_name(f"alone-{trial.number}")
         summary = train(trial.experiment, alone)
@@ -136,10 +136,10 @@ def test_without_memory_for_all_trials_at_once_a_step_is_of_fewer(space, monkeyp
 def test_what_cannot_share_a_program_is_grouped(space):
     def count(section):
         trials = space(section).trials()
-        assert {shared(t.experiment) for g in groups(trials) for t in g[:1]} == {
-            shared(t.experiment) for t in trials
+        assert {shared_settings(t.experiment) for g in program_families(trials) for t in g[:1]} == {
+            shared_settings(t.experiment) for t in trials
         }
-        return len(groups(trials))
+        return len(program_families(trials))
 
     assert count("  prompt.length: [1, 9]\n  seed: [0, 1]\n  prompt.init: [random, labels]\n") == 1
     assert count("  optimizer.schedule: [linear, cosine]\n") == 2
@@ -165,7 +165,7 @@ def test_losers_of_a_rung_leave_and_the_best_go_on(space, capsys):
     best = min(kept, key=lambda i: validation_at(trials[i].folder, 8)["loss"])
     assert [i for i, end in enumerate(outcomes) if end.state == "finished"] == [best]
     assert sorted(end.step for end in outcomes) == [4, 4, 4, 8, 12]
-    assert "left at step 4" in capsys.readouterr().err
+    assert "pruned at step 4" in capsys.readouterr().err
 
 
 def test_a_sweep_stopped_behind_a_rung_decides_the_next_one_all_the_same(space):
@@ -177,7 +177,7 @@ def test_a_sweep_stopped_behind_a_rung_decides_the_next_one_all_the_same(space):
     whole = sweep(space(section, folder="whole"))
     killed = space(section, "checkpoints.every=1", folder="killed")
     dying = sweep_process(
-        killed, "if here[0].run.progress.step == 6: os._exit(9)", "checkpoints.every=1"
+        killed, "if here[0].session.run.step == 6: os._exit(9)", "checkpoints.every=1"
     )
     errors = dying.communicate()[1]
     assert dying.returncode == 9, errors
@@ -207,7 +207,7 @@ def test_a_killed_sweep_goes_on_where_it_was(space):
     section = "  optimizer.learning_rate: [0.1, 0.03]\n  prompt.length: [2, 4]\n  at_once: 2\n"
     whole = sweep(space(section, folder="whole"))
     killed = space(section)
-    second = "any(p.opened.trial.number in (1, 3) and p.run.progress.step == 6 for p in here)"
+    second = "any(p.opened.trial.number in (1, 3) and p.session.run.step == 6 for p in here)"
     dying = sweep_process(killed, f"if {second}: os._exit(9)")
     errors = dying.communicate()[1]
     assert dying.returncode == 9, errors
@@ -226,7 +226,7 @@ def test_a_killed_sweep_goes_on_where_it_was(space):
 def test_a_stop_saves_all_trials_beside_one_that_fails(space):
     """The loss of the failing one is known to be infinite only once the signal has come."""
     found = space("  optimizer.learning_rate: [1e38, 0.1]\n  at_once: 2\n", "evaluation.every=6")
-    stops = "if here[0].run.progress.step == 1: os.kill(os.getpid(), 15)"
+    stops = "if here[0].session.run.step == 1: os.kill(os.getpid(), 15)"
     stopping = sweep_process(found, stops, "evaluation.every=6")
     errors = stopping.communicate()[1]
     assert stopping.returncode == 128 + 15, errors

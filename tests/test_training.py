@@ -96,7 +96,7 @@ def test_a_killed_run_ends_as_one_never_stopped(start, whole, tmp_path):
     process = start(folder)
     _, errors = process.communicate()
     assert process.returncode == 0, errors
-    assert "going on from step" in errors
+    assert "resuming from step" in errors
     assert outcome(folder) == whole
 
 
@@ -133,14 +133,14 @@ def test_a_signal_saves_the_state_and_the_run_goes_on(start, experiment_file, tm
     _, errors = process.communicate()
     assert process.returncode == 128 + number, errors
     assert "Traceback" not in errors
-    assert "all saved; the same command goes on from there" in errors
+    assert "all saved; start it again to resume" in errors
     (checkpoint,) = (folder / "checkpoints").iterdir()
     assert f"stopped at step {checkpoint.name}," in errors
     before = read_metrics(folder)
     process = start(folder, *overrides)
     wait_for(lambda: len(read_metrics(folder)) > len(before), process)
     process.kill()
-    assert f"going on from step {checkpoint.name}" in process.communicate()[1]
+    assert f"resuming from step {checkpoint.name}" in process.communicate()[1]
     assert read_metrics(folder)[: len(before)] == before
 
 
@@ -160,7 +160,7 @@ def test_a_run_goes_back_to_its_newest_intact_checkpoint(experiment, whole, tmp_
     train(experiment, folder)
     said = capsys.readouterr().err
     assert f"{data}: damaged" in said
-    assert "going on from step 8" in said
+    assert "resuming from step 8" in said
     assert outcome(folder) == whole
 
 
@@ -180,7 +180,7 @@ def test_a_run_outlives_the_loss_of_its_best_checkpoint(
         damage(folder / "prompt")
     capsys.readouterr()
     train(experiment, folder)
-    expected = "starting from the beginning" if prompt_too else "going on from step 12"
+    expected = "starting from the beginning" if prompt_too else "resuming from step 12"
     assert expected in capsys.readouterr().err
     assert outcome(folder) == before
 

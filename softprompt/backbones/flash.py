@@ -128,8 +128,12 @@ def compare_with_xla(arch, implementation: Literal["cudnn", "xla"]) -> str | Non
         return flash_attend(queries, keys, values, prefix, **arguments)
 
     def run(form):
-        mixed, pull = jax.vjp(form, *arrays)
-        return jax.device_get([mixed, *pull(mixed)])
+        @jax.jit
+        def outputs_and_gradients(*arrays):
+            mixed, pull = jax.vjp(form, *arrays)
+            return [mixed, *pull(mixed)]
+
+        return jax.device_get(outputs_and_gradients(*arrays))
 
     try:
         results = list(zip(run(flash), run(plain), strict=True))

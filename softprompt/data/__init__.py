@@ -1,0 +1,1 @@
+"""Data: records, templates, examples and batches."""

@@ -66,6 +66,7 @@ class Lengths:
     @property
     def branching(self) -> bool:
         """Whether any example has several candidates of more than one token."""
+        # Then more tokens are read than all but one of the longest candidate.
         return bool(((self.read >= self.longest) & (self.longest > 0)).any())
 
     def answer_only(self) -> "Lengths":

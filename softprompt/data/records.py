@@ -86,25 +86,26 @@ def as_records(rows: Rows, name: str = "row") -> Sequence[Record]:
     return _RowRecords(rows, name)
 
 
-def read_records(source: str | Rows) -> Sequence[Record]:
+def read_records(source: str | Rows, name: str = "row") -> Sequence[Record]:
     """Read a dataset.
 
     Args:
       source: a `.jsonl` file (one JSON object per line; blank lines are skipped), a `.csv`
         file with a header, `hub:NAME#SPLIT` for a dataset of the Hugging Face hub (needs
         the `datasets` package), or a sequence of mappings.
+      name: what error messages call a row of a sequence; its number follows.
 
     Raises:
       UserError: if a line cannot be read, with its file and line, or if there are no records.
     """
     if not isinstance(source, str):
-        records, name = as_records(source), "the data"
+        records, where = as_records(source, name), f"sequence of {name}s"
     elif source.startswith("hub:"):
-        records, name = _read_hub(source), source
+        records, where = _read_hub(source), source
     else:
-        records, name = _read_file(Path(source)), source
+        records, where = _read_file(Path(source)), source
     if not len(records):
-        raise UserError(f"{name}: has no records")
+        raise UserError(f"{where}: has no records")
     return records
 
 

@@ -32,9 +32,9 @@ _log = logging.getLogger(__name__)
 class Task:
     """Encodes records as examples.
 
-    An input is a sequence of pieces, which are tokenised one by one. The first pieces that
+    An input is a sequence of pieces, which are tokenized one by one. The first pieces that
     have no field are the same in every row. They form the opening, which a method may run
-    once for all rows. The other pieces are tokenised for every record.
+    once for all rows. The other pieces are tokenized for every record.
 
     Attributes:
       base: the base model.
@@ -69,7 +69,7 @@ class Task:
         return list(self.verbalizer or ())
 
     def example(self, record: Record, *, with_answer: bool = True) -> Example:
-        """Fill in the templates and tokenise.
+        """Fill in the templates and tokenize.
 
         An input that exceeds `max_tokens` is truncated at the end of its longest field.
 
@@ -271,7 +271,7 @@ def make_examples(
     """
 
     def encoded() -> Iterator[Example]:
-        with progress(f"tokenise {split}", len(records), "examples") as bar:
+        with progress(f"tokenize {split}", len(records), "examples") as bar:
             for record in as_records(records):
                 yield task.example(record)
                 bar.advance()

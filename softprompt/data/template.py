@@ -29,7 +29,7 @@ def compile_template(
     *,
     virtual: bool,
 ) -> list[Piece]:
-    """Return the pieces of an input, which are tokenised one by one.
+    """Return the pieces of an input, which are tokenized one by one.
 
     Args:
       template: the experiment's template.

@@ -1,0 +1,1 @@
+"""Evaluation: score candidates, and measure a model on examples."""

@@ -50,7 +50,7 @@ class PromptSettings(InitializationSettings):
         default=None,
         description="Network that produces the vectors during training: `mlp` or `lstm` "
         "(P-tuning), `residual`, `low_rank`, or `multitask` (a shared prompt times a matrix of "
-        "rank 1 per task). null trains the vectors themselves.",
+        "rank 1 per task). `null` trains the vectors themselves.",
     )
     size: int | None = Field(
         default=None,
@@ -84,7 +84,7 @@ class PrefixSettings(InitializationSettings):
         default=None,
         ge=1,
         description="Size of the hidden layer of a network that produces the change of keys and "
-        "values during training. null trains the keys and values themselves.",
+        "values during training. `null` trains the keys and values themselves.",
     )
 
 

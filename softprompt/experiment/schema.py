@@ -67,7 +67,7 @@ class Experiment(Section):
     verbalizer: dict[str, str] | None = Field(
         default=None,
         min_length=2,
-        description='Text of each label, such as `{yes: " yes", no: " no"}`. null for free text.',
+        description='Text of each label, such as `{yes: " yes", no: " no"}`. `null` for free text.',
     )
     prompt: PromptSettings = PromptSettings()
     prefix: PrefixSettings = PrefixSettings()

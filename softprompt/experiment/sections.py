@@ -111,7 +111,8 @@ class OptimizerSettings(Section):
     )
     schedule: Literal["constant", "linear", "cosine"] = Field(
         default="cosine",
-        description="How the learning rate decays to 0 after the warm-up, if it does.",
+        description="Learning rate after the warm-up: constant, or falling to 0 at the last step along "
+        "a straight line or a cosine.",
     )
     warmup_steps: int = Field(
         default=0, ge=0, description="Steps in which the learning rate rises linearly to its peak."
@@ -123,7 +124,7 @@ class OptimizerSettings(Section):
         "rate.",
     )
     clip_norm: float | None = Field(
-        default=1.0, gt=0, description="Maximum norm of the whole gradient; null for no clipping."
+        default=1.0, gt=0, description="Maximum norm of the whole gradient; `null` for no clipping."
     )
 
 
@@ -169,7 +170,7 @@ class GenerationSettings(Section):
     temperature: float | None = Field(
         default=None,
         ge=1e-3,
-        description="Sample with the logits divided by this. null or 0 selects greedy decoding.",
+        description="Sample with the logits divided by this. `null` or 0 selects greedy decoding.",
     )
     top_k: int | None = Field(
         default=None, ge=1, lt=2**31, description="Sample from the k most probable tokens only."

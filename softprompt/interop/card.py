@@ -1,4 +1,4 @@
-"""The model card of an export: README.md with the hub's metadata."""
+"""The model card of an export: a README.md with metadata for the Hugging Face Hub."""
 
 import json
 from collections.abc import Iterable
@@ -10,7 +10,7 @@ from softprompt.inference.prompt import TrainedPrompt
 
 
 def adapter_card(prompt: TrainedPrompt) -> str:
-    """The card of an adapter of `peft`."""
+    """Return the card of a `peft` adapter."""
     task, model = prompt.task, prompt.base.backbone.auto_class
     pieces = task.pieces  # what follows the opening
     if not prompt.method.adapter_holds_opening:
@@ -30,28 +30,28 @@ model = {model}.from_pretrained("{prompt.base.hub_name}")
 model = PeftModel.from_pretrained(model, "path/to/this/folder")
 ```
 
-Inputs look like this, with their fields filled in, and are tokenised without adding special
-tokens, which are written out. What follows is the answer.
+An input must look like this, with its fields filled in. Tokenise it without adding special tokens,
+because they are written out. The model continues with the answer.
 
 {_quoted(written_input(pieces, prompt.base.tokenizer))}
 """
 
 
 def merged_card(prompt: TrainedPrompt, written: str) -> str:
-    """The card of a merged model.
+    """Return the card of a merged model.
 
     Args:
-      prompt: what was learned.
-      written: what an input looks like: see `written_input`.
+      prompt: the exported prompt.
+      written: the form of an input, as returned by `written_input`.
     """
     model = prompt.base.backbone.auto_class
     return f"""{_metadata(prompt, "transformers")}
 # {prompt.description["experiment"]}
 
-{_about(prompt)} It is part of this model: nothing but a standard engine is needed.
+{_about(prompt)} It is part of this model, so any standard engine can run it.
 
-Every input must look like this, with its fields filled in, and be tokenised without adding
-special tokens, which are written out:
+Every input must look like this, with its fields filled in. Tokenise it without adding special
+tokens, because they are written out:
 
 {_quoted(written)}
 
@@ -70,12 +70,12 @@ output = model.generate(**inputs, do_sample=False)
 def written_input(
     pieces: Iterable[Piece], tokenizer: PreTrainedTokenizerFast, virtual: str = ""
 ) -> str:
-    """Pieces of an input as one template, special tokens written out.
+    """Return the pieces of an input as one template, with special tokens written out.
 
     Args:
-      pieces: see `data.task`.
-      tokenizer: knows the special tokens.
-      virtual: what stands for the virtual tokens.
+      pieces: as returned by `compile_template`.
+      tokenizer: gives the texts of special tokens.
+      virtual: the text that takes the place of the virtual tokens.
     """
 
     def text(piece: Piece) -> str:
@@ -89,7 +89,7 @@ def written_input(
 
 
 def _metadata(prompt: TrainedPrompt, library: str) -> str:
-    """What the hub reads: YAML, of which JSON is a part."""
+    """Return the metadata that the hub reads. Its values are JSON, which is valid YAML."""
     about = prompt.description
     measured = {key: value for key, value in about["validation"].items() if key != "loss"}
     task = {"type": "text-classification" if prompt.task.verbalizer else "text-generation"}
@@ -114,8 +114,8 @@ def _about(prompt: TrainedPrompt) -> str:
     about = prompt.description
     measured = ", ".join(f"{key} {value:.4f}" for key, value in about["validation"].items())
     return (
-        f"Learned by softprompt {about['versions']['softprompt']}, method `{about['method']}`, "
-        f"on the base model `{prompt.base.hub_name}`, whose licence holds for it. "
+        f"Trained with softprompt {about['versions']['softprompt']} ({prompt.method.label}) "
+        f"on the base model `{prompt.base.hub_name}`, whose licence applies. "
         f"Validation: {measured or 'not measured'}."
     )
 

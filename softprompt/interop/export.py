@@ -1,4 +1,4 @@
-"""Exports: a folder in another program's form, and the way to the hub."""
+"""Export a trained prompt to the format of another program, and upload it to the hub."""
 
 from pathlib import Path
 
@@ -12,16 +12,16 @@ from softprompt.interop.peft_export import export_adapter
 
 
 def export(prompt: TrainedPrompt, folder: Path, format: str) -> None:
-    """Write what was learned in another program's form, and a README.md beside it.
+    """Write a trained prompt in the format of another program, with a README.md.
 
     Args:
-      prompt: what was learned.
-      folder: to make, or an empty one.
-      format: `peft`, an adapter; `peft-prefix`, an adapter of whatever stands in front of
-        every row as keys and values; `merged`, a model that needs no adapter.
+      prompt: the trained prompt.
+      folder: a folder that does not exist or is empty.
+      format: `peft`, an adapter; `peft-prefix`, an adapter that holds everything in front of the
+        inputs as keys and values; `merged`, a model that needs no adapter.
 
     Raises:
-      UserError: if there is something in the folder, or the method has no such form.
+      UserError: if the folder is not empty, or the method has no such format.
     """
     make_folder(folder)
     try:
@@ -40,30 +40,34 @@ def export(prompt: TrainedPrompt, folder: Path, format: str) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder to write to; `UserError` if there is something in it."""
+    """Create a folder; raise a `UserError` if it exists and is not empty."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
-            raise UserError(f"{folder}: there is something in it; choose a new folder")
+            raise UserError(f"{folder}: the folder is not empty; choose a new one")
     except OSError as error:
-        raise UserError(f"{folder}: cannot be made ({error.strerror})") from None
+        raise UserError(f"{folder}: cannot be created ({error.strerror})") from None
 
 
 def push(folder: Path, repository: str) -> str:
-    """Upload an exported folder to the hub, making the repository if need be.
+    """Upload an exported folder to the Hugging Face Hub.
+
+    Args:
+      folder: the folder that `export` wrote.
+      repository: `owner/name`; it is created if it does not exist.
 
     Returns:
-      The address of what was uploaded.
+      The URL of the commit.
 
     Raises:
-      UserError: if the hub refuses or cannot be reached.
+      UserError: if the hub cannot be reached or rejects the upload.
     """
     try:
         huggingface_hub.create_repo(repository, exist_ok=True)
         done = huggingface_hub.upload_folder(
             repo_id=repository, folder_path=folder, commit_message="Upload by softprompt"
         )
-    except Exception as error:  # the hub's client raises errors of unrelated kinds
+    except Exception as error:  # the client of the hub raises unrelated types
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"{repository}: cannot be uploaded ({reason})") from error
     return str(done.commit_url)

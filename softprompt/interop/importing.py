@@ -1,4 +1,4 @@
-"""From another program's prompt or adapter to a folder that `load_prompt` reads."""
+"""Import an adapter or a prompt of another program as a folder that `load_prompt` reads."""
 
 from pathlib import Path
 
@@ -15,20 +15,20 @@ from softprompt.methods.saved import save_prompt
 def import_prompt(
     source: Path, folder: Path, base: Base, experiment: Experiment | None = None
 ) -> None:
-    """Save a `peft` adapter, or a prompt of google-research/prompt-tuning, as our own.
+    """Convert a `peft` adapter, or a prompt of google-research/prompt-tuning.
 
     Args:
-      source: an adapter's folder, or a `.npy` file.
-      folder: to make, or an empty one.
-      base: the base model that it was trained on, which its file does not hold.
-      experiment: says template and verbalizer; by default the input is the text alone.
+      source: the folder of an adapter, or a `.npy` file.
+      folder: a folder that does not exist or is empty.
+      base: the base model that the adapter was trained on.
+      experiment: gives the template and the verbalizer; by default the input is the text alone.
 
     Raises:
-      UserError: if the source is damaged, of another kind, or does not fit the base model,
-        or the experiment asks for what an adapter does not have.
+      UserError: if the source is damaged or of an unsupported kind, does not fit the base model,
+        or does not fit the experiment.
     """
     if experiment and (experiment.shots or experiment.prompt.tasks):
-        raise UserError(f"experiment {experiment.name}: shots and tasks cannot be imported to")
+        raise UserError(f"experiment {experiment.name}: an import supports neither shots nor tasks")
     read = import_array if source.suffix == ".npy" else import_adapter
     name, arrays, description = read(source, base)
     method = method_class(name)
@@ -46,7 +46,7 @@ def import_prompt(
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
     make_folder(folder)
-    folder.rmdir()  # it is made anew, whole or not at all
+    folder.rmdir()  # `save_prompt` creates it, complete or not at all
     save_prompt(
         folder,
         method.load(arrays, description, task.opening),

@@ -1,7 +1,7 @@
-"""A base model with what was learned put into it, for engines that know nothing of prompts.
+"""Export a model that contains what was learned, for engines without support for prompts.
 
-The result is a model directory as the hub has them. A soft prompt becomes new tokens of
-the vocabulary, whose embeddings are its vectors. Axis letters: V vocabulary, D hidden,
+The result is a model directory in the format of the hub. A soft prompt becomes new tokens of the
+vocabulary, whose embeddings are its vectors. Axis letters: V vocabulary, D hidden,
 P virtual tokens.
 """
 
@@ -22,7 +22,7 @@ from softprompt.errors import UserError
 from softprompt.inference.prompt import TrainedPrompt
 from softprompt.interop.card import written_input
 
-# What transformers calls models whose name does not follow from their config's.
+# Class names in transformers that do not follow from the name of the config class.
 _CLASSES = {
     "gemma3_text": "Gemma3ForCausalLM",
     "gpt2": "GPT2LMHeadModel",
@@ -33,22 +33,22 @@ _LEFT_OUT = ("torch_dtype", "auto_map")  # the old name of `dtype`; code that is
 
 
 def export_merged(prompt: TrainedPrompt, folder: Path) -> str:
-    """Write a model directory that does without softprompt what the prompt does with it.
+    """Write a model directory that computes without softprompt what the prompt does with it.
 
     Args:
-      prompt: a soft prompt, LoRA or full fine-tuning.
-      folder: where to write; it exists.
+      prompt: the trained prompt.
+      folder: an existing folder.
 
     Returns:
-      What an input looks like to it: the template with all tokens written out, to be
-      tokenised with `add_special_tokens=False`.
+      The form of an input: the template with all special tokens written out, to be tokenised
+      with `add_special_tokens=False`.
 
     Raises:
-      UserError: if what was learned cannot be put into a model.
+      UserError: if no plain model computes the same.
     """
     method, base = prompt.method, prompt.base
     if base.compute.int8:
-        raise UserError("a base model in int8 cannot be merged; export with --base and no int8")
+        raise UserError("a base model in int8 cannot be merged; load it without int8")
     backbone, vectors = method.merge_into(base.backbone, prompt.backbone)
     if prompt.task.tasks:
         raise UserError("prompts of several tasks cannot be merged into one model")
@@ -81,10 +81,10 @@ def export_merged(prompt: TrainedPrompt, folder: Path) -> str:
 def _add_tokens(
     tensors: dict[str, np.ndarray], base: Base, vectors: np.ndarray, ids: list[int], size: int
 ) -> None:
-    """Give the vocabulary `size` tokens, `ids` of which have the vectors as embeddings.
+    """Extend the vocabulary to `size` tokens. The embeddings of `ids` become the vectors.
 
-    No new token can win: its row of the head is that of another token that the model does
-    not write, and of two equal logits the lower id is taken.
+    No new token is ever generated: its row of the head equals the row of another token that the
+    model does not generate, and of two equal logits the lower id is chosen.
     """
     arch, names = base.backbone.arch, FAMILIES[base.config["model_type"]].names
     embedding, head = f"{names['embedding']}.weight", f"{names['head']}.weight"
@@ -94,16 +94,16 @@ def _add_tokens(
     new = np.zeros((size - len(table), table.shape[1]), table.dtype)
     tensors[embedding] = np.concatenate([table, new])
     tensors[embedding][ids] = vectors / base.backbone.embedding.scale
-    rows = np.repeat(tensors[head][[_unwritten(base)]], len(new), axis=0)
+    rows = np.repeat(tensors[head][[_never_generated(base)]], len(new), axis=0)
     tensors[head] = np.concatenate([tensors[head], rows])
-    tensors[head][ids] = tensors[head][_unwritten(base)]
+    tensors[head][ids] = tensors[head][_never_generated(base)]
 
 
-def _unwritten(base: Base) -> int:
-    """A token that the model does not write: one that starts or pads texts, but ends none.
+def _never_generated(base: Base) -> int:
+    """Return a token that the model does not generate: one that starts or pads texts.
 
-    Where the tokenizer has none, the first of the vocabulary must do: sampling may then
-    take a new token in its place, unless `suppress_tokens` is heeded.
+    If the tokenizer has none, this is the first token of the vocabulary. Sampling may then
+    choose a new token in its place, unless the engine respects `suppress_tokens`.
     """
     tokenizer, end = base.tokenizer, base.tokenizer.eos_token_id
     choices = [tokenizer.pad_token_id, tokenizer.bos_token_id, *tokenizer.all_special_ids]
@@ -114,7 +114,7 @@ def _unwritten(base: Base) -> int:
 def _config(base: Base, size: int, untied: bool) -> dict[str, Any]:
     kind = base.config["model_type"]
     name = CONFIG_MAPPING_NAMES[kind].removesuffix("Config") + "ForCausalLM"
-    # Null is not the same as absent: Mistral's window would be 4096, Gemma 2's soft-caps 50 and 30.
+    # Keep nulls: without the keys, Mistral's window is 4096, and Gemma 2's soft-caps are 50 and 30.
     config = {key: value for key, value in base.config.items() if key not in _LEFT_OUT}
     config |= {
         "architectures": [_CLASSES.get(kind, name)],

@@ -1,6 +1,6 @@
-"""What a method learned as an adapter of `peft` 0.21 (`adapter_config.json` and safetensors).
+"""Write adapters for `peft` 0.21: `adapter_config.json` and safetensors.
 
-The form of each method's tensors is in the file of the method.
+Each method converts its own arrays, see `Method.peft_adapter` and `Method.peft_prefix`.
 """
 
 import json
@@ -11,18 +11,16 @@ from softprompt.inference.prompt import TrainedPrompt
 
 
 def export_adapter(prompt: TrainedPrompt, folder: Path, *, as_prefix: bool = False) -> None:
-    """Write an adapter that gives the same logits in `peft`.
-
-    A soft prompt becomes PROMPT_TUNING, learned keys and values PREFIX_TUNING, LoRA LORA.
+    """Write an adapter that has the same logits in `peft`.
 
     Args:
-      prompt: what was learned.
-      folder: where to write; it exists.
-      as_prefix: write whatever stands in front of every row (virtual tokens and text) as
-        PREFIX_TUNING: keys and values instead of the vectors that they come from.
+      prompt: the trained prompt.
+      folder: an existing folder.
+      as_prefix: write a PREFIX_TUNING adapter, which holds everything in front of the inputs
+        (virtual tokens and text) as keys and values.
 
     Raises:
-      UserError: if `peft` has no form for it.
+      UserError: if `peft` has no such adapter.
     """
     make_adapter = prompt.method.peft_prefix if as_prefix else prompt.method.peft_adapter
     arrays, config = make_adapter(prompt.base, prompt.prefix)

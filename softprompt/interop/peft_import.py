@@ -1,4 +1,4 @@
-"""Adapters made by `peft`, read from their safetensors; nothing of them is run or unpickled.
+"""Read adapters of `peft` from safetensors. Nothing in them is executed or unpickled.
 
 Axis letters: P virtual tokens, D hidden, L layers, K key-value heads, h head size, R rank.
 """
@@ -20,7 +20,7 @@ from softprompt.methods.backbone_arrays import matrices_of
 from softprompt.methods.peft_layout import peft_embedding_scale, stored_modules
 
 _FILE = "adapter_model.safetensors"
-_OTHER_THAN_LORA = (  # settings of peft's LORA that make it something else
+_OTHER_THAN_LORA = (  # settings of a LORA adapter that change what it computes
     "alora_invocation_tokens",
     "bias",
     "layer_replication",
@@ -36,11 +36,11 @@ Learned = tuple[str, dict[str, Any], dict[str, Any]]  # see `import_adapter`
 
 
 def import_adapter(folder: Path, base: Base) -> Learned:
-    """Read an adapter of kind PROMPT_TUNING, P_TUNING, PREFIX_TUNING or LORA.
+    """Read an adapter of type PROMPT_TUNING, P_TUNING, PREFIX_TUNING or LORA.
 
     Args:
-      folder: with `adapter_config.json` and `adapter_model.safetensors`.
-      base: the base model that it was trained on.
+      folder: holds `adapter_config.json` and `adapter_model.safetensors`.
+      base: the base model that the adapter was trained on.
 
     Returns:
       The name of the method, its arrays by name, and the description that `Method.load` needs.
@@ -61,16 +61,23 @@ def import_adapter(folder: Path, base: Base) -> Learned:
     except _Misfit as error:
         raise UserError(f"{folder}: {error}") from None
     raise UserError(
-        f"{folder}: adapters of kind {kind!r} are not read "
-        "(only PROMPT_TUNING, P_TUNING, PREFIX_TUNING and LORA)"
+        f"{folder}: adapters of kind {kind!r} are not supported "
+        "(supported: PROMPT_TUNING, P_TUNING, PREFIX_TUNING, LORA)"
     )
 
 
 def import_array(path: Path, base: Base) -> Learned:
-    """Read a prompt `[P, D]` of google-research/prompt-tuning, saved by NumPy.
+    """Read a prompt `[P, D]` of google-research/prompt-tuning, a `.npy` file.
+
+    Args:
+      path: the file.
+      base: the base model that the prompt was trained on.
+
+    Returns:
+      The same as `import_adapter`.
 
     Raises:
-      UserError: if it is no such array, or does not fit the base model.
+      UserError: if the file is not such an array, or does not fit the base model.
     """
     try:
         with path.open("rb") as file:
@@ -88,7 +95,7 @@ def import_array(path: Path, base: Base) -> Learned:
 
 
 class _Misfit(Exception):
-    """What does not fit in an adapter; its place is added by the caller."""
+    """A mistake in an adapter. The caller adds the path to the message."""
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -110,7 +117,7 @@ def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
         pickled = folder / "adapter_model.bin"
         if pickled.exists():
             raise UserError(
-                f"{pickled}: pickled files are not read, for unpickling one can run any code: "
+                f"{pickled}: pickled files are not read, because unpickling can run any code; "
                 "save the adapter as safetensors"
             )
         raise UserError(f"{path}: no such file")
@@ -121,7 +128,7 @@ def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
         raise UserError(f"{path}: not a readable safetensors file ({error})") from None
     for name, tensor in tensors.items():
         if not jnp.issubdtype(tensor.dtype, jnp.floating):
-            raise UserError(f"{path}: {name} is of {tensor.dtype}, no floating-point numbers")
+            raise UserError(f"{path}: {name} has the type {tensor.dtype}, not floating point")
         tensors[name] = tensor.astype(np.float32)
         if not np.isfinite(tensors[name]).all():
             raise UserError(f"{path}: {name} has values that are not finite")
@@ -131,14 +138,14 @@ def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
 def _count(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
     value = config.get(key, default)
     if type(value) is not int or not 0 < value < 1e9:
-        raise _Misfit(f"adapter_config.json: {key} is {value!r}, no positive whole number")
+        raise _Misfit(f"adapter_config.json: {key} is {value!r}, but must be a positive integer")
     return value
 
 
 def _positive(config: Mapping[str, Any], key: str) -> float:
     value = config.get(key)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e9:
-        raise _Misfit(f"adapter_config.json: {key} is {value!r}, no positive number")
+        raise _Misfit(f"adapter_config.json: {key} is {value!r}, but must be a positive number")
     return value
 
 
@@ -146,10 +153,12 @@ def _embeddings(tensors: Mapping[str, np.ndarray]) -> np.ndarray:
     if "prompt_embeddings" not in tensors:
         raise _Misfit(f"{_FILE}: no prompt_embeddings (it has {_listed(tensors)})")
     if len(tensors) > 1:
-        raise _Misfit(f"{_FILE}: more than prompt_embeddings ({_listed(tensors)})")
+        raise _Misfit(f"{_FILE}: it has more than prompt_embeddings ({_listed(tensors)})")
     embeddings = tensors["prompt_embeddings"]
     if embeddings.ndim != 2:
-        raise _Misfit(f"{_FILE}: prompt_embeddings has shape {embeddings.shape}, no matrix")
+        raise _Misfit(
+            f"{_FILE}: prompt_embeddings has shape {embeddings.shape}, which is not a matrix"
+        )
     return embeddings
 
 
@@ -159,9 +168,9 @@ def _prompt(config, tensors, base: Base) -> dict[str, Any]:
     if len(embeddings) != length * modules:
         raise _Misfit(
             f"{_FILE}: prompt_embeddings has {len(embeddings)} rows, not the {length * modules} "
-            "that adapter_config.json says"
+            "of adapter_config.json"
         )
-    # Of an encoder-decoder's two halves the second is never read.
+    # With an encoder-decoder there are two halves, and peft never reads the second.
     return {"vectors": _vectors(embeddings[:length], base)}
 
 
@@ -169,8 +178,8 @@ def _vectors(embeddings: np.ndarray, base: Base) -> Any:
     size = base.backbone.arch.hidden_size
     if embeddings.shape[1] != size:
         raise _Misfit(
-            f"its vectors have {embeddings.shape[1]} dimensions, those of the base model "
-            f"{base.name!r} {size}"
+            f"its vectors have {embeddings.shape[1]} dimensions, but the base model "
+            f"{base.name!r} has {size}"
         )
     if not len(embeddings):
         raise _Misfit("it has no vectors")
@@ -182,14 +191,14 @@ def _prefix(config, tensors, base: Base) -> dict[str, Any]:
     layers, _, kv_heads, size = base.backbone.prefix_shape(0)
     modules, stored = _count(config, "num_transformer_submodules", 1), layers
     if base.backbone.separate_targets:
-        stored = _count(config, "num_layers", layers)  # by default the encoder's
+        stored = _count(config, "num_layers", layers)  # by default those of the encoder
     elif modules != 1:
         raise _Misfit(f"adapter_config.json: num_transformer_submodules is {modules}, not 1")
     shape = _count(config, "num_virtual_tokens"), stored, 2, kv_heads, size
     if (heads := config.get("num_attention_heads", kv_heads)) != kv_heads:
         raise _Misfit(
             f"adapter_config.json: num_attention_heads is {heads}, but the base model "
-            f"{base.name!r} has keys and values of {kv_heads} heads"
+            f"{base.name!r} has {kv_heads} key-value heads"
         )
     if embeddings.shape != (shape[0], math.prod(shape[1:])):
         raise _Misfit(
@@ -200,7 +209,7 @@ def _prefix(config, tensors, base: Base) -> dict[str, Any]:
     if base.backbone.separate_targets:
         if modules == 1 and stored < layers:
             raise _Misfit(f"adapter_config.json: num_layers is {stored}, the decoder has {layers}")
-        used = np.arange(layers) * modules % stored  # see `peft_export`
+        used = np.arange(layers) * modules % stored  # see `prefix_adapter`
         keys, values = keys[used], values[used]
     return {"keys": jnp.asarray(keys), "values": jnp.asarray(values)}
 
@@ -233,50 +242,53 @@ def _lora(config, tensors, base: Base) -> tuple[dict[str, Any], dict[str, float]
                     r, factor = len(pair[0]), np.float32(factors[layer] / scale)
                     down[layer, :, :r] = pair[0].T
                     up[layer, :r] = pair[1][part].T * factor
-            if entry.form is not WHOLE:  # of a rank that the other parts share
+            if entry.form is not WHOLE:  # drop the ranks of the other parts of the module
                 used = up.any(axis=(0, 2))
                 down, up = down[:, :, used], up[:, used]
             if up.size:
                 arrays[f"{path}.down"], arrays[f"{path}.up"] = jnp.asarray(down), jnp.asarray(up)
                 scales[path] = scale
     if left:
-        raise _Misfit(f"{_FILE}: the base model {base.name!r} has no place for {_listed(left)}")
+        raise _Misfit(f"{_FILE}: the base model {base.name!r} has no module for {_listed(left)}")
     if not scales:
         raise _Misfit(f"{_FILE}: no matrices")
     return arrays, scales
 
 
 def _take_pair(left, module: str, linears, entry, paths, base: Base):
-    """A module's A `[R, in]` and the parts `[out, R]` of its B, or None if it has none."""
+    """Remove and return A `[R, in]` of a module and the parts `[out, R]` of its B.
+
+    Returns None if the adapter does not change the module.
+    """
     names = [f"base_model.model.{module}.lora_{side}.weight" for side in "AB"]
     here = [name for name in names if name in left]
     if not here:
         return None
     if len(here) == 1:
         missing = names[1 - names.index(here[0])]
-        raise _Misfit(f"{_FILE}: {here[0]} is there, but not {missing}")
+        raise _Misfit(f"{_FILE}: there is {here[0]}, but not {missing}")
     down, up = (left.pop(name) for name in names)
     inputs = linears[paths[0]].kernel.shape[1]
     outputs = sum(linears[path].kernel.shape[2] for path in paths)
     if down.shape[1:] != (inputs,) or up.shape != (outputs, len(down)):
         raise _Misfit(
-            f"{_FILE}: {module} has A {down.shape} and B {up.shape}, but in the base model "
-            f"{base.name!r} it is [{outputs}, {inputs}]"
+            f"{_FILE}: {module} has A {down.shape} and B {up.shape}, but the module of the base "
+            f"model {base.name!r} is [{outputs}, {inputs}]"
         )
     return down, entry.form.split(up, base.backbone.arch)
 
 
 def _scale(config, module: str, pair) -> float:
-    """The factor of a module's B·A."""
+    """Return the factor of B·A of a module; 0 if the adapter does not change it."""
     if pair is None:
         return 0.0
     alpha = _positive(config, "lora_alpha")
     patterns = config.get("alpha_pattern") or {}
     if not isinstance(patterns, dict):
-        raise _Misfit(f"adapter_config.json: alpha_pattern is {patterns!r}, no object")
+        raise _Misfit(f"adapter_config.json: alpha_pattern is {patterns!r}, not an object")
     for pattern in patterns:
         if set(pattern) & set("\\^$*+?{}[]|()"):
-            raise _Misfit(f"adapter_config.json: alpha_pattern {pattern!r} is no plain name")
+            raise _Misfit(f"adapter_config.json: alpha_pattern {pattern!r} is not a plain name")
         if f".{module}".endswith(f".{pattern}"):
             alpha = _positive(patterns, pattern)
             break

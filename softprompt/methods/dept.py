@@ -55,7 +55,7 @@ class DecomposedPrompt(Method):
     def check(cls, experiment: Experiment) -> None:
         """Reject a reparametrization of the soft prompt."""
         if experiment.prompt.reparametrization:
-            raise ValueError("method: dept is not for a prompt.reparametrization")
+            raise ValueError("method: dept does not support prompt.reparametrization")
 
     @classmethod
     def virtual_tokens(cls, experiment: Experiment) -> tuple[int, int]:

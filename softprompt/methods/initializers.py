@@ -113,7 +113,7 @@ def mean_vectors(trained: Sequence[jax.Array], length: int) -> jax.Array:
     for vectors in trained:
         if len(vectors) != length:
             raise UserError(
-                f"init_prompts: one has {len(vectors)} virtual tokens, not {length} as asked for"
+                f"init_prompts: a prompt has {len(vectors)} virtual tokens, but length is {length}"
             )
     return jnp.mean(jnp.stack(trained), axis=0)
 

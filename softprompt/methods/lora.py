@@ -95,7 +95,9 @@ class LoRA(Method):
         linears = matrices_of(backbone)
         for path, scale in self.scales:
             if linears[path].scale is not None:
-                raise UserError("LoRA cannot be merged into int8 matrices; load the base without")
+                raise UserError(
+                    "LoRA cannot be merged into int8 matrices; load the base model without int8"
+                )
             kernel, (down, up) = linears[path].kernel, self._pair(path)
             change = scale * jnp.einsum("lir,lro->lio", down, up)
             kernel.set_value((kernel[...].astype(jnp.float32) + change).astype(kernel.dtype))
@@ -157,7 +159,7 @@ class LoRA(Method):
                     block = matrices[path][1][layer].T * factor
                     parts[paths.index(path)][:, end - size : end] = block
                 module = name.format(layer=layer)
-                up = entry.form.together(tuple(parts), base.backbone.arch)  # [out, R]
+                up = entry.form.join(tuple(parts), base.backbone.arch)  # [out, R]
                 arrays[f"base_model.model.{module}.lora_A.weight"] = np.ascontiguousarray(down)
                 arrays[f"base_model.model.{module}.lora_B.weight"] = np.ascontiguousarray(up)
                 ranks[module] = int(ends[-1])

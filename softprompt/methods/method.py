@@ -247,7 +247,7 @@ class Method(nnx.Module):
         Raises:
           UserError: if no plain model computes the same.
         """
-        raise UserError(f"method {self.name} has no form that a plain model could hold")
+        raise UserError(f"method {self.name} has no form as a plain model")
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"

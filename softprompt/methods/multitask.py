@@ -1,4 +1,4 @@
-"""Multi-task prompts.
+"""Multi-task prompt tuning (MPT, Wang et al. 2023, arXiv:2303.02861).
 
 Axis letters: N tasks, P virtual tokens of each, D hidden.
 """
@@ -11,14 +11,14 @@ from softprompt.methods.method import PromptParam
 
 
 class MultiTask(nnx.Module):
-    """A prompt for each of several tasks: one that they share, times a matrix of rank 1.
+    """One prompt per task: a shared prompt times a matrix of rank 1, elementwise.
 
-    (MPT: Wang et al. 2023, arXiv:2303.02861, section 3.1; without its distillation from
-    prompts of single tasks) The matrices start as ones.
+    Section 3.1 of the paper, without the distillation from prompts of single tasks. All entries
+    of the matrices start at one.
 
     Args:
-      vectors: `[P, D]`, the first shared prompt.
-      tasks: N.
+      vectors: `[P, D]`, the initial shared prompt.
+      tasks: N, the number of tasks.
     """
 
     def __init__(self, vectors: jax.Array, tasks: int):
@@ -28,6 +28,6 @@ class MultiTask(nnx.Module):
         self.rows = PromptParam(jnp.ones((tasks, size)))
 
     def __call__(self) -> jax.Array:
-        """The prompts one behind the other, `[N·P, D]`."""
+        """Return the prompts of all tasks, one after another, `[N·P, D]`."""
         matrices = self.columns[...][:, :, None] * self.rows[...][:, None]  # [N, P, D]
         return (self.shared[...][None] * matrices).reshape(-1, self.shared.shape[1])

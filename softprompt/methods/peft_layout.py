@@ -32,12 +32,11 @@ def prefix_adapter(base: Base, prefix: Prefix | None) -> Adapter:
     """
     if prefix is None or prefix.keys is None:
         raise UserError(
-            "nothing stands in front of every input as keys and values, which is what a "
-            "prefix is in peft"
+            "there is no prefix of keys and values in front of the inputs that peft could hold"
         )
     separate_targets = base.backbone.separate_targets
     if separate_targets and getattr(prefix, "embeddings", None) is not None:
-        raise UserError("text in front of every input of an encoder has no form in peft")
+        raise UserError("peft cannot hold text in front of the inputs of an encoder")
     keys, values = np.asarray(prefix.keys), np.asarray(prefix.values)
     stacked = np.stack([keys, values]).astype(np.float32)  # [2, L, P, K, h]
     if separate_targets:

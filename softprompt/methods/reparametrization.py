@@ -44,7 +44,7 @@ def reparametrize(
     if name == "low_rank":
         largest = min(vectors.shape)
         if settings.size and settings.size > largest:
-            raise UserError(f"prompt.size {settings.size}: there are only {largest} ranks")
+            raise UserError(f"prompt.size {settings.size}: the rank can be at most {largest}")
         return LowRank(vectors, min(size, largest))
     networks = {"mlp": MLP, "lstm": LSTM, "residual": Residual}
     return networks[name](vectors, size, key)
@@ -53,13 +53,13 @@ def reparametrize(
 class MLP(nnx.Module):
     """P-tuning with an MLP (Liu et al. 2021, arXiv:2103.10385), with the layers of peft's encoder.
 
-    `Linear(ReLU(Linear(ReLU(Linear(inputs)))))`, for each virtual token alone. There is no
-    skip: the first output is what a random network makes of the vectors.
+    `Linear(ReLU(Linear(ReLU(Linear(inputs)))))`, applied to each virtual token. There is no skip
+    connection, so the initial output is not the initial vectors.
 
     Args:
-      vectors: `[P, D]`, float32, the first inputs of the network. They are learned too.
+      vectors: `[P, D]`, float32, the initial inputs of the network. They are trained too.
       hidden_size: H.
-      key: draws the network.
+      key: for the random weights.
     """
 
     def __init__(self, vectors: jax.Array, hidden_size: int, key: jax.Array):
@@ -70,7 +70,7 @@ class MLP(nnx.Module):
         self.third = _Linear(hidden_size, size, keys[2])
 
     def __call__(self) -> jax.Array:
-        """The vectors `[P, D]`."""
+        """Return the vectors `[P, D]`."""
         hidden = jax.nn.relu(self.first(self.inputs[...]))
         return self.third(jax.nn.relu(self.second(hidden)))
 
@@ -78,14 +78,14 @@ class MLP(nnx.Module):
 class LSTM(nnx.Module):
     """P-tuning with an LSTM (Liu et al. 2021, arXiv:2103.10385), with the layers of peft's encoder.
 
-    `Linear(ReLU(Linear(BiLSTM(inputs))))`, where the LSTM has one layer (peft's two by
-    default) and reads the virtual tokens both from the first and from the last. There is
-    no skip: the first output is what a random network makes of the vectors.
+    `Linear(ReLU(Linear(BiLSTM(inputs))))`. The LSTM has one layer (two by default in peft) and
+    reads the virtual tokens in both directions. There is no skip connection, so the initial output
+    is not the initial vectors.
 
     Args:
-      vectors: `[P, D]`, float32, the first inputs of the network. They are learned too.
-      hidden_size: H, of each direction; the layer behind them has 2 H.
-      key: draws the network.
+      vectors: `[P, D]`, float32, the initial inputs of the network. They are trained too.
+      hidden_size: H of each direction; the layer after them has 2 H.
+      key: for the random weights.
     """
 
     def __init__(self, vectors: jax.Array, hidden_size: int, key: jax.Array):
@@ -97,7 +97,7 @@ class LSTM(nnx.Module):
         self.second = _Linear(2 * hidden_size, size, keys[3])
 
     def __call__(self) -> jax.Array:
-        """The vectors `[P, D]`."""
+        """Return the vectors `[P, D]`."""
         inputs = self.inputs[...]
         both = [self.forward(inputs), self.backward(inputs, reverse=True)]
         return self.second(jax.nn.relu(self.first(jnp.concatenate(both, axis=1))))
@@ -106,16 +106,17 @@ class LSTM(nnx.Module):
 class Residual(nnx.Module):
     """Residual prompt tuning (Razdaibiedina et al. 2023, arXiv:2305.03937).
 
-    `inputs + LayerNorm(Linear(ReLU(Linear(inputs))))`, one network for all virtual tokens:
-    section 3 of the paper, with the norm where the authors' code has it, behind the second
-    layer. The norm's scale starts at zero, so that the first output is the vectors: at the
-    usual one, noise of unit variance would hide small embeddings. The two layers therefore
-    learn from the second step on.
+    `inputs + LayerNorm(Linear(ReLU(Linear(inputs))))`, one network for all virtual tokens: section 3
+    of the paper, with the norm after the second layer, as in the authors' code.
+
+    The scale of the norm starts at zero, so that the initial output is the initial vectors. If it
+    started at one, as usual, noise of unit variance would hide small embeddings. The two layers
+    therefore change only from the second step on.
 
     Args:
-      vectors: `[P, D]`, float32, the first output.
-      hidden_size: H, the paper's bottleneck.
-      key: draws the network.
+      vectors: `[P, D]`, float32, the initial output.
+      hidden_size: H, the size of the bottleneck.
+      key: for the random weights.
     """
 
     def __init__(self, vectors: jax.Array, hidden_size: int, key: jax.Array):
@@ -126,7 +127,7 @@ class Residual(nnx.Module):
         self.scale, self.bias = PromptParam(jnp.zeros(size)), PromptParam(jnp.zeros(size))
 
     def __call__(self) -> jax.Array:
-        """The vectors `[P, D]`."""
+        """Return the vectors `[P, D]`."""
         inputs = self.inputs[...]
         x = self.up(jax.nn.relu(self.down(inputs)))
         x = x - x.mean(axis=1, keepdims=True)
@@ -135,10 +136,10 @@ class Residual(nnx.Module):
 
 
 class LowRank(nnx.Module):
-    """Vectors of a low rank, `left @ right` (Xiao et al. 2023, arXiv:2310.10094).
+    """Vectors of low rank, `left @ right` (Xiao et al. 2023, arXiv:2310.10094).
 
-    The first output is the best approximation of the vectors at that rank, their truncated
-    singular value decomposition (the authors' code draws both factors at random).
+    The initial output is the best approximation of the vectors at that rank, their truncated
+    singular value decomposition. (In the authors' code, both factors start at random values.)
 
     Args:
       vectors: `[P, D]`, float32.
@@ -148,19 +149,19 @@ class LowRank(nnx.Module):
     def __init__(self, vectors: jax.Array, rank: int):
         left, values, right = jnp.linalg.svd(vectors, full_matrices=False)
         values = values[:rank]
-        # The root shares a value between the factors; but where it is next to zero, as when
-        # vectors are repeated, two factors of zero would not learn.
+        # Each factor gets the square root of the singular values. Values near zero, as with
+        # repeated vectors, need a larger share on one side: two factors of zero have no gradient.
         share = jnp.sqrt(jnp.maximum(values, 0.01 * values[0]))
         self.left = PromptParam(left[:, :rank] * share)
         self.right = PromptParam((values / share)[:, None] * right[:rank])
 
     def __call__(self) -> jax.Array:
-        """The vectors `[P, D]`."""
+        """Return the vectors `[P, D]`."""
         return self.left[...] @ self.right[...]
 
 
 class _Linear(nnx.Module):
-    """`x @ kernel + bias`, `[P, I]` to `[P, O]`, drawn as torch does."""
+    """`x @ kernel + bias`, `[P, I]` to `[P, O]`, with the initial distribution of torch."""
 
     def __init__(self, inputs: int, outputs: int, key: jax.Array):
         keys, bound = jax.random.split(key), inputs**-0.5
@@ -172,11 +173,11 @@ class _Linear(nnx.Module):
 
 
 class _Recurrence(nnx.Module):
-    """One direction of an LSTM, `[P, I]` to `[P, H]`, drawn uniformly in ±H**-0.5.
+    """One direction of an LSTM, `[P, I]` to `[P, H]`.
 
-    That is as in torch, but for one bias where torch has a sum of two.
-
-    Columns of `kernel`, `recurrent` and `bias` are the gates input, forget, cell and output.
+    The initial values are uniform in ±H**-0.5, as in torch, but there is one bias where torch adds
+    two. The columns of `kernel`, `recurrent` and `bias` are the input, forget, cell and output
+    gates.
     """
 
     def __init__(self, inputs: int, hidden_size: int, key: jax.Array):
@@ -188,16 +189,16 @@ class _Recurrence(nnx.Module):
     def __call__(self, x: jax.Array, reverse: bool = False) -> jax.Array:
         recurrent = self.recurrent[...]
 
-        def step(carry, of_input):
+        def step(carry, projected):
             state, cell = carry
-            i, f, g, o = jnp.split(of_input + state @ recurrent, 4)
+            i, f, g, o = jnp.split(projected + state @ recurrent, 4)
             cell = jax.nn.sigmoid(f) * cell + jax.nn.sigmoid(i) * jnp.tanh(g)
             state = jax.nn.sigmoid(o) * jnp.tanh(cell)
             return (state, cell), state
 
         zero = jnp.zeros(recurrent.shape[0])
-        of_inputs = x @ self.kernel[...] + self.bias[...]
-        return jax.lax.scan(step, (zero, zero), of_inputs, reverse=reverse)[1]
+        projected = x @ self.kernel[...] + self.bias[...]
+        return jax.lax.scan(step, (zero, zero), projected, reverse=reverse)[1]
 
 
 def _uniform(key: jax.Array, shape: tuple[int, ...], bound: float) -> PromptParam:

@@ -199,8 +199,8 @@ class SoftPrompt(Method):
         vectors = np.asarray(self.vectors[...], np.float32)
         if not self._all_in_opening() or len(self.opening[...]) > len(vectors):
             raise UserError(
-                "peft puts virtual tokens in front of everything, but these stand elsewhere or "
-                "together with text; export what stands in front of every input as peft-prefix"
+                "peft puts virtual tokens in front of everything, but these are elsewhere or "
+                "together with text; an opening can be exported as peft-prefix"
             )
         layers, *_ = base.backbone.prefix_shape(0)
         return {"prompt_embeddings": vectors / np.float32(peft_embedding_scale(base))}, {
@@ -219,7 +219,7 @@ class SoftPrompt(Method):
         """Return the keys and values of the whole opening as a PREFIX_TUNING adapter."""
         adapter = prefix_adapter(base, prefix)
         if not self._all_in_opening():
-            raise UserError("these virtual tokens stand in the inputs, not in front of them")
+            raise UserError("the virtual tokens are inside the inputs, not in front of them")
         return adapter
 
     def merge_into(self, backbone: Backbone, adapted: Backbone) -> tuple[Backbone, np.ndarray]:

@@ -1,0 +1,1 @@
+"""Metrics of texts and labels, with bootstrap intervals and paired tests."""

@@ -52,7 +52,7 @@ def sweep(space: Space, *, progress: Progress = silent) -> list[Trial]:
             with progress("sweep", total, "steps") as bar:
                 _run_listed(space, trials, stop, bar, Scheduler(space, stop, bar, progress))
         if stop.requested:
-            raise Stopped(stop.requested, "stopped, all saved; run the same command to resume")
+            raise Stopped(stop.requested, "stopped, all saved; start it again to resume")
     return trials
 
 

@@ -243,7 +243,7 @@ class Space:
         if name == "evaluation.metric":
             raise UserError(f"{where}: sweep.{name}: trials are compared by one metric")
         if name in self.file.overridden:
-            raise UserError(f"command line: {name}: trials differ in it; set sweep.{name} instead")
+            raise UserError(f"override {name}: trials differ in it; set sweep.{name} instead")
 
     def _require_values(self) -> None:
         """Check each value that `tpe` may choose, with the first values of the other keys."""

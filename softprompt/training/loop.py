@@ -1,9 +1,11 @@
 """The main loop: train one experiment in one folder, from its data to a prompt."""
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from softprompt.data.records import Rows
 from softprompt.errors import Stopped, UserError
 from softprompt.experiment.schema import Experiment
 from softprompt.methods.saved import read_description
@@ -18,7 +20,11 @@ _log = logging.getLogger(__name__)
 
 
 def train(
-    experiment: Experiment, folder: str | Path, *, progress: Progress = silent
+    experiment: Experiment,
+    folder: str | Path,
+    *,
+    data: Mapping[str, Rows] | None = None,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Train an experiment in a run folder, or resume it there, and return its summary.
 
@@ -27,6 +33,8 @@ def train(
     Args:
       experiment: what to train; see `load_experiment`.
       folder: the run folder, which is created if it does not exist.
+      data: records by split (`train`, `validation`, `test`), which replace the sources that
+        the experiment names. Each split is a sequence of dictionaries.
       progress: shows progress; silent by default.
 
     Returns:
@@ -47,13 +55,13 @@ def train(
         if summary := finished_summary(folder):
             _log.info(f"{folder}: this run is finished; choose another folder to train again")
             return summary
-        prepared = Preparation(progress).prepare(experiment)
+        prepared = Preparation(progress).prepare(experiment, data)
         with Session(experiment, folder, prepared, stop, progress=progress) as session:
             _make_steps(session, stop, progress)
         if stop.requested:
             raise Stopped(
                 stop.requested,
-                f"stopped at step {session.run.step}, all saved; run the same command to resume",
+                f"stopped at step {session.run.step}, all saved; start it again to resume",
             )
         return session.finish()
 

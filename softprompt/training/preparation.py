@@ -9,7 +9,7 @@ import jax
 
 from softprompt.backbones.loading import Base, load_base
 from softprompt.data.examples import Dataset
-from softprompt.data.records import Record, read_records
+from softprompt.data.records import Record, Rows, read_records
 from softprompt.data.task import Task, make_examples, make_task
 from softprompt.data.template import draw_demonstrations
 from softprompt.errors import UserError
@@ -56,18 +56,27 @@ class Preparation:
         self._records: dict[str, Sequence[Record]] = {}
         self._examples: dict[str, tuple[Task, Sequence[Record], Dataset]] = {}
 
-    def prepare(self, experiment: Experiment) -> Prepared:
+    def prepare(self, experiment: Experiment, data: Mapping[str, Rows] | None = None) -> Prepared:
         """Read the data of an experiment, load its base model, and build its method.
+
+        Args:
+          experiment: the experiment.
+          data: records by split, which replace the sources that the experiment names.
 
         Raises:
           UserError: if the experiment, its data or its base model is invalid.
         """
         began = time.monotonic()
-        sources = experiment.data.model_dump(exclude_none=True)
+        given = {split: read_records(rows, f"{split} row") for split, rows in (data or {}).items()}
+        splits = type(experiment.data).model_fields
+        if unknown := given.keys() - splits.keys():
+            raise UserError(f"data: {min(unknown)!r} is none of {', '.join(splits)}")
+        named = experiment.data.model_dump(exclude_none=True, exclude=set(given))
         self._records = {
-            source: self._records.get(source) or read_records(source) for source in sources.values()
+            source: self._records.get(source) or read_records(source) for source in named.values()
         }
-        records = {split: self._records[source] for split, source in sources.items()}
+        given |= {split: self._records[source] for split, source in named.items()}
+        records = {split: given[split] for split in splits if split in given}
         base = self._base(experiment)
         texts = experiment.template, experiment.verbalizer
         shown = draw_demonstrations(*texts, records["train"], experiment.shots, experiment.seed)
@@ -130,5 +139,5 @@ def _vectors_of(path: str, base: Base) -> jax.Array:
     """Return the vectors `[P, D]` of a trained soft prompt."""
     vectors = load_prompt(path, base).method.plain_vectors()
     if vectors is None:
-        raise UserError(f"init_prompts: {path} is no soft prompt")
+        raise UserError(f"init_prompts: {path} is not a soft prompt")
     return vectors
