@@ -1,14 +1,17 @@
 # make train EXP=sentiment [ARGS="prompt.length=50 seed=1"] [RUN=runs/long]
 # make sweep EXP=sentiment-length [ARGS=...] [RUN=...]
 # make model-gemma3, then base=gemma3-270m
-# make test | lint | format | docs | clean
+# make test        every test (minutes)
+# make test-fast   without the tests that train, generate or compare model families
+# make wheel-test  install the wheel in a fresh environment and try it
+# make lint | format | docs | wheel | clean
 
 PYTHON ?= python3
 EXP ?= sentiment
 RUN ?= runs/$(EXP)
 BIN := .venv/bin
 
-.PHONY: install train sweep model-gemma3 test lint format docs wheel clean
+.PHONY: install train sweep model-gemma3 test test-fast lint format docs wheel wheel-test clean
 
 install: .venv/installed
 
@@ -35,6 +38,9 @@ model-gemma3: install
 test: install
 	$(BIN)/pytest
 
+test-fast: install
+	$(BIN)/pytest -m 'not slow'
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -54,7 +60,11 @@ docs: .venv/docs-installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 wheel: install
+	rm -rf dist
 	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
+
+wheel-test: wheel
+	tests/try_wheel.sh $(PYTHON)
 
 clean:
 	rm -rf .venv site dist
