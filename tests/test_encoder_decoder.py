@@ -36,7 +36,7 @@ def target_states(backbone, prefix, batch):
 log_probabilities = quick(target_log_probabilities)
 
 
-def batch_of(examples, targets=6):
+def batch_of(examples, targets=7):
     """A batch of one of few shapes, so that the tests share compiled programs."""
     layout = Layout.of(examples, separate_targets=True)
     return layout.lay_out(examples, len(examples), 8, targets)
@@ -115,7 +115,7 @@ def test_training_evaluation_and_prediction_work_as_for_causal_models(t5_folder,
     (prediction,) = prompt.classify(["aaaa"])
     example = prompt.task.example(prompt.record("aaaa", ""), with_answer=False)
     of_targets = scores(prompt.base, prompt.prefix, [example])[0]
-    low, high = of_targets[:3].sum(), of_targets[3:].sum()
+    low, high = of_targets[:3].sum(), of_targets[3:6].sum()
     np.testing.assert_allclose(
         prediction.probabilities["low"], 1 / (1 + np.exp(high - low)), rtol=1e-4
     )

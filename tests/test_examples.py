@@ -133,7 +133,7 @@ def test_sequences_replace_the_sources_of_an_experiment(experiment):
     )
     with pytest.raises(UserError, match="train row 30: no field 'text'"):
         Preparation().prepare(experiment, {"train": [*rows, {"label": "low"}]})
-    with pytest.raises(UserError, match="data: 'dev' is none of train, validation, test"):
+    with pytest.raises(UserError, match="records: 'dev' is not one of train, validation, test"):
         Preparation().prepare(experiment, {"train": rows, "dev": rows})
 
 

@@ -61,13 +61,19 @@ def test_random_trials_are_drawn_from_their_ranges_and_more_of_them_begin_alike(
         ("  promt.length: [1]\n", "letters.yaml:10: sweep.promt.length: unknown key"),
         ("  prompt.lenth: [1]\n", "prompt.lenth: unknown key; did you mean 'length'?"),
         ("  prompt.length: [0]\n", "letters.yaml:10: prompt.length: Input should be greater"),
-        ("  prompt.length: 3\n", "sweep.prompt.length: must be a list of values, or {low: ..., high: ...}"),
+        (
+            "  prompt.length: 3\n",
+            "sweep.prompt.length: must be a list of values, or {low: ..., high: ...}",
+        ),
         ("  prompt.length: []\n", "sweep.prompt.length: must be a list of values"),
         ("  prompt.length: {low: 5, high: 1}\n", "sweep.prompt.length: low must be less than high"),
         ("  seed: {low: 0, high: 9}\n", "a range needs how: random or how: tpe"),
         ("  seed: [0]\n  how: random\n", "how: random and how: tpe need trials"),
         ("  seed: [0]\n  trials: 3\n", "grid and zip do not take it"),
-        ("  seed: [0]\n  prompt.length: [1, 2]\n  how: zip\n", "zip needs the same number of values"),
+        (
+            "  seed: [0]\n  prompt.length: [1, 2]\n  how: zip\n",
+            "zip needs the same number of values",
+        ),
         ("  how: grid\n", "give keys of the experiment with lists of values, or points"),
         ("  seed: [0]\n  halving: {rungs: [3]}\n", "3 must be a multiple of evaluation.every (4)"),
         ("  seed: [0]\n  halving: {rungs: [12]}\n", "less than training.steps (12)"),
@@ -121,9 +127,7 @@ def test_prompts_that_do_not_fit_the_model_are_ignored_in_padding(space):
     assert drawn.longest(drawn.file.experiment(), 128) == 127
 
 
-def test_train_rejects_a_sweep_and_sweep_rejects_a_file_without_one(
-    space, experiment_file, capsys
-):
+def test_train_rejects_a_sweep_and_sweep_rejects_a_file_without_one(space, experiment_file, capsys):
     path = space("  seed: [0]\n").file.path
     assert main(["train", str(path)]) == 1
     assert (

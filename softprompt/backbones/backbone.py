@@ -22,8 +22,8 @@ class Backbone(Protocol[PrefixType, CacheType]):
     """A frozen language model as an NNX module.
 
     `Decoder` (with `Prefix` and `Cache`) and `T5` (with `T5Prefix` and `T5Cache`) satisfy this
-    protocol. A prefix holds what all rows of a batch share, such as the keys and values of a
-    soft prompt. Only the backbone reads what is inside a prefix or a cache.
+    protocol. A prefix holds what the rows of a batch attend to before their own tokens, such as the
+    keys and values of a soft prompt. A cache holds the tokens read during generation.
     """
 
     embedding: Embedding

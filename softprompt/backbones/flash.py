@@ -1,10 +1,9 @@
 """Flash attention by cuDNN on NVIDIA GPUs, and the choice between it and XLA.
 
-Flash attention is used for batches in which each row is a single sequence, as all training
-batches are. cuDNN takes one array of keys and one of queries, of equal length, so the keys of
-the prefix are copied for each row, and a dummy query is added for each of them. This makes
-cuDNN's causal mask and window correct. It costs far less memory than the scores that flash
-attention never writes.
+Flash attention is used for batches in which each row is a single sequence, as in all training
+batches. cuDNN needs all keys of a row in one array, and its causal mask and window assume one
+query per key. Therefore the keys of the prefix are copied for each row, with one dummy query for
+each key. The copies take far less memory than the attention scores, which are never stored.
 """
 
 from typing import Literal

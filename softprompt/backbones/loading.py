@@ -97,12 +97,7 @@ def load_base(
 ) -> Base:
     """Load a frozen language model and its tokenizer.
 
-    Compiled programs are cached on disk from then on; see `use_compilation_cache`.
-
-    Examples:
-      >>> base = load_base("smollm2-135m-instruct")
-      >>> base
-      Base('smollm2-135m-instruct', Decoder(30 layers, hidden size 576), float32)
+    From this call on, JAX caches compiled programs on disk; see `use_compilation_cache`.
 
     Args:
       name: one of: a short name (`smollm2-135m-instruct`); a `.gguf` file; a directory with
@@ -116,6 +111,10 @@ def load_base(
     Raises:
       UserError: if the model does not exist or is not supported, or if its weights do not fit
         its config.
+
+    Examples:
+      >>> load_base("smollm2-135m-instruct")
+      Base('smollm2-135m-instruct', Decoder(30 layers, hidden size 576), float32)
     """
     use_compilation_cache()
     path = find_model(name)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from softprompt.cli.arguments import add_command, add_experiment, folder_option, integers, names
 from softprompt.errors import UserError
+from softprompt.experiment.methods import METHODS
 
 if TYPE_CHECKING:
     from softprompt.sweep.comparison import Row
@@ -23,12 +24,13 @@ def add_to(subparsers: Any) -> None:
         "compare",
         run,
         "train several methods on one experiment, and print a table",
-        """\
+        f"""\
 Trains each method with each seed in a run of its own, skips runs that are already finished,
 and prints a table of the quality and the cost of each method. The table is also written to
 compare.md and compare.csv in the folder.
-Methods: none (the base model alone), few-shot (the base model with solved examples in its
-input: as many as the experiment's shots, or 4), prompt, prefix, dept, lora, full.
+Methods: {", ".join(METHODS)}, few-shot.
+Two of them train nothing: none is the base model alone, and few-shot is the base model with
+solved examples in its input (as many as the experiment's shots, or 4).
 
 examples:
   softprompt compare experiments/sentiment.yaml

@@ -30,8 +30,8 @@ def add_to(subparsers: Any) -> None:
         """\
 Prints the text that the model generates for each input. On a terminal, the text for a single
 input appears as it is generated. Options that are not given keep the settings of the
-experiment, which default to greedy decoding. In float32 on a CPU, the output equals that of
-transformers with the virtual tokens prepended.
+experiment, which default to greedy decoding. In float32 on a CPU, the output is the same
+as with transformers and the virtual tokens prepended.
 
 examples:
   softprompt generate runs/summarize "A tool that shows the manual of a command."

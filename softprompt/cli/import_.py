@@ -30,7 +30,7 @@ examples:
     command.add_argument(
         "--base",
         metavar="NAME",
-        help="the base model that it was trained on (default: that of the experiment)",
+        help="the base model of the prompt or adapter (default: the one that the experiment names)",
     )
     command.add_argument(
         "--experiment",

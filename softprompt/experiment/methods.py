@@ -1,4 +1,4 @@
-"""The table of methods: the class behind every name that `method:` accepts in an experiment.
+"""The table of methods: the class for every value of `method:` in an experiment.
 
 Classes are imported when they are first used, because they need JAX and this package does not.
 """

@@ -111,8 +111,8 @@ class OptimizerSettings(Section):
     )
     schedule: Literal["constant", "linear", "cosine"] = Field(
         default="cosine",
-        description="Learning rate after the warm-up: constant, or falling to 0 at the last step along "
-        "a straight line or a cosine.",
+        description="Learning rate after the warm-up: constant, or falling to 0 at the last step "
+        "along a straight line or a cosine.",
     )
     warmup_steps: int = Field(
         default=0, ge=0, description="Steps in which the learning rate rises linearly to its peak."

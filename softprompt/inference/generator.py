@@ -12,6 +12,7 @@ from softprompt.experiment.schema import GenerationSettings, TemplateSettings
 from softprompt.generation.engine import Engine, Generated, Request
 from softprompt.inference.prompt import Input, TrainedPrompt, changed, load_prompt
 from softprompt.methods.method import Method
+from softprompt.methods.zero_shot import ZeroShot
 from softprompt.runtime.progress import Progress, silent
 
 Prompt = TrainedPrompt | Method | str | Path  # whatever can be made a prompt of the bank
@@ -47,7 +48,7 @@ class Generator:
         self.base = base if isinstance(base, Base) else load_base(base)
         self._bank: dict[str, TrainedPrompt] = {}
         task = make_task(self.base, TemplateSettings(input="{text}"), None)
-        self._no_prompt = TrainedPrompt(self.base, Method(), self.base.backbone, None, task, {})
+        self._no_prompt = TrainedPrompt.from_method(ZeroShot(), self.base, task)
         for name, prompt in (prompts or {}).items():
             self.add(name, prompt)
 

@@ -67,21 +67,30 @@ class TrainedPrompt:
     generation: GenerationSettings = dataclasses.field(default_factory=GenerationSettings)
 
     @classmethod
-    def from_method(cls, method: Method, base: Base, task: Task | None = None) -> "TrainedPrompt":
+    def from_method(
+        cls,
+        method: Method,
+        base: Base,
+        task: Task | None = None,
+        *,
+        backbone: Backbone | None = None,
+    ) -> "TrainedPrompt":
         """Use a method that is not saved, such as a `SoftPrompt` from a training loop of your own.
 
         Args:
           method: the trained method. Its arrays are used as they are now.
           base: the base model.
-          task: template and verbalizer; by default free text after `{text}`. The opening of the
-            task replaces that of the method.
+          task: template and verbalizer; by default free text after `{text}`. The task's
+            opening replaces the method's.
+          backbone: the backbone after training; by default the frozen backbone of the base model.
+            Only full fine-tuning changes it.
         """
         method = method.folded()
         task = task or text_task(method, base)
-        arrays = method.arrays(base.backbone)
+        arrays = method.arrays(backbone or base.backbone)
         description = describe(method, arrays, base, task)
         method = type(method).load(arrays, description, task.opening)
-        backbone, prefix = prepare_model(method, base.backbone)
+        backbone, prefix = prepare_model(method, method.restore(base.backbone, arrays))
         return cls(base, method, backbone, prefix, task, description)
 
     def __repr__(self) -> str:

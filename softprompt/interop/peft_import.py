@@ -191,7 +191,7 @@ def _prefix(config, tensors, base: Base) -> dict[str, Any]:
     layers, _, kv_heads, size = base.backbone.prefix_shape(0)
     modules, stored = _count(config, "num_transformer_submodules", 1), layers
     if base.backbone.separate_targets:
-        stored = _count(config, "num_layers", layers)  # by default those of the encoder
+        stored = _count(config, "num_layers", layers)  # by default, as many as in the encoder
     elif modules != 1:
         raise _Misfit(f"adapter_config.json: num_transformer_submodules is {modules}, not 1")
     shape = _count(config, "num_virtual_tokens"), stored, 2, kv_heads, size

@@ -36,7 +36,7 @@ class FullFineTuning(Method):
         return parameters_of(backbone)
 
     def description(self, arrays: Mapping[str, jax.Array]) -> dict[str, Any]:
-        """Return nothing: names and shapes are those of the base model."""
+        """Return nothing: the base model determines names and shapes."""
         return {}
 
     @classmethod

@@ -72,7 +72,7 @@ def random_vectors(
 ) -> jax.Array:
     """Return normal vectors `[P, D]` with the mean of the embedding table per dimension.
 
-    Their standard deviation is `scale` times that of the table, also per dimension.
+    Their standard deviation is `scale` times the table's, also per dimension.
     """
     table = base.backbone.embedding(jnp.arange(base.backbone.arch.vocab_size)).astype(jnp.float32)
     drawn = jnp.asarray(random.standard_normal((length, table.shape[1])), jnp.float32)

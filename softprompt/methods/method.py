@@ -1,4 +1,4 @@
-"""The interface of a method: which backbone and which prefix to run, and all else about it.
+"""The interface of a method: what to run, and how to build, save, load and export it.
 
 A method owns its behaviour. To add one, write a subclass of `Method` in a file of its own and
 add a line to the table in `softprompt/experiment/methods.py`; see docs/adding-a-method.md.
@@ -33,26 +33,26 @@ class PromptParam(nnx.Param):
 class Method(nnx.Module):
     """What is learned, and how it changes what the model computes.
 
-    The class answers what must be known before there is an instance: its learning rate, its
-    checks, how it is built from an experiment and loaded from a file. The instance holds the
-    learned arrays. Every default below is that of a method that learns nothing.
+    Class attributes and class methods describe the method: its default learning rate, its checks,
+    and how it is built from an experiment or loaded from a file. An instance holds the learned
+    arrays. The defaults in this class describe a method that learns nothing.
 
     Args:
       opening: `[S]`, the ids that every row begins with. Virtual token i has the id `~i`, a
         negative number. The opening is run once and becomes the prefix, or the end of it.
 
     Attributes:
-      name: the value of `method:` in an experiment; the key in the table of methods.
-      label: the method's name in texts that people read.
+      name: the value of `method:` in an experiment, and the key in the table of methods.
+      label: the name in reports and model cards.
       default_learning_rate: used if the experiment gives none; None if nothing is trained.
       trainable: the NNX filter that selects what the training step updates, in the method and
         in the backbone.
-      is_pure_prefix: whether everything learned is in the prefix if all virtual tokens are in
-        the opening, so that rows of several prompts can share a batch of the frozen backbone.
-      adapter_holds_opening: whether a `peft` adapter of this method contains the opening, so
-        that the text given to it starts after it.
-      span: `[1, 2]`, the part of the opening that is not padding, or None: all of it. See
-        `padded`.
+      is_pure_prefix: whether the prefix holds everything learned, provided that all virtual
+        tokens are in the opening. Rows with different prompts can then share a batch.
+      adapter_holds_opening: whether a `peft` adapter of the method includes the opening. If not,
+        every input of the adapter must start with the text of the opening.
+      span: `[1, 2]`, start and end of the part of the opening that is not padding, see `padded`.
+        None if there is no padding.
     """
 
     name: ClassVar[str]
@@ -165,7 +165,7 @@ class Method(nnx.Module):
         """Return what is saved of a folded method, by name.
 
         Args:
-          backbone: the backbone that was trained on.
+          backbone: the backbone after training.
         """
         return {}
 
@@ -179,7 +179,7 @@ class Method(nnx.Module):
 
         Args:
           description: the content of `prompt.json`.
-          backbone: that of the base model.
+          backbone: the frozen backbone of the base model.
         """
         shapes = description["arrays"].items()
         return {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes}
@@ -206,7 +206,12 @@ class Method(nnx.Module):
         return cls(opening)
 
     def restore(self, backbone: Backbone, arrays: Mapping[str, jax.Array]) -> Backbone:
-        """Return the backbone that was trained, from that of the base model and saved arrays."""
+        """Return the backbone as it was after training.
+
+        Args:
+          backbone: the frozen backbone of the base model.
+          arrays: the saved arrays.
+        """
         return backbone
 
     def plain_vectors(self) -> jax.Array | None:
@@ -230,7 +235,7 @@ class Method(nnx.Module):
     def peft_prefix(self, base: Base, prefix: Prefix | None) -> Adapter:
         """Return the whole prefix as a PREFIX_TUNING adapter, text in the opening included.
 
-        The arguments and errors are those of `peft_adapter`.
+        Arguments and errors are the same as for `peft_adapter`.
         """
         raise UserError(f"method {self.name} cannot be written as a prefix")
 
@@ -238,7 +243,7 @@ class Method(nnx.Module):
         """Return a plain model that computes the same as the method.
 
         Args:
-          backbone: that of the base model.
+          backbone: the frozen backbone of the base model.
           adapted: as returned by `apply`.
 
         Returns:

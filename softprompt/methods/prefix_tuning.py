@@ -66,7 +66,7 @@ class PrefixTuning(Method):
         return ReparametrizedPrefix(keys, values, settings.size, key, opening)
 
     def make_prefix(self, backbone: Backbone) -> Prefix:
-        """Return the keys and values, followed by those of the opening."""
+        """Return the learned keys and values, followed by the opening's."""
         dtype = backbone.embedding.table.dtype
         prefix: Any = backbone.prefix_from(
             self.keys[...].astype(dtype), self.values[...].astype(dtype)

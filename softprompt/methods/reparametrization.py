@@ -106,8 +106,8 @@ class LSTM(nnx.Module):
 class Residual(nnx.Module):
     """Residual prompt tuning (Razdaibiedina et al. 2023, arXiv:2305.03937).
 
-    `inputs + LayerNorm(Linear(ReLU(Linear(inputs))))`, one network for all virtual tokens: section 3
-    of the paper, with the norm after the second layer, as in the authors' code.
+    `inputs + LayerNorm(Linear(ReLU(Linear(inputs))))`, one network for all virtual tokens. This is
+    section 3 of the paper, with the norm after the second layer, as in the authors' code.
 
     The scale of the norm starts at zero, so that the initial output is the initial vectors. If it
     started at one, as usual, noise of unit variance would hide small embeddings. The two layers

@@ -48,8 +48,8 @@ def save_prompt(
       method: the trained method.
       base: the base model.
       task: what it was trained for; by default `text_task`, free text after `{text}`.
-      backbone: the backbone that was trained on; by default that of the base model. It matters
-        for full fine-tuning, which changes it.
+      backbone: the backbone after training; by default the frozen backbone of the base model. Only
+        full fine-tuning changes it.
       experiment: the name of the experiment.
       step: the number of training steps.
       validation: metrics on the validation data, by name.
@@ -138,11 +138,11 @@ class SavedPrompt:
       folder: the folder that it is in.
       description: the whole content.
       base_name: the name of the base model.
-      fingerprint: that of the base model.
+      fingerprint: the fingerprint of the base model.
       compute: how the base model was held and run in training.
-      template: that of the experiment.
-      scoring: that of the experiment.
-      generation: that of the experiment.
+      template: the template of the experiment.
+      scoring: how the prompt labels inputs.
+      generation: how the prompt generates text.
     """
 
     folder: Path
@@ -205,7 +205,7 @@ class SavedPrompt:
 
         Args:
           base: the base model.
-          opening: that of the task.
+          opening: the opening of the task.
 
         Raises:
           UserError: if the prompt was trained on another base model.

@@ -46,7 +46,7 @@ class Progress(Protocol):
           part: whether it is part of a larger piece of work that is also shown.
 
         Returns:
-          The object to report to while the work goes on.
+          The object that receives the progress.
         """
 
 

@@ -67,7 +67,7 @@ def compare(
       overrides: `key=value`, for all methods.
       folder: the folder of all runs.
       train: trains one run. It should start a process of its own, because the peak memory of
-        a run is that of its process.
+        a run is measured for its whole process.
 
     Returns:
       One row per method, in the given order.

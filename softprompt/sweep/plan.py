@@ -146,9 +146,10 @@ def _plan_group(space: Space, trials: Sequence[Trial], preparation: Preparation)
 
 def _seconds_per_row(prepared: Prepared, batch_size: int) -> float:
     """Time a batch of validation examples of medium length."""
-    by_length = sorted(prepared.examples["validation"], key=lambda example: len(example.input))
-    first = max(0, (len(by_length) - batch_size) // 2)
-    examples = by_length[first : first + batch_size]
+    dataset = prepared.examples["validation"]
+    first = max(0, (len(dataset) - batch_size) // 2)
+    by_length = dataset.lengths.input.argsort(kind="stable")
+    examples = [dataset[int(i)] for i in by_length[first : first + batch_size]]
     model = prepare_model(prepared.method, prepared.base.backbone)
     _, again = _time(lambda: list(score(*model, examples, batch_size)))
     return again / len(examples)

@@ -23,7 +23,7 @@ def train(
     experiment: Experiment,
     folder: str | Path,
     *,
-    data: Mapping[str, Rows] | None = None,
+    records: Mapping[str, Rows] | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Train an experiment in a run folder, or resume it there, and return its summary.
@@ -33,8 +33,8 @@ def train(
     Args:
       experiment: what to train; see `load_experiment`.
       folder: the run folder, which is created if it does not exist.
-      data: records by split (`train`, `validation`, `test`), which replace the sources that
-        the experiment names. Each split is a sequence of dictionaries.
+      records: by split (`train`, `validation`, `test`) a sequence of dictionaries, which
+        replaces the source that the experiment names.
       progress: shows progress; silent by default.
 
     Returns:
@@ -55,7 +55,7 @@ def train(
         if summary := finished_summary(folder):
             _log.info(f"{folder}: this run is finished; choose another folder to train again")
             return summary
-        prepared = Preparation(progress).prepare(experiment, data)
+        prepared = Preparation(progress).prepare(experiment, records)
         with Session(experiment, folder, prepared, stop, progress=progress) as session:
             _make_steps(session, stop, progress)
         if stop.requested:

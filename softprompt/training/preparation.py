@@ -56,30 +56,23 @@ class Preparation:
         self._records: dict[str, Sequence[Record]] = {}
         self._examples: dict[str, tuple[Task, Sequence[Record], Dataset]] = {}
 
-    def prepare(self, experiment: Experiment, data: Mapping[str, Rows] | None = None) -> Prepared:
+    def prepare(
+        self, experiment: Experiment, records: Mapping[str, Rows] | None = None
+    ) -> Prepared:
         """Read the data of an experiment, load its base model, and build its method.
 
         Args:
           experiment: the experiment.
-          data: records by split, which replace the sources that the experiment names.
+          records: by split, rows that replace the source that the experiment names.
 
         Raises:
           UserError: if the experiment, its data or its base model is invalid.
         """
         began = time.monotonic()
-        given = {split: read_records(rows, f"{split} row") for split, rows in (data or {}).items()}
-        splits = type(experiment.data).model_fields
-        if unknown := given.keys() - splits.keys():
-            raise UserError(f"data: {min(unknown)!r} is none of {', '.join(splits)}")
-        named = experiment.data.model_dump(exclude_none=True, exclude=set(given))
-        self._records = {
-            source: self._records.get(source) or read_records(source) for source in named.values()
-        }
-        given |= {split: self._records[source] for split, source in named.items()}
-        records = {split: given[split] for split in splits if split in given}
+        splits = self._read_splits(experiment, records or {})
         base = self._base(experiment)
         texts = experiment.template, experiment.verbalizer
-        shown = draw_demonstrations(*texts, records["train"], experiment.shots, experiment.seed)
+        shown = draw_demonstrations(*texts, splits["train"], experiment.shots, experiment.seed)
         kind = method_class(experiment.method)
         virtual, before = kind.virtual_tokens(experiment)
         task = make_task(
@@ -91,12 +84,27 @@ class Preparation:
             tasks=experiment.prompt.tasks or () if virtual else (),
             task_field=experiment.prompt.task_field,
         )
-        examples = {split: self._examples_of(task, part, split) for split, part in records.items()}
+        examples = {split: self._examples_of(task, part, split) for split, part in splits.items()}
         if not task.labels and experiment.evaluation.samples:
             task.for_generation(experiment.generation.max_new_tokens, before + len(task.opening))
         trained = [_vectors_of(path, base) for path in kind.initial_prompts(experiment)]
         method = kind.build(experiment, base, task.opening, trained)
         return Prepared(base, task, examples, method, time.monotonic() - began)
+
+    def _read_splits(
+        self, experiment: Experiment, given: Mapping[str, Rows]
+    ) -> dict[str, Sequence[Record]]:
+        """Read the records of each split, in the order of the section `data`."""
+        names = type(experiment.data).model_fields
+        if unknown := given.keys() - names.keys():
+            raise UserError(f"records: {min(unknown)!r} is not one of {', '.join(names)}")
+        sources = experiment.data.model_dump(exclude_none=True, exclude=set(given))
+        self._records = {
+            source: self._records.get(source) or read_records(source) for source in sources.values()
+        }
+        splits = {split: self._records[source] for split, source in sources.items()}
+        splits |= {split: read_records(rows, f"{split} row") for split, rows in given.items()}
+        return {split: splits[split] for split in names if split in splits}
 
     def _base(self, experiment: Experiment) -> Base:
         wanted = experiment.model_dump_json(include={"base", "compute"})
