@@ -4,7 +4,6 @@ import ast
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
@@ -39,11 +38,11 @@ def run(folder):
 
 
 def written(base, tokens, prefix=None, backbone=None):
-    """Ids that are written behind ids, greedily."""
-    tokens = jnp.array([tokens])
-    lengths = jnp.array([tokens.shape[1]])
-    end = base.tokenizer.eos_token_id
-    found = greedy(backbone or base.backbone, prefix, tokens, lengths, end, count=12)
+    """The token ids that follow `tokens` with greedy decoding."""
+    padded = np.zeros((1, 96), np.int32)  # one length, so that all texts share a program
+    padded[0, : len(tokens)] = tokens
+    lengths, end = np.array([len(tokens)]), base.tokenizer.eos_token_id
+    found = greedy(backbone or base.backbone, prefix, padded, lengths, end, count=12)
     return np.asarray(found)[0].tolist()
 
 
