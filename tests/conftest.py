@@ -62,6 +62,7 @@ SLOW = [
     "test_free_text",
     "test_step",
     "test_decoder",
+    "test_docs",
     "test_lora",
     "test_cli",
 ]
