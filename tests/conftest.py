@@ -60,6 +60,7 @@ SLOW = [
     "test_evaluation",
     "test_report",
     "test_free_text",
+    "test_docs",
     "test_step",
     "test_decoder",
     "test_lora",
