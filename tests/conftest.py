@@ -60,6 +60,7 @@ SLOW = [
     "test_evaluation",
     "test_report",
     "test_free_text",
+    "test_docs",
     "test_step",
     "test_decoder",
     "test_docs",
@@ -111,6 +112,14 @@ def smollm2() -> Base:
 
 
 @pytest.fixture
+def optimized():
+    """Optimize programs: for tests that run the real model longer than they compile it."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture
 def golden_llama() -> dict[str, np.ndarray]:
     """The reference's results for `tiny`."""
     return dict(np.load(GOLDEN / "llama-grouped" / "golden.npz"))
@@ -124,7 +133,7 @@ def golden_backbone(variant: str, dtype: str = "float32", int8: bool = False) ->
 
 
 def greedy(backbone, prefix, tokens, lengths, end: int, *, count: int) -> np.ndarray:
-    """The likeliest `count` tokens behind each row, `[B, N]`; behind its end there is `end`."""
+    """The `count` tokens that follow each row with greedy decoding, `[B, N]`, padded with `end`."""
     rows = len(tokens)
     seeds, ends = np.zeros(rows, np.uint32), np.full((rows, 1), end)
     sampling = Sampling.from_settings(GenerationSettings(), rows)

@@ -30,6 +30,7 @@ def test_the_data_of_every_experiment_are_complete_and_disjoint(file):
         assert not one & other
 
 
+@pytest.mark.usefixtures("optimized")
 def test_the_loss_falls_on_movie_reviews_and_the_prompt_loads(smollm2, tmp_path):
     overrides = ["training.steps=12", "training.log_every=2", "training.batch_size=8"]
     overrides += ["optimizer.warmup_steps=2", "evaluation.examples=32"]

@@ -48,7 +48,7 @@ def written(base, tokens, prefix=None, backbone=None):
 
 MERGED = {
     "prompt": [],
-    "behind-text": ["template.input='Say {prompt}{text} is'"],
+    "after-text": ["template.input='Say {prompt}{text} is'"],
     "in-place": ["template.input='{text}{prompt} is'"],
     "shots": ["shots=2", "template.max_tokens=40"],
     "lora": ["method=lora"],
@@ -57,7 +57,7 @@ MERGED = {
 
 
 @pytest.mark.parametrize("name", MERGED)
-def test_a_merged_model_writes_what_the_prompt_does(run, tmp_path, name):
+def test_a_merged_model_generates_the_same_text_as_the_prompt(run, tmp_path, name):
     prompt = load_prompt(run(name, *MERGED[name]))
     exporting.export(prompt, tmp_path / "merged", "merged")
     merged = load_base(str(tmp_path / "merged"))
@@ -72,7 +72,7 @@ def test_a_merged_model_writes_what_the_prompt_does(run, tmp_path, name):
         assert len(set(expected)) > 1
 
 
-def test_new_tokens_of_a_merged_model_cannot_win(run, tmp_path):
+def test_new_tokens_of_a_merged_model_are_never_the_most_probable(run, tmp_path):
     prompt = load_prompt(run("prompt"))
     exporting.export(prompt, tmp_path / "merged", "merged")
     merged = load_base(str(tmp_path / "merged"))
@@ -97,7 +97,7 @@ def test_new_tokens_of_a_merged_model_cannot_win(run, tmp_path):
         ("in-place", MERGED["in-place"], "peft", "are elsewhere"),
     ],
 )
-def test_what_has_no_such_form_is_refused_and_leaves_nothing(
+def test_an_unsupported_export_is_rejected_and_writes_nothing(
     run, tmp_path, capsys, name, overrides, format, message
 ):
     arguments = ["export", str(run(name, *overrides)), str(tmp_path / "out"), "--format", format]
@@ -126,7 +126,7 @@ def test_an_export_comes_back_as_the_same_prompt(run, folder, tmp_path, capsys, 
     assert result["metrics"] == [{"type": "accuracy", "value": accuracy}]
 
 
-def test_an_array_of_the_original_becomes_a_prompt(folder, tmp_path, capsys):
+def test_an_array_from_the_original_code_becomes_a_prompt(folder, tmp_path, capsys):
     vectors = np.random.default_rng(0).normal(size=(4, 32)).astype(np.float32)
     np.save(tmp_path / "theirs.npy", vectors)
     base = str(GOLDEN / "llama-grouped")
@@ -139,7 +139,7 @@ def test_an_array_of_the_original_becomes_a_prompt(folder, tmp_path, capsys):
     assert "the folder is not empty" in capsys.readouterr().err
 
 
-def test_a_whole_folder_is_kept(run, tmp_path, capsys):
+def test_an_export_does_not_overwrite_a_folder_with_files(run, tmp_path, capsys):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
     assert main(["export", str(run("prompt")), str(tmp_path / "mine")]) == 1
@@ -173,10 +173,10 @@ def test_an_export_is_pushed_to_the_hub(run, tmp_path, capsys, monkeypatch):
     assert asked == ["me/letters", ("me/letters", files)]
     assert "https://hub/me/letters/commit/1" in capsys.readouterr().out
 
-    def refuse(*arguments, **settings):
+    def fail(*arguments, **settings):
         raise ConnectionError("no way to the hub")
 
-    monkeypatch.setattr(exporting.huggingface_hub, "create_repo", refuse)
+    monkeypatch.setattr(exporting.huggingface_hub, "create_repo", fail)
     with pytest.raises(UserError, match=r"me/letters: cannot be uploaded \(no way to the hub\)"):
         exporting.push(tmp_path / "out", "me/letters")
     assert load_file(tmp_path / "out" / "adapter_model.safetensors")

@@ -22,9 +22,9 @@ def golden_of(variant):
 
 
 def prompt_of(variant, golden):
-    """The prompt where ours lives: behind the model's own scaling of embeddings.
+    """The prompt as our models read it, after the model's own scaling of embeddings, and the scale.
 
-    That of transformers is inside the embedding module (Gemma) or behind it (Granite).
+    In transformers, the scaling is part of the embedding module (Gemma) or follows it (Granite).
     """
     scale = golden_backbone(variant).arch.embedding_scale if "granite" in variant else 1.0
     return golden["prompt"] * np.float32(scale), scale
@@ -35,7 +35,7 @@ def assert_close(ours, golden, real):
     assert error.max() < EXACT * golden[real].std()
 
 
-def test_every_family_is_proved():
+def test_every_family_has_reference_results():
     assert {name.split("-")[0] for name in VARIANTS} == set(FAMILIES)
 
 
@@ -61,7 +61,7 @@ def causal(backbone, tokens, lengths, prompt):
 
 
 @pytest.mark.parametrize("variant", CAUSAL)
-def test_a_causal_model_is_that_of_transformers(variant):
+def test_a_causal_model_matches_transformers(variant):
     golden = golden_of(variant)
     tokens, lengths = golden["tokens"], golden["lengths"]
     real = np.arange(tokens.shape[1])[None] < golden["lengths"][:, None]
@@ -107,7 +107,7 @@ def hidden_states(backbone, tokens, prefix):
 
 
 @pytest.mark.parametrize("variant", ONE_EACH)
-def test_greedy_generation_behind_a_prompt_is_that_of_transformers(variant):
+def test_greedy_generation_with_a_prompt_matches_transformers(variant):
     """With a cache here, without one there."""
     golden = golden_of(variant)
     backbone = golden_backbone(variant)
@@ -118,7 +118,7 @@ def test_greedy_generation_behind_a_prompt_is_that_of_transformers(variant):
 
 
 @pytest.mark.parametrize("variant", ["mistral-window", "gpt2-plain", "gemma3_text-old"])
-def test_rows_with_prefixes_of_their_own_are_those_of_each_alone(variant):
+def test_rows_with_different_prefixes_match_each_row_alone(variant):
     """Also where windows or learned positions count from the row's own virtual tokens."""
     backbone = golden_backbone(variant)
     random = np.random.default_rng(0)
@@ -155,7 +155,7 @@ def encoder_decoder(backbone, batch, prompt):
 
 
 @pytest.mark.parametrize("variant", T5)
-def test_an_encoder_decoder_is_that_of_transformers(variant):
+def test_an_encoder_decoder_matches_transformers(variant):
     golden = golden_of(variant)
     batch = t5_batch(golden)
     real = batch.target_candidates >= 0

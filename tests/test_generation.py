@@ -64,6 +64,7 @@ def generate(tiny, prefix):
     return generate
 
 
+@pytest.mark.usefixtures("optimized")
 def test_64_greedy_tokens_equal_those_of_transformers(smollm2):
     golden = np.load(GOLDEN / "smollm2_generation.npz")
     inputs = np.split(golden["inputs"], np.cumsum(golden["lengths"])[:-1])

@@ -17,13 +17,13 @@ from softprompt.backbones.loading import load_backbone
 FILES = sorted((GOLDEN / "gguf").glob("*.gguf"))
 
 
-def test_every_architecture_that_is_read_is_proved():
+def test_every_supported_architecture_has_reference_results():
     kinds = {GGUFFile(path).config["model_type"] for path in FILES}
     assert kinds == {kind for kind, family in FAMILIES.items() if family.gguf_names}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_logits_are_those_of_llama_cpp(path):
+def test_logits_match_llama_cpp(path):
     golden = np.load(path.with_suffix(".npz"))
     backbone, _ = load_backbone(GGUFFile(path))
     tokens = jnp.asarray(golden["tokens"])[None]
@@ -63,7 +63,7 @@ def test_stored_types_are_read(tmp_path, kind):
     np.testing.assert_allclose(read, array, atol=0.08)
 
 
-def test_a_stored_type_that_is_not_supported_is_named(tmp_path):
+def test_an_unsupported_storage_type_is_named(tmp_path):
     path = tmp_path / "x.gguf"
     write_tensor(path, gguf.GGMLQuantizationType.Q8_0)
     file = GGUFFile(path)
@@ -72,7 +72,7 @@ def test_a_stored_type_that_is_not_supported_is_named(tmp_path):
         file.read("x")
 
 
-def test_a_tensor_that_ends_behind_the_file_is_refused(tmp_path):
+def test_a_truncated_tensor_is_rejected(tmp_path):
     path = tmp_path / "x.gguf"
     write_tensor(path, gguf.GGMLQuantizationType.F32)
     path.write_bytes(path.read_bytes()[:-100])
@@ -80,7 +80,7 @@ def test_a_tensor_that_ends_behind_the_file_is_refused(tmp_path):
         GGUFFile(path).read("x")
 
 
-def test_metadata_that_will_not_do_are_refused(tmp_path):
+def test_invalid_metadata_is_rejected(tmp_path):
     for key, value in (("llama.embedding_length", "wide"), ("general.alignment", "32")):
         engine = gguf.GGUFWriter(tmp_path / "x.gguf", "llama")
         engine.add_head_count(2)
@@ -92,7 +92,7 @@ def test_metadata_that_will_not_do_are_refused(tmp_path):
             GGUFFile(tmp_path / "x.gguf")
 
 
-def test_a_rope_scaling_that_is_not_supported_is_named(tmp_path):
+def test_an_unsupported_rope_scaling_is_named(tmp_path):
     path = tmp_path / "model.gguf"
     path.write_bytes((GOLDEN / "gguf" / "llama.gguf").read_bytes())
     file = GGUFFile(path)

@@ -24,7 +24,7 @@ MODELS = [*sorted(FAMILIES_GOLDEN.iterdir()), *sorted((GOLDEN / "gguf").glob("*.
 
 
 @pytest.mark.parametrize("path", MODELS, ids=lambda path: path.name)
-def test_the_config_means_the_same_architecture_to_transformers(path, tiny, tmp_path):
+def test_transformers_reads_the_same_architecture_from_the_config(path, tiny, tmp_path):
     file = ModelDirectory(path) if path.is_dir() else GGUFFile(path)
     backbone, _ = load_backbone(file)
     base = Base(str(path), "", file.config, backbone, tiny.tokenizer, ComputeSettings())
@@ -39,7 +39,7 @@ def test_the_config_means_the_same_architecture_to_transformers(path, tiny, tmp_
 
 
 @pytest.mark.parametrize("variant", sorted(path.name for path in (GOLDEN / "adapters").iterdir()))
-def test_new_tokens_are_the_vectors_and_never_win(variant, tiny, tmp_path):
+def test_new_tokens_act_as_the_vectors_and_are_never_generated(variant, tiny, tmp_path):
     """Of a family: its embedding's factor, its head, tied or not, and what T5 starts from."""
     file = ModelDirectory(FAMILIES_GOLDEN / variant)
     backbone, _ = load_backbone(file)

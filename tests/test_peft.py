@@ -1,4 +1,4 @@
-"""Adapters made by peft give its logits here; what is exported is what was imported."""
+"""Adapters made by peft give the same logits here, and importing then exporting is exact."""
 
 import json
 import pickle
@@ -167,7 +167,7 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize("case", MALFORMED)
-def test_a_malformed_adapter_is_refused_in_one_line(adapter, case):
+def test_a_malformed_adapter_is_rejected_in_one_line(adapter, case):
     kind, tensors, config, message = MALFORMED[case]
     folder = adapter(kind)
     if tensors:
@@ -181,12 +181,12 @@ def test_a_malformed_adapter_is_refused_in_one_line(adapter, case):
 
 
 @pytest.mark.parametrize("kind", ["prompt", "prefix", "lora"])
-def test_an_adapter_of_another_base_model_is_refused(adapter, kind):
+def test_an_adapter_for_another_base_model_is_rejected(adapter, kind):
     with pytest.raises(UserError, match="the base model 'gemma-gelu'"):
         import_adapter(adapter(kind), base_of("gemma-gelu"))
 
 
-def test_values_that_are_not_finite_are_refused(adapter):
+def test_values_that_are_not_finite_are_rejected(adapter):
     folder = adapter("prompt")
     change_tensors(folder, lambda tensors: tensors["prompt_embeddings"].fill(np.nan))
     with pytest.raises(UserError, match="not finite"):
@@ -214,7 +214,7 @@ def test_nothing_is_unpickled(adapter, tmp_path, capsys):
     assert "unpickled" not in capsys.readouterr().out
 
 
-def test_an_array_of_the_original_is_read(tmp_path):
+def test_an_array_from_the_original_code_is_read(tmp_path):
     base = base_of("llama-llama3")
     vectors = np.random.default_rng(0).standard_normal((3, 16))
     np.save(tmp_path / "prompt.npy", vectors)
@@ -226,21 +226,21 @@ def test_an_array_of_the_original_is_read(tmp_path):
         import_array(tmp_path / "wide.npy", base)
 
 
-def test_what_peft_cannot_express_is_refused(tmp_path):
+def test_prompts_that_peft_cannot_express_are_rejected(tmp_path):
     base, vectors = base_of("llama-llama3"), jnp.ones((2, 16))
     in_place = trained(base, SoftPrompt(vectors, []))
-    behind_text = trained(base, SoftPrompt(vectors, [5, ~0, ~1]))
+    after_text = trained(base, SoftPrompt(vectors, [5, ~0, ~1]))
     offsets = DecomposedPrompt(vectors, jnp.ones((3, 1)), jnp.ones((1, 16)), [~0, ~1])
     lora = LoRA({}, {})
     for prompt, as_prefix, message in (
         (in_place, False, "are elsewhere"),
         (in_place, True, "there is no prefix of keys and values"),
-        (behind_text, False, "are elsewhere"),
+        (after_text, False, "are elsewhere"),
         (trained(base, offsets), False, "method dept has no form in peft"),
         (trained(base, offsets), True, "method dept cannot be written as a prefix"),
         (trained(base, lora), True, "method lora cannot be written as a prefix"),
     ):
         with pytest.raises(UserError, match=message):
             export_adapter(prompt, tmp_path, as_prefix=as_prefix)
-    export_adapter(behind_text, tmp_path, as_prefix=True)
+    export_adapter(after_text, tmp_path, as_prefix=True)
     assert load_file(tmp_path / "adapter_model.safetensors")["prompt_embeddings"].shape[0] == 3

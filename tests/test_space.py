@@ -23,7 +23,7 @@ def test_a_grid_has_every_combination(space):
     ]
 
 
-def test_zip_and_points_have_the_ones_named(space):
+def test_zip_and_points_have_the_listed_combinations(space):
     expected = [{"prompt.length": 1, "seed": 4}, {"prompt.length": 5, "seed": 7}]
     assert parameters(space("  how: zip\n  prompt.length: [1, 5]\n  seed: [4, 7]\n")) == expected
     assert parameters(space(f"  points: {json.dumps(expected)}\n")) == expected
@@ -31,7 +31,7 @@ def test_zip_and_points_have_the_ones_named(space):
     assert parameters(space(f"  points: {json.dumps(nested)}\n")) == expected
 
 
-def test_random_trials_are_drawn_from_their_ranges_and_more_of_them_begin_alike(space):
+def test_random_trials_stay_in_their_ranges_and_more_trials_start_the_same(space):
     section = """\
   how: random
   trials: 200
@@ -104,7 +104,7 @@ def test_random_trials_are_drawn_from_their_ranges_and_more_of_them_begin_alike(
         ),
     ],
 )
-def test_a_mistake_in_a_sweep_is_one_line_with_its_place(space, section, message):
+def test_a_mistake_in_a_sweep_gives_one_line_with_its_position(space, section, message):
     with pytest.raises(UserError) as error:
         space(section)
     assert message in str(error.value)

@@ -28,7 +28,7 @@ def stored(backbone, file):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_stored_tensors_are_those_that_were_read(variant):
+def test_stored_tensors_equal_the_tensors_that_were_read(variant):
     file = ModelDirectory(FAMILIES_GOLDEN / variant)
     backbone = golden_backbone(variant)
     table = FAMILIES[file.config["model_type"]].names
@@ -92,7 +92,7 @@ FORMS = {  # and the rows of a tensor in it
 
 
 @pytest.mark.parametrize(("form", "rows"), FORMS.values(), ids=FORMS)
-def test_what_is_taken_apart_goes_together_again(form, rows):
+def test_split_tensors_are_joined_again_exactly(form, rows):
     """Biases, matrices, and LoRA's `up`, of whose parts each is a part's."""
     random = np.random.default_rng(0)
     up, down = random.normal(size=(rows, 2)), random.normal(size=(2, 5))
@@ -112,7 +112,7 @@ def test_what_is_taken_apart_goes_together_again(form, rows):
         ("opt-plain", "embed_positions.weight"),
     ],
 )
-def test_a_tensor_that_cannot_be_taken_apart_is_named(variant, ending, tmp_path):
+def test_a_tensor_that_cannot_be_split_is_named(variant, ending, tmp_path):
     model = shutil.copytree(FAMILIES_GOLDEN / variant, tmp_path / "model")
     weights = load_file(model / "model.safetensors")
     name = next(name for name in weights if name.endswith(ending))

@@ -25,7 +25,7 @@ STUDY = """\
 """
 
 
-def test_a_dry_run_of_trials_that_are_not_chosen_yet_counts_them(space, capsys):
+def test_a_dry_run_counts_trials_that_are_not_chosen_yet(space, capsys):
     found = space(STUDY)
     assert main(["sweep", str(found.file.path), "--folder", str(found.folder), "--dry-run"]) == 0
     printed = capsys.readouterr().out
@@ -45,7 +45,7 @@ def known_trials(folder, url=None):
     return optuna.load_study(study_name=name, storage=storage).trials
 
 
-def test_optuna_chooses_trials_and_is_told_what_they_gave(space):
+def test_optuna_chooses_trials_and_receives_their_results(space):
     found = space(STUDY, "sweep.halving={rungs: [4], factor: 3}", "evaluation.metric=loss")
     trials = sweep(found)
     known = known_trials(found.folder)
@@ -92,7 +92,7 @@ def test_two_processes_share_a_study_and_one_is_killed(space, storage, tmp_path)
         assert of_optuna.value == summary["validation"]["accuracy"]
 
 
-def test_a_trial_whose_values_are_not_all_chosen_yet(space, monkeypatch):
+def test_a_trial_killed_while_its_values_are_chosen_is_completed_later(space, monkeypatch):
     """Others do not see it; where its process was killed, the next one chooses the rest."""
     found, seen = space(STUDY, "sweep.trials=2", "training.steps=1"), []
     suggest = study._suggest
@@ -119,7 +119,7 @@ def test_a_trial_whose_values_are_not_all_chosen_yet(space, monkeypatch):
     assert chosen["prompt.length"] in (2, 4)
 
 
-def test_a_trial_that_another_process_has_is_left_to_it(space, capsys):
+def test_a_trial_of_another_process_is_left_alone(space, capsys):
     short = ["sweep.trials=2", "training.steps=1"]
     found = space(STUDY, *short)
     command = ["sweep", str(found.file.path), *short, "--folder", str(found.folder)]
@@ -146,7 +146,7 @@ def test_folders_share_a_database_without_sharing_a_study(space, tmp_path):
         assert [Outcome.read(trial.folder).state for trial in trials] == ["finished"] * 2
 
 
-def test_a_database_that_another_sweep_is_making(space, monkeypatch, tmp_path):
+def test_two_sweeps_may_create_a_database_at_the_same_time(space, monkeypatch, tmp_path):
     """Optuna fails on tables that appear while it makes them; then they are there."""
     real, url = optuna.storages.RDBStorage, f"sqlite:///{tmp_path}/study.db"
 
@@ -162,14 +162,14 @@ def test_a_database_that_another_sweep_is_making(space, monkeypatch, tmp_path):
     assert known_trials(found.folder, url) == []
 
 
-def test_a_sweep_that_could_not_begin_leaves_its_folder_to_others(space):
+def test_a_sweep_that_could_not_start_leaves_its_folder_free(space):
     with pytest.raises(UserError, match=r"sweep.storage: nonsense: "):
         sweep(space(f"{STUDY}  storage: nonsense\n", "training.steps=1"))
     trials = sweep(space("  seed: [0]\n", "training.steps=1"))
     assert [Outcome.read(trial.folder).state for trial in trials] == ["finished"]
 
 
-def test_many_can_open_a_folder_at_once(space):
+def test_many_threads_can_open_a_folder_at_once(space):
     """Who comes first describes the sweep; nobody meets a half-written file."""
     found, together = space(STUDY), threading.Barrier(8)
 
@@ -182,7 +182,7 @@ def test_many_can_open_a_folder_at_once(space):
         assert len(set(pool.map(open_it, range(8)))) == 1
 
 
-def test_a_trial_that_ended_without_being_told_is_not_run_again(space):
+def test_a_finished_trial_that_was_not_reported_does_not_run_again(space):
     """Its process was killed in between."""
     found = space(STUDY, "sweep.trials=2", "training.steps=1")
     with open_sweep(found):

@@ -50,7 +50,7 @@ def test_a_padded_prompt_trains_as_an_unpadded_one(tiny):
     assert np.abs(plain - vectors).max() > 0.01
 
 
-def test_batches_side_by_side_are_padded_with_what_nobody_reads():
+def test_batches_side_by_side_are_padded_with_ignored_values():
     short = [example_of([5, 6], [[20]], 0)]
     long = [example_of([5, 6, 7, 8], [[20, 21]], 0)]
     layouts = [Layout.of(rows) for rows in (short, long)]
@@ -75,7 +75,7 @@ DIFFERENT = """\
 """
 
 
-def test_each_trial_is_its_own_single_run(space):
+def test_each_trial_matches_a_single_run(space):
     """Three side by side in one program, of several lengths and schedules, and each alone."""
     trials = sweep(space(DIFFERENT))
     assert len(program_families(trials)) == 1
@@ -100,13 +100,13 @@ def test_each_trial_is_its_own_single_run(space):
 
 
 @pytest.mark.parametrize(("room", "at_once"), [(0, 1), (1e12, 4)])
-def test_as_many_train_at_once_as_there_is_memory_for(space, monkeypatch, capsys, room, at_once):
+def test_memory_limits_how_many_trials_train_at_once(space, monkeypatch, capsys, room, at_once):
     monkeypatch.setattr("softprompt.sweep.program._room", lambda taken: room)
     sweep(space("  seed: [0, 1, 2, 3, 4]\n", "training.steps=1"))
     assert f"{at_once} of 5 trials at once" in capsys.readouterr().err
 
 
-def test_without_memory_for_all_trials_at_once_a_step_is_of_fewer(space, monkeypatch, capsys):
+def test_a_step_that_runs_out_of_memory_uses_fewer_trials(space, monkeypatch, capsys):
     section = "  prompt.length: [2, 4]\n  seed: [0, 1]\n"
     widths = []
 
@@ -133,7 +133,7 @@ def test_without_memory_for_all_trials_at_once_a_step_is_of_fewer(space, monkeyp
         sweep(space(section, folder="none"))
 
 
-def test_what_cannot_share_a_program_is_grouped(space):
+def test_trials_that_cannot_share_a_program_are_grouped(space):
     def count(section):
         trials = space(section).trials()
         assert {shared_settings(t.experiment) for g in program_families(trials) for t in g[:1]} == {
@@ -150,7 +150,7 @@ def test_what_cannot_share_a_program_is_grouped(space):
     assert count("  shots: [2]\n  seed: [0, 1]\n") == 2
 
 
-def test_losers_of_a_rung_leave_and_the_best_go_on(space, capsys):
+def test_the_worst_trials_of_a_rung_stop_and_the_best_continue(space, capsys):
     trials = sweep(
         space(
             "  optimizer.learning_rate: [0.3, 0.1, 0.03, 1e-6, 1e-7]\n"
@@ -168,7 +168,7 @@ def test_losers_of_a_rung_leave_and_the_best_go_on(space, capsys):
     assert "pruned at step 4" in capsys.readouterr().err
 
 
-def test_a_sweep_stopped_behind_a_rung_decides_the_next_one_all_the_same(space):
+def test_a_sweep_killed_between_rungs_makes_the_same_decisions(space):
     """SIGKILL at a step between two rungs; the later rung still has its losers."""
     section = (
         "  optimizer.learning_rate: [0.3, 0.1, 0.03, 1e-6]\n"
@@ -187,7 +187,7 @@ def test_a_sweep_stopped_behind_a_rung_decides_the_next_one_all_the_same(space):
     assert sorted(end.step for end in ends[1]) == [4, 4, 8, 12]
 
 
-def test_a_failed_trial_is_recorded_and_the_others_go_on(space, capsys):
+def test_a_failed_trial_is_recorded_and_the_others_continue(space, capsys):
     found = space("  optimizer.learning_rate: [0.1, 1e38]\n  prompt.length: [2, 300]\n")
     command = ["sweep", str(found.file.path), "--folder", str(found.folder)]
     assert main(command) == 1
@@ -202,7 +202,7 @@ def test_a_failed_trial_is_recorded_and_the_others_go_on(space, capsys):
     assert "loaded in" not in capsys.readouterr().err, "nothing is run again"
 
 
-def test_a_killed_sweep_goes_on_where_it_was(space):
+def test_a_killed_sweep_resumes(space):
     """SIGKILL in the second pair of trials; the first pair is not run again."""
     section = "  optimizer.learning_rate: [0.1, 0.03]\n  prompt.length: [2, 4]\n  at_once: 2\n"
     whole = sweep(space(section, folder="whole"))
@@ -223,7 +223,7 @@ def test_a_killed_sweep_goes_on_where_it_was(space):
         np.testing.assert_array_equal(*of_both)
 
 
-def test_a_stop_saves_all_trials_beside_one_that_fails(space):
+def test_a_stop_saves_the_other_trials_when_one_fails(space):
     """The loss of the failing one is known to be infinite only once the signal has come."""
     found = space("  optimizer.learning_rate: [1e38, 0.1]\n  at_once: 2\n", "evaluation.every=6")
     stops = "if here[0].session.run.step == 1: os.kill(os.getpid(), 15)"
@@ -237,7 +237,7 @@ def test_a_stop_saves_all_trials_beside_one_that_fails(space):
     assert [path.name for path in (other.folder / "checkpoints").iterdir()] == ["2"]
 
 
-def test_a_trial_whose_folder_will_not_do_fails_and_the_others_go_on(space):
+def test_a_trial_with_an_unusable_folder_fails_and_the_others_continue(space):
     spoilt = sweep(space("  seed: [0, 1]\n", "training.steps=1"))[0].folder
     shutil.rmtree(spoilt)
     spoilt.mkdir()
@@ -250,7 +250,7 @@ def test_a_trial_whose_folder_will_not_do_fails_and_the_others_go_on(space):
     assert (spoilt / "notes.txt").read_text() == "mine"
 
 
-def test_a_file_that_cannot_be_written_is_one_line(space):
+def test_a_file_that_cannot_be_written_gives_a_one_line_error(space):
     trial = sweep(space("  seed: [0]\n", "training.steps=1"))[0].folder
     shutil.rmtree(trial)
     trial.touch()
@@ -258,7 +258,7 @@ def test_a_file_that_cannot_be_written_is_one_line(space):
         sweep(space("  seed: [0]\n", "training.steps=1"))
 
 
-def test_a_file_that_cannot_be_written_leaves_what_others_did(space, monkeypatch):
+def test_a_write_error_keeps_the_work_of_other_trials(space, monkeypatch):
     section = "  seed: [0, 1]\n  at_once: 2\n"
     trials = space(section).trials()
     log = MetricsLog.write

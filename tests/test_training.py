@@ -1,4 +1,4 @@
-"""Whole runs on a tiny model: stopped, resumed, damaged and refused."""
+"""Whole runs on a tiny model: stopped, resumed, damaged and rejected."""
 
 import json
 import shutil
@@ -61,7 +61,7 @@ def wait_for(condition, process):
         time.sleep(0.001)
 
 
-def test_a_run_leaves_what_the_readme_says(experiment, tmp_path):
+def test_a_run_writes_the_documented_files(experiment, tmp_path):
     folder = tmp_path / "run"
     summary = train(experiment, folder)
     assert {p.name for p in folder.iterdir() if not p.name.startswith(".")} == {
@@ -85,7 +85,7 @@ def test_a_run_leaves_what_the_readme_says(experiment, tmp_path):
     assert kept == {8, 12, best["step"]}
 
 
-def test_a_killed_run_ends_as_one_never_stopped(start, whole, tmp_path):
+def test_a_killed_run_resumes_and_gives_the_same_result(start, whole, tmp_path):
     """SIGKILL as each checkpoint appears, and the same command again, until the end."""
     folder = tmp_path / "killed"
     for step in (4, 8, 12):
@@ -101,7 +101,7 @@ def test_a_killed_run_ends_as_one_never_stopped(start, whole, tmp_path):
 
 
 @pytest.mark.parametrize("write", [1, 2, 3, 20, 40, 60, 61])
-def test_a_run_killed_while_it_writes_ends_as_one_never_stopped(
+def test_a_run_killed_while_writing_resumes_and_gives_the_same_result(
     experiment, experiment_file, whole, tmp_path, write
 ):
     """The process dies at the n-th time that it makes a file or folder durable."""
@@ -125,7 +125,7 @@ sys.exit(main())
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_the_state_and_the_run_goes_on(start, experiment_file, tmp_path, number):
+def test_a_signal_saves_the_state_and_the_run_resumes(start, experiment_file, tmp_path, number):
     folder, overrides = tmp_path / "run", ["training.steps=3000", "evaluation.every=2000"]
     process = start(folder, *overrides)
     wait_for(lambda: len(read_metrics(folder)) > 3, process)
@@ -151,7 +151,7 @@ def damage(folder):
     return path
 
 
-def test_a_run_goes_back_to_its_newest_intact_checkpoint(experiment, whole, tmp_path, capsys):
+def test_a_run_resumes_from_its_newest_intact_checkpoint(experiment, whole, tmp_path, capsys):
     folder = tmp_path / "damaged"
     train(experiment, folder)
     (folder / "summary.json").unlink()
@@ -165,7 +165,7 @@ def test_a_run_goes_back_to_its_newest_intact_checkpoint(experiment, whole, tmp_
 
 
 @pytest.mark.parametrize("prompt_too", [False, True])
-def test_a_run_outlives_the_loss_of_its_best_checkpoint(
+def test_a_run_survives_the_loss_of_its_best_checkpoint(
     experiment_file, tmp_path, capsys, prompt_too
 ):
     """With `prompt/` it goes on as if nothing were; without, from before the best step."""
@@ -185,7 +185,7 @@ def test_a_run_outlives_the_loss_of_its_best_checkpoint(
     assert outcome(folder) == before
 
 
-def test_checkpoints_from_before_going_back_do_not_push_out_new_ones(experiment_file, tmp_path):
+def test_damaged_later_checkpoints_do_not_replace_new_ones(experiment_file, tmp_path):
     experiment = load_experiment(experiment_file, ["checkpoints.keep=1"])
     folder = tmp_path / "run"
     train(experiment, folder)
@@ -200,7 +200,7 @@ def test_checkpoints_from_before_going_back_do_not_push_out_new_ones(experiment_
 
 
 @pytest.mark.parametrize(("file", "what"), [("train.jsonl", "data"), ("model", "base model")])
-def test_a_run_does_not_go_on_with_other_data_or_another_base(
+def test_a_run_does_not_resume_with_changed_data_or_another_base(
     experiment_file, tmp_path, file, what
 ):
     model = shutil.copytree(GOLDEN / "llama-grouped", tmp_path / "model")
@@ -236,7 +236,7 @@ def test_a_finished_run_repairs_its_prompt(experiment, tmp_path):
     assert outcome(folder) == before
 
 
-def test_lost_metrics_are_said_and_damaged_ones_named(experiment, tmp_path, capsys):
+def test_missing_metrics_are_reported_and_damaged_ones_named(experiment, tmp_path, capsys):
     folder = tmp_path / "run"
     train(experiment, folder)
     (folder / "summary.json").unlink()
@@ -249,7 +249,7 @@ def test_lost_metrics_are_said_and_damaged_ones_named(experiment, tmp_path, caps
     assert "metrics.jsonl: 6 of 6 records are missing" in capsys.readouterr().err
 
 
-def test_a_finished_run_is_not_run_again(experiment, tmp_path, capsys):
+def test_a_finished_run_does_not_train_again(experiment, tmp_path, capsys):
     summary = train(experiment, tmp_path / "run")
     stamp = (tmp_path / "run" / "metrics.jsonl").stat().st_mtime_ns
     assert train(experiment, tmp_path / "run") == summary
@@ -271,7 +271,7 @@ def test_another_experiment_does_not_write_into_a_run(experiment, experiment_fil
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 
 
-def test_settings_may_change_while_there_is_nothing_to_mix_up(experiment_file, tmp_path):
+def test_settings_may_change_before_the_first_checkpoint(experiment_file, tmp_path):
     folder = tmp_path / "run"
     with pytest.raises(UserError, match="there is no checkpoint yet"):
         train(load_experiment(experiment_file, ["optimizer.learning_rate=3e38"]), folder)
@@ -353,7 +353,7 @@ def test_free_text_trains_and_is_measured_by_its_loss(experiment_file, tmp_path)
         ("data.train=./nowhere.jsonl", "nowhere.jsonl: cannot be read"),
     ],
 )
-def test_what_cannot_be_run_is_refused_before_anything_is_written(
+def test_invalid_experiments_are_rejected_before_anything_is_written(
     experiment_file, tmp_path, override, message
 ):
     with pytest.raises(UserError) as error:
@@ -362,7 +362,7 @@ def test_what_cannot_be_run_is_refused_before_anything_is_written(
     assert not (tmp_path / "run" / "config.yaml").exists()
 
 
-def test_a_prompt_is_refused_on_another_base_model(experiment, tmp_path):
+def test_a_prompt_is_rejected_on_another_base_model(experiment, tmp_path):
     train(experiment, tmp_path / "run")
     other = str(GOLDEN / "llama-untied")
     with pytest.raises(UserError) as error:
