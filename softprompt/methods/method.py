@@ -153,7 +153,7 @@ class Method(nnx.Module):
 
     def padded(self, length: int) -> "Method":
         """Return a method of the same function with the shapes of `length` virtual tokens."""
-        raise NotImplementedError(f"{type(self).__name__} cannot be padded")
+        raise ValueError(f"{type(self).__name__} cannot be padded")
 
     # Saving and loading.
 
