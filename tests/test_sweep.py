@@ -17,7 +17,7 @@ from softprompt.experiment.schema import OptimizerSettings
 from softprompt.storage.run_folder import MetricsLog, read_metrics
 from softprompt.sweep.outcome import Outcome, validation_at
 from softprompt.sweep.program import shared_settings, step_group
-from softprompt.sweep.runner import program_families, sweep
+from softprompt.sweep.runner import program_groups, sweep
 from softprompt.training.optimizers import UpdateRule, hyperparameters
 from softprompt.training.step import split, train_step
 
@@ -78,7 +78,7 @@ DIFFERENT = """\
 def test_each_trial_matches_a_single_run(space):
     """Three side by side in one program, of several lengths and schedules, and each alone."""
     trials = sweep(space(DIFFERENT))
-    assert len(program_families(trials)) == 1
+    assert len(program_groups(trials)) == 1
     for trial in trials:
         alone = trial.folder.with_name(f"alone-{trial.number}")
         summary = train(trial.experiment, alone)
@@ -136,10 +136,10 @@ def test_a_step_that_runs_out_of_memory_uses_fewer_trials(space, monkeypatch, ca
 def test_trials_that_cannot_share_a_program_are_grouped(space):
     def count(section):
         trials = space(section).trials()
-        assert {shared_settings(t.experiment) for g in program_families(trials) for t in g[:1]} == {
+        assert {shared_settings(t.experiment) for g in program_groups(trials) for t in g[:1]} == {
             shared_settings(t.experiment) for t in trials
         }
-        return len(program_families(trials))
+        return len(program_groups(trials))
 
     assert count("  prompt.length: [1, 9]\n  seed: [0, 1]\n  prompt.init: [random, labels]\n") == 1
     assert count("  optimizer.schedule: [linear, cosine]\n") == 2

@@ -278,13 +278,13 @@ def make_examples(
 
     examples = Examples(encoded())
     _log.info(f"{split}: {len(examples)} examples")
-    log_truncated(examples, task, split)
+    log_truncated(examples.truncated, task, split)
     return examples
 
 
-def log_truncated(examples: Sequence[Example], task: Task, split: str) -> None:
+def log_truncated(count: int, task: Task, split: str) -> None:
     """Log how many inputs were truncated, if any were."""
-    if count := sum(example.truncated for example in examples):
+    if count:
         _log.info(
             f"{split}: {count} truncated to {task.max_tokens} tokens, at the end of their longest "
             "field"

@@ -79,7 +79,7 @@ def requests_of(
     """
     task = task.for_generation(settings.max_new_tokens, prefix.length if prefix else 0)
     examples = [task.example(record, with_answer=False) for record in records]
-    log_truncated(examples, task, "inputs")
+    log_truncated(sum(e.truncated for e in examples), task, "inputs")
     return [Request(example.input, prefix, task.opening) for example in examples]
 
 

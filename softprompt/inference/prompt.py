@@ -121,7 +121,7 @@ class TrainedPrompt:
         if not records:
             return []
         examples = [self.task.example(record, with_answer=False) for record in records]
-        log_truncated(examples, self.task, "inputs")
+        log_truncated(sum(e.truncated for e in examples), self.task, "inputs")
         scores = np.empty((len(examples), len(labels)), np.float32)
         model = self.backbone, self.prefix
         for numbers, part in score(*model, examples, batch_size):
@@ -188,7 +188,7 @@ class TrainedPrompt:
             self.task.example(Record({**record.fields, fields[0]: target}, record.where))
             for record, target in zip(self._records(inputs), targets, strict=True)
         ]
-        log_truncated(examples, self.task, "inputs")
+        log_truncated(sum(e.truncated for e in examples), self.task, "inputs")
         perplexities = np.empty(len(examples))
         for numbers, scores in score(self.backbone, self.prefix, examples, batch_size):
             tokens = [len(examples[i].candidates[0]) for i in numbers]

@@ -11,8 +11,15 @@ import numpy as np
 
 from softprompt.backbones.loading import Base
 from softprompt.errors import UserError
-from softprompt.experiment.method_settings import PrefixSettings, PromptSettings
+from softprompt.experiment.method_settings import (
+    InitializationSettings,
+    PrefixSettings,
+    PromptSettings,
+)
 from softprompt.experiment.schema import Experiment
+
+INITIALIZATION_SETTINGS = set(InitializationSettings.model_fields)
+"""The settings that decide the initial vectors."""
 
 
 def initial_vectors(

@@ -30,6 +30,10 @@ class PromptParam(nnx.Param):
     """A trained array of a soft prompt or a prefix."""
 
 
+class OffsetParam(PromptParam):
+    """A trained array with the learning rate of `Method.offsets_learning_rate`."""
+
+
 class Method(nnx.Module):
     """What is learned, and how it changes what the model computes.
 
@@ -92,12 +96,21 @@ class Method(nnx.Module):
         return None
 
     @classmethod
-    def length_may_vary(cls, experiment: Experiment) -> bool:
-        """Return whether trials of a sweep can share a program if only `prompt.length` differs.
+    def varying_settings(cls, experiment: Experiment) -> Mapping[str, set[str]]:
+        """Return the settings of the method in which trials of one program may differ.
 
-        Their prompts are then padded to one length, see `padded`.
+        They do not change the compiled training step. A length may be among them if prompts
+        can be padded to one length; see `padded`.
+
+        Returns:
+          The names of settings by section.
         """
-        return False
+        return {}
+
+    @classmethod
+    def tasks(cls, experiment: Experiment) -> Sequence[str]:
+        """Return the names of the tasks that have virtual tokens of their own."""
+        return ()
 
     @classmethod
     def build(

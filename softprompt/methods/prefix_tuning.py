@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from softprompt.backbones.loading import Backbone, Base, Prefix
 from softprompt.experiment.schema import Experiment
-from softprompt.methods.initializers import initial_vectors
+from softprompt.methods.initializers import INITIALIZATION_SETTINGS, initial_vectors
 from softprompt.methods.method import Adapter, Constant, Method, PromptParam
 from softprompt.methods.peft_layout import prefix_adapter
 
@@ -44,6 +44,11 @@ class PrefixTuning(Method):
     def initial_prompts(cls, experiment: Experiment) -> Sequence[str]:
         """Return `prefix.init_prompts`."""
         return experiment.prefix.init_prompts or ()
+
+    @classmethod
+    def varying_settings(cls, experiment: Experiment) -> Mapping[str, set[str]]:
+        """Return the initialization."""
+        return {"prefix": INITIALIZATION_SETTINGS}
 
     @classmethod
     def build(

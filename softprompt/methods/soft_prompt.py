@@ -18,6 +18,7 @@ from softprompt.errors import UserError
 from softprompt.experiment.schema import Experiment
 from softprompt.methods.backbone_arrays import copied
 from softprompt.methods.initializers import (
+    INITIALIZATION_SETTINGS,
     initial_vectors,
     sampled_vocabulary,
     text_vectors,
@@ -113,9 +114,22 @@ class SoftPrompt(Method):
         return experiment.prompt.init_prompts or ()
 
     @classmethod
-    def length_may_vary(cls, experiment: Experiment) -> bool:
-        """Return whether the vectors themselves are trained, which can be padded."""
-        return experiment.prompt.reparametrization is None
+    def varying_settings(cls, experiment: Experiment) -> Mapping[str, set[str]]:
+        """Return the initialization, and the length if prompts can be padded to one length.
+
+        A reparametrization depends on the length. Adafactor normalizes over the whole matrix,
+        padding included.
+        """
+        can_be_padded = (
+            experiment.prompt.reparametrization is None and experiment.optimizer.name != "adafactor"
+        )
+        length = {"length"} if can_be_padded else set()
+        return {"prompt": INITIALIZATION_SETTINGS | length}
+
+    @classmethod
+    def tasks(cls, experiment: Experiment) -> Sequence[str]:
+        """Return `prompt.tasks`."""
+        return experiment.prompt.tasks or ()
 
     @classmethod
     def build(

@@ -1,4 +1,4 @@
-"""Tables as text, Markdown or CSV. All commands print their tables with this module."""
+"""Tables as text, Markdown or CSV: the only table maker of the package."""
 
 import csv
 import io

@@ -1,7 +1,7 @@
 """Progress reports: a callback that the library calls when a piece of work begins.
 
-The library never prints. A caller that wants to show progress passes a `Progress`; the
-command line passes one that draws bars.
+The library never prints. A caller that wants to show progress passes a `Progress`, such as
+one that draws bars.
 """
 
 from types import TracebackType

@@ -30,9 +30,7 @@ _VARYING = {  # settings that are arrays in a program, or that the step does not
     "checkpoints": True,
     "scoring": True,
     "generation": True,
-    "dept": {"learning_rate"},
 }
-_INITIALIZATION = {"init", "init_top", "init_scale", "init_text", "init_prompts"}
 
 
 @partial(jax.jit, static_argnames=PROGRAM)
@@ -71,19 +69,12 @@ def train_steps(
 def shared_settings(experiment: Experiment) -> str:
     """Return the settings, as JSON, that trials must have in common to share a program.
 
-    Trials may differ in seed, initialization, learning rate, warm-up, number of steps and
-    weight decay, and in the length of a soft prompt, which is padded. The length must be
-    the same with Adafactor, which normalizes over the whole matrix. Few-shot
+    Trials may differ in seed, learning rate, warm-up, number of steps, weight decay, and in
+    the settings that `Method.varying_settings` names, such as the initialization. Few-shot
     demonstrations are part of the program, so with `shots` the seed must be the same.
     """
-    excluded: dict[str, Any] = {
-        **_VARYING,
-        "prompt": set(_INITIALIZATION),
-        "prefix": set(_INITIALIZATION),
-    }
-    length_may_vary = method_class(experiment.method).length_may_vary(experiment)
-    if length_may_vary and experiment.optimizer.name != "adafactor":
-        excluded["prompt"].add("length")
+    varying = method_class(experiment.method).varying_settings(experiment)
+    excluded: dict[str, Any] = {**_VARYING, **varying}
     if experiment.shots:
         del excluded["seed"]
     return experiment.model_dump_json(exclude=excluded)
@@ -92,7 +83,7 @@ def shared_settings(experiment: Experiment) -> str:
 def step_group(
     sessions: Sequence[Session], inputs: Sequence[tuple[Batch, jax.Array]]
 ) -> list[tuple[nnx.State, Any, dict[str, jax.Array]]]:
-    """Make one step of a group of trials; see `program_groups`.
+    """Make one step of a group of trials; see `step_groups`.
 
     Args:
       sessions: the trials.
@@ -104,7 +95,7 @@ def step_group(
     return train_steps(*_arguments(sessions, inputs), **sessions[0].state.program)
 
 
-def program_groups(sessions: Sequence[Session], max_group: int) -> list[list[Session]]:
+def step_groups(sessions: Sequence[Session], max_group: int) -> list[list[Session]]:
     """Divide trials into groups that make a step together.
 
     The trials of a group share a program. Their number is a power of two and at most

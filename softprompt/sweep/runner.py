@@ -56,7 +56,7 @@ def sweep(space: Space, *, progress: Progress = silent) -> list[Trial]:
     return trials
 
 
-def program_families(trials: Sequence[Trial]) -> list[list[Trial]]:
+def program_groups(trials: Sequence[Trial]) -> list[list[Trial]]:
     """Group trials that can share a compiled program.
 
     Within a group, trials that read the data in the same order are neighbors.
@@ -77,8 +77,8 @@ def _run_listed(
     """Run a list of trials, rung by rung if there is successive halving."""
     halving = space.sweep.halving
     for until in [*(halving.rungs if halving else ()), None]:
-        for family in program_families(trials):
-            source = _TrialList(family)
+        for group in program_groups(trials):
+            source = _TrialList(group)
             scheduler.train(source, len(source.left), until)
             if stop.requested:
                 return

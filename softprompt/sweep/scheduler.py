@@ -18,7 +18,7 @@ from softprompt.runtime.signals import StopSignals
 from softprompt.storage.locks import InUseError
 from softprompt.storage.run_folder import open_run, write_config
 from softprompt.sweep.outcome import Outcome, validation_at
-from softprompt.sweep.program import MAX_GROUP, program_groups, step_group, trials_that_fit
+from softprompt.sweep.program import MAX_GROUP, step_group, step_groups, trials_that_fit
 from softprompt.sweep.space import Space, Trial
 from softprompt.training.loop import finished_summary
 from softprompt.training.preparation import Preparation
@@ -207,7 +207,7 @@ class Scheduler:
         slot_of = {id(slot.session): slot for slot in slots}
         waiting = [slot.session for slot in slots]
         while waiting:
-            group = program_groups(waiting, self._max_group)[0]
+            group = step_groups(waiting, self._max_group)[0]
             try:
                 results = step_group(group, [inputs[id(session)] for session in group])
             except jax.errors.JaxRuntimeError as error:

@@ -14,7 +14,7 @@ import optax
 from flax import nnx
 
 from softprompt.experiment.schema import OptimizerSettings
-from softprompt.methods.dept import OffsetParam
+from softprompt.methods.method import OffsetParam
 
 
 class Hyperparameters(NamedTuple):

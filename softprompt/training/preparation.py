@@ -81,7 +81,7 @@ class Preparation:
             shown,
             virtual_tokens=virtual,
             prefix_length=before,
-            tasks=experiment.prompt.tasks or () if virtual else (),
+            tasks=kind.tasks(experiment),
             task_field=experiment.prompt.task_field,
         )
         examples = {split: self._examples_of(task, part, split) for split, part in splits.items()}

@@ -20,7 +20,7 @@ from softprompt.backbones.batch import Batch
 from softprompt.backbones.loading import Backbone
 from softprompt.data.batches import TrainingBatches
 from softprompt.data.examples import Example, data_digest, same_data
-from softprompt.errors import Stopped, UserError
+from softprompt.errors import FolderError, Stopped, UserError
 from softprompt.evaluation.evaluate import EvaluationResult, evaluate
 from softprompt.evaluation.scoring import prepare_model
 from softprompt.experiment.schema import Experiment
@@ -219,7 +219,7 @@ class Session:
         elif not same_data(description["examples"], self.examples):
             changed = "data"
         if changed:
-            raise UserError(
+            raise FolderError(
                 f"{self.folder}: its {changed} has changed since the run began; restore it, "
                 "or choose another folder"
             )
