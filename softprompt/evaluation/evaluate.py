@@ -39,7 +39,7 @@ class EvaluationResult:
         return all_values(self.scores)
 
     def intervals(self) -> dict[str, tuple[float, float]]:
-        """Return the 95 % bootstrap intervals of the values."""
+        """Return the 95% bootstrap intervals of the values."""
         return all_intervals(self.scores)
 
 

@@ -19,7 +19,7 @@ class InitializationSettings(Section):
         description="Initial vectors. `vocabulary`: embeddings of tokens drawn from the `init_top` "
         "lowest ids. `random`: normal, with the mean of the embedding table and `init_scale` times "
         "its spread. `text`: embeddings of `init_text`, repeated or truncated. `labels`: one "
-        "vector per verbalizer, then as `vocabulary`. `prompts`: the mean of `init_prompts`.",
+        "vector per label, the others as with `vocabulary`. `prompts`: the mean of `init_prompts`.",
     )
     init_top: int = Field(
         default=5000, ge=1, description="For `init: vocabulary`: number of token ids to draw from."
@@ -77,13 +77,13 @@ class PromptSettings(InitializationSettings):
 
 
 class PrefixSettings(InitializationSettings):
-    """Prefix tuning. The model computes the first keys and values from the initial vectors."""
+    """Prefix tuning. The model computes the initial keys and values from the initial vectors."""
 
     length: int = Field(default=20, ge=1, description="Number of virtual tokens.")
     size: int | None = Field(
         default=None,
         ge=1,
-        description="Size of the hidden layer of a network that produces the change of keys and "
+        description="Size of the hidden layer of a network that produces the change in keys and "
         "values during training. `null` trains the keys and values themselves.",
     )
 
@@ -110,7 +110,7 @@ class LoRASettings(Section):
         default=16.0, gt=0, description="The additions are multiplied by `alpha` / `rank`."
     )
     dropout: float = Field(
-        default=0.0, ge=0, lt=1, description="Dropout of the additions' inputs during training."
+        default=0.0, ge=0, lt=1, description="Dropout rate of the additions' inputs in training."
     )
     targets: list[str] = Field(
         default=["attention.query", "attention.value"],

@@ -40,7 +40,7 @@ def export_merged(prompt: TrainedPrompt, folder: Path) -> str:
       folder: an existing folder.
 
     Returns:
-      The form of an input: the template with all special tokens written out, to be tokenised
+      The form of an input: the template with all special tokens written out, to be tokenized
       with `add_special_tokens=False`.
 
     Raises:

@@ -1,6 +1,6 @@
 """The interface of a method: what to run, and how to build, save, load and export it.
 
-A method owns its behaviour. To add one, write a subclass of `Method` in a file of its own and
+A method owns its behavior. To add one, write a subclass of `Method` in a file of its own and
 add a line to the table in `softprompt/experiment/methods.py`; see docs/adding-a-method.md.
 
 Axis letters: S tokens of the opening, P virtual tokens, D hidden.

@@ -85,7 +85,7 @@ class SoftPrompt(Method):
 
         Args:
           base: the base model.
-          text: it is tokenised without special tokens.
+          text: it is tokenized without special tokens.
           length: P; the text is repeated or truncated to it. By default its number of tokens.
 
         Raises:

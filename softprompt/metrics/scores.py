@@ -60,7 +60,7 @@ class Difference:
 
     Attributes:
       difference: the first system's value minus the second's.
-      interval: its 95 % bootstrap interval.
+      interval: its 95% bootstrap interval.
       p_value: probability of a difference at least this large if there were none.
     """
 

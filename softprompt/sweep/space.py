@@ -92,7 +92,7 @@ class SweepSettings(Section):
       how: `grid` (every combination), `zip` (the first values of all keys, then the second
         values, and so on), `random` (draw every value) or `tpe` (Optuna chooses from the
         results so far).
-      points: the parameters of each trial. They replace `parameters` and `how`.
+      points: the keys and values of each trial. They replace lists of values and `how`.
       trials: number of trials, for `random` and `tpe`.
       halving: successive halving, which stops poor trials early.
       at_once: number of trials that train side by side. By default as many as memory allows.
