@@ -236,7 +236,7 @@ def test_what_peft_cannot_express_is_refused(tmp_path):
         (in_place, False, "are elsewhere"),
         (in_place, True, "there is no prefix of keys and values"),
         (behind_text, False, "are elsewhere"),
-        (trained(base, offsets), False, "method dept has no form in peft"),
+        (trained(base, offsets), False, "method dept has no equivalent in peft"),
         (trained(base, offsets), True, "method dept cannot be written as a prefix"),
         (trained(base, lora), True, "method lora cannot be written as a prefix"),
     ):

@@ -81,7 +81,7 @@ def random_vectors(
 
 
 def text_vectors(base: Base, length: int | None, text: str) -> jax.Array:
-    """Return the embeddings `[P, D]` of a text, tokenised without special tokens.
+    """Return the embeddings `[P, D]` of a text, tokenized without special tokens.
 
     They are repeated or truncated to `length`; None keeps them all.
     """

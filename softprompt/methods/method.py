@@ -1,6 +1,6 @@
 """The interface of a method: what to run, and how to build, save, load and export it.
 
-A method owns its behaviour. To add one, write a subclass of `Method` in a file of its own and
+A method owns its behavior. To add one, write a subclass of `Method` in a file of its own and
 add a line to the table in `softprompt/experiment/methods.py`; see docs/adding-a-method.md.
 
 Axis letters: S tokens of the opening, P virtual tokens, D hidden.
@@ -77,7 +77,8 @@ class Method(nnx.Module):
         """Return how many virtual tokens an experiment asks for.
 
         Returns:
-          The number whose place the template decides, and the number before the opening.
+          The number of virtual tokens that the template places, and the number of those that
+          come before the opening.
         """
         return 0, 0
 
@@ -230,7 +231,7 @@ class Method(nnx.Module):
         Raises:
           UserError: if `peft` has no adapter that computes the same.
         """
-        raise UserError(f"method {self.name} has no form in peft")
+        raise UserError(f"method {self.name} has no equivalent in peft")
 
     def peft_prefix(self, base: Base, prefix: Prefix | None) -> Adapter:
         """Return the whole prefix as a PREFIX_TUNING adapter, text in the opening included.
@@ -252,7 +253,7 @@ class Method(nnx.Module):
         Raises:
           UserError: if no plain model computes the same.
         """
-        raise UserError(f"method {self.name} has no form as a plain model")
+        raise UserError(f"method {self.name} cannot be merged into a plain model")
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
