@@ -234,7 +234,7 @@ def test_each_task_has_its_own_prompt(tiny):
         vectors = np.asarray(VECTORS) * np.outer(columns[number], rows[number])
         expected = [whole(tiny, jnp.asarray(vectors), "hello:", t) for t in VERBALIZER.values()]
         np.testing.assert_allclose(found, expected, rtol=1e-4)
-    with pytest.raises(UserError, match=r"task 'play' is none of prompt\.tasks \(film, book\)"):
+    with pytest.raises(UserError, match=r"task 'play' is not one of prompt\.tasks \(film, book\)"):
         scores(tiny, method, task, {"text": "hello", "task": "play"})
 
 
