@@ -21,14 +21,14 @@ class Section(pydantic.BaseModel):
 
 
 class DataSettings(Section):
-    """Where the data come from.
+    """Where the data comes from.
 
     Each source is a `.jsonl` file with one JSON object per line, a `.csv` file with a header,
     or `hub:NAME#SPLIT` for a dataset of the Hugging Face hub.
     """
 
     train: str = Field(description="Training data.")
-    validation: str = Field(description="Validation data, which decide which prompt is kept.")
+    validation: str = Field(description="Validation data, by which the best prompt is chosen.")
     test: str | None = Field(
         default=None, description="Test data, on which the best prompt is evaluated at the end."
     )
@@ -61,7 +61,9 @@ class TemplateSettings(Section):
     @classmethod
     def _check_fields(cls, template: str) -> str:
         if not template_fields(template):
-            raise ValueError("has no {field} to fill in ({prompt} is the place of the soft prompt)")
+            raise ValueError(
+                "has no {field} to fill in ({prompt} marks where the soft prompt goes)"
+            )
         return template
 
     @pydantic.model_validator(mode="after")
@@ -145,11 +147,11 @@ class TrainingSettings(Section):
 
 
 class ScoringSettings(Section):
-    """How the label of an input is chosen from the log-probabilities of the verbalizers."""
+    """How the label of an input is chosen from the log-probabilities of the labels' texts."""
 
     normalize: bool = Field(
         default=False,
-        description="Divide each log-probability by the verbalizer's number of tokens.",
+        description="Divide each log-probability by the number of tokens of the label's text.",
     )
     calibrate: str | None = Field(
         default=None,
@@ -165,7 +167,7 @@ class GenerationSettings(Section):
     max_new_tokens: int = Field(
         default=64,
         ge=1,
-        description="Maximum number of tokens, if the end-of-text token comes no earlier.",
+        description="Maximum number of generated tokens, unless the end-of-text token comes first.",
     )
     temperature: float | None = Field(
         default=None,
@@ -221,9 +223,11 @@ class GenerationSettings(Section):
                 if getattr(self, name) is not None:
                     raise ValueError(f"{name} needs a temperature")
             if self.samples > self.beams:
-                raise ValueError("samples: several samples need a temperature, or as many beams")
+                raise ValueError(
+                    "samples: several samples need a temperature or at least that many beams"
+                )
         elif self.beams > 1:
-            raise ValueError("beams: beam search takes no temperature")
+            raise ValueError("beams: beam search cannot use a temperature")
         return self
 
 
@@ -238,7 +242,7 @@ class EvaluationSettings(Section):
     examples: int | None = Field(
         default=None,
         ge=1,
-        description="Evaluate only this many validation examples, the first ones.",
+        description="Number of validation examples to evaluate, from the first. `null` for all.",
     )
     metrics: list[str] = Field(
         default=[], description="Additional metrics of the predicted labels or the generated texts."
@@ -252,8 +256,8 @@ class EvaluationSettings(Section):
     samples: int = Field(
         default=32,
         ge=0,
-        description="For free text: generate, measure and save texts for this many validation "
-        "examples, the first ones.",
+        description="For free text: number of validation examples, counted from the first, for "
+        "which texts are generated, measured and saved.",
     )
     patience: int | None = Field(
         default=None,
@@ -273,7 +277,7 @@ class EvaluationSettings(Section):
     def _check_metric(self) -> Self:
         measured = ["loss", "accuracy", *(v for name in self.metrics for v in metric_values(name))]
         if self.metric not in measured:
-            raise ValueError(f"metric: {self.metric!r} is none of {', '.join(measured)}")
+            raise ValueError(f"metric: {self.metric!r} is not one of {', '.join(measured)}")
         return self
 
 
