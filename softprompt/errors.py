@@ -10,7 +10,7 @@ class UserError(Exception):
 
 
 class FolderError(UserError):
-    """A folder holds something else, so that another one is needed.
+    """A folder has other content, so that another folder must be chosen.
 
     The message ends with "choose another folder". The command line completes it with the
     name of the option that sets the folder.
