@@ -167,7 +167,7 @@ class GenerationSettings(Section):
     max_new_tokens: int = Field(
         default=64,
         ge=1,
-        description="Maximum number of generated tokens, unless the end-of-text token comes first.",
+        description="Maximum number of generated tokens; an end-of-text token ends a text early.",
     )
     temperature: float | None = Field(
         default=None,
