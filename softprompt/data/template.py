@@ -136,8 +136,8 @@ def _apply_chat_template(
         roles += ["user", "assistant"]
     contents.append(template.input)
     roles.append("user")
-    # Each message is first a private-use character, because chat templates may trim or otherwise
-    # change ordinary text.
+    # A private-use character takes the place of each message, because chat templates may trim or
+    # otherwise change ordinary text.
     marks = [chr(0xE000 + i) for i in range(len(contents))]
     messages = [{"role": r, "content": m} for r, m in zip(roles, marks, strict=True)]
     try:

@@ -145,8 +145,8 @@ class Engine:
         """Generate a text and yield pieces of it as soon as they are final.
 
         Raises:
-          UserError: for beam search or several samples, of which no piece is final before the
-            end; see also `memory.run_batches`.
+          UserError: for beam search or several samples, whose text is final only at the end;
+            see also `memory.run_batches`.
         """
         settings = self._settings
         if settings.beams > 1 or settings.samples > 1:

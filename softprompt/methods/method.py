@@ -163,7 +163,7 @@ class Method(nnx.Module):
         return self
 
     def arrays(self, backbone: Backbone) -> dict[str, jax.Array]:
-        """Return what is saved of a folded method, by name.
+        """Return the arrays of a folded method that are saved, by name.
 
         Args:
           backbone: the backbone after training.

@@ -93,7 +93,7 @@ def describe(
 
     Args:
       method: a folded method.
-      arrays: what is saved of it.
+      arrays: its arrays, as returned by `Method.arrays`.
       base: see `save_prompt`, as for all other arguments.
     """
     return {

@@ -29,7 +29,7 @@ Value = Any  # the value of a parameter: any value that an experiment accepts
 
 
 class Range(Section):
-    """A uniform distribution from `low` to `high`; with `log`, of the logarithm.
+    """A uniform distribution from `low` to `high`, or with `log` a log-uniform one.
 
     It draws whole numbers if both ends are integers.
     """

@@ -1,4 +1,4 @@
-"""The state of a run: its arrays and everything else. A checkpoint holds both."""
+"""The state of a run: `TrainState` holds its arrays, `RunState` the rest. A checkpoint has both."""
 
 import dataclasses
 from typing import Any

@@ -53,7 +53,7 @@ def update(
 
     Returns:
       The new trainable state, the new optimizer state, and measurements: `loss`,
-      `gradient_norm` and the metrics of the objective, all scalars.
+      `gradient_norm` (before any clipping) and the metrics of the objective, all scalars.
     """
 
     def loss_sum(trainable: nnx.State, batch: Batch, key: jax.Array):
