@@ -232,7 +232,7 @@ class GenerationSettings(Section):
 
 
 class EvaluationSettings(Section):
-    """When to evaluate, and which metric decides which prompt is kept."""
+    """When to evaluate, and the metric that selects the best prompt."""
 
     every: int = Field(
         default=100,
@@ -249,8 +249,8 @@ class EvaluationSettings(Section):
     )
     metric: str = Field(
         default="loss",
-        description="The metric that decides: `loss`, `accuracy`, or a value of one of `metrics`, "
-        "such as `rougeL.f1` or `bleu`.",
+        description="The metric that selects the best prompt: `loss`, `accuracy`, or a value of "
+        "one of `metrics`, such as `rougeL.f1` or `bleu`.",
     )
     stem: bool = Field(default=False, description="Stem English words before ROUGE compares them.")
     samples: int = Field(
@@ -285,7 +285,7 @@ class CheckpointSettings(Section):
     """When the full state of a run is saved. Every evaluation saves a checkpoint."""
 
     every: int | None = Field(
-        default=None, ge=1, description="Also save a checkpoint every this many steps."
+        default=None, ge=1, description="Number of steps between additional checkpoints."
     )
     keep: int = Field(
         default=2,
