@@ -9,7 +9,7 @@ class UserError(Exception):
 
 
 class FolderError(UserError):
-    """A folder holds something else, so that another one is needed.
+    """A folder has other content, so that another folder must be chosen.
 
     The message ends with "choose another folder", so that a caller can add how to do so.
     """

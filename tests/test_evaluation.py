@@ -178,7 +178,7 @@ def test_perplexity_equals_that_of_whole_sequences(tiny):
     assert prompt.perplexity([], []) == []
     with pytest.raises(UserError, match="2 inputs and 1 targets"):
         prompt.perplexity(texts, ["a"])
-    with pytest.raises(UserError, match="perplexity is of free text"):
+    with pytest.raises(UserError, match="perplexity needs free text"):
         trained(tiny, vectors, {"a": "a", "b": "b"}).perplexity(["a"], ["b"])
 
 

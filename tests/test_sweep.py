@@ -121,7 +121,7 @@ def test_a_step_that_runs_out_of_memory_uses_fewer_trials(space, monkeypatch, ca
     monkeypatch.setattr("softprompt.sweep.scheduler.step_group", step_with_memory_for_two)
     trials = sweep(space(section, folder="narrow"))
     assert widths == [4, *[2] * 24]
-    assert "no memory for a step of 4 trials at once: trying 2" in capsys.readouterr().err
+    assert "out of memory: trying 2 instead of 4 trials at once" in capsys.readouterr().err
     for trial, of_pair in zip(trials, in_pairs, strict=True):
         assert validation_at(trial.folder, 12)["loss"] == validation_at(of_pair.folder, 12)["loss"]
 
@@ -129,7 +129,7 @@ def test_a_step_that_runs_out_of_memory_uses_fewer_trials(space, monkeypatch, ca
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
 
     monkeypatch.setattr("softprompt.sweep.scheduler.step_group", step_without_memory)
-    with pytest.raises(UserError, match="no memory for a single trial; set a smaller training"):
+    with pytest.raises(UserError, match="out of memory with a single trial; set a smaller"):
         sweep(space(section, folder="none"))
 
 

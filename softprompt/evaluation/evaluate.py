@@ -54,22 +54,22 @@ def evaluate(
     written: int | None = None,
     progress: Progress = silent,
 ) -> EvaluationResult:
-    """Score the targets of examples, let the model answer, and measure its answers.
+    """Score the targets of examples, predict their answers, and measure the predictions.
 
     Args:
       backbone: the model to run.
       prefix: the result of `make_prefix`, or None.
       task: the task that made the examples.
       examples: N examples with their answers.
-      experiment: its metrics and its settings of scoring and generation are used.
+      experiment: gives the metrics, and the settings of scoring and generation.
       label: label of the progress bars.
-      written: for free text, generate answers for this many examples only, the first ones.
-        None: for all examples.
+      written: for free text, the number of examples to generate answers for, counted from
+        the first. None: all examples.
       progress: shows how many examples are done.
 
     Returns:
-      `loss`, the mean negative log-likelihood per target token in nats; for labels
-      `accuracy`; and the experiment's metrics, for free text those of the generated texts.
+      `loss`, the mean negative log-likelihood per target token in nats; `accuracy`, for
+      labels; and the experiment's metrics of the predicted labels or the generated texts.
     """
     settings = experiment.evaluation
     scores = np.empty((len(examples), len(examples[0].candidates)), np.float32)
@@ -92,7 +92,7 @@ def evaluate(
         if answered:  # without requests, max_new_tokens may exceed the context window
             requests = requests_of([e.record for e in answered], task, prefix, generation)
         engine = Engine(backbone, task.base.tokenizer, generation)
-        generated = engine.generate(requests, settings.batch_size, f"{label}: write", progress)
+        generated = engine.generate(requests, settings.batch_size, f"{label}: generate", progress)
         predictions = [each.text.strip() for each in generated]
         references = [task.reference(example.record) for example in answered]
     if answered:

@@ -28,7 +28,7 @@ class DataSettings(Section):
     """
 
     train: str = Field(description="Training data.")
-    validation: str = Field(description="Validation data, which decides which prompt is kept.")
+    validation: str = Field(description="Validation data, by which the best prompt is chosen.")
     test: str | None = Field(
         default=None, description="Test data, on which the best prompt is evaluated at the end."
     )
@@ -61,7 +61,9 @@ class TemplateSettings(Section):
     @classmethod
     def _check_fields(cls, template: str) -> str:
         if not template_fields(template):
-            raise ValueError("has no {field} to fill in ({prompt} is the place of the soft prompt)")
+            raise ValueError(
+                "has no {field} to fill in ({prompt} marks where the soft prompt goes)"
+            )
         return template
 
     @pydantic.model_validator(mode="after")
@@ -165,7 +167,7 @@ class GenerationSettings(Section):
     max_new_tokens: int = Field(
         default=64,
         ge=1,
-        description="Maximum number of generated tokens; the end-of-text token may come earlier.",
+        description="Maximum number of generated tokens; an end-of-text token ends a text early.",
     )
     temperature: float | None = Field(
         default=None,
@@ -221,14 +223,16 @@ class GenerationSettings(Section):
                 if getattr(self, name) is not None:
                     raise ValueError(f"{name} needs a temperature")
             if self.samples > self.beams:
-                raise ValueError("samples: several samples need a temperature, or as many beams")
+                raise ValueError(
+                    "samples: several samples need a temperature or at least that many beams"
+                )
         elif self.beams > 1:
-            raise ValueError("beams: beam search takes no temperature")
+            raise ValueError("beams: beam search cannot use a temperature")
         return self
 
 
 class EvaluationSettings(Section):
-    """When to evaluate, and which metric decides which prompt is kept."""
+    """When to evaluate, and the metric that selects the best prompt."""
 
     every: int = Field(
         default=100,
@@ -238,7 +242,7 @@ class EvaluationSettings(Section):
     examples: int | None = Field(
         default=None,
         ge=1,
-        description="Number of validation examples to evaluate on, from the first; `null` for all.",
+        description="Number of validation examples to evaluate, from the first. `null` for all.",
     )
     metrics: list[str] = Field(
         default=[],
@@ -246,15 +250,15 @@ class EvaluationSettings(Section):
     )
     metric: str = Field(
         default="loss",
-        description="The metric that decides: `loss`, `accuracy`, or a value of one of `metrics`, "
-        "such as `rougeL.f1` or `bleu`.",
+        description="The metric that selects the best prompt: `loss`, `accuracy`, or a value of "
+        "one of `metrics`, such as `rougeL.f1` or `bleu`.",
     )
     stem: bool = Field(default=False, description="Stem English words before ROUGE compares them.")
     samples: int = Field(
         default=32,
         ge=0,
-        description="For free text: number of validation examples, from the first, for which "
-        "texts are generated, measured and saved.",
+        description="For free text: number of validation examples, counted from the first, for "
+        "which texts are generated, measured and saved.",
     )
     patience: int | None = Field(
         default=None,
@@ -274,7 +278,7 @@ class EvaluationSettings(Section):
     def _check_metric(self) -> Self:
         measured = ["loss", "accuracy", *(v for name in self.metrics for v in metric_values(name))]
         if self.metric not in measured:
-            raise ValueError(f"metric: {self.metric!r} is none of {', '.join(measured)}")
+            raise ValueError(f"metric: {self.metric!r} is not one of {', '.join(measured)}")
         return self
 
 

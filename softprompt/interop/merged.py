@@ -33,7 +33,7 @@ _LEFT_OUT = ("torch_dtype", "auto_map")  # the old name of `dtype`; code that is
 
 
 def export_merged(prompt: TrainedPrompt, folder: Path) -> str:
-    """Write a model directory that computes without softprompt what the prompt does with it.
+    """Write a model directory that computes the same as the prompt, without softprompt.
 
     Args:
       prompt: the trained prompt.

@@ -81,7 +81,8 @@ class Method(nnx.Module):
         """Return how many virtual tokens an experiment asks for.
 
         Returns:
-          The number whose place the template decides, and the number before the opening.
+          The number of virtual tokens that the template places, and the number of those that
+          come before the opening.
         """
         return 0, 0
 
@@ -175,7 +176,7 @@ class Method(nnx.Module):
         return self
 
     def arrays(self, backbone: Backbone) -> dict[str, jax.Array]:
-        """Return what is saved of a folded method, by name.
+        """Return the arrays of a folded method that are saved, by name.
 
         Args:
           backbone: the backbone after training.
@@ -243,7 +244,7 @@ class Method(nnx.Module):
         Raises:
           UserError: if `peft` has no adapter that computes the same.
         """
-        raise UserError(f"method {self.name} has no form in peft")
+        raise UserError(f"method {self.name} has no equivalent in peft")
 
     def peft_prefix(self, base: Base, prefix: Prefix | None) -> Adapter:
         """Return the whole prefix as a PREFIX_TUNING adapter, text in the opening included.
@@ -265,7 +266,7 @@ class Method(nnx.Module):
         Raises:
           UserError: if no plain model computes the same.
         """
-        raise UserError(f"method {self.name} has no form as a plain model")
+        raise UserError(f"method {self.name} cannot be merged into a plain model")
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"

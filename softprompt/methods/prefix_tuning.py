@@ -1,6 +1,7 @@
 """Prefix tuning (Li & Liang 2021, arXiv:2101.00190) and P-tuning v2 (arXiv:2110.07602).
 
-Axis letters: P virtual tokens, L layers, K key-value heads, h head size, F hidden layer.
+Axis letters: P virtual tokens, L layers, K key-value heads, h head size,
+F size of the hidden layer.
 """
 
 from collections.abc import Mapping, Sequence
@@ -118,8 +119,8 @@ class PrefixTuning(Method):
 class ReparametrizedPrefix(Method):
     """A prefix plus the output of a network that all virtual tokens share.
 
-    The network of Li & Liang computes the keys and values themselves. This one computes their
-    difference from the initial ones, so that training starts from these. It folds to a plain
+    The network of Li & Liang computes the keys and values themselves. This one computes a change
+    of the initial keys and values, so that training starts from them. It folds to a plain
     `PrefixTuning`.
 
     Args:

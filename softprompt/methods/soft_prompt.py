@@ -43,7 +43,7 @@ class SoftPrompt(Method):
         are among the tokens of the rows.
 
     Example:
-      A prompt in front of any model that reads embeddings:
+      A prompt for any model that reads embeddings:
 
           prompt = SoftPrompt(0.02 * jax.random.normal(jax.random.key(0), (20, 64)))
           logits = model(prompt(embeddings))  # [B, 20 + T, 64] into the model
@@ -213,8 +213,8 @@ class SoftPrompt(Method):
         vectors = np.asarray(self.vectors[...], np.float32)
         if not self._all_in_opening() or len(self.opening[...]) > len(vectors):
             raise UserError(
-                "peft puts virtual tokens in front of everything, but these are elsewhere or "
-                "together with text; an opening can be exported as peft-prefix"
+                "peft puts virtual tokens before everything else, but these are elsewhere or "
+                "mixed with text; an opening can be exported as peft-prefix"
             )
         layers, *_ = base.backbone.prefix_shape(0)
         return {"prompt_embeddings": vectors / np.float32(peft_embedding_scale(base))}, {
@@ -233,7 +233,7 @@ class SoftPrompt(Method):
         """Return the keys and values of the whole opening as a PREFIX_TUNING adapter."""
         adapter = prefix_adapter(base, prefix)
         if not self._all_in_opening():
-            raise UserError("the virtual tokens are inside the inputs, not in front of them")
+            raise UserError("the virtual tokens are inside the inputs, not before them")
         return adapter
 
     def merge_into(self, backbone: Backbone, adapted: Backbone) -> tuple[Backbone, np.ndarray]:

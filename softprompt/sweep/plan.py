@@ -21,12 +21,12 @@ from softprompt.sweep.space import Space, Trial
 from softprompt.training.preparation import Preparation, Prepared
 from softprompt.training.session import Session
 
-_SAMPLE = 32  # batches that represent all batches
+_SAMPLE = 32  # number of batches from which the time of a step is estimated
 
 
 @dataclasses.dataclass(frozen=True)
 class PlannedTrial:
-    """A trial to come.
+    """A trial of the forecast; it may have ended already.
 
     Attributes:
       number, parameters: see `Trial`. With `how: tpe` there are no parameters yet.
@@ -48,7 +48,7 @@ class PlannedGroup:
       waiting: number of trials that have not ended.
       at_once: number of trials that train side by side.
       seconds: estimated duration.
-      error: why there is no estimate, if there is none.
+      error: why there is no estimate; None if there is one.
     """
 
     waiting: int
@@ -76,8 +76,8 @@ class Plan:
 def plan(space: Space, *, progress: Progress = silent) -> Plan:
     """Forecast a sweep.
 
-    The parameters that `how: tpe` will choose are unknown, so the values of the file
-    represent them.
+    The parameters that `how: tpe` will choose are unknown, so the values of the file are used
+    in their place.
 
     Args:
       space: the trials.

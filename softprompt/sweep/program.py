@@ -117,8 +117,8 @@ def step_groups(sessions: Sequence[Session], max_group: int) -> list[list[Sessio
 def trials_that_fit(session: Session, count: int, memory_before: float) -> int:
     """Return how many trials like this one fit into memory together, as a power of two.
 
-    An accelerator takes as many as fit into its free memory. A CPU gains little from more
-    trials, so there they may need as much memory as the process uses anyway, and at most a
+    On an accelerator, these are all that fit into its free memory. A CPU gains little from more
+    trials, so there they may need no more memory than the process uses already, and at most a
     quarter of the machine's memory.
 
     Args:
@@ -146,7 +146,7 @@ def _power_of_two(limit: float) -> int:
 
 
 def _memory_budget(memory_before: float) -> float:
-    """Bytes that the temporary arrays of a step may take."""
+    """Bytes that the temporary arrays of a step may use."""
     statistics = jax.devices()[0].memory_stats()
     if statistics and "bytes_limit" in statistics:
         return 0.8 * (statistics["bytes_limit"] - statistics["bytes_in_use"])
@@ -169,7 +169,7 @@ def _arguments(
 
 
 def _program_key(session: Session) -> Any:
-    """What decides whether two trials share a program."""
+    """A key that is equal for trials that share a program."""
     state = session.state
     arrays = state.trainable, state.opt_state, state.frozen[0]
     shapes = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(arrays)]
