@@ -193,7 +193,7 @@ def test_free_text_is_generated_and_measured(tiny, tmp_path):
     backbone = method.adapt(tiny.backbone)
     prefix = make_prefix(method, backbone)
     examples = [task.example(record) for record in records(*PAIRS)]
-    measured = evaluate(backbone, prefix, task, examples, experiment, "all", written=3)
+    measured = evaluate(backbone, prefix, task, examples, experiment, "all", max_generated=3)
     texts = [text for text, _ in PAIRS[:3]]
     prompt = TrainedPrompt(tiny, method, backbone, prefix, task, {})
     expected = [written.text.strip() for written in prompt.generate(texts, max_new_tokens=5)]
@@ -204,7 +204,7 @@ def test_free_text_is_generated_and_measured(tiny, tmp_path):
     assert measured.values()["rouge1.f1"] == again["rouge1"].values()["rouge1.f1"]
     too_much = experiment.generation.model_copy(update={"max_new_tokens": 1000})
     experiment = experiment.model_copy(update={"generation": too_much})
-    nothing = evaluate(backbone, prefix, task, examples, experiment, "all", written=0)
+    nothing = evaluate(backbone, prefix, task, examples, experiment, "all", max_generated=0)
     assert list(nothing.values()) == ["loss"]
     assert not nothing.samples
 

@@ -51,7 +51,7 @@ def evaluate(
     experiment: Experiment,
     label: str,
     *,
-    written: int | None = None,
+    max_generated: int | None = None,
     progress: Progress = silent,
 ) -> EvaluationResult:
     """Score the targets of examples, predict their answers, and measure the predictions.
@@ -63,7 +63,7 @@ def evaluate(
       examples: N examples with their answers.
       experiment: gives the metrics, and the settings of scoring and generation.
       label: label of the progress bars.
-      written: for free text, the number of examples to generate answers for, counted from
+      max_generated: for free text, the number of examples to generate answers for, counted from
         the first. None: all examples.
       progress: shows how many examples are done.
 
@@ -87,7 +87,7 @@ def evaluate(
         predictions = [task.labels[i] for i in calibrated.argmax(axis=1)]
         references = [task.labels[example.answer or 0] for example in examples]
     else:
-        answered, generation = examples[:written], experiment.generation
+        answered, generation = examples[:max_generated], experiment.generation
         requests = []
         if answered:  # without requests, max_new_tokens may exceed the context window
             requests = requests_of([e.record for e in answered], task, prefix, generation)

@@ -108,7 +108,7 @@ def step_groups(sessions: Sequence[Session], max_group: int) -> list[list[Sessio
         same = [session for session in left if _program_key(session) == program]
         left = [session for session in left if _program_key(session) != program]
         while same:
-            width = _power_of_two(min(len(same), max_group))
+            width = _largest_power_of_two(min(len(same), max_group))
             groups.append(same[:width])
             same = same[width:]
     return groups
@@ -128,7 +128,7 @@ def trials_that_fit(session: Session, count: int, memory_before: float) -> int:
     """
     batch, key = session.batches.largest(), session.state.key
     budget = _memory_budget(memory_before)
-    width = _power_of_two(min(count, MAX_GROUP))
+    width = _largest_power_of_two(min(count, MAX_GROUP))
     while width > 1:
         arguments = _arguments([session] * width, [(batch, key)] * width)
         lowered = train_steps.lower(*arguments, **session.state.program)
@@ -137,11 +137,12 @@ def trials_that_fit(session: Session, count: int, memory_before: float) -> int:
             return 1
         if needed.temp_size_in_bytes <= budget:
             break
-        width = _power_of_two(width * budget / needed.temp_size_in_bytes)
+        width = _largest_power_of_two(width * budget / needed.temp_size_in_bytes)
     return width
 
 
-def _power_of_two(limit: float) -> int:
+def _largest_power_of_two(limit: float) -> int:
+    """The largest power of two that is at most `limit`."""
     return 1 << (max(1, int(limit)).bit_length() - 1)
 
 

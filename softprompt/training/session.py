@@ -278,7 +278,7 @@ class Session:
             examples,
             self.experiment,
             f"{self.name}: {split}" if self.name else split,
-            written=generated,
+            max_generated=generated,
             progress=self._progress,
         )
 
