@@ -245,7 +245,7 @@ sys.exit(main())
 
 
 def sweep_process(space: Space, before: str, *overrides: str) -> subprocess.Popen:
-    """Start `softprompt sweep` in a process. Before each step it runs `before`, which sees `slots`."""
+    """Start `softprompt sweep` in a process. Each step first runs `before`, which sees `slots`."""
     code = IN_A_PROCESS + _SWEEP.format(before=textwrap.indent(before, "    "))
     command = ["sweep", str(space.file.path), *overrides, "--folder", str(space.folder)]
     return subprocess.Popen(
