@@ -10,7 +10,7 @@ TESTS = Path(__file__).parent
 _CACHE = str(TESTS.parent / ".pytest_cache" / "compiled")
 _FLAGS = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 
-# Code that a test's own process runs first.
+# Code that runs first in every process that a test starts.
 IN_A_PROCESS = f"""\
 import sys
 sys.path.append({str(TESTS)!r})
@@ -20,9 +20,9 @@ compile_quickly()
 
 
 def compile_quickly() -> None:
-    """Share compiled programs between processes, and optimize them little.
+    """Compile with few optimizations, and share compiled programs between processes.
 
-    Tests run each program for a moment: most of their time goes into compiling. Without
+    Tests run each program only briefly, so they spend most of their time compiling. Without
     optimizations and with XLA's older fusion emitters, programs compile four times as fast.
     Call this before anything is compiled.
     """

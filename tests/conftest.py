@@ -80,7 +80,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def forget_programs():
-    """Each compiled program takes hundreds of memory maps, of which Linux allows 65,530."""
+    """Free the memory maps of compiled programs after each file: Linux allows 65,530."""
     yield
     jax.clear_caches()
 
@@ -94,14 +94,14 @@ def log():
 
 @pytest.fixture
 def strict_types():
-    """No silent promotion of types (Optax itself relies on it, so not for every test)."""
+    """Forbid implicit type promotion. Not for all tests, because Optax relies on it."""
     with jax.numpy_dtype_promotion("strict"):
         yield
 
 
 @pytest.fixture(scope="session")
 def tiny() -> Base:
-    """A llama of three layers and random weights, with a tokenizer of bytes."""
+    """A Llama model with three layers, random weights and a byte tokenizer."""
     return softprompt.load_base(str(GOLDEN / "llama-grouped"))
 
 
@@ -113,7 +113,7 @@ def smollm2() -> Base:
 
 @pytest.fixture
 def optimized():
-    """Optimize programs: for tests that run the real model longer than they compile it."""
+    """Compile with optimizations, for tests that run the real model for long."""
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", True)
@@ -127,13 +127,13 @@ def golden_llama() -> dict[str, np.ndarray]:
 
 @functools.cache
 def golden_backbone(variant: str, dtype: str = "float32", int8: bool = False) -> Backbone:
-    """A small model of `golden/families`, which have no tokenizers."""
+    """Load a small model from `golden/families`. These models have no tokenizers."""
     file = ModelDirectory(FAMILIES_GOLDEN / variant)
     return load_backbone(file, dtype=dtype, int8=int8)[0]
 
 
 def greedy(backbone, prefix, tokens, lengths, end: int, *, count: int) -> np.ndarray:
-    """The `count` tokens that follow each row with greedy decoding, `[B, N]`, padded with `end`."""
+    """Return `count` greedily decoded tokens for each row, `[B, count]`, padded with `end`."""
     rows = len(tokens)
     seeds, ends = np.zeros(rows, np.uint32), np.full((rows, 1), end)
     sampling = Sampling.from_settings(GenerationSettings(), rows)
@@ -146,12 +146,12 @@ def greedy(backbone, prefix, tokens, lengths, end: int, *, count: int) -> np.nda
 
 
 def example_of(tokens: list[int], candidates: list[list[int]], answer: int) -> Example:
-    """An example of ids alone."""
+    """Make an example from token ids."""
     return Example(tokens, candidates, answer, Record({}, "a test"), truncated=False)
 
 
 def letter_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer of single characters, that closes every text as T5's does."""
+    """Make a character tokenizer that ends every text with `</s>`, as T5's does."""
     characters = f" {string.ascii_lowercase}{string.ascii_uppercase}{string.digits}"
     tokens = ["<pad>", "</s>", "<unk>", *characters][:61]  # as many as the golden model has
     vocabulary = {token: i for i, token in enumerate(tokens)}
@@ -166,7 +166,7 @@ def letter_tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def t5_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small T5 of random weights."""
+    """The folder of a small T5 model with random weights."""
     folder = tmp_path_factory.mktemp("t5")
     for file in ("config.json", "model.safetensors"):
         shutil.copy(FAMILIES_GOLDEN / "t5-gated" / file, folder)
@@ -187,9 +187,9 @@ evaluation: {{every: 4, metric: accuracy}}
 
 
 def write_experiment(folder: Path, shortest: int = 1, longest: int = 11) -> Path:
-    """An experiment on the tiny model that trains in seconds: is a letter early or late?
+    """Write an experiment that trains in seconds: is a letter early or late in the alphabet?
 
-    Texts of one length are batches of one shape, for which less is compiled.
+    If all texts have one length, all batches have one shape and fewer programs are compiled.
     """
     random = np.random.default_rng(0)
     for split, count in (("train", 30), ("validation", 9), ("test", 7)):
@@ -220,7 +220,7 @@ def experiment(experiment_file: Path) -> Experiment:
 
 @pytest.fixture
 def space(tmp_path: Path) -> Callable[..., Space]:
-    """Make the space of a sweep of the letters, whose texts have one length."""
+    """Make the search space of a sweep over the letters experiment."""
 
     def space(section: str, *overrides: str, folder: str = "sweep") -> Space:
         path = write_experiment(tmp_path, 5, 5)
@@ -236,16 +236,16 @@ from pathlib import Path
 from softprompt.cli.main import main
 from softprompt.sweep import scheduler
 real = scheduler.Scheduler._step
-def step(self, here):
+def step(self, slots):
 {before}
-    real(self, here)
+    real(self, slots)
 scheduler.Scheduler._step = step
 sys.exit(main())
 """
 
 
 def sweep_process(space: Space, before: str, *overrides: str) -> subprocess.Popen:
-    """`softprompt sweep` in a process that runs some code before every step of places `here`."""
+    """Start `softprompt sweep` in a process. Each step first runs `before`, which sees `slots`."""
     code = IN_A_PROCESS + _SWEEP.format(before=textwrap.indent(before, "    "))
     command = ["sweep", str(space.file.path), *overrides, "--folder", str(space.folder)]
     return subprocess.Popen(

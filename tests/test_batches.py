@@ -1,4 +1,4 @@
-"""Batches: their layout, their order, and that every epoch contains every example once."""
+"""Batches: their layout and order. Every epoch contains every example once."""
 
 from collections import Counter
 from itertools import combinations
@@ -19,6 +19,7 @@ def examples(count, seed=0):
 
 
 def numbers(batch):
+    """Return the indices of the examples in a batch of `examples`."""
     return [int(row[0]) for row, n in zip(batch.tokens, batch.lengths, strict=True) if n]
 
 

@@ -24,7 +24,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture
 def experiment_file(tmp_path):
-    """The letters experiment with texts of one length, for which one shape is compiled."""
+    """The letters experiment with texts of one length, so that only one shape is compiled."""
     return write_experiment(tmp_path, 5, 5)
 
 
@@ -180,7 +180,7 @@ def test_help_and_version_do_not_import_jax(option):
     assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL).returncode == 0
 
 
-def test_the_version_is_that_of_the_installed_package(capsys):
+def test_the_version_of_the_installed_package_is_printed(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--version"])
     assert stop.value.code == 0
@@ -191,7 +191,7 @@ def test_the_version_is_that_of_the_installed_package(capsys):
     ("command", "options"),
     [("train", "--run-dir (make: RUN=DIR)"), ("sweep", "--folder (make: RUN=DIR)")],
 )
-def test_an_unsuitable_folder_is_rejected_with_the_option_that_sets_it(
+def test_the_error_about_an_unsuitable_folder_names_the_option_that_sets_it(
     call, experiment_file, tmp_path, command, options
 ):
     if command == "sweep":

@@ -1,4 +1,4 @@
-"""`softprompt compare`: methods are trained on one experiment and tabulated."""
+"""`softprompt compare` trains several methods on one experiment and tabulates the results."""
 
 import csv
 import json

@@ -16,7 +16,7 @@ from softprompt.backbones.attention import Source, attend, causal_mask
 from softprompt.backbones.flash import choose_attention, compare_with_xla, flash_attend
 from softprompt.backbones.formats.weights import quantize
 
-MIXED = "gemma3_text-pattern"  # windows shorter than the prompt, two ropes, a soft-cap
+MIXED = "gemma3_text-pattern"  # windows shorter than the prompt, two kinds of RoPE, a soft cap
 
 
 quick = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})

@@ -1,4 +1,4 @@
-"""Experiment files: their meaning, and the messages about mistakes."""
+"""Experiment files: how they are read, and the error messages about mistakes."""
 
 import pytest
 import yaml

@@ -104,7 +104,7 @@ def save_untrained(experiment: Experiment, base: Base, run: Path) -> None:
     task = make_task(base, experiment.template, experiment.verbalizer, virtual_tokens=length)
     start = SoftPrompt.from_vocabulary(base, length, jax.random.key(0))
     SoftPrompt(start.vectors[...], task.opening).save(run / "prompt", base, task)
-    (run / "config.yaml").touch()  # by which a run folder is recognized
+    (run / "config.yaml").touch()  # this file marks a run folder
 
 
 def use_tiny_model(patch: pytest.MonkeyPatch) -> None:

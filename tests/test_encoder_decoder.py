@@ -95,7 +95,7 @@ def test_the_prompt_is_prepended_to_the_input_of_the_encoder(base):
     assert np.abs(got - scores(base, None, [example])).max() > 1e-3
 
 
-LENGTHS = 2, 4  # of texts: with padding, but all batches have the same shape
+LENGTHS = 2, 4  # range of text lengths: rows are padded, but all batches have one shape
 
 
 def losses(folder):
@@ -114,8 +114,8 @@ def test_training_evaluation_and_prediction_work_as_for_causal_models(t5_folder,
     prompt = load_prompt(tmp_path / "run")
     (prediction,) = prompt.classify(["aaaa"])
     example = prompt.task.example(prompt.record("aaaa", ""), with_answer=False)
-    of_targets = scores(prompt.base, prompt.prefix, [example])[0]
-    low, high = of_targets[:3].sum(), of_targets[3:6].sum()
+    target_scores = scores(prompt.base, prompt.prefix, [example])[0]
+    low, high = target_scores[:3].sum(), target_scores[3:6].sum()
     np.testing.assert_allclose(
         prediction.probabilities["low"], 1 / (1 + np.exp(high - low)), rtol=1e-4
     )
@@ -137,8 +137,8 @@ def test_free_text_is_learned_and_generated(t5_folder, tmp_path):
         example = prompt.task.example(prompt.record(source, ""), with_answer=False)
         example = dataclasses.replace(example, candidates=[written])
         states = target_states(prompt.base.backbone, prompt.prefix, batch_of([example], targets=9))
-        likeliest = prompt.base.backbone.logits(states)[0].argmax(axis=-1).tolist()
-        assert likeliest[: len(written) - 1] == written[:-1]
+        most_likely = prompt.base.backbone.logits(states)[0].argmax(axis=-1).tolist()
+        assert most_likely[: len(written) - 1] == written[:-1]
 
 
 def test_a_target_longer_than_the_context_window_is_rejected(t5_folder, tmp_path):

@@ -45,7 +45,7 @@ def text_log_probability(base, prompt, text, target):
         return base.tokenizer(text, add_special_tokens=False).input_ids
 
     before, after = tokenize(text), tokenize(target)
-    # Padding at the end changes nothing before it, and saves a program for every length.
+    # Padding at the end does not change what precedes it, and all lengths share one program.
     tokens = np.zeros(40, np.int32)
     tokens[: len(before) + len(after)] = before + after
     found = np.asarray(sequence_log_probabilities(base.backbone, prompt, tokens))
@@ -53,7 +53,7 @@ def text_log_probability(base, prompt, text, target):
     return sum(float(found[first + i, token]) for i, token in enumerate(after))
 
 
-def test_probabilities_equal_those_of_whole_sequences(tiny):
+def test_probabilities_match_the_scores_of_whole_sequences(tiny):
     """Verbalizers have several tokens, one is a prefix of another, and lengths differ."""
     verbalizer = {"one": " ab", "two": " a", "three": "xyz"}
     vectors = jax.random.normal(jax.random.key(0), (4, 32))
@@ -114,11 +114,13 @@ def test_the_base_model_is_evaluated_without_a_prefix(tiny, tmp_path):
     assert sorted(seen) == [0, 1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("how", [{"normalize": True}, {"calibrate": "N/A"}, {}])
-def test_scoring_settings_decide_how_labels_are_chosen(tiny, how):
+@pytest.mark.parametrize("settings", [{"normalize": True}, {"calibrate": "N/A"}, {}])
+def test_scoring_settings_decide_how_labels_are_chosen(tiny, settings):
     verbalizer = {"one": " ab", "two": " a", "three": "xyz"}
     vectors = jax.random.normal(jax.random.key(0), (4, 32))
-    prompt = dataclasses.replace(trained(tiny, vectors, verbalizer), scoring=ScoringSettings(**how))
+    prompt = dataclasses.replace(
+        trained(tiny, vectors, verbalizer), scoring=ScoringSettings(**settings)
+    )
     texts = ["first", "a", "the second, which is longer"]
 
     def scores(text):
@@ -127,9 +129,9 @@ def test_scoring_settings_decide_how_labels_are_chosen(tiny, how):
 
     for text, prediction in zip(texts, prompt.classify(texts, batch_size=2), strict=True):
         expected = scores(text)
-        if "calibrate" in how:
+        if "calibrate" in settings:
             expected = expected - scores("N/A")
-        if "normalize" in how:
+        if "normalize" in settings:
             expected = expected / [len(v) for v in verbalizer.values()]  # tokens are bytes
         shares = np.exp(expected) / np.exp(expected).sum()
         np.testing.assert_allclose(list(prediction.probabilities.values()), shares, rtol=1e-3)
@@ -160,14 +162,14 @@ def test_scores_are_calibrated_before_they_are_normalized(tiny):
     example = example_of([1, 2], [[5, 6], [7]], 0)
     task = make_task(tiny, TemplateSettings(input="{text}"), {"a": "ab", "b": "c"})
     both = ScoringSettings(normalize=True, calibrate="x")
-    of_empty = calibrated_scores(
+    calibration = calibrated_scores(
         0 * scores, [example], tiny.backbone, None, task, ScoringSettings(calibrate="x")
     )
     found = calibrated_scores(scores, [example], tiny.backbone, None, task, both)
-    np.testing.assert_allclose(found, (scores + of_empty) / [2, 1], rtol=1e-6)
+    np.testing.assert_allclose(found, (scores + calibration) / [2, 1], rtol=1e-6)
 
 
-def test_perplexity_equals_that_of_whole_sequences(tiny):
+def test_perplexity_matches_the_scores_of_whole_sequences(tiny):
     vectors = jax.random.normal(jax.random.key(0), (4, 32))
     prompt = trained(tiny, vectors, None)
     texts, targets = ["first", "a"], ["abc", "q"]
@@ -202,11 +204,11 @@ def test_free_text_is_generated_and_measured(tiny, tmp_path):
     assert list(measured.values())[:2] == ["loss", "rouge1.precision"]
     again = measure(["rouge1", "exact_match"], expected, ["low", "high", "low"])
     assert measured.values()["rouge1.f1"] == again["rouge1"].values()["rouge1.f1"]
-    too_much = experiment.generation.model_copy(update={"max_new_tokens": 1000})
-    experiment = experiment.model_copy(update={"generation": too_much})
-    nothing = evaluate(backbone, prefix, task, examples, experiment, "all", max_generated=0)
-    assert list(nothing.values()) == ["loss"]
-    assert not nothing.samples
+    too_long = experiment.generation.model_copy(update={"max_new_tokens": 1000})
+    experiment = experiment.model_copy(update={"generation": too_long})
+    without_texts = evaluate(backbone, prefix, task, examples, experiment, "all", max_generated=0)
+    assert list(without_texts.values()) == ["loss"]
+    assert not without_texts.samples
 
 
 def test_the_nearest_tokens_of_token_embeddings_are_the_tokens(tiny):

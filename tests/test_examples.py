@@ -17,8 +17,8 @@ from softprompt.training.preparation import Preparation
 VERBALIZER = {"good": " yes", "bad": " no"}
 
 
-def task(base, input="{title}: {text} ->", target="{label}", verbalizer=VERBALIZER, most=100):
-    template = TemplateSettings(input=input, target=target, max_tokens=most)
+def task(base, input="{title}: {text} ->", target="{label}", verbalizer=VERBALIZER, max_tokens=100):
+    template = TemplateSettings(input=input, target=target, max_tokens=max_tokens)
     return make_task(base, template, verbalizer)
 
 
@@ -67,7 +67,7 @@ def test_csv_records_remember_their_lines_and_may_contain_newlines(tmp_path):
         ("d.txt", "x", "d.txt: unknown kind of dataset (known: .jsonl, .csv"),
     ],
 )
-def test_an_invalid_dataset_is_rejected_with_file_and_line(tmp_path, name, content, message):
+def test_the_error_about_an_invalid_dataset_names_file_and_line(tmp_path, name, content, message):
     with pytest.raises(UserError) as error:
         read_records(write(tmp_path / name, content))
     assert message in str(error.value)
@@ -138,7 +138,7 @@ def test_sequences_replace_the_sources_of_an_experiment(experiment):
 
 
 def splits(answer=1, first=5):
-    """Examples with virtual tokens, several candidates, and without an answer."""
+    """Return examples with virtual tokens, with several candidates, and without an answer."""
     train = [example_of([1, ~0], [[first, 6], [7]], answer), example_of([2], [[3]], 0)]
     test = [Example([9], [[4], [8]], None, Record({}, "a test"), truncated=True)]
     return {"train": Examples(train), "test": Examples(test)}
@@ -161,7 +161,7 @@ def test_the_digest_recognizes_the_data():
 
 
 def test_the_digest_of_earlier_versions_recognizes_the_data():
-    """Checkpoints of earlier versions hold one digest over the examples of all splits."""
+    """Checkpoints of earlier versions contain one digest of the examples of all splits."""
     saved = "dda3f5221b446ec7a3f2ceebc1b567f3ea295b0c59efe0e8883c38385d74dfe6"
     assert same_data(saved, splits())
     assert not same_data(saved, splits(answer=0))
@@ -231,7 +231,7 @@ def test_double_braces_are_literal_braces(tiny):
         ),
     ],
 )
-def test_an_invalid_record_is_rejected_with_its_place(tiny, fields, message):
+def test_the_error_about_an_invalid_record_names_file_and_line(tiny, fields, message):
     with pytest.raises(UserError) as error:
         task(tiny).example(record(**fields))
     assert str(error.value).startswith(f"file.jsonl:7: {message}")
@@ -239,14 +239,14 @@ def test_an_invalid_record_is_rejected_with_its_place(tiny, fields, message):
 
 def test_a_long_input_is_truncated_at_the_end_of_its_longest_field(tiny):
     fields = {"title": "title", "text": "abcdefghij", "label": "good"}
-    example = task(tiny, most=17).example(record(**fields))
+    example = task(tiny, max_tokens=17).example(record(**fields))
     assert tiny.tokenizer.decode(example.input) == "title: abc ->"  # 13 tokens, and 4 for " yes"
     assert example.truncated
-    exact = task(tiny, most=24).example(record(**fields))
+    exact = task(tiny, max_tokens=24).example(record(**fields))
     assert tiny.tokenizer.decode(exact.input) == "title: abcdefghij ->"
     assert not exact.truncated
 
 
 def test_a_template_that_is_too_long_without_fields_is_rejected(tiny):
     with pytest.raises(UserError, match="20 tokens, 10 too many, and its longest"):
-        task(tiny, most=14).example(record(title="title", text="abcdefghij", label="good"))
+        task(tiny, max_tokens=14).example(record(title="title", text="abcdefghij", label="good"))

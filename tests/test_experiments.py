@@ -15,7 +15,7 @@ EXPERIMENTS = sorted((REPOSITORY / "experiments").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("file", EXPERIMENTS, ids=lambda file: file.stem)
-def test_the_data_of_every_experiment_are_complete_and_disjoint(file):
+def test_the_splits_of_every_experiment_are_complete_and_disjoint(file):
     experiment = ExperimentFile(file).experiment()
     template, inputs = experiment.template, {}
     for split, source in experiment.data.model_dump(exclude_none=True).items():

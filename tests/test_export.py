@@ -1,4 +1,4 @@
-"""Exports by the command line: adapters, merged models, cards, and the way back."""
+"""Export and import on the command line: adapters, merged models and model cards."""
 
 import ast
 import json
@@ -26,7 +26,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(folder):
-    """The run of a method, made when first asked for."""
+    """Return the run of a method, which is trained on first use."""
 
     def run(name, *overrides):
         path = folder / name
@@ -38,7 +38,7 @@ def run(folder):
 
 
 def written(base, tokens, prefix=None, backbone=None):
-    """The token ids that follow `tokens` with greedy decoding."""
+    """Return the token ids that greedy decoding writes after `tokens`."""
     padded = np.zeros((1, 96), np.int32)  # one length, so that all texts share a program
     padded[0, : len(tokens)] = tokens
     lengths, end = np.array([len(tokens)]), base.tokenizer.eos_token_id
@@ -107,7 +107,7 @@ def test_an_unsupported_export_is_rejected_and_writes_nothing(
 
 
 @pytest.mark.parametrize("name", ["prompt", "prefix", "lora"])
-def test_an_export_comes_back_as_the_same_prompt(run, folder, tmp_path, capsys, name):
+def test_an_exported_adapter_is_imported_as_the_same_prompt(run, folder, tmp_path, capsys, name):
     overrides = {"prefix": ["method=prefix", "prefix.length=2"], "lora": ["method=lora"]}
     source = run(name, *overrides.get(name, []))
     assert main(["export", str(source), str(tmp_path / "adapter")]) == 0
@@ -126,7 +126,7 @@ def test_an_export_comes_back_as_the_same_prompt(run, folder, tmp_path, capsys, 
     assert result["metrics"] == [{"type": "accuracy", "value": accuracy}]
 
 
-def test_an_array_from_the_original_code_becomes_a_prompt(folder, tmp_path, capsys):
+def test_an_array_from_the_original_prompt_tuning_code_becomes_a_prompt(folder, tmp_path, capsys):
     vectors = np.random.default_rng(0).normal(size=(4, 32)).astype(np.float32)
     np.save(tmp_path / "theirs.npy", vectors)
     base = str(GOLDEN / "llama-grouped")
@@ -147,7 +147,7 @@ def test_an_export_does_not_overwrite_a_folder_with_files(run, tmp_path, capsys)
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 
 
-def test_an_import_without_a_base_model_says_so(tmp_path, capsys):
+def test_an_import_without_a_base_model_is_rejected(tmp_path, capsys):
     assert main(["import", str(tmp_path), str(tmp_path / "out")]) == 1
     assert "give the base model with --base" in capsys.readouterr().err
 

@@ -1,4 +1,4 @@
-"""Every model family against transformers and peft, whose results are in tests/golden/families."""
+"""Every model family matches the results of transformers and peft in tests/golden/families."""
 
 from functools import partial
 
@@ -11,7 +11,7 @@ from conftest import FAMILIES_GOLDEN, golden_backbone, greedy
 from softprompt.backbones.batch import Batch
 from softprompt.backbones.families import FAMILIES
 
-EXACT = 1e-4  # of the reference logits' spread, in float32
+EXACT = 1e-4  # tolerance in units of the standard deviation of the reference logits
 VARIANTS = sorted(path.name for path in FAMILIES_GOLDEN.iterdir())
 T5 = [name for name in VARIANTS if name.startswith("t5")]
 CAUSAL = [name for name in VARIANTS if name not in T5]
@@ -22,7 +22,7 @@ def golden_of(variant):
 
 
 def prompt_of(variant, golden):
-    """The prompt as our models read it, after the model's own scaling of embeddings, and the scale.
+    """Return the prompt, scaled as our models expect it, and the scale.
 
     In transformers, the scaling is part of the embedding module (Gemma) or follows it (Granite).
     """
@@ -39,13 +39,13 @@ def test_every_family_has_reference_results():
     assert {name.split("-")[0] for name in VARIANTS} == set(FAMILIES)
 
 
-# Little models, compiled quickly rather than well.
+# The models are small, so compilation takes longer than the run.
 quick = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 @quick
 def causal(backbone, tokens, lengths, prompt):
-    """Logits without and with a prompt, and its loss and gradient, in one program."""
+    """Return the logits without and with a prompt, and the loss and gradient of the prompt."""
     real = jnp.arange(tokens.shape[1])[None] < lengths[:, None]
 
     def prompted(prompt):
@@ -79,8 +79,8 @@ ONE_EACH = list({name.split("-")[0]: name for name in VARIANTS}.values())
 
 
 @quick
-def pull(backbone, tokens, prompt):
-    """How the hidden state at position 4 depends on each embedding, `[T]`."""
+def sensitivity(backbone, tokens, prompt):
+    """Return how much the hidden state at position 4 depends on each embedding, `[T]`."""
     prefix = backbone.prefill(prompt)
 
     def state(embeddings):
@@ -90,9 +90,9 @@ def pull(backbone, tokens, prompt):
 
 
 @pytest.mark.parametrize("variant", [name for name in ONE_EACH if name in CAUSAL])
-def test_no_token_sees_a_later_one(variant):
+def test_no_token_attends_to_a_later_token(variant):
     backbone, golden = golden_backbone(variant), golden_of(variant)
-    slopes = np.asarray(pull(backbone, golden["tokens"][:1], golden["prompt"]))
+    slopes = np.asarray(sensitivity(backbone, golden["tokens"][:1], golden["prompt"]))
     np.testing.assert_array_equal(slopes > 0, np.arange(9) <= 4)
 
 
@@ -108,7 +108,7 @@ def hidden_states(backbone, tokens, prefix):
 
 @pytest.mark.parametrize("variant", ONE_EACH)
 def test_greedy_generation_with_a_prompt_matches_transformers(variant):
-    """With a cache here, without one there."""
+    """Our decoding uses a KV cache; the reference does not."""
     golden = golden_of(variant)
     backbone = golden_backbone(variant)
     prefix = prefill(backbone, prompt_of(variant, golden)[0])
@@ -119,7 +119,7 @@ def test_greedy_generation_with_a_prompt_matches_transformers(variant):
 
 @pytest.mark.parametrize("variant", ["mistral-window", "gpt2-plain", "gemma3_text-old"])
 def test_rows_with_different_prefixes_match_each_row_alone(variant):
-    """Also where windows or learned positions count from the row's own virtual tokens."""
+    """Windows and learned positions count from the virtual tokens of each row."""
     backbone = golden_backbone(variant)
     random = np.random.default_rng(0)
     width = backbone.arch.hidden_size

@@ -1,4 +1,4 @@
-"""Runs on free text: generated texts are measured, saved, and available as commands."""
+"""Runs on free text: generated texts are measured, saved and used by commands."""
 
 import dataclasses
 import json
@@ -57,8 +57,8 @@ def test_samples_of_every_evaluation_are_saved(run):
 
 def test_the_prompt_with_the_best_generated_texts_is_kept(run):
     folder, summary = run
-    of_steps = {r["step"]: r for r in read_metrics(folder) if r["split"] == "validation"}
-    best = max(of_steps.values(), key=lambda r: (r["rouge1.f1"], -r["loss"]))
+    by_step = {r["step"]: r for r in read_metrics(folder) if r["split"] == "validation"}
+    best = max(by_step.values(), key=lambda r: (r["rouge1.f1"], -r["loss"]))
     assert summary["best_step"] == best["step"]
 
 
@@ -85,14 +85,14 @@ def test_eval_agrees_with_the_summary_and_writes_predictions(run, call, tmp_path
     assert set(json.loads(out)) == {"split", "examples", "loss", "exact_match"}
 
 
-def test_eval_generates_nothing_without_metrics_of_texts(run, call, monkeypatch):
+def test_eval_generates_nothing_if_no_metric_needs_texts(run, call, monkeypatch):
     folder, _ = run
     monkeypatch.setattr(Engine, "_run_batch", None)
     _, out, _ = call("eval", folder, "--metrics", "perplexity")
     assert set(json.loads(out)) == {"split", "examples", "loss", "perplexity"}
 
 
-def test_generate_uses_the_settings_of_the_prompt_and_its_own(run, call, tiny):
+def test_generate_uses_the_saved_settings_and_its_own_options(run, call, tiny):
     folder, _ = run
     prompt = load_prompt(folder, tiny)
     assert prompt.generation.max_new_tokens == 6

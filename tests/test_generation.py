@@ -1,4 +1,4 @@
-"""Generation: compared with stock transformers (golden files), and each row with the row alone."""
+"""Generation: matches stock transformers (golden files), and does not depend on other rows."""
 
 import dataclasses
 
@@ -65,7 +65,7 @@ def generate(tiny, prefix):
 
 
 @pytest.mark.usefixtures("optimized")
-def test_64_greedy_tokens_equal_those_of_transformers(smollm2):
+def test_64_greedy_tokens_match_transformers(smollm2):
     golden = np.load(GOLDEN / "smollm2_generation.npz")
     inputs = np.split(golden["inputs"], np.cumsum(golden["lengths"])[:-1])
     assert len(inputs) >= 20
@@ -98,7 +98,7 @@ def test_64_greedy_tokens_equal_those_of_transformers(smollm2):
 
 
 @pytest.mark.parametrize("number", range(len(SETTINGS)))
-def test_filtered_logits_equal_those_of_transformers(number):
+def test_filtered_logits_match_transformers(number):
     golden = np.load(GOLDEN / "choices.npz")
     logits = jnp.asarray(golden["logits"])
     rules = sampling(len(logits), **SETTINGS[number])
@@ -109,7 +109,7 @@ def test_filtered_logits_equal_those_of_transformers(number):
 
 
 def test_rows_with_different_settings_share_a_batch():
-    """Each row keeps the tokens that it keeps alone, and greedy rows take the most likely one."""
+    """Each row keeps the same tokens as alone, and greedy rows take the most likely token."""
     golden = np.load(GOLDEN / "choices.npz")
     settings = [*SETTINGS, {}, {"repetition_penalty": 2.0}]
     count = len(settings)
@@ -161,7 +161,7 @@ def test_draws_follow_the_probabilities():
 
 @pytest.mark.parametrize("name", ["llama", "t5"])
 @pytest.mark.parametrize("number", range(len(SEARCHES)))
-def test_beams_equal_those_of_transformers(name, number, tiny):
+def test_beams_match_transformers(name, number, tiny):
     golden, settings = np.load(GOLDEN / f"beams-{name}.npz"), SEARCHES[number]
     backbone = tiny.backbone if name == "llama" else golden_backbone("t5-gated")
     penalty, width = settings.get("repetition_penalty"), settings["beams"]
@@ -267,7 +267,7 @@ def test_decoding_stops_when_all_rows_have_ended(tiny):
 
 
 def test_rows_stop_at_limits_and_end_tokens_of_their_own(tiny):
-    """A row that waits or has ended does not change what it generates later."""
+    """Rows that have reached their limit continue with the same tokens when it is raised."""
     one = Engine(tiny.backbone, tiny.tokenizer, GenerationSettings(max_new_tokens=16))
     asked = [request(tiny, text) for text in ("abc", "a longer text", "z", "abc")]
 
@@ -289,10 +289,10 @@ def test_rows_stop_at_limits_and_end_tokens_of_their_own(tiny):
 
 @pytest.mark.parametrize("penalty", [None, 1e6])
 def test_the_repetition_penalty_applies_to_the_input_and_the_generated_text(tiny, prefix, penalty):
-    """A large penalty excludes every token that was there before."""
+    """A large penalty excludes every token that has occurred before."""
     how = GenerationSettings(max_new_tokens=40, repetition_penalty=penalty)
     one = Engine(tiny.backbone, tiny.tokenizer, how)
-    one._end = -1  # otherwise it ends before it repeats itself
+    one._end = -1  # otherwise the text ends before it repeats itself
     asked = dataclasses.replace(request(tiny, "abcdefg", prefix), opening=[100, ~0])
     packed, state = one._start([asked], 1)
     (ids,) = one._ids(one._continue(packed, state, 40))
@@ -313,7 +313,7 @@ def test_a_stop_text_ends_the_text_and_is_removed(generate):
     assert cut.text == searched.text[: searched.text.index(stop)]
 
 
-def test_the_stop_text_that_is_complete_first_wins(tiny, prefix, generate):
+def test_the_stop_text_that_is_completed_first_ends_the_text(tiny, prefix, generate):
     one = Engine(tiny.backbone, tiny.tokenizer, GenerationSettings(stop=["bcdef", "cd"]))
     assert one._text(tiny.tokenizer.encode("abcdefg", add_special_tokens=False)) == ("ab", True)
     (free,) = generate(["aaaaaaa"], max_new_tokens=30)
@@ -346,11 +346,11 @@ def test_the_possible_start_of_a_stop_text_is_held_back(tiny):
     assert {text: one._uncertain(text) for text in held} == held
 
 
-def out_of_memory(most, function):
-    """Wrap a function so that batches of more than `most` rows run out of memory."""
+def out_of_memory(max_rows, function):
+    """Wrap a function so that batches of more than `max_rows` rows run out of memory."""
 
     def start(backbone, prefix, tokens, *rest, **shape):
-        if len(tokens) > most:
+        if len(tokens) > max_rows:
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating")
         return function(backbone, prefix, tokens, *rest, **shape)
 
@@ -361,10 +361,10 @@ def test_a_batch_that_is_too_large_is_halved_until_it_fits(tiny, generate, monke
     expected = generate(TEXTS)
     monkeypatch.setattr(engine.decoding, "start", out_of_memory(1, decoding.start))
     assert generate(TEXTS) == expected
-    said = capsys.readouterr().err
-    assert "trying 2 instead of 4 inputs at a time" in said
-    assert "trying 1 instead of 2 inputs at a time" in said
-    assert said.count("out of memory") == 2
+    messages = capsys.readouterr().err
+    assert "trying 2 instead of 4 inputs at a time" in messages
+    assert "trying 1 instead of 2 inputs at a time" in messages
+    assert messages.count("out of memory") == 2
     monkeypatch.setattr(engine.decoding, "start", out_of_memory(0, decoding.start))
     with pytest.raises(UserError, match="out of memory with a single input"):
         generate(TEXTS)

@@ -1,4 +1,4 @@
-"""The bank of prompts: mixed batches must give each row what its prompt gives alone."""
+"""The prompt bank: each row of a mixed batch gets the same text as with its prompt alone."""
 
 import contextlib
 
@@ -20,10 +20,14 @@ from softprompt.methods.prefix_tuning import PrefixTuning
 NEW = {"max_new_tokens": 6}
 
 
-def trained(base, method, template="{text}:", length=0, before=0):
-    """Make a trained prompt from a function of the opening."""
+def trained(base, method, template="{text}:", length=0, prefix_length=0):
+    """Make a trained prompt from a function that returns a method for an opening."""
     task = make_task(
-        base, TemplateSettings(input=template), None, virtual_tokens=length, prefix_length=before
+        base,
+        TemplateSettings(input=template),
+        None,
+        virtual_tokens=length,
+        prefix_length=prefix_length,
     )
     backbone = method(task.opening).adapt(base.backbone)
     made = method(task.opening)
@@ -39,7 +43,7 @@ def soft_prompt(base, seed, length, template="{text}:"):
 def prefix_tuning(base, seed, length):
     shape = base.backbone.prefix_shape(length)
     keys, values = jax.random.normal(jax.random.key(seed), (2, *shape))
-    return trained(base, lambda opening: PrefixTuning(keys, values, opening), before=length)
+    return trained(base, lambda opening: PrefixTuning(keys, values, opening), prefix_length=length)
 
 
 def lora(base):
@@ -94,7 +98,7 @@ def test_a_row_of_a_mixed_batch_gets_the_text_of_its_prompt_alone(base, bank, se
     assert len({each.text for each in mixed if each.text}) > 4
 
 
-def test_a_prompt_is_equal_to_prepending_its_vectors(tiny):
+def test_a_prompt_gives_the_same_text_as_prepending_its_vectors(tiny):
     """The reference uses no cache, no bank and no padding."""
     prompt = soft_prompt(tiny, 0, 5)
     (result,) = Generator(tiny, {"one": prompt, "two": soft_prompt(tiny, 1, 3)}).generate(
@@ -200,7 +204,7 @@ def test_the_bank_accepts_run_folders(tmp_path, tiny):
 
 
 def test_the_bank_accepts_methods(tiny):
-    """A method without a task reads the text as it is."""
+    """Without a task, the input is the text alone."""
     vectors = jax.random.normal(jax.random.key(0), (4, tiny.backbone.arch.hidden_size))
     prompt = soft_prompt(tiny, 0, 4, "{text}")
     generator = Generator(tiny, {"method": SoftPrompt(vectors, [~i for i in range(4)])})

@@ -1,4 +1,4 @@
-"""Models in GGUF files against llama.cpp, whose logits are in tests/golden/gguf."""
+"""Models in GGUF files match llama.cpp, whose logits are in tests/golden/gguf."""
 
 import json
 
@@ -28,7 +28,7 @@ def test_logits_match_llama_cpp(path):
     backbone, _ = load_backbone(GGUFFile(path))
     tokens = jnp.asarray(golden["tokens"])[None]
     logits = backbone.logits(backbone(backbone.embedding(tokens)))[0]
-    # llama.cpp looks GELU up in a table of float16.
+    # llama.cpp looks up GELU in a float16 table.
     exact = 2e-3 if path.stem == "gemma3" else 1e-5
     assert np.abs(logits - golden["logits"]).max() < exact * golden["logits"].std()
 
@@ -45,13 +45,13 @@ def test_transformers_reads_the_config_as_we_do(path, tmp_path):
 
 
 def write_tensor(path, kind):
-    engine = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, "llama")
     array = np.linspace(-1, 1, 512, dtype=np.float32).reshape(2, 256)
-    engine.add_tensor("x", gguf.quants.quantize(array, kind), raw_dtype=kind)
-    engine.write_header_to_file()
-    engine.write_kv_data_to_file()
-    engine.write_tensors_to_file()
-    engine.close()
+    writer.add_tensor("x", gguf.quants.quantize(array, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
     return array
 
 
@@ -82,12 +82,12 @@ def test_a_truncated_tensor_is_rejected(tmp_path):
 
 def test_invalid_metadata_is_rejected(tmp_path):
     for key, value in (("llama.embedding_length", "wide"), ("general.alignment", "32")):
-        engine = gguf.GGUFWriter(tmp_path / "x.gguf", "llama")
-        engine.add_head_count(2)
-        engine.add_string(key, value)
-        engine.write_header_to_file()
-        engine.write_kv_data_to_file()
-        engine.close()
+        writer = gguf.GGUFWriter(tmp_path / "x.gguf", "llama")
+        writer.add_head_count(2)
+        writer.add_string(key, value)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.close()
         with pytest.raises(UserError, match="not a readable GGUF file"):
             GGUFFile(tmp_path / "x.gguf")
 

@@ -65,10 +65,10 @@ def test_aliases_of_pre_tokenizers_are_equivalent(tmp_path, pre, like):
     assert_same_ids(tokenizer_of(tmp_path, "gpt2", pre), SMALL["texts"], SMALL[like])
 
 
-@pytest.mark.parametrize(("pre", "begins"), [("llama3", True), ("tekken", True), ("dbrx", False)])
-def test_some_pre_tokenizers_add_a_bos_token_by_default(tmp_path, pre, begins):
+@pytest.mark.parametrize(("pre", "adds_bos"), [("llama3", True), ("tekken", True), ("dbrx", False)])
+def test_some_pre_tokenizers_add_a_bos_token_by_default(tmp_path, pre, adds_bos):
     ids = tokenizer_of(tmp_path, "gpt2", pre)("a").input_ids
-    assert (ids[0] == 1) == begins
+    assert (ids[0] == 1) == adds_bos
 
 
 def test_gemma_ids_agree_with_llama_cpp():
@@ -100,7 +100,7 @@ def test_bos_and_eos_are_added_as_the_file_says(tmp_path, flags, expected):
 
 
 @pytest.mark.parametrize(("kind", "pre"), [("gpt2", "kimi-k2"), ("bert", "default")])
-def test_an_unsupported_tokenizer_is_rejected_by_name(tmp_path, kind, pre):
+def test_the_error_about_an_unsupported_tokenizer_names_it(tmp_path, kind, pre):
     path = tmp_path / "vocabulary.gguf"
     write_vocabulary(path, "gpt2", pre)
     if kind != "gpt2":

@@ -1,4 +1,4 @@
-"""The storeys of the package: imports point down only."""
+"""The layers of the package: imports point down only."""
 
 import ast
 import re
@@ -8,8 +8,8 @@ import softprompt
 
 PACKAGE = Path(softprompt.__file__).parent
 
-# From the top down. A module may import from its own storey and from storeys below it.
-STOREYS = [
+# From top to bottom. A module may import from its own layer and from layers below it.
+LAYERS = [
     "cli",
     "report",
     "sweep",
@@ -30,16 +30,14 @@ STOREYS = [
 
 
 def imported(path: Path) -> set[str]:
-    """The storeys that a module imports from, also inside functions."""
-    storeys = set()
+    """Return the layers that a module imports from, including imports inside functions."""
+    layers = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("softprompt."):
-            storeys.add((node.module or "").split(".")[1])
+            layers.add((node.module or "").split(".")[1])
         elif isinstance(node, ast.Import):
-            storeys |= {
-                a.name.split(".")[1] for a in node.names if a.name.startswith("softprompt.")
-            }
-    return storeys - {"errors"}
+            layers |= {a.name.split(".")[1] for a in node.names if a.name.startswith("softprompt.")}
+    return layers - {"errors"}
 
 
 def test_the_package_root_holds_no_other_modules():
@@ -50,21 +48,21 @@ def test_the_package_root_holds_no_other_modules():
         "py.typed",
     }
     folders = {p.name for p in PACKAGE.iterdir() if p.is_dir() and p.name != "__pycache__"}
-    assert folders == set(STOREYS)
+    assert folders == set(LAYERS)
 
 
 def test_imports_point_down():
     upward = [
         f"{path.relative_to(PACKAGE)} imports {other}"
-        for level, storey in enumerate(STOREYS)
-        for path in sorted((PACKAGE / storey).rglob("*.py"))
+        for level, layer in enumerate(LAYERS)
+        for path in sorted((PACKAGE / layer).rglob("*.py"))
         for other in sorted(imported(path))
-        if other not in STOREYS[level:]
+        if other not in LAYERS[level:]
     ]
     assert upward == []
 
 
-def test_the_experiment_storey_imports_no_jax():
+def test_the_experiment_layer_imports_no_jax():
     for path in (PACKAGE / "experiment").glob("*.py"):
         modules = [
             alias.name if isinstance(node, ast.Import) else node.module or ""

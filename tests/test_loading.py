@@ -159,7 +159,7 @@ def test_errors_name_the_damaged_file(model, file, content, message):
         ("owner/name", "base 'owner/name': not a local path, and not available from the hub"),
     ],
 )
-def test_an_unknown_name_is_explained(name, message):
+def test_an_unknown_name_is_rejected_with_an_explanation(name, message):
     with pytest.raises(UserError) as error:
         load_base(name)
     assert message in str(error.value)

@@ -33,7 +33,7 @@ def test_lora_starts_from_the_base_model(tiny, experiment_file):
 
 
 @pytest.mark.parametrize("variant", ["llama-biased", "gpt2-inner", "t5-gated", "qwen3_moe-normed"])
-def test_merged_matrices_compute_the_same_as_additions_beside_them(variant):
+def test_merged_matrices_give_the_same_states_as_separate_ones(variant):
     base = Base(variant, "", {}, golden_backbone(variant), None, ComputeSettings())
     method = lora_of(base)
     before = [np.array(leaf) for leaf in jax.tree.leaves(base.backbone)]
@@ -44,8 +44,8 @@ def test_merged_matrices_compute_the_same_as_additions_beside_them(variant):
     def states(backbone):
         return backbone.target_states(batch, None)
 
-    beside, merged = states(method.adapt(base.backbone)), states(method.merge(base.backbone))
-    np.testing.assert_allclose(merged, beside, atol=1e-5 * float(jnp.abs(beside).max()))
+    separate, merged = states(method.adapt(base.backbone)), states(method.merge(base.backbone))
+    np.testing.assert_allclose(merged, separate, atol=1e-5 * float(jnp.abs(separate).max()))
     assert float(jnp.abs(merged - states(base.backbone)).max()) > 1e-2
     for one, other in zip(before, jax.tree.leaves(base.backbone), strict=True):
         np.testing.assert_array_equal(one, other)  # the given backbone is unchanged

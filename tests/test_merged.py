@@ -1,4 +1,4 @@
-"""A merged model is to transformers what it is here, and new tokens are the vectors."""
+"""Merged models: transformers reads them as we do, and new tokens act as the vectors."""
 
 import json
 from types import SimpleNamespace
@@ -40,7 +40,7 @@ def test_transformers_reads_the_same_architecture_from_the_config(path, tiny, tm
 
 @pytest.mark.parametrize("variant", sorted(path.name for path in (GOLDEN / "adapters").iterdir()))
 def test_new_tokens_act_as_the_vectors_and_are_never_generated(variant, tiny, tmp_path):
-    """Of a family: its embedding's factor, its head, tied or not, and what T5 starts from."""
+    """The families cover embedding scales, tied and untied heads, and T5's start token."""
     file = ModelDirectory(FAMILIES_GOLDEN / variant)
     backbone, _ = load_backbone(file)
     base = Base(variant, "", file.config, backbone, tiny.tokenizer, ComputeSettings())

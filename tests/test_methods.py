@@ -1,4 +1,4 @@
-"""Every method in a complete run, and what each computes, compared with a plain forward pass."""
+"""Every method in a complete run, and its results compared with a plain forward pass."""
 
 import dataclasses
 import json
@@ -89,7 +89,7 @@ def test_a_method_learns_and_scores_the_same_after_loading(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_the_table_names_every_method_as_it_names_itself(name):
+def test_the_name_of_every_method_matches_the_table(name):
     method = method_class(name)
     assert issubclass(method, Method)
     assert method.name == name
@@ -108,7 +108,7 @@ def ids(base, text):
     return base.tokenizer(text, add_special_tokens=False).input_ids
 
 
-def whole(base, *parts):
+def log_probability(base, *parts):
     """Return the log-probability of the last part after the others, in one plain forward pass.
 
     Parts are texts, or vectors `[P, D]`.
@@ -138,7 +138,7 @@ def scores(base, method, task, record):
     return found[0]
 
 
-PLACES = {  # template, demonstrations, and the parts of an input
+POSITIONS = {  # template, demonstrations, and the parts of an input
     "front": ("{text}:", [], [VECTORS, "hello:"]),
     "after text": ("Say {prompt}{text}:", [], ["Say ", VECTORS, "hello:"]),
     "in place": ("{text}{prompt}:", [], ["hello", VECTORS, ":"]),
@@ -148,14 +148,14 @@ PLACES = {  # template, demonstrations, and the parts of an input
 }
 
 
-@pytest.mark.parametrize("place", PLACES)
-def test_the_template_decides_the_place_of_virtual_tokens(tiny, place):
-    text, shown, parts = PLACES[place]
+@pytest.mark.parametrize("position", POSITIONS)
+def test_the_template_decides_the_position_of_virtual_tokens(tiny, position):
+    text, shown, parts = POSITIONS[position]
     task = make_task(tiny, TemplateSettings(input=text), VERBALIZER, shown, virtual_tokens=P)
     found = scores(tiny, SoftPrompt(VECTORS, task.opening), task, {"text": "hello"})
-    expected = [whole(tiny, *parts, target) for target in VERBALIZER.values()]
+    expected = [log_probability(tiny, *parts, target) for target in VERBALIZER.values()]
     np.testing.assert_allclose(found, expected, rtol=1e-4)
-    assert (~0 in task.opening) == (place not in ("in place", "suffix"))
+    assert (~0 in task.opening) == (position not in ("in place", "suffix"))
 
 
 def test_text_that_all_inputs_share_is_in_the_opening(tiny):
@@ -163,7 +163,7 @@ def test_text_that_all_inputs_share_is_in_the_opening(tiny):
     assert task.opening == ids(tiny, "aa: ab\n\nbb:xyz\n\n")
     found = scores(tiny, Method(task.opening), task, {"text": "hello"})
     shown = "aa: ab\n\nbb:xyz\n\n"
-    expected = [whole(tiny, shown, "hello:", target) for target in VERBALIZER.values()]
+    expected = [log_probability(tiny, shown, "hello:", target) for target in VERBALIZER.values()]
     np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
@@ -180,11 +180,11 @@ def test_special_tokens_enclose_the_template(smollm2, tmp_path):
     front = make_task(base, TemplateSettings(input="{text}:"), VERBALIZER, virtual_tokens=2)
     assert front.opening == [~0, ~1]
     assert front.example(record, with_answer=False).input == [1, *ids(base, "hello:"), 2]
-    behind = make_task(
+    after_bos = make_task(
         base, TemplateSettings(input="{prompt}{text}:"), VERBALIZER, virtual_tokens=2
     )
-    assert behind.opening == [1, ~0, ~1]
-    assert behind.example(record, with_answer=False).input == [*ids(base, "hello:"), 2]
+    assert after_bos.opening == [1, ~0, ~1]
+    assert after_bos.example(record, with_answer=False).input == [*ids(base, "hello:"), 2]
 
 
 def test_the_chat_template_of_the_base_model_is_applied(smollm2):
@@ -199,9 +199,9 @@ def test_the_chat_template_of_the_base_model_is_applied(smollm2):
     written = smollm2.tokenizer.apply_chat_template(
         messages, tokenize=False, add_generation_prompt=True
     )
-    before, _, behind = written.partition("Say {hello}")
+    before, _, after = written.partition("Say {hello}")
     assert task.opening == [*ids(smollm2, before), ~0, ~1]
-    assert example.input == ids(smollm2, "Say {hello}" + behind)
+    assert example.input == ids(smollm2, "Say {hello}" + after)
 
 
 def test_a_base_model_without_a_chat_template_is_rejected(tiny):
@@ -232,7 +232,9 @@ def test_each_task_has_its_own_prompt(tiny):
     for number, name in enumerate(task.tasks):
         found = scores(tiny, method, task, {"text": "hello", "task": name})
         vectors = np.asarray(VECTORS) * np.outer(columns[number], rows[number])
-        expected = [whole(tiny, jnp.asarray(vectors), "hello:", t) for t in VERBALIZER.values()]
+        expected = [
+            log_probability(tiny, jnp.asarray(vectors), "hello:", t) for t in VERBALIZER.values()
+        ]
         np.testing.assert_allclose(found, expected, rtol=1e-4)
     with pytest.raises(UserError, match=r"task 'play' is not one of prompt\.tasks \(film, book\)"):
         scores(tiny, method, task, {"text": "hello", "task": "play"})
@@ -246,7 +248,7 @@ def test_offsets_are_added_by_position(tiny):
     found = scores(tiny, method, task, {"text": "hello"})  # 5 tokens, 4 offsets
     read = tiny.backbone.embedding(jnp.array(ids(tiny, "hello")))
     read = read.at[:4].add(down @ up)
-    expected = [whole(tiny, VECTORS, read, target) for target in VERBALIZER.values()]
+    expected = [log_probability(tiny, VECTORS, read, target) for target in VERBALIZER.values()]
     np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
@@ -280,9 +282,9 @@ def test_offsets_apply_to_generated_tokens(tiny):
         return backbone.decode(tokens, cache, None)
 
     expected, (hidden, cache) = in_one_pass(backbone), start(backbone)
-    for place in range(6, 10):
-        np.testing.assert_allclose(hidden, expected[:, place - 1], atol=1e-4)
-        hidden, cache = decode(backbone, tokens[:, place], cache)
+    for position in range(6, 10):
+        np.testing.assert_allclose(hidden, expected[:, position - 1], atol=1e-4)
+        hidden, cache = decode(backbone, tokens[:, position], cache)
 
 
 def test_prefix_tuning_that_starts_from_a_text_equals_the_text(tiny, experiment_file):
@@ -290,7 +292,7 @@ def test_prefix_tuning_that_starts_from_a_text_equals_the_text(tiny, experiment_
     method = PrefixTuning.build(load_experiment(experiment_file, overrides), tiny, [])
     task = make_task(tiny, TemplateSettings(input="{text}:"), VERBALIZER, prefix_length=3)
     found = scores(tiny, method, task, {"text": "hello"})
-    expected = [whole(tiny, "Say", "hello:", target) for target in VERBALIZER.values()]
+    expected = [log_probability(tiny, "Say", "hello:", target) for target in VERBALIZER.values()]
     np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
@@ -302,7 +304,7 @@ def test_a_reparametrized_prefix_starts_from_the_prefix_and_folds(tiny):
     up = random.normal(size=method.up.shape).astype(np.float32)
     method.up.set_value(jnp.asarray(up))
     inner = np.tanh(np.asarray(method.inputs[...]) @ np.asarray(method.down[...]))
-    change = (inner @ up).reshape(4, 2, 3, 2, 8)  # of each virtual token
+    change = (inner @ up).reshape(4, 2, 3, 2, 8)  # one row per virtual token
     folded = method.folded()
     for got, first, side in ((folded.keys, keys, 0), (folded.values, values, 1)):
         expected = np.asarray(first) + change[:, side].transpose(1, 0, 2, 3)
@@ -350,7 +352,7 @@ def test_initial_prompts_must_be_soft_prompts(experiment_file, tiny, tmp_path):
         train(load_experiment(experiment_file, overrides), tmp_path / "run")
 
 
-def test_the_base_model_alone_scores_with_and_without_solved_examples(experiment_file, tmp_path):
+def test_the_base_model_alone_scores_with_and_without_demonstrations(experiment_file, tmp_path):
     for shots in (0, 2):
         experiment = load_experiment(
             experiment_file, ["method=none", f"shots={shots}", "template.max_tokens=40"]
@@ -361,8 +363,10 @@ def test_the_base_model_alone_scores_with_and_without_solved_examples(experiment
         assert len(prompt.task.demonstrations) == shots
         shown = "".join(f"{text}{target}\n\n" for text, target in prompt.task.demonstrations)
         (prediction,) = prompt.classify(["aaaa"])
-        low, high = (whole(prompt.base, f"{shown}", "aaaa is", t) if shown else
-                     whole(prompt.base, "aaaa is", t) for t in (" ab", " cd"))  # fmt: skip
+        low, high = (
+            log_probability(prompt.base, *([shown] if shown else []), "aaaa is", target)
+            for target in (" ab", " cd")
+        )
         expected = 1 / (1 + np.exp(high - low))
         np.testing.assert_allclose(prediction.probabilities["low"], expected, rtol=1e-3)
 
@@ -402,7 +406,7 @@ def test_an_ensemble_scores_as_each_prompt_alone(experiment_file, tiny):
         shared_task([prompts[0], other])
 
 
-def test_a_prefix_takes_tokens_only_from_a_context_window_that_it_shares(tiny):
+def test_a_prefix_reduces_max_tokens_only_if_it_shares_the_context_window(tiny):
     for variant, taken in (("t5-gated", 0), ("llama-biased", 9)):
         base = Base(variant, "", {}, golden_backbone(variant), tiny.tokenizer, ComputeSettings())
         with_prefix, without = (
@@ -445,7 +449,7 @@ def test_a_method_has_a_default_learning_rate(experiment_file):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_method_says_what_it_cannot_export(name, tiny, experiment_file):
+def test_a_method_rejects_exports_that_it_does_not_support(name, tiny, experiment_file):
     method = method_class(name).build(load_experiment(experiment_file), tiny, [])
     backbone, prefix = method.apply(tiny.backbone)
     exports = {

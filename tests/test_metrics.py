@@ -18,9 +18,9 @@ TEXT = "the a cat dogs was running quickly over under houses, small Tree isn't 4
 WORDS = TEXT.split()
 
 
-def sentences(seed, count=40, most=14):
+def sentences(seed, count=40, max_words=14):
     random = np.random.default_rng(seed)
-    return [" ".join(random.choice(WORDS, random.integers(1, most))) for _ in range(count)]
+    return [" ".join(random.choice(WORDS, random.integers(1, max_words))) for _ in range(count)]
 
 
 PREDICTIONS, REFERENCES = sentences(0), sentences(1)
@@ -43,7 +43,7 @@ def test_rouge_of_a_known_pair():
 
 
 @pytest.mark.parametrize("stem", [False, True])
-def test_rouge_of_english_equals_the_reference_implementation(stem):
+def test_rouge_of_english_matches_the_reference_implementation(stem):
     lines = [f"{a}\n{b}" for a, b in zip(PREDICTIONS, sentences(2), strict=True)]
     scorer = RougeScorer(["rouge1", "rouge3", "rougeL", "rougeLsum"], use_stemmer=stem)
     each = [scorer.score(r, p) for p, r in zip(lines, REFERENCES, strict=True)]
@@ -82,7 +82,7 @@ def test_the_best_of_several_references_counts():
 @pytest.mark.parametrize(
     ("name", "metric"), [("bleu", BLEU(effective_order=True)), ("chrf", CHRF()), ("ter", TER())]
 )
-def test_corpus_metrics_equal_those_of_sacrebleu(name, metric):
+def test_corpus_metrics_match_sacrebleu(name, metric):
     pairs = zip(REFERENCES, sentences(3), strict=True)
     several = [[r, o] if i % 2 else [r] for i, (r, o) in enumerate(pairs)]
     scores = measure([name], PREDICTIONS, several)[name]
@@ -95,7 +95,7 @@ def test_corpus_metrics_equal_those_of_sacrebleu(name, metric):
         assert found[name] == pytest.approx(alone, rel=1e-12)
 
 
-def test_bleu_of_a_corpus_equals_the_default_settings_of_sacrebleu():
+def test_bleu_of_a_corpus_matches_sacrebleu_with_default_settings():
     expected = sacrebleu.corpus_bleu(PREDICTIONS, [REFERENCES]).score
     assert values("bleu", PREDICTIONS, REFERENCES)["bleu"] == pytest.approx(expected)
 
@@ -125,7 +125,7 @@ def test_exact_match_and_token_f1_follow_squad(prediction, reference, exact, f1)
     assert values("token_f1", [prediction], [reference])["token_f1"] == pytest.approx(f1)
 
 
-def test_metrics_of_labels_equal_those_of_scikit_learn():
+def test_metrics_of_labels_match_scikit_learn():
     random = np.random.default_rng(0)
     references = random.choice(["a", "b", "c"], 200, p=[0.6, 0.3, 0.1]).tolist()
     predictions = [
@@ -175,7 +175,7 @@ def test_resampled_statistics_give_the_values_of_the_resampled_texts(name):
     drawn = np.random.default_rng(0).integers(0, 40, 40)
     total = scores.statistics[drawn].sum(axis=0)
     again = values(name, [predictions[i] for i in drawn], [references[i] for i in drawn])
-    if labels:  # the mean is over the labels of all examples, also of those not drawn
+    if labels:  # the mean is over all labels, including labels that were not drawn
         names = sorted({*predictions, *references})
         expected = sklearn.metrics.f1_score(
             [references[i] for i in drawn],

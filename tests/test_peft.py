@@ -1,4 +1,4 @@
-"""Adapters made by peft give the same logits here, and importing then exporting is exact."""
+"""Adapters from peft give the same logits here, and import followed by export is exact."""
 
 import json
 import pickle
@@ -51,11 +51,11 @@ def logits_of(method, backbone, batch):
 
 
 def batch_of(golden):
-    """What to predict: T5's targets, or whatever follows each token."""
+    """Return a batch with logits at T5's targets or at every token, and the row lengths."""
     tokens, lengths = golden["tokens"], golden["lengths"]
     if "targets" not in golden:
-        places = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
-        return Batch(tokens, lengths, tokens, tokens * 0, places, None, None), lengths
+        positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
+        return Batch(tokens, lengths, tokens, tokens * 0, positions, None, None), lengths
     targets, target_lengths = golden["targets"], golden["target_lengths"]
     candidates = np.where(np.arange(targets.shape[1]) < target_lengths[:, None], 0, -1)
     return Batch(tokens, lengths, targets, candidates, None, None, None), target_lengths
@@ -77,7 +77,7 @@ def test_an_imported_adapter_gives_the_logits_of_peft(pair):
 
 
 @pytest.mark.parametrize("pair", PAIRS)
-def test_a_round_trip_is_exact(pair, tmp_path):
+def test_import_followed_by_export_is_exact(pair, tmp_path):
     base = base_of(pair.split("/")[0])
     method = imported(base, ADAPTERS / pair)
     export_adapter(trained(base, method), tmp_path)
@@ -97,7 +97,7 @@ def test_a_round_trip_is_exact(pair, tmp_path):
 
 
 @pytest.mark.parametrize("variant", ["llama-llama3", "gpt2-inner", "gemma2-capped"])
-def test_a_soft_prompt_is_also_a_prefix(variant, tmp_path):
+def test_a_soft_prompt_can_be_exported_as_a_prefix(variant, tmp_path):
     base = base_of(variant)
     vectors = jax.random.normal(jax.random.key(0), (4, base.backbone.arch.hidden_size))
     export_adapter(trained(base, SoftPrompt(vectors)), tmp_path, as_prefix=True)
@@ -214,7 +214,7 @@ def test_nothing_is_unpickled(adapter, tmp_path, capsys):
     assert "unpickled" not in capsys.readouterr().out
 
 
-def test_an_array_from_the_original_code_is_read(tmp_path):
+def test_an_array_from_the_original_prompt_tuning_code_is_read(tmp_path):
     base = base_of("llama-llama3")
     vectors = np.random.default_rng(0).standard_normal((3, 16))
     np.save(tmp_path / "prompt.npy", vectors)
@@ -226,7 +226,7 @@ def test_an_array_from_the_original_code_is_read(tmp_path):
         import_array(tmp_path / "wide.npy", base)
 
 
-def test_prompts_that_peft_cannot_express_are_rejected(tmp_path):
+def test_prompts_that_peft_cannot_represent_are_rejected(tmp_path):
     base, vectors = base_of("llama-llama3"), jnp.ones((2, 16))
     in_place = trained(base, SoftPrompt(vectors, []))
     after_text = trained(base, SoftPrompt(vectors, [5, ~0, ~1]))

@@ -1,4 +1,4 @@
-"""Progress lines of the command line."""
+"""Progress bars and log messages on the command line."""
 
 import logging
 import sys

@@ -1,4 +1,4 @@
-"""Reparametrizations: against plain NumPy in float64, against peft, and their initial values."""
+"""Reparametrizations: compared with NumPy in float64 and with peft, and initial values."""
 
 from functools import partial
 

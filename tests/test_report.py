@@ -36,13 +36,13 @@ sweep:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A sweep of the letters experiment; a third of its trials fail."""
-    here = tmp_path_factory.mktemp("of letters")
-    path = write_experiment(here, 5, 5)
+    parent = tmp_path_factory.mktemp("of letters")
+    path = write_experiment(parent, 5, 5)
     path.write_text(path.read_text() + SWEEP)
     arguments = ["training.steps=4", "evaluation.every=2", "training.log_every=1"]
     arguments += ["sweep.at_once=2"]  # fewer programs to compile than with more trials at once
-    assert main(["sweep", str(path), *arguments, "--folder", str(here / "sweep")]) == 1
-    return here / "sweep"
+    assert main(["sweep", str(path), *arguments, "--folder", str(parent / "sweep")]) == 1
+    return parent / "sweep"
 
 
 @pytest.fixture(scope="module")
@@ -92,15 +92,15 @@ def test_the_runs_command_lists_sorts_and_filters_runs(folder, capsys):
 
     assert len(listed()) == 12
     best_first = [row["validation accuracy"] for row in listed("--sort", "accuracy")]
-    there = [value for value in best_first if value is not None]
-    assert there == sorted(there, reverse=True)
-    assert best_first[len(there) :] == [None] * 4
+    present = [value for value in best_first if value is not None]
+    assert present == sorted(present, reverse=True)
+    assert best_first[len(present) :] == [None] * 4
     assert [r["seed"] for r in listed("--sort", "seed", "--reverse")] == [1] * 6 + [0] * 6
     chosen = listed("--where", "length=4", "--where", "state=finished")
     assert {(row["prompt.length"], row["state"]) for row in chosen} == {(4, "finished")}
     assert len(chosen) == 4
-    assert main(["runs", str(folder), "--sort", "colour"]) == 1
-    assert "no column 'colour'; the columns are run, prompt.length" in capsys.readouterr().err
+    assert main(["runs", str(folder), "--sort", "color"]) == 1
+    assert "no column 'color'; the columns are run, prompt.length" in capsys.readouterr().err
     assert main(["runs", str(folder / "nowhere")]) == 1
     assert "contains no runs" in capsys.readouterr().err
     assert main(["runs", str(folder), "--where", "seed=0"]) == 0
@@ -164,11 +164,11 @@ def test_a_click_on_a_heading_sorts_the_table(page, tmp_path):
     clicked.write_text(page.read_text().replace("</script>", f"{click}</script>"))
     shown, errors = in_browser(clicked, tmp_path)
     assert errors == []
-    of_settings = re.search('id="settings">.*?</table>', shown, re.DOTALL)[0]
-    assert 'aria-sort="ascending">mean' in of_settings
+    settings = re.search('id="settings">.*?</table>', shown, re.DOTALL)[0]
+    assert 'aria-sort="ascending">mean' in settings
     means = [
         float(re.findall("<td>(.*?)</td>", row)[3])
-        for row in re.findall("<tr>(<td>.*?)</tr>", of_settings, re.DOTALL)
+        for row in re.findall("<tr>(<td>.*?)</tr>", settings, re.DOTALL)
     ]
     assert len(means) == 4
     assert means == sorted(means)
@@ -177,7 +177,7 @@ def test_a_click_on_a_heading_sorts_the_table(page, tmp_path):
 def test_a_page_is_self_contained_and_has_the_command_that_repeats_the_best_run(page):
     text = page.read_text()
     links = set(re.findall(r"https?://[^\"'<> ]+", text))
-    assert links == {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}  # names
+    assert links == {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}  # XML namespaces
     assert not re.search(r"<(link|img|iframe)|src=|@import|url\(\s*['\"]?http", text)
     command = re.search("<pre>(softprompt train .*?)</pre>", text)[1]
     config = shlex.split(html.unescape(command))[2]

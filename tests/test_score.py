@@ -61,14 +61,14 @@ def test_the_table_contains_values_and_intervals(call, file):
     assert rows[4].startswith("chrf: nrefs:var|case:mixed")
 
 
-def test_each_scores_every_prediction_separately(call, file):
+def test_the_option_each_scores_every_prediction_separately(call, file):
     _, out, _ = call("--metrics", "rougeL,exact_match", "--each", file)
     each = [json.loads(line) for line in out.splitlines()]
     assert [one["exact_match"] for one in each] == [0, 0, 0]
     assert [round(one["rougeL.f1"], 3) for one in each] == [0.667, 0.8, 0]
 
 
-def test_against_compares_two_systems(call, file, tmp_path):
+def test_the_option_against_compares_two_systems(call, file, tmp_path):
     better = [{**answer, "prediction": "this is a test"} for answer in ANSWERS]
     other = write(tmp_path / "other.jsonl", better)
     _, out, _ = call("--metrics", "rouge1", "--json", other, "--against", file)
@@ -97,7 +97,9 @@ def test_against_compares_two_systems(call, file, tmp_path):
         ("", "has no records"),
     ],
 )
-def test_a_mistake_is_reported_on_one_line_with_its_place(call, tmp_path, content, message):
+def test_a_mistake_is_reported_on_one_line_with_file_and_line_number(
+    call, tmp_path, content, message
+):
     path = tmp_path / "bad.jsonl"
     path.write_text(content)
     status, out, err = call(path)

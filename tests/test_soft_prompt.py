@@ -1,4 +1,4 @@
-"""The soft prompt: a shared prefix equals prepending, initial vectors, and use from Python."""
+"""The soft prompt: as a shared prefix and prepended, initial vectors, and use from Python."""
 
 import json
 from functools import partial
@@ -73,7 +73,7 @@ def loss_and_gradient(vectors, backbone, batch, form):
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("length", [1, 5, 40])
 @pytest.mark.parametrize("variant", ["llama-grouped", "llama-sharded"])
-def test_a_shared_prefix_has_the_loss_and_gradient_of_prepending(variant, length, side):
+def test_a_shared_prefix_gives_the_same_loss_and_gradient_as_prepending(variant, length, side):
     backbone = load_base(str(GOLDEN / variant)).backbone
     batch = batch_of(LENGTHS, side)
     vectors = jax.random.normal(jax.random.key(length), (length, 32))
@@ -99,7 +99,7 @@ def test_padding_does_not_change_the_logits_of_a_row(tiny, form, side):
 
 
 def test_a_prompt_of_token_embeddings_equals_the_tokens(tiny, golden_llama):
-    """A row after the embeddings of a text has the hidden states of a row after the text."""
+    """A row has the same hidden states after a text as after the text's embeddings."""
     tokens = jnp.asarray(golden_llama["tokens"])[:1]
     positions = jnp.arange(9)[None]
     whole = tiny.backbone(tiny.backbone.embedding(tokens), positions, jnp.zeros_like(positions))
@@ -212,7 +212,7 @@ def test_notebooks_show_the_short_repr():
 
 
 class Reader(nnx.Module):
-    """Another framework's model: it classifies a text by the mean of its tokens."""
+    """A model from outside the package that classifies a text by the mean of its tokens."""
 
     def __init__(self, rngs: nnx.Rngs):
         self.embedding = nnx.Embed(50, 16, rngs=rngs)
@@ -224,7 +224,7 @@ class Reader(nnx.Module):
 
 
 class Prompted(nnx.Module):
-    """A soft prompt in front of that model."""
+    """A `Reader` whose inputs begin with a soft prompt."""
 
     def __init__(self, prompt: SoftPrompt, model: Reader):
         self.prompt, self.model = prompt, model
@@ -233,7 +233,7 @@ class Prompted(nnx.Module):
         return self.model(self.prompt(self.model.embedding(tokens)))
 
 
-def test_a_prompt_trains_in_front_of_any_nnx_model():
+def test_a_prompt_can_be_trained_with_any_nnx_model():
     prompt = SoftPrompt(jax.random.normal(jax.random.key(0), (5, 16)))
     prompted = Prompted(prompt, Reader(nnx.Rngs(0)))
     frozen = jax.tree.map(np.asarray, nnx.state(prompted.model))

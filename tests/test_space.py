@@ -1,4 +1,4 @@
-"""Which trials a sweep has."""
+"""The trials of a sweep, and the error messages about its settings."""
 
 import json
 
@@ -31,7 +31,7 @@ def test_zip_and_points_have_the_listed_combinations(space):
     assert parameters(space(f"  points: {json.dumps(nested)}\n")) == expected
 
 
-def test_random_trials_stay_in_their_ranges_and_more_trials_start_the_same(space):
+def test_random_trials_stay_in_their_ranges_and_do_not_depend_on_the_number_of_trials(space):
     section = """\
   how: random
   trials: 200

@@ -59,7 +59,7 @@ def expected(tiny):
 
 @pytest.mark.parametrize("accumulate", [1, 2, 4])
 def test_a_step_follows_the_gradient_of_the_mean_loss_per_target_token(tiny, expected, accumulate):
-    """Also in several passes, which have different numbers of targets."""
+    """Accumulated passes have different numbers of targets."""
     plain = OptimizerSettings(name="sgd", learning_rate=0.5, schedule="constant", clip_norm=None)
     trainable, opt_state, frozen, fixed = setup(tiny, plain)
     loss, gradient = expected
@@ -84,7 +84,7 @@ def test_a_step_changes_only_the_prompt(tiny):
 
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "sgd", "lion"])
-def test_every_optimizer_lowers_the_loss_with_state_of_the_prompts_shape_only(tiny, name):
+def test_every_optimizer_lowers_the_loss_and_keeps_state_only_for_the_prompt(tiny, name):
     rate = 1.0 if name == "sgd" else 0.1
     settings = OptimizerSettings(name=name, learning_rate=rate, weight_decay=1e-4)
     trainable, opt_state, frozen, fixed = setup(tiny, settings, 30)
@@ -126,7 +126,7 @@ def test_each_batch_shape_is_compiled_once(tiny):
     assert train_step._cache_size() == before + 2
 
 
-def test_candidates_in_one_row_score_as_each_alone(tiny):
+def test_candidates_in_one_row_score_the_same_as_separately(tiny):
     candidates = [[20, 21, 22], [23], [24, 25]]
     example = example_of([5, 6, 7, 8], candidates, 0)
     together = Layout.of([example]).lay_out([example], 1, 8, 6)

@@ -1,4 +1,4 @@
-"""A backbone's parameters become the tensors that they were read from."""
+"""Storing a backbone gives the tensors that it was read from."""
 
 import json
 import shutil
@@ -43,8 +43,9 @@ def test_stored_tensors_equal_the_tensors_that_were_read(variant):
     for name, tensor in tensors.items():
         expected = file.read(theirs[name]).astype(np.float32)
         if name.endswith("embed_positions.weight"):
-            expected[:2] = 0  # of padding
-        differs = 1e-7 if "gemma" in variant and "norm" in name else 0  # kept as difference from 1
+            expected[:2] = 0  # the rows for padding
+        # Gemma's norms are stored as the difference from 1.
+        differs = 1e-7 if "gemma" in variant and "norm" in name else 0
         np.testing.assert_allclose(tensor, expected, rtol=0, atol=differs)
 
 
@@ -57,9 +58,9 @@ def test_a_gguf_file_stored_as_a_directory_is_the_same_model(path, tmp_path):
     again, _ = load_backbone(ModelDirectory(tmp_path))
     assert again.arch == backbone.arch
     expected = dict(nnx.to_flat_state(nnx.state(backbone)))
-    for place, variable in nnx.to_flat_state(nnx.state(again)):
-        differs = 1e-7 if path.stem == "gemma3" and "norm" in str(place) else 0
-        np.testing.assert_allclose(variable[...], expected[place][...], rtol=0, atol=differs)
+    for key, variable in nnx.to_flat_state(nnx.state(again)):
+        differs = 1e-7 if path.stem == "gemma3" and "norm" in str(key) else 0
+        np.testing.assert_allclose(variable[...], expected[key][...], rtol=0, atol=differs)
 
 
 @pytest.mark.parametrize("variant", ["phi3-window", "gpt2-plain", "qwen3_moe-plain"])
@@ -72,7 +73,7 @@ def test_int8_matrices_are_stored_within_half_a_step(variant):
         np.testing.assert_allclose(tensor, exact[name], rtol=0, atol=step / 2 + 1e-6)
 
 
-def test_bfloat16_is_stored_as_such():
+def test_bfloat16_tensors_are_stored_as_bfloat16():
     tensors = stored(
         golden_backbone("phi3-window", "bfloat16"), ModelDirectory(FAMILIES_GOLDEN / "phi3-window")
     )
@@ -82,7 +83,7 @@ def test_bfloat16_is_stored_as_such():
 
 
 ARCH = SimpleNamespace(num_heads=4, num_kv_heads=2, head_size=6)
-FORMS = {  # and the rows of a tensor in it
+FORMS = {  # each form, and the number of rows of a tensor in this form
     "query_key_value": (names.QUERY_KEY_VALUE, 48),
     "by_head": (names.BY_HEAD, 72),
     "halves": (names.HALVES, 10),
@@ -93,7 +94,7 @@ FORMS = {  # and the rows of a tensor in it
 
 @pytest.mark.parametrize(("form", "rows"), FORMS.values(), ids=FORMS)
 def test_split_tensors_are_joined_again_exactly(form, rows):
-    """Biases, matrices, and LoRA's `up`, of whose parts each is a part's."""
+    """The tensors are biases, matrices and LoRA's `up`, which is split like its matrix."""
     random = np.random.default_rng(0)
     up, down = random.normal(size=(rows, 2)), random.normal(size=(2, 5))
     for tensor in (up[:, 0], up, up @ down):

@@ -35,7 +35,7 @@ def test_a_dry_run_counts_trials_that_are_not_chosen_yet(space, capsys):
 
 
 def known_trials(folder, url=None):
-    """What Optuna knows of a sweep."""
+    """Return the trials that Optuna has stored for a sweep."""
     if url is None:
         backend = optuna.storages.journal.JournalFileBackend(str(folder / "study.journal"))
         storage = optuna.storages.JournalStorage(backend)
@@ -52,16 +52,16 @@ def test_optuna_chooses_trials_and_receives_their_results(space):
     assert [trial.number for trial in trials] == [trial.number for trial in known] == [*range(6)]
     outcomes = [Outcome.read(trial.folder) for trial in trials]
     at_rung = [validation_at(trial.folder, 4)["loss"] for trial in trials]
-    for i, (trial, of_optuna, end) in enumerate(zip(trials, known, outcomes, strict=True)):
+    for i, (trial, stored, end) in enumerate(zip(trials, known, outcomes, strict=True)):
         assert 1e-3 <= trial.parameters["optimizer.learning_rate"] <= 0.5
-        assert of_optuna.intermediate_values[4] == at_rung[i]
-        went_on = sorted(at_rung[: i + 1]).index(at_rung[i]) < -(-(i + 1) // 3)
-        assert (end.state, of_optuna.state.name) == (
-            ("finished", "COMPLETE") if went_on else ("pruned", "PRUNED")
+        assert stored.intermediate_values[4] == at_rung[i]
+        continued = sorted(at_rung[: i + 1]).index(at_rung[i]) < -(-(i + 1) // 3)
+        assert (end.state, stored.state.name) == (
+            ("finished", "COMPLETE") if continued else ("pruned", "PRUNED")
         )
-        if went_on:
+        if continued:
             summary = json.loads((trial.folder / "summary.json").read_text())
-            assert of_optuna.value == summary["validation"]["loss"]
+            assert stored.value == summary["validation"]["loss"]
     assert {end.state for end in outcomes} == {"finished", "pruned"}
     assert len({t.parameters["optimizer.learning_rate"] for t in trials}) == 6
     again = sweep(found)
@@ -70,11 +70,11 @@ def test_optuna_chooses_trials_and_receives_their_results(space):
 
 @pytest.mark.parametrize("storage", [None, "sqlite"])
 def test_two_processes_share_a_study_and_one_is_killed(space, storage, tmp_path):
-    """The other one takes over its trial; every trial is done once."""
+    """The other process takes over its trial, and every trial runs once."""
     url = storage and f"sqlite:///{tmp_path / 'study.db'}"
     found = space(STUDY + (f"  storage: {url}\n" if url else ""))
     dead = tmp_path / "dead"
-    dies = f"if here[0].session.run.step == 6: Path({str(dead)!r}).touch(); os._exit(9)"
+    dies = f"if slots[0].session.run.step == 6: Path({str(dead)!r}).touch(); os._exit(9)"
     waits = f"while not Path({str(dead)!r}).exists(): time.sleep(0.05)"
     workers = [sweep_process(found, before) for before in (dies, waits)]
     errors = [worker.communicate()[1] for worker in workers]
@@ -84,16 +84,16 @@ def test_two_processes_share_a_study_and_one_is_killed(space, storage, tmp_path)
     assert [trial.state.name for trial in known] == ["COMPLETE"] * 6
     folders = sorted((found.folder / "trials").iterdir())
     assert [folder.name for folder in folders] == [f"{i:03d}" for i in range(6)]
-    for folder, of_optuna in zip(folders, known, strict=True):
+    for folder, stored in zip(folders, known, strict=True):
         records = [r["step"] for r in read_metrics(folder) if r["split"] == "validation"]
         assert records == [4, 8, 12]
         assert Outcome.read(folder).state == "finished"
         summary = json.loads((folder / "summary.json").read_text())
-        assert of_optuna.value == summary["validation"]["accuracy"]
+        assert stored.value == summary["validation"]["accuracy"]
 
 
 def test_a_trial_killed_while_its_values_are_chosen_is_completed_later(space, monkeypatch):
-    """Others do not see it; where its process was killed, the next one chooses the rest."""
+    """Other processes do not see it, and the next process chooses the remaining values."""
     found, seen = space(STUDY, "sweep.trials=2", "training.steps=1"), []
     suggest = study._suggest
 
@@ -147,22 +147,22 @@ def test_folders_share_a_database_without_sharing_a_study(space, tmp_path):
 
 
 def test_two_sweeps_may_create_a_database_at_the_same_time(space, monkeypatch, tmp_path):
-    """Optuna fails on tables that appear while it makes them; then they are there."""
+    """Optuna fails if another process creates the tables first, and succeeds the next time."""
     real, url = optuna.storages.RDBStorage, f"sqlite:///{tmp_path}/study.db"
 
-    def meets_another(url):
+    def fail_once(url):
         monkeypatch.setattr(optuna.storages, "RDBStorage", real)
         real(url)
         raise RuntimeError("table studies already exists")
 
-    monkeypatch.setattr(optuna.storages, "RDBStorage", meets_another)
+    monkeypatch.setattr(optuna.storages, "RDBStorage", fail_once)
     found = space(f"{STUDY}  storage: {url}\n")
     with open_sweep(found):
         Study(found)
     assert known_trials(found.folder, url) == []
 
 
-def test_a_sweep_that_could_not_start_leaves_its_folder_free(space):
+def test_a_sweep_that_could_not_start_does_not_occupy_its_folder(space):
     with pytest.raises(UserError, match=r"sweep.storage: nonsense: "):
         sweep(space(f"{STUDY}  storage: nonsense\n", "training.steps=1"))
     trials = sweep(space("  seed: [0]\n", "training.steps=1"))
@@ -170,7 +170,7 @@ def test_a_sweep_that_could_not_start_leaves_its_folder_free(space):
 
 
 def test_many_threads_can_open_a_folder_at_once(space):
-    """Who comes first describes the sweep; nobody meets a half-written file."""
+    """The first one describes the sweep, and the others never read a half-written file."""
     found, together = space(STUDY), threading.Barrier(8)
 
     def open_it(_):
@@ -183,7 +183,7 @@ def test_many_threads_can_open_a_folder_at_once(space):
 
 
 def test_a_finished_trial_that_was_not_reported_does_not_run_again(space):
-    """Its process was killed in between."""
+    """The process was killed after the trial had finished and before it was reported."""
     found = space(STUDY, "sweep.trials=2", "training.steps=1")
     with open_sweep(found):
         opened = Study(found).next()

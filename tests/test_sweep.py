@@ -1,4 +1,4 @@
-"""Sweeps: that each trial is its own run, and what becomes of trials."""
+"""Sweeps: each trial matches a single run, and trials are pruned, fail, stop and resume."""
 
 import errno
 import json
@@ -22,8 +22,8 @@ from softprompt.training.optimizers import UpdateRule, hyperparameters
 from softprompt.training.step import split, train_step
 
 
-def test_a_padded_prompt_trains_as_an_unpadded_one(tiny):
-    """To 1e-6, over steps of AdamW with decay and clipping; and the padding stays zero."""
+def test_a_padded_prompt_trains_like_an_unpadded_one(tiny):
+    """The steps use AdamW with weight decay and clipping. The padding stays zero."""
     vectors = np.random.default_rng(0).normal(size=(5, 32)).astype(np.float32)
     examples = [example_of([5, 6, 7, 8], [[20, 21]], 0), example_of([9, 10], [[23]], 0)]
     batch = Layout.of(examples).lay_out(examples, 2, 8, 2)
@@ -43,10 +43,10 @@ def test_a_padded_prompt_trains_as_an_unpadded_one(tiny):
                 optimizer=rule,
             )
         after.append((jax.tree.leaves(trainable)[0], measured))
-    (plain, of_plain), (padded, of_padded) = after
+    (plain, plain_metrics), (padded, padded_metrics) = after
     np.testing.assert_allclose(padded[:5], plain, atol=1e-6)
     np.testing.assert_array_equal(padded[5:], np.zeros((4, 32)))
-    np.testing.assert_allclose(of_padded["loss"], of_plain["loss"], rtol=1e-6)
+    np.testing.assert_allclose(padded_metrics["loss"], plain_metrics["loss"], rtol=1e-6)
     assert np.abs(plain - vectors).max() > 0.01
 
 
@@ -76,7 +76,7 @@ DIFFERENT = """\
 
 
 def test_each_trial_matches_a_single_run(space):
-    """Three side by side in one program, of several lengths and schedules, and each alone."""
+    """Three trials with different lengths and schedules share one program."""
     trials = sweep(space(DIFFERENT))
     assert len(program_groups(trials)) == 1
     for trial in trials:
@@ -99,9 +99,9 @@ def test_each_trial_matches_a_single_run(space):
             assert one.get("learning_rate") == other.get("learning_rate")
 
 
-@pytest.mark.parametrize(("room", "at_once"), [(0, 1), (1e12, 4)])
-def test_memory_limits_how_many_trials_train_at_once(space, monkeypatch, capsys, room, at_once):
-    monkeypatch.setattr("softprompt.sweep.program._room", lambda taken: room)
+@pytest.mark.parametrize(("budget", "at_once"), [(0, 1), (1e12, 4)])
+def test_memory_limits_how_many_trials_train_at_once(space, monkeypatch, capsys, budget, at_once):
+    monkeypatch.setattr("softprompt.sweep.program._memory_budget", lambda _: budget)
     sweep(space("  seed: [0, 1, 2, 3, 4]\n", "training.steps=1"))
     assert f"{at_once} of 5 trials at once" in capsys.readouterr().err
 
@@ -122,8 +122,8 @@ def test_a_step_that_runs_out_of_memory_uses_fewer_trials(space, monkeypatch, ca
     trials = sweep(space(section, folder="narrow"))
     assert widths == [4, *[2] * 24]
     assert "out of memory: trying 2 instead of 4 trials at once" in capsys.readouterr().err
-    for trial, of_pair in zip(trials, in_pairs, strict=True):
-        assert validation_at(trial.folder, 12)["loss"] == validation_at(of_pair.folder, 12)["loss"]
+    for trial, in_pair in zip(trials, in_pairs, strict=True):
+        assert validation_at(trial.folder, 12)["loss"] == validation_at(in_pair.folder, 12)["loss"]
 
     def step_without_memory(runs, inputs):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
@@ -150,7 +150,7 @@ def test_trials_that_cannot_share_a_program_are_grouped(space):
     assert count("  shots: [2]\n  seed: [0, 1]\n") == 2
 
 
-def test_the_worst_trials_of_a_rung_stop_and_the_best_continue(space, capsys):
+def test_the_best_trials_of_a_rung_continue_and_the_others_are_pruned(space, capsys):
     trials = sweep(
         space(
             "  optimizer.learning_rate: [0.3, 0.1, 0.03, 1e-6, 1e-7]\n"
@@ -169,7 +169,7 @@ def test_the_worst_trials_of_a_rung_stop_and_the_best_continue(space, capsys):
 
 
 def test_a_sweep_killed_between_rungs_makes_the_same_decisions(space):
-    """SIGKILL at a step between two rungs; the later rung still has its losers."""
+    """SIGKILL arrives between two rungs. The later rung still has trials to prune."""
     section = (
         "  optimizer.learning_rate: [0.3, 0.1, 0.03, 1e-6]\n"
         "  halving: {rungs: [4, 8], factor: 2}\n  at_once: 4\n"
@@ -177,7 +177,7 @@ def test_a_sweep_killed_between_rungs_makes_the_same_decisions(space):
     whole = sweep(space(section, folder="whole"))
     killed = space(section, "checkpoints.every=1", folder="killed")
     dying = sweep_process(
-        killed, "if here[0].session.run.step == 6: os._exit(9)", "checkpoints.every=1"
+        killed, "if slots[0].session.run.step == 6: os._exit(9)", "checkpoints.every=1"
     )
     errors = dying.communicate()[1]
     assert dying.returncode == 9, errors
@@ -203,11 +203,11 @@ def test_a_failed_trial_is_recorded_and_the_others_continue(space, capsys):
 
 
 def test_a_killed_sweep_resumes(space):
-    """SIGKILL in the second pair of trials; the first pair is not run again."""
+    """SIGKILL arrives during the second pair of trials. The first pair does not run again."""
     section = "  optimizer.learning_rate: [0.1, 0.03]\n  prompt.length: [2, 4]\n  at_once: 2\n"
     whole = sweep(space(section, folder="whole"))
     killed = space(section)
-    second = "any(p.opened.trial.number in (1, 3) and p.session.run.step == 6 for p in here)"
+    second = "any(s.opened.trial.number in (1, 3) and s.session.run.step == 6 for s in slots)"
     dying = sweep_process(killed, f"if {second}: os._exit(9)")
     errors = dying.communicate()[1]
     assert dying.returncode == 9, errors
@@ -219,14 +219,14 @@ def test_a_killed_sweep_resumes(space):
     after = [(trials[i].folder / "summary.json").stat().st_mtime_ns for i in finished]
     assert before == after
     for one, other in zip(whole, trials, strict=True):
-        of_both = [load_prompt(t.folder).method.vectors[...] for t in (one, other)]
-        np.testing.assert_array_equal(*of_both)
+        vectors = [load_prompt(t.folder).method.vectors[...] for t in (one, other)]
+        np.testing.assert_array_equal(*vectors)
 
 
-def test_a_stop_saves_the_other_trials_when_one_fails(space):
-    """The loss of the failing one is known to be infinite only once the signal has come."""
+def test_stopping_a_sweep_saves_the_other_trials_if_one_fails(space):
+    """The infinite loss of the failing trial is detected after the signal."""
     found = space("  optimizer.learning_rate: [1e38, 0.1]\n  at_once: 2\n", "evaluation.every=6")
-    stops = "if here[0].session.run.step == 1: os.kill(os.getpid(), 15)"
+    stops = "if slots[0].session.run.step == 1: os.kill(os.getpid(), 15)"
     stopping = sweep_process(found, stops, "evaluation.every=6")
     errors = stopping.communicate()[1]
     assert stopping.returncode == 128 + 15, errors
@@ -238,16 +238,16 @@ def test_a_stop_saves_the_other_trials_when_one_fails(space):
 
 
 def test_a_trial_with_an_unusable_folder_fails_and_the_others_continue(space):
-    spoilt = sweep(space("  seed: [0, 1]\n", "training.steps=1"))[0].folder
-    shutil.rmtree(spoilt)
-    spoilt.mkdir()
-    (spoilt / "notes.txt").write_text("mine")
+    unusable = sweep(space("  seed: [0, 1]\n", "training.steps=1"))[0].folder
+    shutil.rmtree(unusable)
+    unusable.mkdir()
+    (unusable / "notes.txt").write_text("mine")
     trials = sweep(space("  seed: [0, 1]\n", "training.steps=1"))
     first, second = (Outcome.read(trial.folder) for trial in trials)
     assert (first.state, second.state) == ("failed", "finished")
     assert "not a run folder (it contains notes.txt" in first.error
     assert "choose another folder" in first.error
-    assert (spoilt / "notes.txt").read_text() == "mine"
+    assert (unusable / "notes.txt").read_text() == "mine"
 
 
 def test_a_file_that_cannot_be_written_gives_a_one_line_error(space):
@@ -276,7 +276,7 @@ def test_a_write_error_keeps_the_work_of_other_trials(space, monkeypatch):
     assert [int(path.name) >= 3 for path in saved.iterdir()] == [True]
 
 
-def test_another_sweep_does_not_write_into_a_sweeps_folder(space, capsys):
+def test_a_sweep_does_not_write_into_the_folder_of_another_sweep(space, capsys):
     sweep(space("  seed: [0]\n", "training.steps=1"))
     other = space("  seed: [1]\n", "training.steps=1")
     with pytest.raises(UserError, match=r"another sweep \(sweep.parameters.seed: \[0\] there"):

@@ -1,4 +1,4 @@
-"""Whole runs on a tiny model: stopped, resumed, damaged and rejected."""
+"""Complete runs on a tiny model: stopping, resuming, damaged files and invalid settings."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ TIMES = {"examples_per_second", "seconds", "train_seconds", "wall_seconds", "pea
 
 
 def outcome(folder):
-    """What a run ends with, but for what the clock says."""
+    """Return the results of a run, without its times and memory use."""
     metrics = [{k: v for k, v in r.items() if k not in TIMES} for r in read_metrics(folder)]
     summary = json.loads((folder / "summary.json").read_text())
     vectors = load_prompt(folder).method.vectors[...]
@@ -34,7 +34,7 @@ def outcome(folder):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The outcome of a run of the letters that nothing disturbed."""
+    """The outcome of an uninterrupted run of the letters experiment."""
     folder = tmp_path_factory.mktemp("whole")
     train(load_experiment(write_experiment(folder)), folder / "run")
     return outcome(folder / "run")
@@ -42,7 +42,7 @@ def whole(tmp_path_factory):
 
 @pytest.fixture
 def start(experiment_file):
-    """Start `softprompt train` on the letters, in a process of its own."""
+    """Start `softprompt train` on the letters experiment in a new process."""
 
     def start(folder, *overrides):
         code = f"{IN_A_PROCESS}from softprompt.cli.main import main; sys.exit(main())"
@@ -86,7 +86,7 @@ def test_a_run_writes_the_documented_files(experiment, tmp_path):
 
 
 def test_a_killed_run_resumes_and_gives_the_same_result(start, whole, tmp_path):
-    """SIGKILL as each checkpoint appears, and the same command again, until the end."""
+    """SIGKILL arrives after each checkpoint, and the same command is started again."""
     folder = tmp_path / "killed"
     for step in (4, 8, 12):
         process = start(folder)
@@ -104,7 +104,7 @@ def test_a_killed_run_resumes_and_gives_the_same_result(start, whole, tmp_path):
 def test_a_run_killed_while_writing_resumes_and_gives_the_same_result(
     experiment, experiment_file, whole, tmp_path, write
 ):
-    """The process dies at the n-th time that it makes a file or folder durable."""
+    """The process dies at its n-th call of `os.fsync`."""
     folder = tmp_path / "killed"
     code = """\
 import os, sys
@@ -145,7 +145,7 @@ def test_a_signal_saves_the_state_and_the_run_resumes(start, experiment_file, tm
 
 
 def damage(folder):
-    """Cut the largest file below a folder short, and give its path."""
+    """Truncate the largest file in a folder, and return its path."""
     path = max(folder.rglob("*"), key=lambda p: p.stat().st_size if p.is_file() else 0)
     path.write_bytes(path.read_bytes()[:-1])
     return path
@@ -158,29 +158,29 @@ def test_a_run_resumes_from_its_newest_intact_checkpoint(experiment, whole, tmp_
     data = damage(folder / "checkpoints" / "12")
     capsys.readouterr()
     train(experiment, folder)
-    said = capsys.readouterr().err
-    assert f"{data}: damaged" in said
-    assert "resuming from step 8" in said
+    messages = capsys.readouterr().err
+    assert f"{data}: damaged" in messages
+    assert "resuming from step 8" in messages
     assert outcome(folder) == whole
 
 
-@pytest.mark.parametrize("prompt_too", [False, True])
+@pytest.mark.parametrize("damaged_prompt", [False, True])
 def test_a_run_survives_the_loss_of_its_best_checkpoint(
-    experiment_file, tmp_path, capsys, prompt_too
+    experiment_file, tmp_path, capsys, damaged_prompt
 ):
-    """With `prompt/` it goes on as if nothing were; without, from before the best step."""
-    # So small a rate changes nothing, so that the first evaluation stays the best.
+    """With an intact `prompt/` the run resumes; otherwise it starts from the beginning."""
+    # With such a small rate nothing changes, so the first evaluation stays the best.
     experiment = load_experiment(experiment_file, ["optimizer.learning_rate=1e-12"])
     folder = tmp_path / "damaged"
     assert train(experiment, folder)["best_step"] == 4
     before = outcome(folder)
     (folder / "summary.json").unlink()
     damage(folder / "checkpoints" / "4")
-    if prompt_too:
+    if damaged_prompt:
         damage(folder / "prompt")
     capsys.readouterr()
     train(experiment, folder)
-    expected = "starting from the beginning" if prompt_too else "resuming from step 12"
+    expected = "starting from the beginning" if damaged_prompt else "resuming from step 12"
     assert expected in capsys.readouterr().err
     assert outcome(folder) == before
 
@@ -217,7 +217,7 @@ def test_a_run_does_not_resume_with_changed_data_or_another_base(
         train(experiment, tmp_path / "run")
 
 
-def test_a_damaged_prompt_is_made_again_from_its_checkpoint(experiment, tmp_path):
+def test_a_damaged_prompt_is_saved_again_from_its_checkpoint(experiment, tmp_path):
     folder = tmp_path / "run"
     train(experiment, folder)
     before = outcome(folder)
@@ -236,7 +236,7 @@ def test_a_finished_run_repairs_its_prompt(experiment, tmp_path):
     assert outcome(folder) == before
 
 
-def test_missing_metrics_are_reported_and_damaged_ones_named(experiment, tmp_path, capsys):
+def test_missing_and_damaged_metrics_are_reported(experiment, tmp_path, capsys):
     folder = tmp_path / "run"
     train(experiment, folder)
     (folder / "summary.json").unlink()
@@ -257,7 +257,7 @@ def test_a_finished_run_does_not_train_again(experiment, tmp_path, capsys):
     assert (tmp_path / "run" / "metrics.jsonl").stat().st_mtime_ns == stamp
 
 
-def test_another_experiment_does_not_write_into_a_run(experiment, experiment_file, tmp_path):
+def test_a_folder_of_another_experiment_is_rejected(experiment, experiment_file, tmp_path):
     train(experiment, tmp_path / "run")
     other = load_experiment(experiment_file, ["prompt.length=4"])
     with pytest.raises(
@@ -278,7 +278,7 @@ def test_settings_may_change_before_the_first_checkpoint(experiment_file, tmp_pa
     assert train(load_experiment(experiment_file), folder)["steps"] == 12
 
 
-def test_a_file_in_the_way_is_named(experiment, tmp_path):
+def test_the_error_about_a_file_in_place_of_a_folder_names_it(experiment, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("")
     (tmp_path / "run" / "checkpoints").write_text("")
@@ -316,7 +316,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(
     assert not (tmp_path / "run" / "summary.json").exists()
 
 
-def test_training_stops_early_when_nothing_gets_better(experiment_file, tmp_path, capsys):
+def test_training_stops_early_without_improvement(experiment_file, tmp_path, capsys):
     overrides = ["optimizer.learning_rate=1e-12", "evaluation.patience=2", "training.steps=100"]
     summary = train(load_experiment(experiment_file, overrides), tmp_path / "run")
     assert (summary["steps"], summary["best_step"]) == (12, 4)
