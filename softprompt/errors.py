@@ -6,6 +6,13 @@ class UserError(Exception):
 
     The message is one line that says what is wrong, where, and what to do. The command
     line prints it and exits with status 1.
+
+    Examples:
+      >>> try:
+      ...     load_experiment("experiments/sentiment.yaml", ["prompt.lenght=10"])
+      ... except UserError as error:
+      ...     print(error)
+      override prompt.lenght=10: prompt.lenght: unknown key; did you mean 'length'?
     """
 
 
