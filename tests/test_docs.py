@@ -166,8 +166,17 @@ def test_shell_commands_are_valid(page, monkeypatch):
             elif words and words[0] == "make":
                 run = subprocess.run(["make", "-n", *words[1:]], capture_output=True, text=True)
                 assert run.returncode == 0, f"{page}: {line}: {run.stderr}"
-            elif len(words) > 1 and words[0] == "python" and not words[1].startswith("-"):
-                assert (REPOSITORY / words[1]).is_file(), f"{page}: {line}: there is no such file"
+
+
+def test_python_commands_run_files_that_exist():
+    for page in PAGES:
+        text = (REPOSITORY / page).read_text(encoding="utf-8")
+        for path in re.findall(r"\bpython ([\w./-]+\.py)\b", text):
+            assert (REPOSITORY / path).is_file(), f"{page}: python {path}"
+
+
+def test_pages_of_fragments_have_blocks():
+    assert FRAGMENTS.keys() <= set(pages_with("python", "yaml"))
 
 
 def check_command(words: list[str]) -> None:
