@@ -147,6 +147,7 @@ def test_examples_of_docstrings_run(name, workspace, monkeypatch):
     with_examples = [test for test in found if test.examples]
     assert name in [test.name for test in with_examples], f"{name} has no Examples:"
     for test in with_examples:
+        assert "Examples:\n" in test.docstring, f"{test.name}: the site renders only Examples:"
         failures: list[str] = []
         doctest.DocTestRunner(OutputChecker()).run(test, out=failures.append)
         assert not failures, "".join(failures)
