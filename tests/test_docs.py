@@ -143,7 +143,7 @@ def test_examples_of_docstrings_run(name, workspace, monkeypatch):
     use_tiny_model(monkeypatch)
     public = {name: getattr(softprompt, name) for name in softprompt.__all__}
     modules = {"jax": jax, "jnp": jnp, "nnx": nnx, "optax": optax}
-    found = doctest.DocTestFinder().find(public[name], name, False, globs=public | modules)
+    found = doctest.DocTestFinder().find(public[name], name, globs=public | modules)
     with_examples = [test for test in found if test.examples]
     assert name in [test.name for test in with_examples], f"{name} has no Examples:"
     for test in with_examples:
