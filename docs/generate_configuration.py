@@ -98,7 +98,7 @@ def _docstring(model: type) -> tuple[str, dict[str, str]]:
         if cls.__module__.startswith("softprompt") and cls.__doc__:
             text, _, block = inspect.cleandoc(cls.__doc__).partition("\nAttributes:\n")
             attributes |= _attributes(block)
-    return text.strip(), attributes
+    return text.partition("\nExamples:\n")[0].strip(), attributes
 
 
 def _attributes(block: str) -> dict[str, str]:

@@ -5,6 +5,13 @@ class UserError(Exception):
     """A user's mistake in a file, a command or an argument.
 
     The message is one line that says what is wrong, where, and what to do.
+
+    Examples:
+      >>> try:
+      ...     load_experiment("experiments/sentiment.yaml", ["prompt.lenght=10"])
+      ... except UserError as error:
+      ...     print(error)
+      override prompt.lenght=10: prompt.lenght: unknown key; did you mean 'length'?
     """
 
 

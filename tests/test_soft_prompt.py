@@ -8,13 +8,23 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import GOLDEN
+from conftest import GOLDEN, REPOSITORY
 from flax import nnx
 
-from softprompt import SoftPrompt, TrainedPrompt, UserError, load_base, load_prompt
-from softprompt.data.task import make_task
+from softprompt import (
+    SoftPrompt,
+    TrainedPrompt,
+    TrainingBatches,
+    UserError,
+    load_base,
+    load_experiment,
+    load_prompt,
+)
+from softprompt.backbones.prefix import Cache, Prefix, T5Cache, T5Prefix
+from softprompt.data.task import make_examples, make_task
 from softprompt.experiment.schema import TemplateSettings
 from softprompt.methods import initializers
+from softprompt.methods.dept import OffsetParam
 from softprompt.methods.soft_prompt import PromptParam
 
 pytestmark = pytest.mark.usefixtures("strict_types")
@@ -208,7 +218,59 @@ def test_reprs_are_short_and_show_no_arrays(tiny):
 def test_notebooks_show_the_short_repr():
     treescope = pytest.importorskip("treescope")
     prompt = SoftPrompt(jnp.zeros((20, 32)))
-    assert treescope.render_to_text(prompt) == repr(prompt)
+    for shown in (prompt, prompt.vectors):
+        assert treescope.render_to_text(shown) == repr(shown)
+
+
+def test_arrays_of_methods_have_a_short_repr():
+    assert repr(PromptParam(jnp.zeros((20, 576)))) == "PromptParam(float32[20, 576])"
+    assert repr(OffsetParam(jnp.zeros((4, 2)))) == "OffsetParam(float32[4, 2])"
+    assert repr(PromptParam(True)) == "PromptParam(True)"  # as in a mask of parameters
+
+
+def test_prefixes_and_caches_have_a_short_repr():
+    keys, inputs, lengths = jnp.zeros((30, 4, 20, 3, 8)), jnp.zeros((30, 4, 9, 3, 8)), jnp.ones(4)
+    mask = jnp.ones((4, 9), bool)
+    shown = [
+        (Prefix(keys[:, 0], keys[:, 0]), "Prefix(30 layers, 20 virtual tokens)"),
+        (
+            T5Prefix(jnp.zeros((5, 8))),
+            "T5Prefix(5 virtual tokens in the encoder, 0 in the decoder)",
+        ),
+        (
+            T5Prefix(None, keys[:, 0], keys[:, 0]),
+            "T5Prefix(0 virtual tokens in the encoder, 20 in the decoder)",
+        ),
+        (Cache(keys, keys, lengths), "Cache(30 layers, 4 rows, 20 slots)"),
+        (
+            T5Cache(keys, keys, lengths, inputs, inputs, mask),
+            "T5Cache(30 layers, 4 rows, 20 slots, 9 input tokens)",
+        ),
+    ]
+    assert [repr(value) for value, _ in shown] == [text for _, text in shown]
+    assert max(len(text) for _, text in shown) < 200
+
+
+def test_data_have_a_short_repr(tiny):
+    verbalizer = {"positive": " positive", "negative": " negative"}
+    task = make_task(tiny, TemplateSettings(input="{text}"), verbalizer, virtual_tokens=5)
+    assert repr(task) == f"Task(2 labels, 5 virtual tokens, base {tiny.name!r})"
+    examples = make_examples(task, [{"text": "A joy. " * 9, "label": "positive"}] * 4)
+    assert repr(examples) == "Examples(4 examples)"
+    count = len(examples[0].input)
+    assert repr(examples[0]) == f"Example({count} tokens, 2 candidates)"
+    batches = TrainingBatches(examples, batch_size=2, seed=7)
+    assert repr(batches) == "TrainingBatches(4 examples, batch size 2, seed 7)"
+    batch = batches[0]
+    rows, tokens = batch.tokens.shape
+    assert repr(batch) == f"Batch({rows} rows, {tokens} tokens, {batch.targets.shape[1]} targets)"
+    assert max(len(repr(each)) for each in (task, examples, examples[0], batches, batch)) < 200
+
+
+def test_an_experiment_has_a_short_repr():
+    experiment = load_experiment(REPOSITORY / "experiments" / "sentiment.yaml")
+    text = "Experiment('sentiment', method prompt, base 'smollm2-135m-instruct')"
+    assert repr(experiment) == str(experiment) == text
 
 
 class Reader(nnx.Module):

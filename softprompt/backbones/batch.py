@@ -45,6 +45,10 @@ class Batch:
     positions: Array
     segments: Array
 
+    def __repr__(self) -> str:
+        rows, tokens = self.tokens.shape[-2:]
+        return f"Batch({rows} rows, {tokens} tokens, {self.targets.shape[-1]} targets)"
+
     @property
     def padding(self) -> float:
         """The fraction of `tokens` that is padding."""

@@ -50,6 +50,13 @@ class Base:
       backbone: the network, an NNX module.
       tokenizer: a fast tokenizer of `transformers`.
       compute: the dtype, the quantization and the implementation of attention.
+
+    Examples:
+      >>> base = load_base("smollm2-135m-instruct")
+      >>> base.backbone.arch.hidden_size
+      576
+      >>> base.tokenizer.decode(base.tokenizer("A joy.").input_ids)
+      'A joy.'
     """
 
     name: str

@@ -38,6 +38,9 @@ class Prefix:
     values: jax.Array
     spans: jax.Array | None = None
 
+    def __repr__(self) -> str:
+        return f"Prefix({self.keys.shape[0]} layers, {self.length} virtual tokens)"
+
     @property
     def length(self) -> int:
         """Number of tokens, P."""
@@ -103,6 +106,10 @@ class T5Prefix:
     values: jax.Array | None = None
     lengths: jax.Array | None = None
     spans: jax.Array | None = None
+
+    def __repr__(self) -> str:
+        decoder = 0 if self.keys is None else self.keys.shape[1]
+        return f"T5Prefix({self.length} virtual tokens in the encoder, {decoder} in the decoder)"
 
     @property
     def length(self) -> int:
@@ -264,6 +271,10 @@ class Cache:
     values: jax.Array
     lengths: jax.Array
 
+    def __repr__(self) -> str:
+        layers, rows, slots = self.keys.shape[:3]
+        return f"Cache({layers} layers, {rows} rows, {slots} slots)"
+
     @property
     def positions(self) -> jax.Array:
         """The position of the token in each slot, `[B, S]`; `MASKED_POSITION` if it is free."""
@@ -302,6 +313,11 @@ class T5Cache:
     input_keys: jax.Array
     input_values: jax.Array
     input_mask: jax.Array
+
+    def __repr__(self) -> str:
+        layers, rows, slots = self.keys.shape[:3]
+        inputs = self.input_mask.shape[1]
+        return f"T5Cache({layers} layers, {rows} rows, {slots} slots, {inputs} input tokens)"
 
     def append(self, keys: jax.Array, values: jax.Array) -> "T5Cache":
         """Add one token to each row, with keys and values `[L, B, 1, H, h]`."""

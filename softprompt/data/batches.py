@@ -146,6 +146,16 @@ class TrainingBatches:
       batch_size: examples in a batch, B.
       seed: seed of the order.
       separate_targets: whether the backbone reads targets apart from the input.
+
+    Examples:
+      >>> base = load_base("smollm2-135m-instruct")
+      >>> task = make_task(base, TemplateSettings(input="{text}"), None, virtual_tokens=5)
+      >>> records = [{"text": "One, two,", "label": " three"}] * 4
+      >>> batches = TrainingBatches(make_examples(task, records), batch_size=2, seed=0)
+      >>> batches
+      TrainingBatches(4 examples, batch size 2, seed 0)
+      >>> batches[100]  # tokens [B, T], targets [B, M]
+      Batch(2 rows, 8 tokens, 2 targets)
     """
 
     def __init__(
@@ -165,6 +175,10 @@ class TrainingBatches:
         self._seed = seed
         self._order = grain.MapDataset.source(range(len(examples))).seed(seed).shuffle().repeat()
         self._window = functools.lru_cache(maxsize=2)(self._sorted_window)
+
+    def __repr__(self) -> str:
+        size, count = self._batch_size, len(self._examples)
+        return f"TrainingBatches({count} examples, batch size {size}, seed {self._seed})"
 
     def __len__(self) -> int:
         return 2**62 // self._batch_size

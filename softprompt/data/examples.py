@@ -34,6 +34,9 @@ class Example:
     record: Record
     truncated: bool
 
+    def __repr__(self) -> str:
+        return f"Example({len(self.input)} tokens, {len(self.candidates)} candidates)"
+
     def answer_only(self) -> "Example":
         """Return the example to train on, whose only candidate is the right one."""
         assert self.answer is not None
@@ -91,6 +94,9 @@ class Dataset(Sequence[Example]):
     lengths: Lengths
     digest: str
     truncated: int
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self)} examples)"
 
     @abc.abstractmethod
     def example(self, number: int) -> Example:

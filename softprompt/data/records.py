@@ -19,6 +19,10 @@ class Record:
     Attributes:
       fields: values by field name.
       where: the record's place for error messages, such as `file:line`.
+
+    Examples:
+      >>> Record({"text": "A joy.", "stars": 5}, "reviews.jsonl:1").text("stars")
+      '5'
     """
 
     fields: Mapping[str, Any]

@@ -63,6 +63,10 @@ class Task:
     opening: Sequence[int]
     pieces: Sequence[Piece]
 
+    def __repr__(self) -> str:
+        targets = f"{len(self.labels)} labels" if self.labels else "free text"
+        return f"Task({targets}, {self.virtual_tokens} virtual tokens, base {self.base.name!r})"
+
     @property
     def labels(self) -> list[str]:
         """The labels, in the order of an example's candidates; empty for free text."""
@@ -217,6 +221,16 @@ def make_task(
 
     Raises:
       UserError: if the context window is too short, or the base model has no chat template.
+
+    Examples:
+      >>> base = load_base("smollm2-135m-instruct")
+      >>> template = TemplateSettings(input="Review: {text} Sentiment:")
+      >>> verbalizer = {"positive": " positive", "negative": " negative"}
+      >>> task = make_task(base, template, verbalizer, virtual_tokens=5)
+      >>> task
+      Task(2 labels, 5 virtual tokens, base 'smollm2-135m-instruct')
+      >>> task.opening[:5]  # the virtual tokens, followed by the ids of "Review: "
+      [-1, -2, -3, -4, -5]
     """
     if base.backbone.separate_targets:
         prefix_length = 0
@@ -269,6 +283,19 @@ def make_examples(
 
     Raises:
       UserError: if a record does not fit the template; see `Task.example`.
+
+    Examples:
+      >>> base = load_base("smollm2-135m-instruct")
+      >>> verbalizer = {"positive": " positive", "negative": " negative"}
+      >>> task = make_task(base, TemplateSettings(input="{text}"), verbalizer, virtual_tokens=5)
+      >>> records = [{"text": "A joy.", "label": "positive"}] * 2
+      >>> examples = make_examples(task, records)
+      >>> examples
+      Examples(2 examples)
+      >>> examples[0]
+      Example(3 tokens, 2 candidates)
+      >>> examples[0].candidates[examples[0].answer] == base.tokenizer(" positive").input_ids
+      True
     """
 
     def encoded() -> Iterator[Example]:

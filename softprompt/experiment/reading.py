@@ -131,6 +131,10 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
 
     Raises:
       UserError: one line per mistake, with file, line and key.
+
+    Examples:
+      >>> load_experiment("experiments/sentiment.yaml", ["prompt.length=10"])
+      Experiment('sentiment', method prompt, base 'smollm2-135m-instruct')
     """
     file = ExperimentFile(path, overrides)
     if file.sweep is not None:

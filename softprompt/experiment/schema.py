@@ -32,6 +32,13 @@ class Experiment(Section):
     """One experiment with all its settings: everything that a run depends on.
 
     Each method reads its own section among `prompt`, `prefix`, `dept` and `lora`.
+
+    Examples:
+      >>> experiment = load_experiment("experiments/sentiment.yaml", ["seed=1"])
+      >>> experiment.seed
+      1
+      >>> experiment.template.target
+      '{label}'
     """
 
     name: str = Field(
@@ -79,6 +86,11 @@ class Experiment(Section):
     scoring: ScoringSettings = ScoringSettings()
     generation: GenerationSettings = GenerationSettings()
     checkpoints: CheckpointSettings = CheckpointSettings()
+
+    def __repr__(self) -> str:
+        return f"Experiment({self.name!r}, method {self.method}, base {self.base!r})"
+
+    __str__ = __repr__
 
     @pydantic.model_validator(mode="before")
     @classmethod

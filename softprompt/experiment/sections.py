@@ -35,7 +35,13 @@ class DataSettings(Section):
 
 
 class TemplateSettings(Section):
-    """How a record becomes text. `{field}` is replaced by a field of the record."""
+    """How a record becomes text. `{field}` is replaced by a field of the record.
+
+    Examples:
+      >>> template = TemplateSettings(input="Review: {text} Sentiment:", target=" {label}")
+      >>> template.chat
+      False
+    """
 
     input: str = Field(
         description="Text that the model reads. `{prompt}` marks the position of the virtual "

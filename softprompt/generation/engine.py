@@ -52,6 +52,14 @@ class Generated:
       texts: one text per sample. Beam search returns the best text first.
       ended: for each text, whether it ended with the end-of-text token or a stop text. False
         if it was cut off at `max_new_tokens`.
+
+    Examples:
+      >>> prompt = load_prompt("runs/summarize")
+      >>> result = prompt.generate(["A tool that shows manuals."], max_new_tokens=8)[0]
+      >>> len(result.texts), len(result.ended)
+      (1, 1)
+      >>> result.text == result.texts[0]
+      True
     """
 
     texts: Sequence[str]

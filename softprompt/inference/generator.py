@@ -37,11 +37,13 @@ class Generator:
     Raises:
       UserError: see `add`.
 
-    Example:
-      generator = Generator("smollm2-135m-instruct", {"summarize": "runs/summarize"})
-      texts = ["A tool that shows the manual of a command.", "The capital of France is"]
-      results = generator.generate(texts, ["summarize", None], max_new_tokens=24)
-      results[0].text
+    Examples:
+      >>> generator = Generator("smollm2-135m-instruct", {"summarize": "runs/summarize"})
+      >>> generator
+      Generator('smollm2-135m-instruct', prompts=['summarize'])
+      >>> texts = ["A tool that shows the manual of a command.", "The capital of France is"]
+      >>> results = generator.generate(texts, ["summarize", None], max_new_tokens=24)
+      >>> summary = results[0].text
     """
 
     def __init__(self, base: Base | str, prompts: Mapping[str, Prompt] | None = None):

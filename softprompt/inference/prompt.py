@@ -32,6 +32,13 @@ class Prediction:
     Attributes:
       label: the most probable label.
       probabilities: of every label; they sum to 1.
+
+    Examples:
+      >>> prediction = load_prompt("runs/sentiment").classify(["A joy from start to end."])[0]
+      >>> prediction.label
+      'positive'
+      >>> list(prediction.probabilities)
+      ['positive', 'negative']
     """
 
     label: str
@@ -52,9 +59,10 @@ class TrainedPrompt:
       scoring: how the prompt labels inputs.
       generation: how the prompt generates text, unless a call changes it.
 
-    Example:
-      prompt = load_prompt("runs/sentiment")
-      prompt.classify(["A dull, lifeless film."])[0].label  # 'negative'
+    Examples:
+      >>> prompt = load_prompt("runs/sentiment")
+      >>> prompt.classify(["A dull, lifeless film."])[0].label
+      'negative'
     """
 
     base: Base
@@ -270,6 +278,11 @@ def load_prompt(path: str | Path, base: Base | str | None = None) -> TrainedProm
 
     Raises:
       UserError: if a file is damaged, or the prompt was trained on another base model.
+
+    Examples:
+      >>> prompt = load_prompt("runs/sentiment")
+      >>> prompt.task.labels
+      ['positive', 'negative']
     """
     saved = SavedPrompt.read(Path(path))
     if not isinstance(base, Base):

@@ -29,6 +29,14 @@ class DecomposedPrompt(Method):
       down: `[S, R]`; `down @ up` are the offsets `[S, D]`.
       up: `[R, D]`.
       opening: see `Method`.
+
+    Examples:
+      >>> base = load_base("smollm2-135m-instruct")
+      >>> vectors = SoftPrompt.from_vocabulary(base, 10, jax.random.key(0)).vectors[...]
+      >>> down = jnp.zeros((64, 8))  # [S, R]
+      >>> up = jax.random.normal(jax.random.key(1), (8, vectors.shape[1]))  # [R, D]
+      >>> DecomposedPrompt(vectors, down, up, opening=~jnp.arange(10))
+      DecomposedPrompt(10 virtual tokens, hidden size 576, offsets of rank 8 at 64 positions)
     """
 
     name: ClassVar[str] = "dept"

@@ -18,6 +18,11 @@ class FullFineTuning(Method):
 
     Args:
       opening: see `Method`.
+
+    Examples:
+      >>> base = load_base("smollm2-135m-instruct")
+      >>> backbone = nnx.clone(base.backbone)  # `train_step` donates what it trains
+      >>> graphdef, trainable, frozen = split(FullFineTuning(), backbone)
     """
 
     name: ClassVar[str] = "full"

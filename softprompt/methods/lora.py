@@ -33,6 +33,17 @@ class LoRA(Method):
       dropout: the share of an addition's inputs that are set to zero in training, that is, when
         `apply` is given a key.
       opening: see `Method`.
+
+    Examples:
+      >>> base = load_base("smollm2-135m-instruct")
+      >>> layers, size, rank = len(base.backbone.arch.layers), base.backbone.arch.hidden_size, 8
+      >>> down = 0.01 * jax.random.normal(jax.random.key(0), (layers, size, rank))
+      >>> up = jnp.zeros((layers, rank, size))
+      >>> path = "layers.attention.query"
+      >>> method = LoRA({path: (down, up)}, {path: 2.0})
+      >>> method
+      LoRA(rank 8, 1 matrices per layer)
+      >>> merged = method.merge(base.backbone)
     """
 
     name: ClassVar[str] = "lora"

@@ -26,8 +26,33 @@ class Constant(nnx.Variable):
     """An array that is never trained."""
 
 
+def _show_repr(self, path, subtree_renderer):
+    """Show notebooks the short text of `repr`. The default of NNX prints all arrays."""
+    from treescope.rendering_parts import text
+
+    return text(repr(self))
+
+
 class PromptParam(nnx.Param):
-    """A trained array of a soft prompt or a prefix."""
+    """A trained array of a soft prompt or a prefix.
+
+    As an NNX filter, the class selects what is learned: such as the vectors `[P, D]` of a
+    `SoftPrompt`, or the keys and values `[L, P, K, h]` of `PrefixTuning`.
+
+    Examples:
+      >>> prompt = SoftPrompt(jnp.zeros((20, 576)))
+      >>> prompt.vectors
+      PromptParam(float32[20, 576])
+      >>> graphdef, learned, frozen = nnx.split(prompt, PromptParam, ...)
+    """
+
+    def __repr__(self) -> str:
+        value = self.get_value()
+        if not hasattr(value, "shape"):  # a tree of arrays can be mapped to a tree of anything
+            return f"{type(self).__name__}({value!r})"
+        return f"{type(self).__name__}({value.dtype}{list(value.shape)})"
+
+    __treescope_repr__ = _show_repr
 
 
 class OffsetParam(PromptParam):
@@ -271,8 +296,4 @@ class Method(nnx.Module):
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
 
-    def __treescope_repr__(self, path, subtree_renderer):
-        """Show notebooks the same short text. The default of NNX prints all arrays."""
-        from treescope.rendering_parts import text
-
-        return text(repr(self))
+    __treescope_repr__ = _show_repr

@@ -24,6 +24,15 @@ class PrefixTuning(Method):
       keys: `[L, P, K, h]`, after rotary embedding.
       values: `[L, P, K, h]`.
       opening: see `Method`. It comes after the learned keys and values.
+
+    Examples:
+      >>> base = load_base("smollm2-135m-instruct")
+      >>> start = SoftPrompt.from_vocabulary(base, 20, jax.random.key(0))
+      >>> keys, values = base.backbone.initial_prefix(start.vectors[...], jax.random.key(0))
+      >>> method = PrefixTuning(keys, values)
+      >>> method
+      PrefixTuning(20 virtual tokens, 30 layers, 3 key-value heads of size 64)
+      >>> backbone, prefix = method.apply(base.backbone)
     """
 
     name: ClassVar[str] = "prefix"

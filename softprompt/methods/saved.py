@@ -55,6 +55,11 @@ def save_prompt(
       validation: metrics on the validation data, by name.
       scoring: how the prompt labels inputs; by default the default settings.
       generation: how the prompt generates text; by default the default settings.
+
+    Examples:
+      >>> base = load_base("smollm2-135m-instruct")
+      >>> prompt = SoftPrompt.from_vocabulary(base, 10, jax.random.key(0))
+      >>> save_prompt("prompts/start", prompt, base, step=0)
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -42,17 +42,23 @@ class SoftPrompt(Method):
         default the virtual tokens alone, in order. Virtual tokens that are not in the opening
         are among the tokens of the rows.
 
-    Example:
+    Examples:
       A prompt for any model that reads embeddings:
 
-          prompt = SoftPrompt(0.02 * jax.random.normal(jax.random.key(0), (20, 64)))
-          logits = model(prompt(embeddings))  # [B, 20 + T, 64] into the model
+      >>> prompt = SoftPrompt(0.02 * jax.random.normal(jax.random.key(0), (20, 64)))
+      >>> prompt
+      SoftPrompt(20 virtual tokens, hidden size 64)
+      >>> embeddings = jnp.zeros((8, 12, 64))  # [B, T, D]
+      >>> prompt(embeddings).shape  # [B, P + T, D]
+      (8, 32, 64)
 
       A prompt on a base model of this package:
 
-          base = load_base("smollm2-135m-instruct")
-          prompt = SoftPrompt.from_vocabulary(base, 20, jax.random.key(0))
-          backbone, prefix = prompt.apply(base.backbone)
+      >>> base = load_base("smollm2-135m-instruct")
+      >>> prompt = SoftPrompt.from_vocabulary(base, 20, jax.random.key(0))
+      >>> backbone, prefix = prompt.apply(base.backbone)
+      >>> prefix
+      Prefix(30 layers, 20 virtual tokens)
     """
 
     name: ClassVar[str] = "prompt"
@@ -75,6 +81,14 @@ class SoftPrompt(Method):
           base: the base model.
           length: P, the number of virtual tokens.
           key: determines the draw.
+
+        Returns:
+          A prompt whose vectors `[P, D]` are float32.
+
+        Examples:
+          >>> base = load_base("smollm2-135m-instruct")
+          >>> SoftPrompt.from_vocabulary(base, 20, jax.random.key(0))
+          SoftPrompt(20 virtual tokens, hidden size 576)
         """
         random = np.random.default_rng(np.asarray(jax.random.key_data(key)))
         return cls(sampled_vocabulary(base, length, random).astype(jnp.float32))
@@ -88,8 +102,16 @@ class SoftPrompt(Method):
           text: it is tokenized without special tokens.
           length: P; the text is repeated or truncated to it. By default its number of tokens.
 
+        Returns:
+          A prompt whose vectors `[P, D]` are float32.
+
         Raises:
           UserError: if the text has no tokens.
+
+        Examples:
+          >>> base = load_base("smollm2-135m-instruct")
+          >>> SoftPrompt.from_text(base, "Is this review positive?", length=10)
+          SoftPrompt(10 virtual tokens, hidden size 576)
         """
         return cls(text_vectors(base, length, text).astype(jnp.float32))
 
@@ -100,6 +122,12 @@ class SoftPrompt(Method):
           folder: the folder to write; a prompt that is already in it is replaced.
           base: the base model.
           task: template and verbalizer; by default free text after `{text}`.
+
+        Examples:
+          >>> base = load_base("smollm2-135m-instruct")
+          >>> prompt = SoftPrompt.from_text(base, "Is this review positive?")
+          >>> prompt.save("prompts/question", base)
+          >>> loaded = load_prompt("prompts/question", base)
         """
         save_prompt(folder, self, base, task)
 

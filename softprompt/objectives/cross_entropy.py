@@ -19,11 +19,22 @@ def cross_entropy(
 
     Args:
       model: the method on its backbone.
-      batch: `[B]` rows with `[B, M]` targets.
+      batch: rows `[B, T]` with targets `[B, M]`.
       key: the random key of this pass, for dropout.
 
     Returns:
-      The sum over all target tokens in nats, the number of target tokens, and no metrics.
+      The sum over all target tokens in nats, the number of target tokens, and no metrics. Both
+      numbers are scalars `[]`.
+
+    Examples:
+      >>> base = load_base("smollm2-135m-instruct")
+      >>> task = make_task(base, TemplateSettings(input="{text}"), None, virtual_tokens=5)
+      >>> records = [{"text": "One, two,", "label": " three"}] * 4
+      >>> batches = TrainingBatches(make_examples(task, records), batch_size=2, seed=0)
+      >>> prompt = SoftPrompt.from_vocabulary(base, 5, jax.random.key(0))
+      >>> model = Model(prompt, base.backbone)
+      >>> total, weight, metrics = cross_entropy(model, batches[0], jax.random.key(1))
+      >>> loss = total / weight
     """
     backbone, prefix = model.apply(key)
     log_probabilities = target_log_probabilities(backbone, prefix, batch)  # [B, M]

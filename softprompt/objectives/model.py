@@ -17,6 +17,14 @@ class Model(NamedTuple):
       method: the method, which holds the trainable part.
       backbone: the backbone without the method. An objective may use it as a reference
         or as a teacher.
+
+    Examples:
+      >>> base = load_base("smollm2-135m-instruct")
+      >>> prompt = SoftPrompt.from_vocabulary(base, 20, jax.random.key(0))
+      >>> model = Model(prompt, base.backbone)
+      >>> backbone, prefix = model.apply(jax.random.key(1))
+      >>> prefix
+      Prefix(30 layers, 20 virtual tokens)
     """
 
     method: Method

@@ -47,7 +47,7 @@ def train(
 
     Examples:
       >>> experiment = load_experiment("experiments/sentiment.yaml", ["training.steps=20"])
-      >>> summary = train(experiment, "runs/short")
+      >>> summary = train(experiment, "runs/example")
       >>> summary["test"]["accuracy"]
     """
     folder = Path(folder)

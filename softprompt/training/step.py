@@ -22,7 +22,24 @@ Frozen = tuple[nnx.State, nnx.State]  # the method's constants; the backbone
 
 
 def split(method: Method, backbone: Any) -> tuple[Any, nnx.State, Frozen]:
-    """Split `(method, backbone)` into its structure, its trainable state and its frozen state."""
+    """Split `(method, backbone)` into its structure, its trainable state and its frozen state.
+
+    Args:
+      method: the method, with arrays such as `[P, D]` vectors.
+      backbone: the frozen backbone of the base model.
+
+    Returns:
+      The structure (an NNX graphdef), the trainable state, and the frozen state. States hold
+      the arrays in their own shapes. `nnx.merge(graphdef, trainable, *frozen)` returns the
+      method and the backbone.
+
+    Examples:
+      >>> base = load_base("smollm2-135m-instruct")
+      >>> prompt = SoftPrompt.from_vocabulary(base, 20, jax.random.key(0))
+      >>> graphdef, trainable, frozen = split(prompt, base.backbone)
+      >>> [array.shape for array in jax.tree.leaves(trainable)]
+      [(20, 576)]
+    """
     graphdef, trainable, *frozen = nnx.split((method, backbone), method.trainable, Constant, ...)
     return graphdef, trainable, (frozen[0], frozen[1])
 
@@ -42,9 +59,11 @@ def update(
     """Make one update.
 
     Args:
-      trainable, frozen, graphdef: what `split` returned.
+      trainable, frozen, graphdef: what `split` returned. The trainable arrays keep their
+        shapes, such as `[P, D]` for the vectors of a soft prompt.
       opt_state: state of the optimizer.
-      batch: its rows are run in `accumulate` passes of equal size.
+      batch: rows `[B, T]` with targets `[B, M]`. They are run in `accumulate` passes of equal
+        size.
       key: random key for the objective, such as for dropout.
       optimizer: turns gradients into updates: any Optax optimizer, or an `UpdateRule`, whose
         hyperparameters are not compiled in.
@@ -54,6 +73,25 @@ def update(
     Returns:
       The new trainable state, the new optimizer state, and measurements: `loss`,
       `gradient_norm` (before any clipping) and the metrics of the objective, all scalars.
+
+    Examples:
+      >>> base = load_base("smollm2-135m-instruct")
+      >>> task = make_task(base, TemplateSettings(input="{text}"), None, virtual_tokens=5)
+      >>> records = [{"text": "One, two,", "label": " three"}] * 4
+      >>> batches = TrainingBatches(make_examples(task, records), batch_size=2, seed=0)
+      >>> start = SoftPrompt.from_vocabulary(base, 5, jax.random.key(0))
+      >>> prompt = SoftPrompt(start.vectors[...], task.opening)
+      >>> optimizer = optax.adamw(2e-2)
+      >>> graphdef, trainable, frozen = split(prompt, base.backbone)
+      >>> opt_state = optimizer.init(trainable)
+      >>> program = dict(graphdef=graphdef, optimizer=optimizer, objective=cross_entropy)
+      >>> for step in range(2):
+      ...     trainable, opt_state, measured = train_step(
+      ...         trainable, opt_state, frozen, batches[step], jax.random.key(step), **program
+      ...     )
+      >>> sorted(measured)
+      ['gradient_norm', 'loss']
+      >>> prompt, backbone = nnx.merge(graphdef, trainable, *frozen)
     """
 
     def loss_sum(trainable: nnx.State, batch: Batch, key: jax.Array):
