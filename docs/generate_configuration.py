@@ -32,13 +32,13 @@ _INTRODUCTION = """\
 
 An experiment is one YAML file. This page lists every key with its type and default.
 
-- Paths are relative to the file that names them.
+- Paths are relative to the file that contains them; on the command line, to the current folder.
 - `extends: other.yaml` starts from another file. The keys of this file override those of the other.
 - On the command line, `key=value` overrides a key: `softprompt train experiments/sentiment.yaml
   prompt.length=50 seed=1`.
 - Each table leaves out the name of its section: `dtype` in the section `compute` is the key
   `compute.dtype`.
-- Unknown keys and invalid values are rejected with the file, line and key.
+- Unknown keys and invalid values are rejected with a message that names the file, line and key.
 - A run folder keeps the resolved experiment in `config.yaml`.
 
 """

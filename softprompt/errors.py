@@ -1,26 +1,22 @@
-"""Exceptions that end a command with one line instead of a traceback."""
+"""Exceptions for mistakes of a user, and for work that a signal stopped."""
 
 
 class UserError(Exception):
     """A user's mistake in a file, a command or an argument.
 
-    The message is one line that says what is wrong, where, and what to do. The command
-    line prints it and exits with status 1.
+    The message is one line that says what is wrong, where, and what to do.
     """
 
 
 class FolderError(UserError):
-    """A folder holds something else, so that another one is needed.
+    """A folder has other content, so that another folder must be chosen.
 
-    The message ends with "choose another folder". The command line completes it with the
-    name of the option that sets the folder.
+    The message ends with "choose another folder", so that a caller can add how to do so.
     """
 
 
 class Stopped(Exception):
     """A signal stopped the work. The message says what was saved.
-
-    The command line prints it and exits with status 128 + `number`.
 
     Args:
       number: number of the signal.

@@ -71,5 +71,5 @@ def test_runs_with_other_settings_are_rejected(folder):
         UserError, match=r"other settings \(template.max_tokens.*choose another folder"
     ):
         compare(file, ["none"], [0], ["template.max_tokens=50"], runs, train_here)
-    with pytest.raises(UserError, match="method 'best' is none of none, few-shot"):
+    with pytest.raises(UserError, match="method 'best' is not one of none, few-shot"):
         compare(file, ["best"], [0], [], runs, train_here)

@@ -115,7 +115,7 @@ def test_a_missing_key_is_reported(file):
         ("a: !!python/object:os.system x\n", "case.yaml:1: not a YAML value (could not determine"),
         ("a: !!bool x\n", "case.yaml:1: not a YAML value"),
         ("a: &x {b: *x}\n", "case.yaml:1: nested too deeply"),
-        ("extends: [a]\n", "case.yaml:1: extends: the path of another file"),
+        ("extends: [a]\n", "case.yaml:1: extends: must be the path of another file"),
     ],
 )
 def test_an_invalid_file_is_rejected_with_its_line(file, text, message):
@@ -136,11 +136,11 @@ def test_an_invalid_file_is_rejected_with_its_line(file, text, message):
             "template.target='{a} {b}'",
             "template.target: with a verbalizer it must have one {field}",
         ),
-        ("prompt.init=text", "init: text and init_text need each other"),
+        ("prompt.init=text", "init: text and init_text must be set together"),
         ("verbalizer.no=' yes'", "verbalizer: two labels have the same text"),
         ("optimizer.learning_rate=.inf", "Input should be a finite number"),
         ("name=2024-13-45", "'2024-13-45' is not a YAML value"),
-        ("seed", "an override is written key=value"),
+        ("seed", "an override has the form key=value"),
         ("prompt.length=[", "'[' is not a YAML value"),
     ],
 )

@@ -144,5 +144,5 @@ def test_free_text_is_learned_and_generated(t5_folder, tmp_path):
 def test_a_target_longer_than_the_context_window_is_rejected(t5_folder, tmp_path):
     path = write_experiment(tmp_path)
     overrides = [f"base={t5_folder}", "template.max_tokens=2"]
-    with pytest.raises(UserError, match="its target has 3 tokens, more than 2"):
+    with pytest.raises(UserError, match="its target has 3 tokens, but at most 2 fit"):
         train(load_experiment(path, overrides), tmp_path / "run")

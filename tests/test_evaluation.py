@@ -180,7 +180,7 @@ def test_perplexity_matches_the_scores_of_whole_sequences(tiny):
     assert prompt.perplexity([], []) == []
     with pytest.raises(UserError, match="2 inputs and 1 targets"):
         prompt.perplexity(texts, ["a"])
-    with pytest.raises(UserError, match="perplexity is of free text"):
+    with pytest.raises(UserError, match="perplexity needs free text"):
         trained(tiny, vectors, {"a": "a", "b": "b"}).perplexity(["a"], ["b"])
 
 
@@ -195,7 +195,7 @@ def test_free_text_is_generated_and_measured(tiny, tmp_path):
     backbone = method.adapt(tiny.backbone)
     prefix = make_prefix(method, backbone)
     examples = [task.example(record) for record in records(*PAIRS)]
-    measured = evaluate(backbone, prefix, task, examples, experiment, "all", written=3)
+    measured = evaluate(backbone, prefix, task, examples, experiment, "all", max_generated=3)
     texts = [text for text, _ in PAIRS[:3]]
     prompt = TrainedPrompt(tiny, method, backbone, prefix, task, {})
     expected = [written.text.strip() for written in prompt.generate(texts, max_new_tokens=5)]
@@ -206,7 +206,7 @@ def test_free_text_is_generated_and_measured(tiny, tmp_path):
     assert measured.values()["rouge1.f1"] == again["rouge1"].values()["rouge1.f1"]
     too_long = experiment.generation.model_copy(update={"max_new_tokens": 1000})
     experiment = experiment.model_copy(update={"generation": too_long})
-    without_texts = evaluate(backbone, prefix, task, examples, experiment, "all", written=0)
+    without_texts = evaluate(backbone, prefix, task, examples, experiment, "all", max_generated=0)
     assert list(without_texts.values()) == ["loss"]
     assert not without_texts.samples
 

@@ -62,8 +62,8 @@ def test_csv_records_remember_their_lines_and_may_contain_newlines(tmp_path):
         ("d.jsonl", "[1]\n", "d.jsonl:1: not a JSON object"),
         ("d.jsonl", '{"a": NaN}\n', "d.jsonl:1: not valid JSON (JSON has no number NaN)"),
         ("d.jsonl", "\n", "d.jsonl: has no records"),
-        ("d.csv", "a,b\n1\n", "d.csv:2: not as many columns as the header"),
-        ("d.csv", "a,b\n1,2,3\n", "d.csv:2: not as many columns as the header"),
+        ("d.csv", "a,b\n1\n", "d.csv:2: not the same number of columns as the header"),
+        ("d.csv", "a,b\n1,2,3\n", "d.csv:2: not the same number of columns as the header"),
         ("d.txt", "x", "d.txt: unknown kind of dataset (known: .jsonl, .csv"),
     ],
 )

@@ -89,11 +89,11 @@ def test_new_tokens_of_a_merged_model_are_never_the_most_probable(run, tmp_path)
 @pytest.mark.parametrize(
     ("name", "overrides", "format", "message"),
     [
-        ("prefix", ["method=prefix", "prefix.length=2"], "merged", "method prefix has no form"),
-        ("dept", ["method=dept"], "merged", "method dept has no form"),
-        ("none", ["method=none"], "merged", "method none has no form"),
-        ("none", ["method=none"], "peft", "method none has no form in peft"),
-        ("full", MERGED["full"], "peft", "method full has no form in peft"),
+        ("prefix", ["method=prefix", "prefix.length=2"], "merged", "prefix cannot be merged"),
+        ("dept", ["method=dept"], "merged", "method dept cannot be merged"),
+        ("none", ["method=none"], "merged", "method none cannot be merged"),
+        ("none", ["method=none"], "peft", "method none has no equivalent in peft"),
+        ("full", MERGED["full"], "peft", "method full has no equivalent in peft"),
         ("in-place", MERGED["in-place"], "peft", "are elsewhere"),
     ],
 )

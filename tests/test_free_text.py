@@ -136,14 +136,14 @@ def test_samples_of_steps_that_will_be_repeated_are_removed(tmp_path):
     ("overrides", "message"),
     [
         (["evaluation.metrics=[rogue]"], "no metric 'rogue'"),
-        (["evaluation.metric=bleu", "evaluation.metrics=[rouge]"], "metric: 'bleu' is none of"),
+        (["evaluation.metric=bleu", "evaluation.metrics=[rouge]"], "metric: 'bleu' is not one of"),
         (["evaluation.metric=accuracy"], "accuracy needs a verbalizer"),
         (["evaluation.samples=0"], "rouge1.f1 needs evaluation.samples"),
         (["scoring.normalize=true"], "scoring needs a verbalizer"),
         (["generation.top_k=4"], "top_k needs a temperature"),
         (["generation.samples=4"], "samples: several samples need a temperature"),
         (["scoring.calibrate=' '", "verbalizer={low: a, high: b}"], "should match pattern"),
-        (["generation.beams=4", "generation.temperature=1.0"], "beam search takes no temperature"),
+        (["generation.beams=4", "generation.temperature=1.0"], "beams: beam search cannot use"),
     ],
 )
 def test_invalid_combinations_are_rejected(experiment_file, overrides, message):

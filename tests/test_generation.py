@@ -364,9 +364,9 @@ def test_a_batch_that_is_too_large_is_halved_until_it_fits(tiny, generate, monke
     messages = capsys.readouterr().err
     assert "trying 2 instead of 4 inputs at a time" in messages
     assert "trying 1 instead of 2 inputs at a time" in messages
-    assert messages.count("no memory") == 2
+    assert messages.count("out of memory") == 2
     monkeypatch.setattr(engine.decoding, "start", out_of_memory(0, decoding.start))
-    with pytest.raises(UserError, match="no memory for a single input"):
+    with pytest.raises(UserError, match="out of memory with a single input"):
         generate(TEXTS)
     one = Engine(tiny.backbone, tiny.tokenizer, GenerationSettings())
     with pytest.raises(UserError, match="out of memory with a single input"):

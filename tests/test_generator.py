@@ -165,7 +165,7 @@ def test_invalid_arguments_are_rejected(tiny, t5):
         generator.generate(["x"], "b")
     with pytest.raises(UserError, match="no prompt 'b' in the bank"):
         generator.remove("b")
-    with pytest.raises(UserError, match="there is a prompt 'a' already"):
+    with pytest.raises(UserError, match="a prompt named 'a' already exists"):
         generator.add("a", soft_prompt(tiny, 0, 2))
     with pytest.raises(UserError, match="prompt 'b': it was trained on the base model"):
         generator.add("b", soft_prompt(t5, 0, 2))
@@ -175,7 +175,7 @@ def test_invalid_arguments_are_rejected(tiny, t5):
         generator.generate(["x", "y"], ["a"])
     with pytest.raises(UserError, match="give a list of inputs"):
         generator.generate("x", "a")
-    with pytest.raises(UserError, match="temprature: no setting of generation"):
+    with pytest.raises(UserError, match="temprature: unknown setting"):
         generator.generate(["x"], "a", temprature=1.0)
     with pytest.raises(UserError, match="top_p needs a temperature"):
         generator.generate(["x"], "a", top_p=0.5)

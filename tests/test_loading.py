@@ -75,7 +75,7 @@ def test_different_weights_have_different_fingerprints(model):
         ({"num_hidden_layers": 0}, "(no layers)"),
         ({"rms_norm_eps": 0}, "(norm_epsilon 0.0)"),
         ({"num_attention_heads": 0}, "its config has an invalid value"),
-        ({"num_attention_heads": 3, "num_key_value_heads": 2}, "do not fit one another"),
+        ({"num_attention_heads": 3, "num_key_value_heads": 2}, "do not match"),
         ({"rope_scaling": "x"}, "its config has an invalid value"),
         ({"model_type": "mamba"}, "model type 'mamba' is not supported (supported: gemma, gemma2,"),
         ({"hidden_act": "xielu"}, "activation 'xielu' is not supported (supported: silu, swish,"),

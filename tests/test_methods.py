@@ -236,7 +236,7 @@ def test_each_task_has_its_own_prompt(tiny):
             log_probability(tiny, jnp.asarray(vectors), "hello:", t) for t in VERBALIZER.values()
         ]
         np.testing.assert_allclose(found, expected, rtol=1e-4)
-    with pytest.raises(UserError, match=r"task 'play' is none of prompt\.tasks \(film, book\)"):
+    with pytest.raises(UserError, match=r"task 'play' is not one of prompt\.tasks \(film, book\)"):
         scores(tiny, method, task, {"text": "hello", "task": "play"})
 
 
@@ -340,7 +340,7 @@ def test_training_starts_from_the_mean_of_trained_prompts(experiment_file, tiny,
     np.testing.assert_allclose(mean, (first + second) / 2, atol=1e-6)
     with pytest.raises(UserError, match="a prompt has 3 virtual tokens, but length is 4"):
         train(load_experiment(experiment_file, [*overrides, "prompt.length=4"]), tmp_path / "x")
-    with pytest.raises(UserError, match="init: prompts and init_prompts need each other"):
+    with pytest.raises(UserError, match="init: prompts and init_prompts must be set together"):
         load_experiment(experiment_file, ["prompt.init=prompts"])
 
 

@@ -236,7 +236,7 @@ def test_prompts_that_peft_cannot_represent_are_rejected(tmp_path):
         (in_place, False, "are elsewhere"),
         (in_place, True, "there is no prefix of keys and values"),
         (after_text, False, "are elsewhere"),
-        (trained(base, offsets), False, "method dept has no form in peft"),
+        (trained(base, offsets), False, "method dept has no equivalent in peft"),
         (trained(base, offsets), True, "method dept cannot be written as a prefix"),
         (trained(base, lora), True, "method lora cannot be written as a prefix"),
     ):

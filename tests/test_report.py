@@ -206,7 +206,7 @@ def test_runs_with_different_metrics_are_not_compared(folder, tmp_path, capsys):
     config.write_text(config.read_text().replace("metric: accuracy", "metric: loss"))
     capsys.readouterr()
     assert main(["report", str(tmp_path), "--output", str(tmp_path / "out")]) == 0
-    assert "runs with another metric than accuracy: 1" in capsys.readouterr().err
+    assert "runs with a metric other than accuracy: 1" in capsys.readouterr().err
     tables = [
         list(csv.DictReader(io.StringIO((tmp_path / "out" / f"{name}.csv").read_text())))
         for name in ("runs", "settings")
@@ -236,7 +236,7 @@ def test_a_report_does_not_overwrite_other_files(folder, tmp_path, capsys):
         (tmp_path / name).write_text("mine")
         assert main(["report", str(folder), "--output", str(tmp_path)]) == 1
         assert (
-            f"{name}: not a file of a report; choose another folder with --output"
+            f"{name}: not written by a report; choose another folder with --output"
             in capsys.readouterr().err
         )
         assert (tmp_path / name).read_text() == "mine"

@@ -17,7 +17,7 @@ from softprompt.experiment.schema import OptimizerSettings
 from softprompt.storage.run_folder import MetricsLog, read_metrics
 from softprompt.sweep.outcome import Outcome, validation_at
 from softprompt.sweep.program import shared_settings, step_group
-from softprompt.sweep.runner import program_families, sweep
+from softprompt.sweep.runner import program_groups, sweep
 from softprompt.training.optimizers import UpdateRule, hyperparameters
 from softprompt.training.step import split, train_step
 
@@ -78,7 +78,7 @@ DIFFERENT = """\
 def test_each_trial_matches_a_single_run(space):
     """Three trials with different lengths and schedules share one program."""
     trials = sweep(space(DIFFERENT))
-    assert len(program_families(trials)) == 1
+    assert len(program_groups(trials)) == 1
     for trial in trials:
         alone = trial.folder.with_name(f"alone-{trial.number}")
         summary = train(trial.experiment, alone)
@@ -121,7 +121,7 @@ def test_a_step_that_runs_out_of_memory_uses_fewer_trials(space, monkeypatch, ca
     monkeypatch.setattr("softprompt.sweep.scheduler.step_group", step_with_memory_for_two)
     trials = sweep(space(section, folder="narrow"))
     assert widths == [4, *[2] * 24]
-    assert "no memory for a step of 4 trials at once: trying 2" in capsys.readouterr().err
+    assert "out of memory: trying 2 instead of 4 trials at once" in capsys.readouterr().err
     for trial, in_pair in zip(trials, in_pairs, strict=True):
         assert validation_at(trial.folder, 12)["loss"] == validation_at(in_pair.folder, 12)["loss"]
 
@@ -129,17 +129,17 @@ def test_a_step_that_runs_out_of_memory_uses_fewer_trials(space, monkeypatch, ca
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
 
     monkeypatch.setattr("softprompt.sweep.scheduler.step_group", step_without_memory)
-    with pytest.raises(UserError, match="no memory for a single trial; set a smaller training"):
+    with pytest.raises(UserError, match="out of memory with a single trial; set a smaller"):
         sweep(space(section, folder="none"))
 
 
 def test_trials_that_cannot_share_a_program_are_grouped(space):
     def count(section):
         trials = space(section).trials()
-        assert {shared_settings(t.experiment) for g in program_families(trials) for t in g[:1]} == {
+        assert {shared_settings(t.experiment) for g in program_groups(trials) for t in g[:1]} == {
             shared_settings(t.experiment) for t in trials
         }
-        return len(program_families(trials))
+        return len(program_groups(trials))
 
     assert count("  prompt.length: [1, 9]\n  seed: [0, 1]\n  prompt.init: [random, labels]\n") == 1
     assert count("  optimizer.schedule: [linear, cosine]\n") == 2

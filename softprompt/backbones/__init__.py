@@ -1,0 +1,1 @@
+"""Backbones: the networks of base models, and the files that they are loaded from."""

@@ -12,7 +12,7 @@ class LayerKind:
     """The options that can differ between the layers of one model.
 
     Attributes:
-      rope: the rotary embedding; None if the model has none in any layer.
+      rope: the rotary embedding; None if no layer of the model has one.
       window: the number of positions a token attends to, including its own; None for all.
     """
 
@@ -67,7 +67,7 @@ class Architecture:
                 raise ValueError(f"{field.name} {value!r}")
         rotated = [2 * len(kind.rope.frequencies) for kind in self.layers if kind.rope]
         if self.num_heads % self.num_kv_heads or max(rotated, default=0) > self.head_size:
-            raise ValueError("sizes of attention heads do not fit one another")
+            raise ValueError("sizes of attention heads do not match")
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation {self.activation!r}")
         if self.experts_per_token > self.num_experts:

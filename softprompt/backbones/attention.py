@@ -17,7 +17,7 @@ MASKED_POSITION = 2**30  # the position of a key that no query can attend to
 class Source:
     """Keys and values to attend to.
 
-    In `visible` and `bias`, B is 1 if all rows share them.
+    In `visible` and `bias`, B is 1 if all rows share them, and T is 1 if all queries do.
 
     Attributes:
       keys, values: `[B, S, K, h]`, or `[S, K, h]` if all rows share them.

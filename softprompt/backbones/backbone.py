@@ -1,4 +1,4 @@
-"""What the rest of the package may ask of a base model's network.
+"""The interface of a backbone: what the rest of the package may use of it.
 
 Nothing outside `backbones/` checks which class a backbone is. To add an architecture, write an
 NNX module with these members, and build it in `loading.load_backbone`.
@@ -101,7 +101,7 @@ class Backbone(Protocol[PrefixType, CacheType]):
         ...
 
     def prefill(self, embeddings: jax.Array, prefix: PrefixType | None = None) -> PrefixType:
-        """Make a prefix that has the same effect as these embeddings in front of every row.
+        """Make a prefix that has the same effect as these embeddings before every row.
 
         Args:
           embeddings: `[P, D]`.

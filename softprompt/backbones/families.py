@@ -57,7 +57,7 @@ def _with_defaults(config: Config, **defaults: Any) -> Config:
 
 
 def _require(config: Config, key: str, supported: Any) -> None:
-    """Reject a config whose `key` has another value than the supported one or null."""
+    """Reject a config whose `key` has a value other than the supported one or null."""
     if config.get(key) not in (None, supported):
         raise UserError(
             f"{key} {config[key]!r} of a {config['model_type']} model is not supported "

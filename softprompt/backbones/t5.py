@@ -272,7 +272,8 @@ class T5(nnx.Module):
         positions = indices - first
         segments = jnp.where(batch.target_candidates < 0, -1, batch.target_candidates + 1)
         visible = causal_mask(positions, positions, None) & same_sequence(segments)
-        # All rows share one bias: within a candidate, distances are the same in both countings.
+        # All rows share one bias, because distances within a candidate do not depend on where
+        # its positions start.
         bias = self._bias(self.decoder_bias, indices, indices, bidirectional=False)
         from_prefix, *mask_and_bias = self._prefix_source(prefix, positions)
 

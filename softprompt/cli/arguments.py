@@ -86,11 +86,11 @@ def add_inputs(command: argparse.ArgumentParser) -> None:
 
 
 def add_scoring(command: argparse.ArgumentParser) -> None:
-    """Add the settings of how labels are scored."""
+    """Add the settings of label scoring."""
     command.add_argument(
         "--normalize",
         action="store_true",
-        help="divide the log-probability of each label by its number of tokens",
+        help="divide the log-probability of each label by the number of tokens in its text",
     )
     command.add_argument(
         "--calibrate",
@@ -150,7 +150,7 @@ def add_generation(command: argparse.ArgumentParser) -> None:
 
 @contextlib.contextmanager
 def folder_option(option: str) -> Iterator[None]:
-    """Name the option that sets the folder in every `FolderError` raised within."""
+    """Add the option that sets the folder to every `FolderError` raised in the context."""
     try:
         yield
     except FolderError as error:

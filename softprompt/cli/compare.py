@@ -25,8 +25,8 @@ def add_to(subparsers: Any) -> None:
         run,
         "train several methods on one experiment, and print a table",
         f"""\
-Trains each method with each seed in a run of its own, skips runs that are already finished,
-and prints a table of the quality and the cost of each method. The table is also written to
+Trains each method with each seed in its own run, skips runs that are already finished, and
+prints a table of the quality and the cost of each method. The table is also written to
 compare.md and compare.csv in the folder.
 Methods: {", ".join(METHODS)}, few-shot.
 Two of them train nothing: none is the base model alone, and few-shot is the base model with
@@ -78,7 +78,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def train(file: Path, overrides: Sequence[str], folder: Path) -> None:
-    """Train one run in a process of its own, so that its peak memory can be measured.
+    """Train one run in its own process, so that its peak memory can be measured.
 
     Raises:
       UserError: if the process fails; it has printed the reason.

@@ -101,7 +101,7 @@ def _evaluate_one(options: argparse.Namespace, experiment: "Experiment", data: s
         examples,
         experiment.model_copy(update={"scoring": prompt.scoring}),
         options.split,
-        written=None if needs_predictions else 0,
+        max_generated=None if needs_predictions else 0,
         progress=Bar,
     )
     result = {"split": options.split, "examples": len(examples), **measured.values()}

@@ -39,7 +39,7 @@ examples:
         help="the format (default: peft)",
     )
     command.add_argument(
-        "--push", metavar="OWNER/NAME", help="also upload the folder to the Hugging Face hub"
+        "--push", metavar="OWNER/NAME", help="also upload the folder to the Hugging Face Hub"
     )
 
 

@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Args:
-      arguments: the words of the command line; by default those of this process.
+      arguments: the words of the command line; by default the arguments of this process.
 
     Returns:
       The exit status: 0 on success, 1 after a user's mistake, 128 + n after signal n.

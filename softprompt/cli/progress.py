@@ -52,9 +52,9 @@ class Bar:
     every ten seconds, so that short work prints nothing. See `softprompt.runtime.progress`.
 
     Args:
-      label: what is done, such as `train`.
+      label: the name of the work, such as `train`.
       total: number of units.
-      unit: what is counted, such as `steps`.
+      unit: the name of the units, such as `steps`.
       done: number of units that were done earlier.
       part: whether another bar shows the work that this is a part of. The bar of a part has
         no rate and no remaining time, and prints no lines.

@@ -22,7 +22,7 @@ def add_to(subparsers: Any) -> None:
         "score a file of predictions, or compare two files",
         """\
 Reads lines of {"prediction": ..., "reference": ...}. A reference may be a list of texts that
-are all correct. Prints every value with its 95 % bootstrap interval. With --against, prints
+are all correct. Prints every value with its 95% bootstrap interval. With --against, prints
 the values of both files, their difference with its interval, and its p-value (paired
 bootstrap); both files must answer the same examples in the same order.
 Metrics of texts: rouge (1, 2, L, Lsum), rouge1 to rouge9, rougeL, rougeLsum, bleu, chrf, ter,
@@ -95,7 +95,7 @@ def _print_scores(scores: "Mapping[str, Scores]") -> None:
         for name, value in one.values().items():
             low, high = intervals[name]
             interval = f"{low:.4f} to {high:.4f}"
-            rows.append({"metric": name, "value": f"{value:.4f}", "95 % interval": interval})
+            rows.append({"metric": name, "value": f"{value:.4f}", "95% interval": interval})
     print(table(rows, "text"))
     for name, one in scores.items():
         if one.signature:
@@ -122,7 +122,7 @@ def _print_differences(
                     "this": f"{value:.4f}",
                     "the other": f"{others[key]:.4f}",
                     "difference": f"{found.difference:+.4f}",
-                    "95 % interval": f"{low:+.4f} to {high:+.4f}",
+                    "95% interval": f"{low:+.4f} to {high:+.4f}",
                     "p": f"{found.p_value:.3f}",
                 }
             )

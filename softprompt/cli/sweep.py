@@ -26,8 +26,8 @@ def add_to(subparsers: Any) -> None:
         "train an experiment with many settings side by side, and print a table",
         """\
 The sweep section of the file lists values for settings of the experiment. Each combination is
-a trial, and trials that can share a compiled program train together. Every trial is a run with
-a folder of its own in DIR/trials/. Prints a table of the trials, best first, and the folder of
+a trial, and trials that can share a compiled program train together. Every trial is a run in
+its own folder in DIR/trials/. Prints a table of the trials, best first, and the folder of
 the best prompt. Run the same command again to resume a stopped sweep. The exit status is 1 if
 a trial failed.
 

@@ -14,9 +14,9 @@ from softprompt.backbones.batch import Batch
 from softprompt.data.examples import Example, Examples, Lengths
 from softprompt.runtime.memory import Result, run_batches
 
-_WINDOW = 32  # batches whose examples are sorted by length together
+_WINDOW = 32  # number of batches whose examples are sorted by length together
 _MULTIPLE = 8  # row lengths are rounded up to a multiple of this
-_MAX_SHAPES = 6  # different row lengths of a dataset's batches
+_MAX_SHAPES = 6  # maximum number of row lengths among the batches of a dataset
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Layout:
 
     @classmethod
     def of_lengths(cls, lengths: Lengths, separate_targets: bool) -> "Layout":
-        """Choose at most six shapes, so that the padding of single examples is minimal."""
+        """Choose at most six shapes, with the least padding if each example were its own batch."""
         rows = _row_lengths(lengths, separate_targets)
         rows = -(-rows // _MULTIPLE) * _MULTIPLE
         bounds = _least_padding(rows, _MAX_SHAPES)
@@ -113,13 +113,13 @@ def _row_lengths(lengths: Lengths, separate_targets: bool) -> np.ndarray:
 
 
 def _least_padding(lengths: np.ndarray, most: int) -> list[int]:
-    """Choose at most `most` of the lengths as upper bounds, with the least padding in all."""
+    """Choose at most `most` of the lengths as upper bounds, with the least total padding."""
     values, counts = np.unique(lengths, return_counts=True)
     sizes = np.concatenate([[0], np.cumsum(counts)])
 
     @functools.cache
     def best(end: int, bounds: int) -> tuple[float, tuple[int, ...]]:
-        """Return the padded size of `values[:end]` and its bounds; the last is their maximum."""
+        """Return the padded size of `values[:end]` and its bounds, the last its maximum."""
         if end == 0:
             return 0, ()
         if bounds == 0:
@@ -196,7 +196,7 @@ class TrainingBatches:
 
 
 def side_by_side(batches: Sequence[Batch]) -> Batch:
-    """Stack batches of equally many rows along a new first axis; pad the shorter ones."""
+    """Stack batches with the same number of rows along a new first axis; pad shorter rows."""
 
     def stacked(name: str, empty: int) -> np.ndarray | None:
         arrays = [getattr(batch, name) for batch in batches]

@@ -66,7 +66,7 @@ class Lengths:
     @property
     def branching(self) -> bool:
         """Whether any example has several candidates of more than one token."""
-        # Then more tokens are read than all but one of the longest candidate.
+        # With only one such candidate, `read` is its length minus one: less than `longest`.
         return bool(((self.read >= self.longest) & (self.longest > 0)).any())
 
     def answer_only(self) -> "Lengths":
@@ -78,9 +78,9 @@ class Lengths:
 class Dataset(Sequence[Example]):
     """The examples of one split, wherever they are stored.
 
-    This is the interface between sources of examples and batches. Besides the methods of a
-    sequence it has what would otherwise take another pass over all examples. A slice of it
-    is a plain sequence of examples.
+    This is the interface between sources of examples and batches. It is a sequence whose
+    attributes save another pass over all examples. A slice of it is a plain sequence of
+    examples.
 
     Attributes:
       lengths: token counts of every example.
@@ -156,8 +156,8 @@ def same_data(saved: str, splits: Mapping[str, Dataset]) -> bool:
     """Return whether a checkpoint was trained on these splits.
 
     Args:
-      saved: the digest in the checkpoint: that of `data_digest`, or of an earlier version,
-        which hashed the examples of all splits in a row.
+      saved: the digest in the checkpoint: from `data_digest`, or from an earlier version,
+        which hashed the examples of all splits one after another.
       splits: the data to resume with.
     """
     return saved == data_digest(splits) or saved == _earlier_digest(splits)

@@ -81,7 +81,7 @@ def as_records(rows: Rows, name: str = "row") -> Sequence[Record]:
     Args:
       rows: any object with a length and rows by index. Rows are read on access, so they
         need not fit in memory.
-      name: what error messages call a row; its number follows.
+      name: the name of a row in error messages, before its number.
     """
     return _RowRecords(rows, name)
 
@@ -91,9 +91,9 @@ def read_records(source: str | Rows, name: str = "row") -> Sequence[Record]:
 
     Args:
       source: a `.jsonl` file (one JSON object per line; blank lines are skipped), a `.csv`
-        file with a header, `hub:NAME#SPLIT` for a dataset of the Hugging Face hub (needs
+        file with a header, `hub:NAME#SPLIT` for a dataset on the Hugging Face Hub (needs
         the `datasets` package), or a sequence of mappings.
-      name: what error messages call a row of a sequence; its number follows.
+      name: the name of a row of a sequence in error messages, before its number.
 
     Raises:
       UserError: if a line cannot be read, with its file and line, or if there are no records.
@@ -153,7 +153,7 @@ def _read_csv(path: Path) -> Iterator[Record]:
             for row in rows:
                 where = f"{path}:{rows.line_num}"
                 if None in row or None in row.values():
-                    raise UserError(f"{where}: not as many columns as the header")
+                    raise UserError(f"{where}: not the same number of columns as the header")
                 yield Record(row, where)
         except csv.Error as error:
             raise UserError(f"{path}:{rows.line_num}: not valid CSV ({error})") from None

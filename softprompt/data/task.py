@@ -41,7 +41,7 @@ class Task:
       template: the experiment's template.
       verbalizer: label -> text; None for free text, whose targets end with the end-of-text
         token.
-      demonstrations: solved examples that every input begins with.
+      demonstrations: solved examples that are written before every input.
       max_tokens: limit for the tokens of an input and its longest candidate together; for
         each of them where the backbone has `separate_targets`.
       virtual_tokens: number of virtual tokens in an input.
@@ -84,8 +84,8 @@ class Task:
         """
         if "prompt" in record.fields and "{prompt}" in self.template.input:
             raise UserError(
-                f"{record.where}: {{prompt}} in template.input is the place of the soft prompt; "
-                "give the field 'prompt' another name"
+                f"{record.where}: {{prompt}} in template.input marks the place of the soft "
+                "prompt; give the field 'prompt' another name"
             )
         answer: int | None = None
         if self.verbalizer:
@@ -101,7 +101,8 @@ class Task:
         longest = max(map(len, candidates), default=0)
         if longest > self.max_tokens:
             raise UserError(
-                f"{record.where}: its target has {longest} tokens, more than {self.max_tokens}"
+                f"{record.where}: its target has {longest} tokens, but at most "
+                f"{self.max_tokens} fit; shorten it or raise template.max_tokens"
             )
         taken = 0 if self.base.backbone.separate_targets else longest
         tokens, truncated = self._input(record, self.max_tokens - taken)
@@ -118,7 +119,7 @@ class Task:
         return fill(self.template.target, record)[0].strip()
 
     def input_fields(self, record: Record) -> dict[str, str]:
-        """Return the fields of a record that its input is made of."""
+        """Return the fields of a record that its input uses."""
         return {field: record.text(field) for field in template_fields(self.template.input)}
 
     def for_generation(self, new_tokens: int, prefix_length: int) -> "Task":
@@ -126,7 +127,7 @@ class Task:
 
         Args:
           new_tokens: number of tokens to generate.
-          prefix_length: number of tokens before every row: the prefix and the opening.
+          prefix_length: number of tokens before every row, including the opening.
 
         Raises:
           UserError: if no space is left for an input.
@@ -155,8 +156,8 @@ class Task:
     def _input(self, record: Record, max_tokens: int) -> tuple[list[int], bool]:
         """Return the ids of an input, and whether it was truncated."""
         tokens: list[int] = []
-        fields: list[list[int]] = []  # for each field, the positions of its tokens in `tokens`
-        longest: tuple[int, int] = (-1, -1)  # the longest field's characters, and minus its index
+        fields: list[list[int]] = []  # the indices of each field's tokens in `tokens`
+        longest: tuple[int, int] = (-1, -1)  # characters of the longest field; minus its index
         for piece in self.pieces:
             if not isinstance(piece, str):
                 tokens += self._virtual_ids(record) if piece is None else piece
@@ -188,7 +189,7 @@ class Task:
             name = record.text(self.task_field)
             if name not in self.tasks:
                 raise UserError(
-                    f"{record.where}: {self.task_field} {name!r} is none of prompt.tasks "
+                    f"{record.where}: {self.task_field} {name!r} is not one of prompt.tasks "
                     f"({', '.join(self.tasks)})"
                 )
             first = self.tasks.index(name) * self.virtual_tokens
@@ -263,7 +264,7 @@ def make_examples(
     Args:
       task: the compiled template.
       records: a sequence of records or of mappings, such as dictionaries.
-      split: what messages and the progress bar call the records.
+      split: the name of the records in messages and in the progress bar.
       progress: shows how many records are done.
 
     Raises:
@@ -278,13 +279,13 @@ def make_examples(
 
     examples = Examples(encoded())
     _log.info(f"{split}: {len(examples)} examples")
-    log_truncated(examples, task, split)
+    log_truncated(examples.truncated, task, split)
     return examples
 
 
-def log_truncated(examples: Sequence[Example], task: Task, split: str) -> None:
+def log_truncated(count: int, task: Task, split: str) -> None:
     """Log how many inputs were truncated, if any were."""
-    if count := sum(example.truncated for example in examples):
+    if count:
         _log.info(
             f"{split}: {count} truncated to {task.max_tokens} tokens, at the end of their longest "
             "field"

@@ -136,7 +136,7 @@ def _apply_chat_template(
         roles += ["user", "assistant"]
     contents.append(template.input)
     roles.append("user")
-    # A character for private use stands for each message, because chat templates may trim or
+    # A private-use character takes the place of each message, because chat templates may trim or
     # otherwise change ordinary text.
     marks = [chr(0xE000 + i) for i in range(len(contents))]
     messages = [{"role": r, "content": m} for r, m in zip(roles, marks, strict=True)]
@@ -155,7 +155,7 @@ def _apply_chat_template(
 
 
 def _escape(text: str) -> str:
-    """Return a template without fields that gives this text."""
+    """Escape braces: return a template without fields whose text is this text."""
     return text.replace("{", "{{").replace("}", "}}")
 
 

@@ -39,7 +39,7 @@ class EvaluationResult:
         return all_values(self.scores)
 
     def intervals(self) -> dict[str, tuple[float, float]]:
-        """Return the 95 % bootstrap intervals of the values."""
+        """Return the 95% bootstrap intervals of the values."""
         return all_intervals(self.scores)
 
 
@@ -51,25 +51,25 @@ def evaluate(
     experiment: Experiment,
     label: str,
     *,
-    written: int | None = None,
+    max_generated: int | None = None,
     progress: Progress = silent,
 ) -> EvaluationResult:
-    """Score the targets of examples, let the model answer, and measure its answers.
+    """Score the targets of examples, predict their answers, and measure the predictions.
 
     Args:
       backbone: the model to run.
       prefix: the result of `make_prefix`, or None.
       task: the task that made the examples.
       examples: N examples with their answers.
-      experiment: its metrics and its settings of scoring and generation are used.
+      experiment: gives the metrics, and the settings of scoring and generation.
       label: label of the progress bars.
-      written: for free text, generate answers for this many examples only, the first ones.
-        None: for all examples.
+      max_generated: for free text, the number of examples to generate answers for, counted from
+        the first. None: all examples.
       progress: shows how many examples are done.
 
     Returns:
-      `loss`, the mean negative log-likelihood per target token in nats; for labels
-      `accuracy`; and the experiment's metrics, for free text those of the generated texts.
+      `loss`, the mean negative log-likelihood per target token in nats; `accuracy`, for
+      labels; and the experiment's metrics of the predicted labels or the generated texts.
     """
     settings = experiment.evaluation
     scores = np.empty((len(examples), len(examples[0].candidates)), np.float32)
@@ -87,12 +87,12 @@ def evaluate(
         predictions = [task.labels[i] for i in calibrated.argmax(axis=1)]
         references = [task.labels[example.answer or 0] for example in examples]
     else:
-        answered, generation = examples[:written], experiment.generation
+        answered, generation = examples[:max_generated], experiment.generation
         requests = []
         if answered:  # without requests, max_new_tokens may exceed the context window
             requests = requests_of([e.record for e in answered], task, prefix, generation)
         engine = Engine(backbone, task.base.tokenizer, generation)
-        generated = engine.generate(requests, settings.batch_size, f"{label}: write", progress)
+        generated = engine.generate(requests, settings.batch_size, f"{label}: generate", progress)
         predictions = [each.text.strip() for each in generated]
         references = [task.reference(example.record) for example in answered]
     if answered:

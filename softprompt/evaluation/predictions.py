@@ -61,7 +61,7 @@ def compare_answers(
       stem: whether ROUGE stems English words.
 
     Returns:
-      Their scores by metric, and our differences from them by value name.
+      Their scores by metric, and by value name the differences, ours minus theirs.
 
     Raises:
       UserError: if the references of the two systems differ.

@@ -18,14 +18,17 @@ class InitializationSettings(Section):
         default="vocabulary",
         description="Initial vectors. `vocabulary`: embeddings of tokens drawn from the `init_top` "
         "lowest ids. `random`: normal, with the mean of the embedding table and `init_scale` times "
-        "its spread. `text`: embeddings of `init_text`, repeated or truncated. `labels`: one "
-        "vector per verbalizer, then as `vocabulary`. `prompts`: the mean of `init_prompts`.",
+        "its standard deviation. `text`: embeddings of `init_text`, repeated or truncated. "
+        "`labels`: one vector per label, then as `vocabulary`. `prompts`: the mean of "
+        "`init_prompts`.",
     )
     init_top: int = Field(
         default=5000, ge=1, description="For `init: vocabulary`: number of token ids to draw from."
     )
     init_scale: float = Field(
-        default=1.0, ge=0, description="For `init: random`: factor of the embedding table's spread."
+        default=1.0,
+        ge=0,
+        description="For `init: random`: factor of the embedding table's standard deviation.",
     )
     init_text: str | None = Field(default=None, description="For `init: text`: the text.")
     init_prompts: list[str] | None = Field(
@@ -38,7 +41,7 @@ class InitializationSettings(Section):
     def _check_init(self) -> Self:
         for init in ("text", "prompts"):
             if (self.init == init) != bool(getattr(self, f"init_{init}")):
-                raise ValueError(f"init: {init} and init_{init} need each other")
+                raise ValueError(f"init: {init} and init_{init} must be set together")
         return self
 
 
@@ -68,7 +71,7 @@ class PromptSettings(InitializationSettings):
     @pydantic.model_validator(mode="after")
     def _check_reparametrization(self) -> Self:
         if (self.reparametrization == "multitask") != bool(self.tasks):
-            raise ValueError("reparametrization: multitask and tasks need each other")
+            raise ValueError("reparametrization: multitask and tasks must be set together")
         if self.tasks and len(set(self.tasks)) < len(self.tasks):
             raise ValueError("tasks: a name is given twice")
         if self.size is not None and self.reparametrization in (None, "multitask"):
@@ -77,13 +80,13 @@ class PromptSettings(InitializationSettings):
 
 
 class PrefixSettings(InitializationSettings):
-    """Prefix tuning. The model computes the first keys and values from the initial vectors."""
+    """Prefix tuning. The model computes the initial keys and values from the initial vectors."""
 
     length: int = Field(default=20, ge=1, description="Number of virtual tokens.")
     size: int | None = Field(
         default=None,
         ge=1,
-        description="Size of the hidden layer of a network that produces the change of keys and "
+        description="Size of the hidden layer of a network that produces the change in keys and "
         "values during training. `null` trains the keys and values themselves.",
     )
 
@@ -110,7 +113,7 @@ class LoRASettings(Section):
         default=16.0, gt=0, description="The additions are multiplied by `alpha` / `rank`."
     )
     dropout: float = Field(
-        default=0.0, ge=0, lt=1, description="Dropout of the additions' inputs during training."
+        default=0.0, ge=0, lt=1, description="Dropout rate of the additions' inputs in training."
     )
     targets: list[str] = Field(
         default=["attention.query", "attention.value"],

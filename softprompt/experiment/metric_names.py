@@ -24,7 +24,7 @@ _ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 
 
 def metric_values(name: str) -> list[str]:
-    """Return the names of a metric's values; none for `confusion`, which depend on the labels.
+    """Return the names of a metric's values; none for `confusion`: they depend on the labels.
 
     Raises:
       ValueError: if there is no such metric.
@@ -43,7 +43,7 @@ def lower_is_better(name: str) -> bool:
 
 
 def rouge_types(name: str) -> Sequence[str]:
-    """Return the types of ROUGE that a name stands for; none for other metrics."""
+    """Return the types of ROUGE that a name includes; none for other metrics."""
     if name == "rouge":
         return _ROUGE
     return (name,) if re.fullmatch("rouge([1-9]|L|Lsum)", name) else ()

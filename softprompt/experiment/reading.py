@@ -46,7 +46,7 @@ class ExperimentFile:
 
     Args:
       path: the file.
-      overrides: `key=value` texts that replace values of the file, such as `prompt.length=50`.
+      overrides: `key=value` strings that replace values of the file, such as `prompt.length=50`.
 
     Attributes:
       path: the file.
@@ -127,7 +127,7 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
 
     Args:
       path: the YAML file.
-      overrides: `key=value` texts that replace values of the file, such as `prompt.length=50`.
+      overrides: `key=value` strings that replace values of the file, such as `prompt.length=50`.
 
     Raises:
       UserError: one line per mistake, with file, line and key.

@@ -39,7 +39,7 @@ class Experiment(Section):
         "the file."
     )
     base: str = Field(
-        description="Base model: a short name, the id of a model on the Hugging Face hub, a model "
+        description="Base model: a short name, the id of a model on the Hugging Face Hub, a model "
         "directory or a GGUF file."
     )
     compute: ComputeSettings = ComputeSettings()

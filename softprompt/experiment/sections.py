@@ -21,14 +21,14 @@ class Section(pydantic.BaseModel):
 
 
 class DataSettings(Section):
-    """Where the data come from.
+    """Where the data comes from.
 
     Each source is a `.jsonl` file with one JSON object per line, a `.csv` file with a header,
-    or `hub:NAME#SPLIT` for a dataset of the Hugging Face hub.
+    or `hub:NAME#SPLIT` for a dataset on the Hugging Face Hub.
     """
 
     train: str = Field(description="Training data.")
-    validation: str = Field(description="Validation data, which decide which prompt is kept.")
+    validation: str = Field(description="Validation data, by which the best prompt is chosen.")
     test: str | None = Field(
         default=None, description="Test data, on which the best prompt is evaluated at the end."
     )
@@ -38,8 +38,8 @@ class TemplateSettings(Section):
     """How a record becomes text. `{field}` is replaced by a field of the record."""
 
     input: str = Field(
-        description="Text that the model reads. `{prompt}` marks the place of the virtual tokens; "
-        "by default they come first."
+        description="Text that the model reads. `{prompt}` marks the position of the virtual "
+        "tokens; by default they come first."
     )
     target: str = Field(default="{label}", description="Text that the model learns to generate.")
     chat: bool = Field(
@@ -53,7 +53,7 @@ class TemplateSettings(Section):
         default=None,
         ge=2,
         description="Limit for the tokens of an input and its target together. The longest field "
-        "of a longer input is truncated. The default is the context window without the tokens "
+        "of a longer input is truncated. The default is the context window minus the tokens "
         "that every input begins with.",
     )
 
@@ -61,7 +61,9 @@ class TemplateSettings(Section):
     @classmethod
     def _check_fields(cls, template: str) -> str:
         if not template_fields(template):
-            raise ValueError("has no {field} to fill in ({prompt} is the place of the soft prompt)")
+            raise ValueError(
+                "has no {field} to fill in ({prompt} marks where the soft prompt goes)"
+            )
         return template
 
     @pydantic.model_validator(mode="after")
@@ -120,8 +122,8 @@ class OptimizerSettings(Section):
     weight_decay: float = Field(
         default=0.0,
         ge=0,
-        description="Each update also shrinks the trained parameters by this times the learning "
-        "rate.",
+        description="Each update also shrinks the trained parameters by this factor times the "
+        "learning rate.",
     )
     clip_norm: float | None = Field(
         default=1.0, gt=0, description="Maximum norm of the whole gradient; `null` for no clipping."
@@ -129,7 +131,7 @@ class OptimizerSettings(Section):
 
 
 class TrainingSettings(Section):
-    """Length of the training and size of a step."""
+    """Length of training and size of a step."""
 
     steps: int = Field(ge=1, description="Number of updates.")
     batch_size: int = Field(default=16, ge=1, description="Examples per forward and backward pass.")
@@ -140,16 +142,16 @@ class TrainingSettings(Section):
         "`accumulate` examples.",
     )
     log_every: int = Field(
-        default=10, ge=1, description="Steps between records of the training loss."
+        default=10, ge=1, description="Steps between two log lines of the training loss."
     )
 
 
 class ScoringSettings(Section):
-    """How the label of an input is chosen from the log-probabilities of the verbalizers."""
+    """How the label of an input is chosen from the log-probabilities of the labels' texts."""
 
     normalize: bool = Field(
         default=False,
-        description="Divide each log-probability by the verbalizer's number of tokens.",
+        description="Divide each log-probability by the number of tokens of the label's text.",
     )
     calibrate: str | None = Field(
         default=None,
@@ -165,7 +167,7 @@ class GenerationSettings(Section):
     max_new_tokens: int = Field(
         default=64,
         ge=1,
-        description="Maximum number of tokens, if the end-of-text token comes no earlier.",
+        description="Maximum number of generated tokens; an end-of-text token ends a text early.",
     )
     temperature: float | None = Field(
         default=None,
@@ -199,14 +201,14 @@ class GenerationSettings(Section):
         default=1.0,
         ge=-4,
         le=4,
-        description="Beam search divides log-probabilities by the length to this power.",
+        description="Beam search divides log-probabilities by the length raised to this power.",
     )
     samples: int = Field(
         default=1, ge=1, description="Texts per input: independent samples, or the best beams."
     )
     seed: int = Field(default=0, ge=0, lt=2**32, description="Seed of sampling.")
     stop: list[Annotated[str, Field(min_length=1)]] = Field(
-        default=[], description="Texts that end the generation; they are removed from the result."
+        default=[], description="Texts at which generation ends; they are removed from the output."
     )
 
     @pydantic.field_validator("temperature", mode="before")
@@ -221,14 +223,16 @@ class GenerationSettings(Section):
                 if getattr(self, name) is not None:
                     raise ValueError(f"{name} needs a temperature")
             if self.samples > self.beams:
-                raise ValueError("samples: several samples need a temperature, or as many beams")
+                raise ValueError(
+                    "samples: several samples need a temperature or at least that many beams"
+                )
         elif self.beams > 1:
-            raise ValueError("beams: beam search takes no temperature")
+            raise ValueError("beams: beam search cannot use a temperature")
         return self
 
 
 class EvaluationSettings(Section):
-    """When to evaluate, and which metric decides which prompt is kept."""
+    """When to evaluate, and the metric that selects the best prompt."""
 
     every: int = Field(
         default=100,
@@ -238,22 +242,23 @@ class EvaluationSettings(Section):
     examples: int | None = Field(
         default=None,
         ge=1,
-        description="Evaluate only this many validation examples, the first ones.",
+        description="Number of validation examples to evaluate, from the first. `null` for all.",
     )
     metrics: list[str] = Field(
-        default=[], description="Additional metrics of the predicted labels or the generated texts."
+        default=[],
+        description="Additional metrics for the predicted labels or the generated texts.",
     )
     metric: str = Field(
         default="loss",
-        description="The metric that decides: `loss`, `accuracy`, or a value of one of `metrics`, "
-        "such as `rougeL.f1` or `bleu`.",
+        description="The metric that selects the best prompt: `loss`, `accuracy`, or a value of "
+        "one of `metrics`, such as `rougeL.f1` or `bleu`.",
     )
     stem: bool = Field(default=False, description="Stem English words before ROUGE compares them.")
     samples: int = Field(
         default=32,
         ge=0,
-        description="For free text: generate, measure and save texts for this many validation "
-        "examples, the first ones.",
+        description="For free text: number of validation examples, counted from the first, for "
+        "which texts are generated, measured and saved.",
     )
     patience: int | None = Field(
         default=None,
@@ -273,7 +278,7 @@ class EvaluationSettings(Section):
     def _check_metric(self) -> Self:
         measured = ["loss", "accuracy", *(v for name in self.metrics for v in metric_values(name))]
         if self.metric not in measured:
-            raise ValueError(f"metric: {self.metric!r} is none of {', '.join(measured)}")
+            raise ValueError(f"metric: {self.metric!r} is not one of {', '.join(measured)}")
         return self
 
 
@@ -281,10 +286,10 @@ class CheckpointSettings(Section):
     """When the full state of a run is saved. Every evaluation saves a checkpoint."""
 
     every: int | None = Field(
-        default=None, ge=1, description="Also save a checkpoint every this many steps."
+        default=None, ge=1, description="Number of steps between additional checkpoints."
     )
     keep: int = Field(
         default=2,
         ge=1,
-        description="Number of newest checkpoints to keep. The best one is always kept.",
+        description="Number of most recent checkpoints to keep. The best one is always kept.",
     )

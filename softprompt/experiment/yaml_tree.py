@@ -20,7 +20,7 @@ Key = tuple[str, ...]
 
 Tree = dict[str, Any]
 
-_MAX_DEPTH = 10  # nested levels; a YAML alias that contains itself would have no end
+_MAX_DEPTH = 10  # nested levels; a YAML alias that contains itself would never end
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +84,7 @@ def apply_override(override: str, tree: Tree, origins: Origins) -> None:
     """
     name, equals, text = override.partition("=")
     if not equals or not name:
-        raise UserError(f"{override!r}: an override is written key=value")
+        raise UserError(f"{override!r}: an override has the form key=value")
     if override.startswith("template.") and text.startswith("{"):
         value = text  # a field, not a YAML mapping
     else:
@@ -116,7 +116,7 @@ def flattened(value: Any, key: str = "") -> dict[str, Any]:
 
 
 def _read(path: Path, chain: tuple[Path, ...]) -> tuple[Tree, Origins]:
-    """Read a file; `chain` are the files that extend it."""
+    """Read a file; `chain` holds the files that extend it."""
     resolved = path.resolve()
     if resolved in chain:
         raise UserError(f"{path}: extends itself, through {' -> '.join(map(str, chain))}")
@@ -130,14 +130,14 @@ def _read(path: Path, chain: tuple[Path, ...]) -> tuple[Tree, Origins]:
     origins: Origins = {}
     tree = _build(node, (), path, origins) if node else {}
     if not isinstance(tree, dict):
-        raise UserError(f"{path}:1: an experiment is a mapping of keys to values")
+        raise UserError(f"{path}:1: an experiment must be a mapping of keys to values")
     if isinstance(tree.get("sweep"), dict):
         tree["sweep"] = _nest(tree["sweep"], origins)
     parent = tree.pop("extends", None)
     if parent is None:
         return tree, origins
     if not isinstance(parent, str):
-        raise UserError(f"{origins['extends',].where}: extends: the path of another file")
+        raise UserError(f"{origins['extends',].where}: extends: must be the path of another file")
     if not (path.parent / parent).is_file():
         raise UserError(f"{origins['extends',].where}: extends: {parent}: no such file")
     below, below_origins = _read(path.parent / parent, (*chain, resolved))

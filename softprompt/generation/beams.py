@@ -1,4 +1,4 @@
-"""Beam search, as stock transformers computes it (`generation/utils.py`, `_beam_search`).
+"""Beam search, with the results of stock transformers (`generation/utils.py`, `_beam_search`).
 
 Each input has K running beams and keeps its K best finished texts. A step looks at the 2K best
 continuations of the running beams. Those among the first K that end are finished; the best K
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from softprompt.generation.sampling import penalize
 
-_EXCLUDED = -jnp.inf  # the score of what must not be chosen
+_EXCLUDED = -jnp.inf  # the score of a text that must not be chosen
 
 
 @jax.tree_util.register_dataclass

@@ -24,12 +24,12 @@ class State:
 
     Attributes:
       cache: the backbone's KV cache. It holds all tokens of a row but the last.
-      tokens: `[B, N]`, the generated ids; what follows a row's length has no meaning.
+      tokens: `[B, N]`, the generated ids; entries from a row's length on are unused.
       lengths: `[B]`, the number of generated tokens, including an end token.
       done: `[B]` booleans, whether a row has ended.
       keys: `[B]`, random keys. The n-th token of a row is drawn with the row's key and n.
       sampling: the sampling settings of each row.
-      ends: `[B, E]`, the ids that end each row; -1 is no token.
+      ends: `[B, E]`, the ids that end each row; -1 for unused entries.
       seen: `[B, V]` booleans, the tokens to which a row's repetition penalty applies. None if
         no row has a penalty.
     """

@@ -71,20 +71,20 @@ def requests_of(
     Args:
       records: the inputs.
       task: encodes them.
-      prefix: of all of them.
-      settings: `max_new_tokens` of these limits the length of the inputs.
+      prefix: the prefix of all inputs, or None.
+      settings: `max_new_tokens` limits the length of the inputs.
 
     Raises:
       UserError: if a record does not fit the template, or the context window is too short.
     """
     task = task.for_generation(settings.max_new_tokens, prefix.length if prefix else 0)
     examples = [task.example(record, with_answer=False) for record in records]
-    log_truncated(examples, task, "inputs")
+    log_truncated(sum(e.truncated for e in examples), task, "inputs")
     return [Request(example.input, prefix, task.opening) for example in examples]
 
 
 class Engine:
-    """Generates texts with one backbone and one group of settings.
+    """Generates texts with one backbone and one `GenerationSettings`.
 
     Programs are compiled per shape. The number of rows, the input length and the capacity are
     rounded up, so there are few shapes. Up to rounding, the text of an input depends on the
@@ -112,7 +112,7 @@ class Engine:
         self,
         requests: Sequence[Request],
         batch_size: int,
-        label: str = "write",
+        label: str = "generate",
         progress: Progress = silent,
     ) -> list[Generated]:
         """Generate texts for all requests. Requests of similar length share a batch.
@@ -121,8 +121,8 @@ class Engine:
           requests: in any order.
           batch_size: the maximum number of inputs in a batch; reduced if the device runs out
             of memory.
-          label: what the progress is reported as.
-          progress: is told how many inputs are done.
+          label: the label of the progress bar.
+          progress: shows how many inputs are done.
 
         Returns:
           The texts, in the order of the requests.
@@ -145,8 +145,8 @@ class Engine:
         """Generate a text and yield pieces of it as soon as they are final.
 
         Raises:
-          UserError: for beam search or several samples, which have no final piece before the
-            end; and see `memory.run_batches`.
+          UserError: for beam search or several samples, whose text is final only at the end;
+            see also `memory.run_batches`.
         """
         settings = self._settings
         if settings.beams > 1 or settings.samples > 1:

@@ -1,0 +1,1 @@
+"""Inference: trained prompts in use, alone, in a bank or in an ensemble."""

@@ -42,8 +42,8 @@ def evaluate_ensemble(
       prompts: at least two, loaded on one `Base`.
       examples: labeled, encoded by the `shared_task` of the prompts.
       batch_size: rows at a time.
-      label: what the progress is reported as.
-      progress: is told how many examples are done.
+      label: the label of the progress bar.
+      progress: shows how many examples are done.
 
     Returns:
       For each prompt (`"1"`, `"2"`, …) its loss and accuracy. For `"vote"` the accuracy of the
@@ -78,8 +78,8 @@ def shared_task(prompts: Sequence[TrainedPrompt]) -> Task:
     """Return the task that the prompts have in common, with the smallest of their limits.
 
     Raises:
-      UserError: if the prompts have no labels or different tasks, or one of them is more than
-        a prefix of a causal model.
+      UserError: if the prompts have no labels or different tasks, or if one of them is not a
+        pure prefix of a causal model.
     """
     first = prompts[0].task
 

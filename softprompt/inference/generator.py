@@ -15,7 +15,7 @@ from softprompt.methods.method import Method
 from softprompt.methods.zero_shot import ZeroShot
 from softprompt.runtime.progress import Progress, silent
 
-Prompt = TrainedPrompt | Method | str | Path  # whatever can be made a prompt of the bank
+Prompt = TrainedPrompt | Method | str | Path  # whatever can be added to the bank
 
 
 class Generator:
@@ -64,14 +64,14 @@ class Generator:
         """Add a prompt to the bank.
 
         Args:
-          name: by which inputs choose it.
+          name: the name by which inputs choose it.
           prompt: a trained prompt, a run's folder, or a method, which reads the input `{text}`.
 
         Raises:
           UserError: if the name is taken, or the prompt was trained on another base model.
         """
         if name in self._bank:
-            raise UserError(f"there is a prompt {name!r} already; remove it first")
+            raise UserError(f"a prompt named {name!r} already exists; remove it first")
         trained = self._trained(prompt)
         if trained.base.fingerprint != self.base.fingerprint:
             raise UserError(
@@ -114,7 +114,7 @@ class Generator:
             which reads the text as it is; or one name (or None) for all inputs.
           batch_size: the maximum number of inputs in a batch; reduced if the device runs out
             of memory.
-          progress: is told how many inputs are done.
+          progress: shows how many inputs are done.
           settings: fields of `GenerationSettings`, the same for all inputs.
 
         Returns:

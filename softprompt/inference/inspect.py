@@ -1,4 +1,4 @@
-"""Which vocabulary tokens the virtual tokens of a prompt are close to.
+"""Find the vocabulary tokens that are closest to the virtual tokens of a prompt.
 
 Axis letters: P virtual tokens, D hidden, V vocabulary.
 """

@@ -46,7 +46,7 @@ class TrainedPrompt:
       base: the base model.
       method: the module that holds the learned arrays.
       backbone: the backbone to run, as returned by the method.
-      prefix: what all rows share, computed once; None if there is nothing to share.
+      prefix: the prefix that all rows share, computed once; None if there is none.
       task: the template, verbalizer and limits of training.
       description: the content of `prompt.json`.
       scoring: how the prompt labels inputs.
@@ -121,7 +121,7 @@ class TrainedPrompt:
         if not records:
             return []
         examples = [self.task.example(record, with_answer=False) for record in records]
-        log_truncated(examples, self.task, "inputs")
+        log_truncated(sum(e.truncated for e in examples), self.task, "inputs")
         scores = np.empty((len(examples), len(labels)), np.float32)
         model = self.backbone, self.prefix
         for numbers, part in score(*model, examples, batch_size):
@@ -150,7 +150,7 @@ class TrainedPrompt:
         if isinstance(text, Mapping):
             return Record(text, where)
         if not isinstance(text, str):
-            raise UserError(f"{where}: neither a text nor fields by name")
+            raise UserError(f"{where}: neither text nor a mapping of fields")
         fields = template_fields(self.task.template.input)
         if len(fields) > 1:
             raise UserError(f"{where}: give its fields by name ({', '.join(fields)})")
@@ -179,7 +179,7 @@ class TrainedPrompt:
         """
         fields = template_fields(self.task.template.target)
         if self.task.labels or len(fields) > 1:
-            raise UserError("perplexity is of free text, and the target must have one field")
+            raise UserError("perplexity needs free text, and template.target must have one field")
         if len(inputs) != len(targets):
             raise UserError(f"{len(inputs)} inputs and {len(targets)} targets: give one for each")
         if not inputs:
@@ -188,7 +188,7 @@ class TrainedPrompt:
             self.task.example(Record({**record.fields, fields[0]: target}, record.where))
             for record, target in zip(self._records(inputs), targets, strict=True)
         ]
-        log_truncated(examples, self.task, "inputs")
+        log_truncated(sum(e.truncated for e in examples), self.task, "inputs")
         perplexities = np.empty(len(examples))
         for numbers, scores in score(self.backbone, self.prefix, examples, batch_size):
             tokens = [len(examples[i].candidates[0]) for i in numbers]
@@ -210,7 +210,7 @@ class TrainedPrompt:
             leaves too few tokens of the context window for the new text is truncated, as in
             training.
           batch_size: the number of texts per batch; fewer if the device has too little memory.
-          progress: called with the number of finished texts.
+          progress: shows how many texts are done.
           settings: replace those that the prompt was trained with: see `GenerationSettings`.
 
         Returns:
@@ -225,7 +225,7 @@ class TrainedPrompt:
         return engine.generate(requests, batch_size, progress=progress)
 
     def stream(self, text: Input, **settings: Any) -> Iterator[str]:
-        """Generate text after one input, and yield its pieces as soon as they are known."""
+        """Generate text after one input, and yield its pieces as soon as they are final."""
         how = changed(self.generation, settings)
         (request,) = self.requests(self._records([text]), how)
         return Engine(self.backbone, self.base.tokenizer, how).stream(request)
@@ -255,7 +255,7 @@ def changed(settings: GenerationSettings, changes: Mapping[str, Any]) -> Generat
 def _explained(error: Any) -> str:
     name = ".".join(map(str, error["loc"]))
     if error["type"] == "extra_forbidden":
-        return f"{name}: no setting of generation ({', '.join(GenerationSettings.model_fields)})"
+        return f"{name}: unknown setting (known: {', '.join(GenerationSettings.model_fields)})"
     message = error["msg"].removeprefix("Value error, ")
     return f"{name}: {message}, not {error['input']!r}" if name else message
 

@@ -1,0 +1,1 @@
+"""Interoperability: exports to other programs, and imports from them."""

@@ -30,7 +30,7 @@ model = {model}.from_pretrained("{prompt.base.hub_name}")
 model = PeftModel.from_pretrained(model, "path/to/this/folder")
 ```
 
-An input must look like this, with its fields filled in. Tokenise it without adding special tokens,
+An input must look like this, with its fields filled in. Tokenize it without adding special tokens,
 because they are written out. The model continues with the answer.
 
 {_quoted(written_input(pieces, prompt.base.tokenizer))}
@@ -50,7 +50,7 @@ def merged_card(prompt: TrainedPrompt, written: str) -> str:
 
 {_about(prompt)} It is part of this model, so any standard engine can run it.
 
-Every input must look like this, with its fields filled in. Tokenise it without adding special
+Every input must look like this, with its fields filled in. Tokenize it without adding special
 tokens, because they are written out:
 
 {_quoted(written)}
@@ -115,7 +115,7 @@ def _about(prompt: TrainedPrompt) -> str:
     measured = ", ".join(f"{key} {value:.4f}" for key, value in about["validation"].items())
     return (
         f"Trained with softprompt {about['versions']['softprompt']} ({prompt.method.label}) "
-        f"on the base model `{prompt.base.hub_name}`, whose licence applies. "
+        f"on the base model `{prompt.base.hub_name}`, whose license applies. "
         f"Validation: {measured or 'not measured'}."
     )
 

@@ -17,7 +17,7 @@ def export(prompt: TrainedPrompt, folder: Path, format: str) -> None:
     Args:
       prompt: the trained prompt.
       folder: a folder that does not exist or is empty.
-      format: `peft`, an adapter; `peft-prefix`, an adapter that holds everything in front of the
+      format: `peft`, an adapter; `peft-prefix`, an adapter that holds everything before the
         inputs as keys and values; `merged`, a model that needs no adapter.
 
     Raises:

@@ -27,7 +27,7 @@ def import_prompt(
       UserError: if the source is damaged or of an unsupported kind, does not fit the base model,
         or does not fit the experiment.
     """
-    if experiment and (experiment.shots or experiment.prompt.tasks):
+    if experiment and (experiment.shots or method_class(experiment.method).tasks(experiment)):
         raise UserError(f"experiment {experiment.name}: an import supports neither shots nor tasks")
     read = import_array if source.suffix == ".npy" else import_adapter
     name, arrays, description = read(source, base)

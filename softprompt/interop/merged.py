@@ -33,14 +33,14 @@ _LEFT_OUT = ("torch_dtype", "auto_map")  # the old name of `dtype`; code that is
 
 
 def export_merged(prompt: TrainedPrompt, folder: Path) -> str:
-    """Write a model directory that computes without softprompt what the prompt does with it.
+    """Write a model directory that computes the same as the prompt, without softprompt.
 
     Args:
       prompt: the trained prompt.
       folder: an existing folder.
 
     Returns:
-      The form of an input: the template with all special tokens written out, to be tokenised
+      The form of an input: the template with all special tokens written out, to be tokenized
       with `add_special_tokens=False`.
 
     Raises:

@@ -16,7 +16,7 @@ def export_adapter(prompt: TrainedPrompt, folder: Path, *, as_prefix: bool = Fal
     Args:
       prompt: the trained prompt.
       folder: an existing folder.
-      as_prefix: write a PREFIX_TUNING adapter, which holds everything in front of the inputs
+      as_prefix: write a PREFIX_TUNING adapter, which holds everything before the inputs
         (virtual tokens and text) as keys and values.
 
     Raises:

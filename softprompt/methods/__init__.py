@@ -1,0 +1,1 @@
+"""Methods: what is learned, and how it changes what the model computes."""

@@ -13,12 +13,8 @@ from flax import nnx
 from softprompt.backbones.loading import Backbone, Base
 from softprompt.experiment.schema import Experiment
 from softprompt.methods.backbone_arrays import copied
-from softprompt.methods.initializers import initial_vectors
-from softprompt.methods.method import Method, PromptParam
-
-
-class OffsetParam(PromptParam):
-    """A factor of DePT's offsets. It has a learning rate of its own, `dept.learning_rate`."""
+from softprompt.methods.initializers import INITIALIZATION_SETTINGS, initial_vectors
+from softprompt.methods.method import Method, OffsetParam, PromptParam
 
 
 class DecomposedPrompt(Method):
@@ -71,6 +67,11 @@ class DecomposedPrompt(Method):
     def offsets_learning_rate(cls, experiment: Experiment) -> float | None:
         """Return `dept.learning_rate`."""
         return experiment.dept.learning_rate
+
+    @classmethod
+    def varying_settings(cls, experiment: Experiment) -> Mapping[str, set[str]]:
+        """Return the initialization and the learning rate of the offsets."""
+        return {"prompt": INITIALIZATION_SETTINGS, "dept": {"learning_rate"}}
 
     @classmethod
     def build(

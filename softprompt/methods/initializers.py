@@ -11,8 +11,15 @@ import numpy as np
 
 from softprompt.backbones.loading import Base
 from softprompt.errors import UserError
-from softprompt.experiment.method_settings import PrefixSettings, PromptSettings
+from softprompt.experiment.method_settings import (
+    InitializationSettings,
+    PrefixSettings,
+    PromptSettings,
+)
 from softprompt.experiment.schema import Experiment
+
+INITIALIZATION_SETTINGS = set(InitializationSettings.model_fields)
+"""The settings that decide the initial vectors."""
 
 
 def initial_vectors(
@@ -81,7 +88,7 @@ def random_vectors(
 
 
 def text_vectors(base: Base, length: int | None, text: str) -> jax.Array:
-    """Return the embeddings `[P, D]` of a text, tokenised without special tokens.
+    """Return the embeddings `[P, D]` of a text, tokenized without special tokens.
 
     They are repeated or truncated to `length`; None keeps them all.
     """

@@ -134,9 +134,9 @@ class LoRA(Method):
     def peft_adapter(self, base: Base, prefix: Prefix | None) -> Adapter:
         """Return a LORA adapter.
 
-        A module of PyTorch may hold several matrices, such as queries, keys and values. Their
-        additions then share one A, whose rank is the sum of their ranks, and B has a block for
-        each.
+        A PyTorch module may hold several matrices, such as those of queries, keys and values.
+        Their additions then share one A, whose rank is the sum of their ranks, and B has a block
+        for each.
         """
         arrays, ranks, alphas = {}, {}, {}
         scales = dict(self.scales)
@@ -204,7 +204,7 @@ def find_targets(backbone: Backbone, patterns: Sequence[str]) -> list[str]:
         matches = re.compile(rf"(.+\.)?{translate(pattern)}").fullmatch
         named = [path for path in paths if matches(path)]
         if not named:
-            raise UserError(f"lora.targets: {pattern!r} names none of {', '.join(paths)}")
+            raise UserError(f"lora.targets: {pattern!r} matches none of {', '.join(paths)}")
         found += named
     return sorted(set(found))
 
@@ -236,7 +236,7 @@ def initial_matrices(
 
 
 def _target_modules(names: Sequence[str], modules: Mapping[str, Any]) -> list[str]:
-    """Return what follows the layer's number in the names, or the names if that is ambiguous."""
+    """Return the names after the layer number, or the whole names if that is ambiguous."""
 
     def ending(template: str) -> str:
         return template.rpartition("{layer}.")[2]

@@ -1,6 +1,6 @@
 """The interface of a method: what to run, and how to build, save, load and export it.
 
-A method owns its behaviour. To add one, write a subclass of `Method` in a file of its own and
+A method owns its behavior. To add one, write a subclass of `Method` in a file of its own and
 add a line to the table in `softprompt/experiment/methods.py`; see docs/adding-a-method.md.
 
 Axis letters: S tokens of the opening, P virtual tokens, D hidden.
@@ -28,6 +28,10 @@ class Constant(nnx.Variable):
 
 class PromptParam(nnx.Param):
     """A trained array of a soft prompt or a prefix."""
+
+
+class OffsetParam(PromptParam):
+    """A trained array with the learning rate of `Method.offsets_learning_rate`."""
 
 
 class Method(nnx.Module):
@@ -77,7 +81,8 @@ class Method(nnx.Module):
         """Return how many virtual tokens an experiment asks for.
 
         Returns:
-          The number whose place the template decides, and the number before the opening.
+          The number of virtual tokens that the template places, and the number of those that
+          come before the opening.
         """
         return 0, 0
 
@@ -92,12 +97,21 @@ class Method(nnx.Module):
         return None
 
     @classmethod
-    def length_may_vary(cls, experiment: Experiment) -> bool:
-        """Return whether trials of a sweep can share a program if only `prompt.length` differs.
+    def varying_settings(cls, experiment: Experiment) -> Mapping[str, set[str]]:
+        """Return the settings of the method in which trials of one program may differ.
 
-        Their prompts are then padded to one length, see `padded`.
+        They do not change the compiled training step. A length may be among them if prompts
+        can be padded to one length; see `padded`.
+
+        Returns:
+          The names of settings by section.
         """
-        return False
+        return {}
+
+    @classmethod
+    def tasks(cls, experiment: Experiment) -> Sequence[str]:
+        """Return the names of the tasks that have virtual tokens of their own."""
+        return ()
 
     @classmethod
     def build(
@@ -162,7 +176,7 @@ class Method(nnx.Module):
         return self
 
     def arrays(self, backbone: Backbone) -> dict[str, jax.Array]:
-        """Return what is saved of a folded method, by name.
+        """Return the arrays of a folded method that are saved, by name.
 
         Args:
           backbone: the backbone after training.
@@ -230,7 +244,7 @@ class Method(nnx.Module):
         Raises:
           UserError: if `peft` has no adapter that computes the same.
         """
-        raise UserError(f"method {self.name} has no form in peft")
+        raise UserError(f"method {self.name} has no equivalent in peft")
 
     def peft_prefix(self, base: Base, prefix: Prefix | None) -> Adapter:
         """Return the whole prefix as a PREFIX_TUNING adapter, text in the opening included.
@@ -252,7 +266,7 @@ class Method(nnx.Module):
         Raises:
           UserError: if no plain model computes the same.
         """
-        raise UserError(f"method {self.name} has no form as a plain model")
+        raise UserError(f"method {self.name} cannot be merged into a plain model")
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"

@@ -28,15 +28,15 @@ def prefix_adapter(base: Base, prefix: Prefix | None) -> Adapter:
     """Return keys and values of a prefix as a PREFIX_TUNING adapter.
 
     Raises:
-      UserError: if there is none, or if it also holds text for an encoder.
+      UserError: if there is no such prefix, or if it also holds text for an encoder.
     """
     if prefix is None or prefix.keys is None:
         raise UserError(
-            "there is no prefix of keys and values in front of the inputs that peft could hold"
+            "there is no prefix of keys and values before the inputs that peft could hold"
         )
     separate_targets = base.backbone.separate_targets
     if separate_targets and getattr(prefix, "embeddings", None) is not None:
-        raise UserError("peft cannot hold text in front of the inputs of an encoder")
+        raise UserError("peft cannot hold text before the inputs of an encoder")
     keys, values = np.asarray(prefix.keys), np.asarray(prefix.values)
     stacked = np.stack([keys, values]).astype(np.float32)  # [2, L, P, K, h]
     if separate_targets:

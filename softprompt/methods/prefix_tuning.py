@@ -1,6 +1,7 @@
 """Prefix tuning (Li & Liang 2021, arXiv:2101.00190) and P-tuning v2 (arXiv:2110.07602).
 
-Axis letters: P virtual tokens, L layers, K key-value heads, h head size, F hidden layer.
+Axis letters: P virtual tokens, L layers, K key-value heads, h head size,
+F size of the hidden layer.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 
 from softprompt.backbones.loading import Backbone, Base, Prefix
 from softprompt.experiment.schema import Experiment
-from softprompt.methods.initializers import initial_vectors
+from softprompt.methods.initializers import INITIALIZATION_SETTINGS, initial_vectors
 from softprompt.methods.method import Adapter, Constant, Method, PromptParam
 from softprompt.methods.peft_layout import prefix_adapter
 
@@ -44,6 +45,11 @@ class PrefixTuning(Method):
     def initial_prompts(cls, experiment: Experiment) -> Sequence[str]:
         """Return `prefix.init_prompts`."""
         return experiment.prefix.init_prompts or ()
+
+    @classmethod
+    def varying_settings(cls, experiment: Experiment) -> Mapping[str, set[str]]:
+        """Return the initialization."""
+        return {"prefix": INITIALIZATION_SETTINGS}
 
     @classmethod
     def build(
@@ -113,8 +119,8 @@ class PrefixTuning(Method):
 class ReparametrizedPrefix(Method):
     """A prefix plus the output of a network that all virtual tokens share.
 
-    The network of Li & Liang computes the keys and values themselves. This one computes their
-    difference from the initial ones, so that training starts from these. It folds to a plain
+    The network of Li & Liang computes the keys and values themselves. This one computes a change
+    of the initial keys and values, so that training starts from them. It folds to a plain
     `PrefixTuning`.
 
     Args:

@@ -1,6 +1,6 @@
 """The folder `prompt/`: what a method learned, saved apart from the base model.
 
-It holds the learned arrays (Orbax) and `prompt.json`, which says what they belong to.
+It holds the learned arrays (Orbax) and `prompt.json`, which describes them and their base model.
 """
 
 import dataclasses
@@ -93,8 +93,8 @@ def describe(
 
     Args:
       method: a folded method.
-      arrays: what is saved of it.
-      base: see `save_prompt`, as all others.
+      arrays: its arrays, as returned by `Method.arrays`.
+      base: see `save_prompt`, as for all other arguments.
     """
     return {
         "format": _FORMAT,
@@ -132,7 +132,7 @@ def text_task(method: Method, base: Base) -> Task:
 
 @dataclasses.dataclass(frozen=True)
 class SavedPrompt:
-    """The content of `prompt.json`, after a check of its form.
+    """The validated content of `prompt.json`.
 
     Attributes:
       folder: the folder that it is in.
@@ -231,16 +231,16 @@ def read_description(folder: Path) -> dict[str, Any]:
     """Return the content of `prompt.json`, after checking all files of the folder for damage."""
     description = load_description(folder, _FILE)
     if not isinstance(description, dict) or description.get("format") != _FORMAT:
-        raise UserError(f"{folder / _FILE}: a format that this version does not read")
+        raise UserError(f"{folder / _FILE}: has a format that this version cannot read")
     return description
 
 
 def _folder(path: Path) -> Path:
-    """Return the folder of a prompt, given that folder or the one of its run."""
+    """Return the folder of a prompt, given that folder or the folder of its run."""
     if (path / _FILE).exists() or not (path / "config.yaml").exists():
         folder = path
     else:
         folder = path / "prompt"
     if not folder.is_dir():
-        raise UserError(f"{path}: no trained prompt there")
+        raise UserError(f"{path}: contains no trained prompt")
     return folder

@@ -18,6 +18,7 @@ from softprompt.errors import UserError
 from softprompt.experiment.schema import Experiment
 from softprompt.methods.backbone_arrays import copied
 from softprompt.methods.initializers import (
+    INITIALIZATION_SETTINGS,
     initial_vectors,
     sampled_vocabulary,
     text_vectors,
@@ -42,7 +43,7 @@ class SoftPrompt(Method):
         are among the tokens of the rows.
 
     Example:
-      A prompt in front of any model that reads embeddings:
+      A prompt for any model that reads embeddings:
 
           prompt = SoftPrompt(0.02 * jax.random.normal(jax.random.key(0), (20, 64)))
           logits = model(prompt(embeddings))  # [B, 20 + T, 64] into the model
@@ -84,7 +85,7 @@ class SoftPrompt(Method):
 
         Args:
           base: the base model.
-          text: it is tokenised without special tokens.
+          text: it is tokenized without special tokens.
           length: P; the text is repeated or truncated to it. By default its number of tokens.
 
         Raises:
@@ -113,9 +114,22 @@ class SoftPrompt(Method):
         return experiment.prompt.init_prompts or ()
 
     @classmethod
-    def length_may_vary(cls, experiment: Experiment) -> bool:
-        """Return whether the vectors themselves are trained, which can be padded."""
-        return experiment.prompt.reparametrization is None
+    def varying_settings(cls, experiment: Experiment) -> Mapping[str, set[str]]:
+        """Return the initialization, and the length if prompts can be padded to one length.
+
+        A reparametrization depends on the length. Adafactor normalizes over the whole matrix,
+        padding included.
+        """
+        can_be_padded = (
+            experiment.prompt.reparametrization is None and experiment.optimizer.name != "adafactor"
+        )
+        length = {"length"} if can_be_padded else set()
+        return {"prompt": INITIALIZATION_SETTINGS | length}
+
+    @classmethod
+    def tasks(cls, experiment: Experiment) -> Sequence[str]:
+        """Return `prompt.tasks`."""
+        return experiment.prompt.tasks or ()
 
     @classmethod
     def build(
@@ -199,8 +213,8 @@ class SoftPrompt(Method):
         vectors = np.asarray(self.vectors[...], np.float32)
         if not self._all_in_opening() or len(self.opening[...]) > len(vectors):
             raise UserError(
-                "peft puts virtual tokens in front of everything, but these are elsewhere or "
-                "together with text; an opening can be exported as peft-prefix"
+                "peft puts virtual tokens before everything else, but these are elsewhere or "
+                "mixed with text; an opening can be exported as peft-prefix"
             )
         layers, *_ = base.backbone.prefix_shape(0)
         return {"prompt_embeddings": vectors / np.float32(peft_embedding_scale(base))}, {
@@ -219,7 +233,7 @@ class SoftPrompt(Method):
         """Return the keys and values of the whole opening as a PREFIX_TUNING adapter."""
         adapter = prefix_adapter(base, prefix)
         if not self._all_in_opening():
-            raise UserError("the virtual tokens are inside the inputs, not in front of them")
+            raise UserError("the virtual tokens are inside the inputs, not before them")
         return adapter
 
     def merge_into(self, backbone: Backbone, adapted: Backbone) -> tuple[Backbone, np.ndarray]:

@@ -1,7 +1,7 @@
 """Scores: statistics of each example, and a function from their sum to a metric's values.
 
-All metrics have this form, also metrics of a whole corpus: BLEU, for example, sums counts
-of n-grams. The bootstrap therefore resamples statistics and never compares texts again.
+All metrics have this form, including metrics of a whole corpus: BLEU, for example, sums
+counts of n-grams. The bootstrap therefore resamples statistics and never compares texts again.
 
 Axis letters: N examples, S statistics, R resamples.
 """
@@ -60,7 +60,7 @@ class Difference:
 
     Attributes:
       difference: the first system's value minus the second's.
-      interval: its 95 % bootstrap interval.
+      interval: its 95% bootstrap interval.
       p_value: probability of a difference at least this large if there were none.
     """
 

@@ -43,7 +43,7 @@ def spread_figure(records: Sequence[RunRecord], axis: str, others: Sequence[str]
     Args:
       records: finished runs.
       axis: the setting, numeric or not. Only numeric values are joined by lines.
-      others: settings that also differ; each of their combinations gets a line of its own.
+      others: settings that also differ; each of their combinations gets its own line.
 
     Returns:
       The SVG element.

@@ -50,7 +50,7 @@ def write_report(paths: Sequence[Path], folder: Path, rerun_command: Callable[[P
     records = [record for record in everything if record.metric == metric]
     if others := len(everything) - len(records):
         _log.info(
-            f"runs with another metric than {metric}: {others} (only in the table of all runs)"
+            f"runs with a metric other than {metric}: {others} (only in the table of all runs)"
         )
     keys = varied(records)
     rows, by_settings = run_rows(everything, varied(everything), folder), seed_rows(records, keys)
@@ -90,7 +90,7 @@ def _require_report(folder: Path, names: Sequence[str]) -> None:
     page, there = folder / _PAGE, [folder / name for name in names if (folder / name).exists()]
     ours = page.is_file() and "· softprompt</title>" in page.read_text("utf-8", errors="replace")
     if there and not ours:
-        raise FolderError(f"{there[0]}: not a file of a report; choose another folder")
+        raise FolderError(f"{there[0]}: not written by a report; choose another folder")
 
 
 def _title(records: Sequence[RunRecord]) -> str:
@@ -180,12 +180,12 @@ def _best_run(
         if prompt.method.plain_vectors() is not None:
             about["tokens"] = nearest_tokens(prompt, 5)[:_TOKENS]
     except UserError as error:
-        _log.info(f"{found.folder}: no predictions and nearest tokens on the page ({error})")
+        _log.info(f"{found.folder}: no predictions or nearest tokens on the page ({error})")
     return about
 
 
 def _samples(prompt: TrainedPrompt, found: RunRecord) -> list[dict[str, str]]:
-    """Inputs, references and predictions of some validation data."""
+    """Inputs, references and predictions of the first validation examples."""
     experiment = load_experiment(found.folder / "config.yaml")
     records = list(read_records(experiment.data.validation))[:_SAMPLES]
     task = prompt.task

@@ -21,7 +21,7 @@ def run_rows(
     Args:
       records: the runs.
       keys: the settings to show, such as `prompt.length`.
-      relative_to: show folders relative to this one; by default as they were found.
+      relative_to: show folders relative to this one; by default as they were given.
     """
     metrics = dict.fromkeys(record.metric for record in records)
     failed = any(record.error for record in records)

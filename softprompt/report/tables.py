@@ -1,4 +1,4 @@
-"""Tables as text, Markdown or CSV. All commands print their tables with this module."""
+"""Tables as text, Markdown or CSV: the only table maker of the package."""
 
 import csv
 import io
@@ -20,7 +20,7 @@ def table(
     Args:
       rows: at least one row.
       form: `text`, `markdown` or `csv`.
-      left: columns to align to the left. The first column always is; the others are aligned
+      left: columns to align to the left, in addition to the first one. The others are aligned
         to the right.
       width: shorten cells to this number of characters; None: keep them. CSV cells are never
         shortened.

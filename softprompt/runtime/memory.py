@@ -16,7 +16,7 @@ Result = TypeVar("Result")
 
 
 def peak_memory() -> int:
-    """Return the peak memory use in bytes: of the accelerator, or of this process on a CPU."""
+    """Return the peak memory use in bytes: of the accelerator, or on a CPU of this process."""
     statistics = jax.devices()[0].memory_stats()
     if statistics and "peak_bytes_in_use" in statistics:
         return statistics["peak_bytes_in_use"]

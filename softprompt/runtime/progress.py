@@ -1,7 +1,7 @@
 """Progress reports: a callback that the library calls when a piece of work begins.
 
-The library never prints. A caller that wants to show progress passes a `Progress`; the
-command line passes one that draws bars.
+The library never prints. A caller that wants to show progress passes a `Progress`, such as
+one that draws bars.
 """
 
 from types import TracebackType
@@ -39,9 +39,9 @@ class Progress(Protocol):
         """Start showing a piece of work.
 
         Args:
-          label: what is done, such as `train`.
+          label: the name of the work, such as `train`.
           total: number of units.
-          unit: what is counted, such as `steps`.
+          unit: the name of the units, such as `steps`.
           done: number of units that were done earlier.
           part: whether it is part of a larger piece of work that is also shown.
 

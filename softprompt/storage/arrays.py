@@ -26,14 +26,13 @@ _ORBAX_LOCK = threading.Lock()
 
 
 class DamagedError(UserError):
-    """A saved file is missing, truncated or altered; the message names it."""
+    """A saved file is missing, truncated or altered. The message names it."""
 
 
 def save_arrays(folder: Path, arrays: Any, description: Mapping[str, Any], file: str) -> None:
     """Write arrays and their description to a folder, completely or not at all.
 
-    An existing folder is replaced. Between the two renames of the replacement the folder
-    does not exist for a moment.
+    An existing folder is replaced by two renames, between which it briefly does not exist.
 
     Args:
       folder: the folder to create or replace.

@@ -19,7 +19,7 @@ class Checkpoints:
 
     Args:
       folder: the folder of all checkpoints; it is created if necessary.
-      keep: number of newest checkpoints to keep. The best one is kept in addition.
+      keep: number of newest checkpoints to keep. The best one is always kept.
     """
 
     _FILE = "checkpoint.json"
@@ -61,7 +61,7 @@ class Checkpoints:
             pending.result()
 
     def read_descriptions(self) -> Iterator[tuple[int, dict[str, Any] | DamagedError]]:
-        """Yield each step, newest first, with its description or the error that it is damaged."""
+        """Yield each step, newest first, with its description or, if damaged, with the error."""
         for step in reversed(self.steps):
             try:
                 yield step, load_description(self.path(step), self._FILE)
@@ -78,7 +78,7 @@ class Checkpoints:
         except OSError as error:
             reason = error.strerror or str(error)
             raise UserError(f"{self.path(step)}: cannot be written ({reason})") from error
-        # Checkpoints of later steps are left over from before the run resumed at an earlier step.
+        # Later checkpoints are leftovers: the run has since resumed at an earlier step.
         kept = {*[s for s in self.steps if s <= step][-self._keep :], best}
         for other in self.steps:
             if other not in kept:

@@ -37,7 +37,7 @@ def open_run(folder: Path, experiment: Experiment) -> Iterator[None]:
     """
     config = folder / "config.yaml"
     with locked_folder(folder, config.name, "run", "training"):
-        if any(folder.glob("checkpoints/*")):  # without them, nothing can be mixed up
+        if any(folder.glob("checkpoints/*")):  # without checkpoints, nothing can be mixed up
             changed = differences(load_experiment(config).model_dump(), experiment.model_dump())
             if changed:
                 raise FolderError(
@@ -148,7 +148,7 @@ class MetricsLog:
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """Read the records of `metrics.jsonl`.
 
-    An incomplete last line, as a killed process leaves it, is ignored.
+    An incomplete last line, left by a killed process, is ignored.
 
     Raises:
       UserError: if another line is damaged, with its file and line.

@@ -78,7 +78,7 @@ def compare(
     """
     known = sorted([*METHODS, FEW_SHOT], key=lambda name: _is_trained(name))
     if unknown := [method for method in methods if method not in known]:
-        raise UserError(f"method {unknown[0]!r} is none of {', '.join(known)}")
+        raise UserError(f"method {unknown[0]!r} is not one of {', '.join(known)}")
     own = load_experiment(file, overrides)
     rows = []
     for method in dict.fromkeys(methods):

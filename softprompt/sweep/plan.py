@@ -16,17 +16,17 @@ from softprompt.runtime.progress import Progress, silent
 from softprompt.runtime.signals import StopSignals
 from softprompt.sweep.outcome import Outcome
 from softprompt.sweep.program import step_group, trials_that_fit
-from softprompt.sweep.runner import program_families, require_same
+from softprompt.sweep.runner import program_groups, require_same
 from softprompt.sweep.space import Space, Trial
 from softprompt.training.preparation import Preparation, Prepared
 from softprompt.training.session import Session
 
-_SAMPLE = 32  # batches that represent all batches
+_SAMPLE = 32  # number of batches from which the time of a step is estimated
 
 
 @dataclasses.dataclass(frozen=True)
 class PlannedTrial:
-    """A trial to come.
+    """A trial of the forecast; it may have ended already.
 
     Attributes:
       number, parameters: see `Trial`. With `how: tpe` there are no parameters yet.
@@ -48,7 +48,7 @@ class PlannedGroup:
       waiting: number of trials that have not ended.
       at_once: number of trials that train side by side.
       seconds: estimated duration.
-      error: why there is no estimate, if there is none.
+      error: why there is no estimate; None if there is one.
     """
 
     waiting: int
@@ -76,8 +76,8 @@ class Plan:
 def plan(space: Space, *, progress: Progress = silent) -> Plan:
     """Forecast a sweep.
 
-    The parameters that `how: tpe` will choose are unknown, so the values of the file
-    represent them.
+    The parameters that `how: tpe` will choose are unknown, so the values of the file are used
+    in their place.
 
     Args:
       space: the trials.
@@ -93,12 +93,12 @@ def plan(space: Space, *, progress: Progress = silent) -> Plan:
         trials = space.trials()
     preparation = Preparation(progress)
     planned, groups = [], []
-    for number, family in enumerate(program_families(trials)):
-        outcomes = [Outcome.read(trial.folder) for trial in family]
-        for trial, outcome in zip(family, outcomes, strict=True):
+    for number, members in enumerate(program_groups(trials)):
+        outcomes = [Outcome.read(trial.folder) for trial in members]
+        for trial, outcome in zip(members, outcomes, strict=True):
             state = outcome.state if outcome else "waiting"
             planned.append(PlannedTrial(trial.number, trial.parameters, number, state))
-        waiting = [trial for trial, end in zip(family, outcomes, strict=True) if end is None]
+        waiting = [trial for trial, end in zip(members, outcomes, strict=True) if end is None]
         try:
             group = _plan_group(space, waiting, preparation) if waiting else PlannedGroup(0, 0, 0.0)
         except UserError as error:

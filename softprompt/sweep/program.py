@@ -30,9 +30,7 @@ _VARYING = {  # settings that are arrays in a program, or that the step does not
     "checkpoints": True,
     "scoring": True,
     "generation": True,
-    "dept": {"learning_rate"},
 }
-_INITIALIZATION = {"init", "init_top", "init_scale", "init_text", "init_prompts"}
 
 
 @partial(jax.jit, static_argnames=PROGRAM)
@@ -71,19 +69,12 @@ def train_steps(
 def shared_settings(experiment: Experiment) -> str:
     """Return the settings, as JSON, that trials must have in common to share a program.
 
-    Trials may differ in seed, initialization, learning rate, warm-up, number of steps and
-    weight decay, and in the length of a soft prompt, which is padded. The length must be
-    the same with Adafactor, which normalizes over the whole matrix. Few-shot
+    Trials may differ in seed, learning rate, warm-up, number of steps, weight decay, and in
+    the settings that `Method.varying_settings` names, such as the initialization. Few-shot
     demonstrations are part of the program, so with `shots` the seed must be the same.
     """
-    excluded: dict[str, Any] = {
-        **_VARYING,
-        "prompt": set(_INITIALIZATION),
-        "prefix": set(_INITIALIZATION),
-    }
-    length_may_vary = method_class(experiment.method).length_may_vary(experiment)
-    if length_may_vary and experiment.optimizer.name != "adafactor":
-        excluded["prompt"].add("length")
+    varying = method_class(experiment.method).varying_settings(experiment)
+    excluded: dict[str, Any] = {**_VARYING, **varying}
     if experiment.shots:
         del excluded["seed"]
     return experiment.model_dump_json(exclude=excluded)
@@ -92,7 +83,7 @@ def shared_settings(experiment: Experiment) -> str:
 def step_group(
     sessions: Sequence[Session], inputs: Sequence[tuple[Batch, jax.Array]]
 ) -> list[tuple[nnx.State, Any, dict[str, jax.Array]]]:
-    """Make one step of a group of trials; see `program_groups`.
+    """Make one step of a group of trials; see `step_groups`.
 
     Args:
       sessions: the trials.
@@ -104,7 +95,7 @@ def step_group(
     return train_steps(*_arguments(sessions, inputs), **sessions[0].state.program)
 
 
-def program_groups(sessions: Sequence[Session], max_group: int) -> list[list[Session]]:
+def step_groups(sessions: Sequence[Session], max_group: int) -> list[list[Session]]:
     """Divide trials into groups that make a step together.
 
     The trials of a group share a program. Their number is a power of two and at most
@@ -117,7 +108,7 @@ def program_groups(sessions: Sequence[Session], max_group: int) -> list[list[Ses
         same = [session for session in left if _program_key(session) == program]
         left = [session for session in left if _program_key(session) != program]
         while same:
-            width = _power_of_two(min(len(same), max_group))
+            width = _largest_power_of_two(min(len(same), max_group))
             groups.append(same[:width])
             same = same[width:]
     return groups
@@ -126,8 +117,8 @@ def program_groups(sessions: Sequence[Session], max_group: int) -> list[list[Ses
 def trials_that_fit(session: Session, count: int, memory_before: float) -> int:
     """Return how many trials like this one fit into memory together, as a power of two.
 
-    An accelerator takes as many as fit into its free memory. A CPU gains little from more
-    trials, so there they may need as much memory as the process uses anyway, and at most a
+    On an accelerator, these are all that fit into its free memory. A CPU gains little from more
+    trials, so there they may need no more memory than the process uses already, and at most a
     quarter of the machine's memory.
 
     Args:
@@ -137,7 +128,7 @@ def trials_that_fit(session: Session, count: int, memory_before: float) -> int:
     """
     batch, key = session.batches.largest(), session.state.key
     budget = _memory_budget(memory_before)
-    width = _power_of_two(min(count, MAX_GROUP))
+    width = _largest_power_of_two(min(count, MAX_GROUP))
     while width > 1:
         arguments = _arguments([session] * width, [(batch, key)] * width)
         lowered = train_steps.lower(*arguments, **session.state.program)
@@ -146,16 +137,17 @@ def trials_that_fit(session: Session, count: int, memory_before: float) -> int:
             return 1
         if needed.temp_size_in_bytes <= budget:
             break
-        width = _power_of_two(width * budget / needed.temp_size_in_bytes)
+        width = _largest_power_of_two(width * budget / needed.temp_size_in_bytes)
     return width
 
 
-def _power_of_two(limit: float) -> int:
+def _largest_power_of_two(limit: float) -> int:
+    """The largest power of two that is at most `limit`."""
     return 1 << (max(1, int(limit)).bit_length() - 1)
 
 
 def _memory_budget(memory_before: float) -> float:
-    """Bytes that the temporary arrays of a step may take."""
+    """Bytes that the temporary arrays of a step may use."""
     statistics = jax.devices()[0].memory_stats()
     if statistics and "bytes_limit" in statistics:
         return 0.8 * (statistics["bytes_limit"] - statistics["bytes_in_use"])
@@ -178,7 +170,7 @@ def _arguments(
 
 
 def _program_key(session: Session) -> Any:
-    """What decides whether two trials share a program."""
+    """A key that is equal for trials that share a program."""
     state = session.state
     arrays = state.trainable, state.opt_state, state.frozen[0]
     shapes = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(arrays)]

@@ -56,7 +56,7 @@ def sweep(space: Space, *, progress: Progress = silent) -> list[Trial]:
     return trials
 
 
-def program_families(trials: Sequence[Trial]) -> list[list[Trial]]:
+def program_groups(trials: Sequence[Trial]) -> list[list[Trial]]:
     """Group trials that can share a compiled program.
 
     Within a group, trials that read the data in the same order are neighbors.
@@ -77,8 +77,8 @@ def _run_listed(
     """Run a list of trials, rung by rung if there is successive halving."""
     halving = space.sweep.halving
     for until in [*(halving.rungs if halving else ()), None]:
-        for family in program_families(trials):
-            source = _TrialList(family)
+        for group in program_groups(trials):
+            source = _TrialList(group)
             scheduler.train(source, len(source.left), until)
             if stop.requested:
                 return
@@ -123,17 +123,17 @@ class _TrialList:
         return True
 
     def ended(self, trial: Trial, outcome: Outcome) -> None:
-        """Nothing to note: the outcome is in the trial's folder."""
+        """Do nothing: the outcome is already in the trial's folder."""
 
 
 @contextlib.contextmanager
 def open_sweep(space: Space) -> Iterator[None]:
-    """Create the folder of a sweep, or find it as this sweep left it, and lock it.
+    """Create the folder of a sweep, or reopen it if it holds the same sweep, and lock it.
 
     Processes that take trials from one Optuna study share the lock.
     """
     folder, shared = space.folder, space.sweep.how == "tpe"
-    with locked_folder(folder, _FILE, "sweep", "sweeping", shared=shared):
+    with locked_folder(folder, _FILE, "sweep", "running a sweep", shared=shared):
         with file_lock(folder / ".sweep.lock"):
             require_same(space)
             write_file(folder / _FILE, _describe(space))
@@ -141,7 +141,7 @@ def open_sweep(space: Space) -> Iterator[None]:
 
 
 def require_same(space: Space) -> None:
-    """Reject the folder of another sweep that has begun.
+    """Reject a folder in which another sweep has begun.
 
     Raises:
       FolderError: if the folder belongs to another sweep.
@@ -161,7 +161,7 @@ def require_same(space: Space) -> None:
 
 
 def _describe(space: Space) -> str:
-    """The settings that identify a sweep. Number of trials and `at_once` may change."""
+    """The settings that identify a sweep. The number of trials and `at_once` may change."""
     settings = space.sweep.model_dump(exclude={"at_once", "trials"}, exclude_none=True)
     experiment = dump_experiment(space.file.experiment(), space.folder)
     return experiment + yaml.safe_dump({"sweep": settings}, sort_keys=False, allow_unicode=True)

@@ -18,7 +18,7 @@ from softprompt.runtime.signals import StopSignals
 from softprompt.storage.locks import InUseError
 from softprompt.storage.run_folder import open_run, write_config
 from softprompt.sweep.outcome import Outcome, validation_at
-from softprompt.sweep.program import MAX_GROUP, program_groups, step_group, trials_that_fit
+from softprompt.sweep.program import MAX_GROUP, step_group, step_groups, trials_that_fit
 from softprompt.sweep.space import Space, Trial
 from softprompt.training.loop import finished_summary
 from softprompt.training.preparation import Preparation
@@ -34,7 +34,7 @@ class OpenedTrial:
     Attributes:
       trial: the trial.
       close: unlocks the folder.
-      error: why the folder cannot be used, if it cannot.
+      error: why the folder cannot be used; None if it can.
     """
 
     trial: Trial
@@ -56,7 +56,7 @@ class OpenedTrial:
 
 
 class Source(Protocol):
-    """Where trials come from, and who decides whether they continue."""
+    """A source of trials, which also decides whether they continue."""
 
     def next(self) -> OpenedTrial | None:
         """Return the next trial, or None if there is none at the moment."""
@@ -65,7 +65,7 @@ class Source(Protocol):
         """Return whether a trial continues after an evaluation with these metrics."""
 
     def ended(self, trial: Trial, outcome: Outcome) -> None:
-        """Take note that a trial ended. Its outcome is already in its folder."""
+        """Handle the end of a trial. Its outcome is already in its folder."""
 
 
 @dataclasses.dataclass
@@ -73,7 +73,7 @@ class _Slot:
     opened: OpenedTrial
     session: Session
     bar: Bar
-    judged: int = -1  # the last step at which the source was asked
+    judged: int = -1  # the last step at which the source was asked whether to continue
     error: UserError | None = None
 
 
@@ -81,8 +81,8 @@ class Scheduler:
     """Trains trials side by side.
 
     Args:
-      space: the sweep. Its `at_once` is the number of slots; by default there are as many
-        as memory allows.
+      space: the sweep. Its `at_once` is the number of slots, by default as many as memory
+        allows.
       stop: stops the work after the current step.
       bar: counts the steps of all trials.
       progress: shows the trials one by one.
@@ -93,14 +93,14 @@ class Scheduler:
         self._preparation = Preparation(progress)
         self._memory_before = 0.0  # bytes in use before the first trial's first step
         self._max_group = MAX_GROUP
-        self._counted: set[int] = set()  # trials whose earlier steps were taken off the bar
+        self._counted: set[int] = set()  # trials whose earlier steps are off the bar's total
 
     def train(self, source: Source, count: int, until: int | None = None) -> None:
         """Train trials until there are no more. On a signal, save all of them and return.
 
         Args:
           source: gives the next trial when a slot is free.
-          count: the largest number of trials.
+          count: the maximum number of trials.
           until: stop each trial at this step, which must be one with an evaluation. By
             default trials train to their end.
         """
@@ -128,7 +128,7 @@ class Scheduler:
                     return
                 if not self._stop.requested:
                     self._step(slots)
-        except OSError:  # a file of one trial failed; the others must not lose anything
+        except OSError:  # writing a file of one trial failed; save the other trials
             for slot in slots:
                 with contextlib.suppress(OSError, UserError):
                     slot.session.save()
@@ -207,7 +207,7 @@ class Scheduler:
         slot_of = {id(slot.session): slot for slot in slots}
         waiting = [slot.session for slot in slots]
         while waiting:
-            group = program_groups(waiting, self._max_group)[0]
+            group = step_groups(waiting, self._max_group)[0]
             try:
                 results = step_group(group, [inputs[id(session)] for session in group])
             except jax.errors.JaxRuntimeError as error:
@@ -229,12 +229,12 @@ class Scheduler:
         """Halve the largest group, because `count` trials do not fit into memory together."""
         if count == 1:
             raise UserError(
-                "the device has no memory for a single trial; set a smaller training.batch_size, "
-                "with training.accumulate to keep the number of examples per step; "
-                "everything done so far is kept"
+                "the device runs out of memory with a single trial; set a smaller "
+                "training.batch_size, and raise training.accumulate to keep the number of "
+                "examples per step; everything done so far is kept"
             )
         self._max_group = count // 2
-        _log.warning(f"no memory for a step of {count} trials at once: trying {self._max_group}")
+        _log.warning(f"out of memory: trying {self._max_group} instead of {count} trials at once")
 
     def _release(self, slot: _Slot, *, close: bool = True) -> None:
         slot.session.close()

@@ -20,18 +20,18 @@ _LARGEST = 1e300
 
 def _number(value: Any) -> int | float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < _LARGEST:
-        raise ValueError(f"must be a number of less than {_LARGEST}")
+        raise ValueError(f"must be a number below {_LARGEST} in absolute value")
     return value
 
 
 Number = Annotated[int | float, pydantic.PlainValidator(_number)]
-Value = Any  # of a parameter: whatever an experiment takes
+Value = Any  # the value of a parameter: any value that an experiment accepts
 
 
 class Range(Section):
-    """A uniform distribution from `low` to `high`; with `log`, of the logarithm.
+    """A uniform distribution from `low` to `high`, or with `log` a log-uniform one.
 
-    It draws whole numbers if both ends are whole numbers.
+    It draws whole numbers if both ends are integers.
     """
 
     low: Number
@@ -80,7 +80,7 @@ class HalvingSettings(Section):
     @pydantic.model_validator(mode="after")
     def _rungs_rise(self) -> Self:
         if any(low >= high for low, high in itertools.pairwise(self.rungs)):
-            raise ValueError("each of the rungs must be above the one before")
+            raise ValueError("rungs must increase")
         return self
 
 
@@ -92,7 +92,7 @@ class SweepSettings(Section):
       how: `grid` (every combination), `zip` (the first values of all keys, then the second
         values, and so on), `random` (draw every value) or `tpe` (Optuna chooses from the
         results so far).
-      points: the parameters of each trial. They replace `parameters` and `how`.
+      points: the keys and values of each trial. They replace lists of values and `how`.
       trials: number of trials, for `random` and `tpe`.
       halving: successive halving, which stops poor trials early.
       at_once: number of trials that train side by side. By default as many as memory allows.
@@ -118,7 +118,7 @@ class SweepSettings(Section):
         if ranges and not drawn:
             raise ValueError(f"{ranges[0]}: a range needs how: random or how: tpe")
         if drawn != (self.trials is not None):
-            raise ValueError("how: random and how: tpe need trials; grid and zip do not take it")
+            raise ValueError("how: random and how: tpe need trials; grid and zip do not accept it")
         lists = {name: v for name, v in self.parameters.items() if not isinstance(v, Range)}
         for name, values in lists.items():
             if self.how != "zip" and len({*map(repr, values)}) < len(values):
@@ -158,7 +158,7 @@ class Trial:
 
     @property
     def name(self) -> str:
-        """Number and parameters on one line. Keys are shortened if that is unambiguous."""
+        """The number and the parameters on one line, with short keys if they are unambiguous."""
         last = [name.split(".")[-1] for name in self.parameters]
         keys = last if len({*last}) == len(last) else [*self.parameters]
         given = dict(zip(keys, self.parameters.values(), strict=True))

@@ -93,7 +93,7 @@ class Study:
         halving, value = self._space.sweep.halving, measured[self._metric]
         with self._exclusive():
             frozen = self._study.get_trials(deepcopy=False)[trial.number]
-            if step not in frozen.intermediate_values:  # else a process that died reported it
+            if step not in frozen.intermediate_values:  # otherwise a process that died reported it
                 self._optuna.trial.Trial(self._study, frozen._trial_id).report(value, step)
             if halving is None or step not in halving.rungs:
                 return True

@@ -1,1 +1,1 @@
-"""Training: the step, the loop around it, and the session that decides what is due when."""
+"""Training: the step, the loop around it, and the session that resumes, evaluates and saves."""

@@ -14,7 +14,7 @@ import optax
 from flax import nnx
 
 from softprompt.experiment.schema import OptimizerSettings
-from softprompt.methods.dept import OffsetParam
+from softprompt.methods.method import OffsetParam
 
 
 class Hyperparameters(NamedTuple):
@@ -25,7 +25,7 @@ class Hyperparameters(NamedTuple):
       offsets_learning_rate: peak learning rate of DePT's offsets, or None.
       warmup_steps: number of steps until the peak.
       steps: the step at which the schedule ends.
-      weight_decay: a step shrinks parameters by this times the learning rate.
+      weight_decay: each step shrinks the parameters by this times the learning rate.
     """
 
     learning_rate: Any
@@ -39,8 +39,8 @@ class Hyperparameters(NamedTuple):
 class UpdateRule:
     """The part of an optimizer that is compiled into a program; see `OptimizerSettings`.
 
-    Adafactor does not scale by the size of the parameter, as in Lester et al. 2021,
-    section 3.
+    Adafactor does not scale updates by the root mean square of the parameter, as in Lester
+    et al. 2021, section 3.
 
     Attributes:
       name: `adamw`, `adafactor`, `sgd` or `lion`.

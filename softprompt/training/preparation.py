@@ -44,7 +44,7 @@ class Prepared:
 class Preparation:
     """Prepares experiments one after another, and reuses what they have in common.
 
-    It keeps the last base model and the last examples of each split.
+    It keeps the base model and the examples of each split that were prepared last.
 
     Args:
       progress: shows how many examples are tokenized.
@@ -81,7 +81,7 @@ class Preparation:
             shown,
             virtual_tokens=virtual,
             prefix_length=before,
-            tasks=experiment.prompt.tasks or () if virtual else (),
+            tasks=kind.tasks(experiment),
             task_field=experiment.prompt.task_field,
         )
         examples = {split: self._examples_of(task, part, split) for split, part in splits.items()}
@@ -136,7 +136,7 @@ class Preparation:
 
 
 def _fit(examples: Dataset, task: Task) -> bool:
-    """Whether the examples are as they would be with the limit of a task."""
+    """Whether encoding the examples with the limit of a task would not change them."""
     lengths = examples.lengths
     return not examples.truncated and bool(
         (lengths.input + lengths.longest <= task.max_tokens).all()

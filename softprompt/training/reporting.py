@@ -28,12 +28,12 @@ class Reporter:
     Args:
       experiment: the experiment of the run.
       folder: the run folder.
-      run: where the run stands; the reporter keeps its counters of time and losses.
-      name: put in front of log messages, if there is one.
+      run: the state of the run; the reporter updates its times, losses and padding.
+      name: put before log messages; empty for none.
 
     Attributes:
       note: the latest training loss and speed as text.
-      quality: the latest deciding metric as text.
+      quality: the latest value of the deciding metric as text.
     """
 
     def __init__(self, experiment: Experiment, folder: Path, run: RunState, name: str = ""):
@@ -86,7 +86,7 @@ class Reporter:
         Args:
           result: the evaluation.
           best: whether it is the best so far.
-          free_text: whether its samples are generated text, which is kept.
+          free_text: whether its samples are generated texts, which are saved.
         """
         run, key = self._run, self._experiment.evaluation.metric
         metrics = result.values()
@@ -110,7 +110,7 @@ class Reporter:
         Args:
           state: gives the number of trainable parameters.
           seconds: duration of the whole run.
-          test: the evaluation on the test data, if there is any.
+          test: the evaluation on the test data; None if there is no test data.
         """
         run, training = self._run, self._experiment.training
         if test:

@@ -1,4 +1,4 @@
-"""The session of a run: what is due when, and how a stopped run resumes.
+"""The session of a run: when to evaluate and save, and how a stopped run resumes.
 
 A run that was stopped at any moment resumes from its newest intact checkpoint and ends
 bit for bit as if it had never stopped: every batch is a function of the seed and its
@@ -20,7 +20,7 @@ from softprompt.backbones.batch import Batch
 from softprompt.backbones.loading import Backbone
 from softprompt.data.batches import TrainingBatches
 from softprompt.data.examples import Example, data_digest, same_data
-from softprompt.errors import Stopped, UserError
+from softprompt.errors import FolderError, Stopped, UserError
 from softprompt.evaluation.evaluate import EvaluationResult, evaluate
 from softprompt.evaluation.scoring import prepare_model
 from softprompt.experiment.schema import Experiment
@@ -48,12 +48,12 @@ class Session:
       prepared: the base model, the data and the method.
       stop: may interrupt an evaluation.
       padded_length: see `TrainState`.
-      name: put in front of log messages, if there is one.
+      name: put before log messages; empty for none.
       progress: shows evaluations.
 
     Attributes:
       state: the arrays.
-      run: where the run stands.
+      run: the state of the run apart from the arrays.
       reporter: what it reports.
       steps: number of steps to make; 0 if nothing is trained.
 
@@ -146,9 +146,9 @@ class Session:
         padding: float,
         parallel_runs: int = 1,
     ) -> None:
-        """Take over the results of a step, which may still be running on the device.
+        """Accept the results of a step, which may still be running on the device.
 
-        While it runs, the measurements of the step before are checked and logged.
+        While it runs, the measurements of the previous step are checked and logged.
 
         Args:
           trainable, opt_state, measured: what `train_step` returned.
@@ -156,7 +156,7 @@ class Session:
           parallel_runs: number of runs that made a step at the same time, this one included.
 
         Raises:
-          UserError: if the step before gave a loss or a gradient that is not finite.
+          UserError: if the previous step gave a loss or a gradient that is not finite.
         """
         self.state.trainable, self.state.opt_state = trainable, opt_state
         self._finish_step()
@@ -170,7 +170,7 @@ class Session:
             return
         self._finish_step()
         if not self.state.is_finite():
-            raise self._not_finite("the update made trained values infinite")
+            raise self._not_finite("the update made trainable parameters infinite or NaN")
         run.data = self._iterator.get_state()
         run.records = self.reporter.records
         run.seconds = time.monotonic() - self._began
@@ -219,7 +219,7 @@ class Session:
         elif not same_data(description["examples"], self.examples):
             changed = "data"
         if changed:
-            raise UserError(
+            raise FolderError(
                 f"{self.folder}: its {changed} has changed since the run began; restore it, "
                 "or choose another folder"
             )
@@ -278,7 +278,7 @@ class Session:
             examples,
             self.experiment,
             f"{self.name}: {split}" if self.name else split,
-            written=generated,
+            max_generated=generated,
             progress=self._progress,
         )
 
@@ -321,7 +321,7 @@ class Session:
         self._checkpoints.wait()
         newest = self._checkpoints.steps[-1:]
         kept = f"checkpoint {self._checkpoints.path(newest[0])} is kept" if newest else ""
-        where = "" if self.name else ", in another folder"
+        where = "" if self.name else " and train in another folder"
         return UserError(
             f"step {self.run.step}: {what}; lower optimizer.learning_rate{where}; "
             f"{kept or 'there is no checkpoint yet'}"

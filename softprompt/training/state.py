@@ -1,4 +1,4 @@
-"""The state of a run: its arrays, and where it stands. A checkpoint holds both."""
+"""The state of a run: `TrainState` holds its arrays, `RunState` the rest. A checkpoint has both."""
 
 import dataclasses
 from typing import Any
@@ -18,7 +18,7 @@ from softprompt.training.step import Frozen, split
 
 @dataclasses.dataclass
 class RunState:
-    """Where a run stands, apart from its arrays. Every checkpoint holds it as JSON.
+    """The state of a run apart from its arrays. Every checkpoint holds it as JSON.
 
     Attributes:
       base, examples: digests of the base model and of the tokenized data. A run resumes
@@ -138,12 +138,12 @@ class TrainState:
         return resize((self.trainable, self.opt_state), self.saved_shapes())
 
     def restore(self, saved: tuple[nnx.State, Any]) -> None:
-        """Take over what `save` returned."""
+        """Restore what `save` returned."""
         self.trainable, self.opt_state = resize(saved, (self.trainable, self.opt_state))
 
 
 def resize(tree: Any, like: Any) -> Any:
-    """Cut arrays at their ends, or pad them with zeros, to the shapes of other arrays."""
+    """Cut arrays at the end, or pad them with zeros, to the shapes of other arrays."""
 
     def fit(array: jax.Array, shape: Any) -> jax.Array:
         if array.shape == shape.shape:

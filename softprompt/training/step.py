@@ -2,8 +2,8 @@
 
 An objective gives the sum of a loss over a batch and the weight to divide it by. The step
 differentiates `sum / weight` with respect to the trainable state only. The frozen state is
-an argument of the compiled program, so that it is not a constant in it, and it is not
-donated, so that it stays valid.
+an argument of the compiled program rather than a constant in it, and it is not donated, so
+that it stays valid.
 """
 
 from typing import Any
@@ -46,14 +46,14 @@ def update(
       opt_state: state of the optimizer.
       batch: its rows are run in `accumulate` passes of equal size.
       key: random key for the objective, such as for dropout.
-      optimizer: turns gradients into updates; any Optax optimizer will do, or our
-        `UpdateRule`, whose hyperparameters are not compiled in.
+      optimizer: turns gradients into updates: any Optax optimizer, or an `UpdateRule`, whose
+        hyperparameters are not compiled in.
       objective: the loss; see `Objective`.
       accumulate: number of passes.
 
     Returns:
       The new trainable state, the new optimizer state, and measurements: `loss`,
-      `gradient_norm` and the metrics of the objective, all scalars.
+      `gradient_norm` (before any clipping) and the metrics of the objective, all scalars.
     """
 
     def loss_sum(trainable: nnx.State, batch: Batch, key: jax.Array):
@@ -78,7 +78,7 @@ def update(
     return optax.apply_updates(trainable, updates), opt_state, measured
 
 
-PROGRAM = ("graphdef", "optimizer", "objective", "accumulate")  # what a program is compiled for
+PROGRAM = ("graphdef", "optimizer", "objective", "accumulate")  # static arguments of `update`
 
 train_step = jax.jit(update, static_argnames=PROGRAM, donate_argnames=("trainable", "opt_state"))
 """`update`, compiled. `trainable` and `opt_state` are donated."""

@@ -73,7 +73,7 @@ class ModelDirectory:
         try:
             config = json.loads(path.read_text())
         except FileNotFoundError:
-            raise UserError(f"{self.path}: no config.json there") from None
+            raise UserError(f"{self.path}: contains no config.json") from None
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror})") from None
         except ValueError as error:

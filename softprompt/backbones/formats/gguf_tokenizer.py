@@ -164,7 +164,7 @@ def _byte_level(get: Get, pre: str) -> Tokenizer:
 
 
 def _sentencepiece(get: Get) -> Tokenizer:
-    """Make a tokenizer that merges the pair of neighbours with the best score first.
+    """Make a tokenizer that merges the pair of neighbors with the best score first.
 
     The merges are all pairs of tokens whose concatenation is a token, ordered by its score.
     """
