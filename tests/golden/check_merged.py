@@ -1,6 +1,6 @@
-"""Whether stock transformers writes from a merged model what softprompt does with the prompt.
+"""Check that stock transformers generates the same text from a merged model as softprompt.
 
-Needs torch and transformers, in an environment of its own: see `export_merged.py`.
+Needs torch and transformers, in a separate environment. First run `export_merged.py`.
 
     python tests/golden/check_merged.py DIR
 """
@@ -35,8 +35,8 @@ def main(folder: Path) -> None:
         ended = output[-1].item() == tokenizer.eos_token_id
         written = tokenizer.decode(output[:-1] if ended else output)
         same.append((written, ended) == (case["written"], case["ended"]))
-        print("same" if same[-1] else f"differs: {written!r} not {case['written']!r}")
-    print(f"{sum(same)} of {len(same)} the same")
+        print("same" if same[-1] else f"differs: {written!r}, expected {case['written']!r}")
+    print(f"{sum(same)} of {len(same)} texts are the same")
     sys.exit(not all(same))
 
 

@@ -1,14 +1,14 @@
-"""Adapters exported by softprompt, with its logits, for `check_exports.py` to compare with peft's.
+"""Export adapters from softprompt, with its logits, so that `check_exports.py` can check them.
 
-Runs where softprompt is installed; `check_exports.py` where torch, transformers and peft are:
+This script needs softprompt. `check_exports.py` needs torch, transformers and peft:
 
     python tests/golden/export_adapters.py EXPORTS [MODEL_DIRECTORY ...]
     python tests/golden/check_exports.py EXPORTS
 
-Writes EXPORTS/<variant>/<kind>/, an adapter of a random prompt, prefix, LoRA, or soft prompt as a
-prefix, and EXPORTS/<variant>/golden.npz with `tokens`, `lengths` (T5: `targets`,
-`target_lengths`) and `<kind>_logits`. A variant is the first of each family in families/, or has
-the name of a given directory of a trained model.
+Writes a random adapter of every kind (prompt, prefix, LoRA, and soft prompt as a prefix) to
+EXPORTS/<variant>/<kind>/. EXPORTS/<variant>/golden.npz contains `tokens` and `lengths`, for T5 also
+`targets` and `target_lengths`, and `<kind>_logits`. The variants are the first one of each family
+in families/, or the trained models in the given directories.
 """
 
 import sys
@@ -40,7 +40,7 @@ def methods(base: Base, random: np.random.Generator, trained: bool):
     if not base.backbone.separate_targets:
         yield "soft-as-prefix", SoftPrompt(vectors)
     yield "prompt", SoftPrompt(vectors)
-    if trained:  # to which random keys do what makes float32 itself err by 1e-3
+    if trained:  # with random keys, rounding errors of float32 alone reach 1e-3
         tokens = jnp.asarray(random.integers(5, arch.vocab_size, VIRTUAL_TOKENS))
         prefix = base.backbone.prefill(base.backbone.embedding(tokens))
         yield "prefix", PrefixTuning(prefix.keys, prefix.values)

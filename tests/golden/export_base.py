@@ -1,4 +1,4 @@
-"""A base model as a plain model directory, which transformers reads, for the other scripts.
+"""Write a base model as a model directory that transformers can read, for the other scripts.
 
     python tests/golden/export_base.py smollm2-135m-instruct DIR
 """

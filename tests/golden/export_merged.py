@@ -1,11 +1,11 @@
-"""A merged model of a trained prompt, with what the prompt writes here, for `check_merged.py`.
+"""Export a merged model and the texts that softprompt generates, for `check_merged.py`.
 
-Runs where softprompt is installed; `check_merged.py` where torch and transformers are:
+This script needs softprompt. `check_merged.py` needs torch and transformers:
 
     python tests/golden/export_merged.py RUN DIR TEXT [TEXT ...]
     python tests/golden/check_merged.py DIR
 
-DIR/expected.json has for each text what is written greedily, at most 32 tokens.
+DIR/expected.json contains the greedy continuation of each text, with at most 32 tokens.
 """
 
 import json

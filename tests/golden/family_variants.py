@@ -1,6 +1,6 @@
-"""The settings of the families' small models, which make_families.py makes."""
+"""Settings of the small models that make_families.py makes for every family."""
 
-DEFAULTS = dict(  # where the family knows them
+DEFAULTS = dict(  # each is used only if the family's config has it
     vocab_size=61,
     hidden_size=16,
     num_hidden_layers=3,
@@ -11,7 +11,7 @@ DEFAULTS = dict(  # where the family knows them
     ffn_dim=23,
     d_ff=23,
     max_position_embeddings=64,
-    rms_norm_eps=3e-3,  # so large that it shows
+    rms_norm_eps=3e-3,  # large enough to change the results
     layer_norm_eps=3e-3,
     layer_norm_epsilon=3e-3,
     pad_token_id=0,
@@ -60,7 +60,7 @@ VARIANTS = {
             factor=4.0,
             low_freq_factor=1.0,
             high_freq_factor=4.0,
-            original_max_position_embeddings=32,  # 1, 2 and 3 frequencies in its three bands
+            original_max_position_embeddings=32,  # puts 1, 2 and 3 frequencies into the three bands
         ),
         head_dim=12,
         tie_word_embeddings=True,
@@ -77,7 +77,7 @@ VARIANTS = {
     "mistral-wide": dict(
         sliding_window=None, head_dim=10, num_key_value_heads=1, tie_word_embeddings=True
     ),
-    "qwen2-tied": dict(tie_word_embeddings=True, sliding_window=3),  # that stays unused
+    "qwen2-tied": dict(tie_word_embeddings=True, sliding_window=3),  # unused
     "qwen2-window": dict(use_sliding_window=True, sliding_window=3, max_window_layers=1),
     "qwen3-yarn": dict(
         rope_parameters=rope(**YARN, attention_factor=1.3), head_dim=10, tie_word_embeddings=True
@@ -91,7 +91,7 @@ VARIANTS = {
         num_key_value_heads=4,
     ),
     "gemma-single": dict(head_dim=10, num_key_value_heads=1),
-    "gemma-gelu": dict(  # which is read as the activation by tanh
+    "gemma-gelu": dict(  # Gemma reads "gelu" as the tanh approximation
         hidden_act="gelu", hidden_size=24, head_dim=6, num_key_value_heads=4
     ),
     "gemma2-capped": dict(

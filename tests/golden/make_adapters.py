@@ -1,47 +1,53 @@
-"""Adapters made by peft for the small models of families/, with what they make of the logits.
+"""Make adapters with peft for the small models in families/, and compute their logits.
 
-Needs torch, transformers and peft, in an environment of its own; the tests need only what
-this writes. Run from anywhere, for all variants or for those named:
+Needs torch, transformers and peft, in a separate environment. The tests need only the files that
+this script writes. Without VARIANT, it makes the adapters of all variants:
 
     python tests/golden/make_adapters.py [VARIANT ...]
     python tests/golden/make_adapters.py DIR/smollm2 ADAPTERS    # for `check_imports.py`
 
-One variant of every family becomes a folder of adapters/, or any llama's directory one of the
-same name elsewhere. It has a folder of every kind of
-adapter, as save_pretrained writes it and read back for the results, and golden.npz with those:
-a right-padded batch of `tokens` of `lengths`, T5's `targets` of `target_lengths` too, and
-KIND_logits of the batch's own positions, T5's of the targets.
+The script writes the folder adapters/VARIANT for one variant of every family, or ADAPTERS/smollm2
+for the directory of a Llama model. It contains a folder for every kind of adapter, as
+save_pretrained writes it. golden.npz contains the results of the adapters after loading:
 
-    prompt          at the embeddings' spread
-    p_tuning        the same by an encoder, whose output the file has
-    prefix          of standard normal values; for a trained model, to which these do what makes
-                    float32 itself err by 1e-3, what it makes of random tokens
-    prefix-two      of T5's two submodules, which is peft's default there; see below
+    tokens, lengths             a right-padded batch
+    targets, target_lengths     only for T5
+    KIND_logits                 at the positions of the batch, for T5 at the targets
+
+The kinds of adapters:
+
+    prompt          vectors with the standard deviation of the embeddings
+    p_tuning        the same from an encoder; the file contains the encoder's output
+    prefix          standard normal keys and values; for a trained model the keys and values of
+                    random tokens, because with normal ones the errors of float32 reach 1e-3
+    prefix-two      a prefix for T5's two submodules, which is peft's default for T5; see below
     prefix-wrapped  the same with fewer layers, so that some are used twice
-    lora            of all matrices of attention and feed-forward; of Qwen3-MoE's attention alone
+    lora            all matrices of attention and feed-forward; for Qwen3-MoE only attention
     lora-rslora     the same, scaled by alpha / sqrt(r)
-    lora-few        of few matrices, one with another rank, some with another alpha
+    lora-few        a few matrices, one with another rank, some with another alpha
 
-In adapter_config.json only base_model_name_or_path is changed, and target_modules, which peft
-writes in any order, is sorted.
+In adapter_config.json, base_model_name_or_path is replaced, and target_modules is sorted, because
+peft writes it in an arbitrary order.
 
-A prompt's vectors are like the output of the embedding module. In Gemma, Gemma 2 and Gemma 3 that
-has scaled the embeddings, so nothing scales the prompt; Granite multiplies what comes behind it,
-so a prompt is multiplied too.
+The vectors of a prompt replace outputs of the embedding module. In Gemma, Gemma 2 and Gemma 3, this
+module scales the embeddings itself, so the prompt is not scaled. Granite scales the output of the
+module, so the prompt is scaled too.
 
-T5's prefix is for the decoder's self-attention alone: the encoder and cross-attention do without.
-Of n virtual tokens, j stands at position j, and the decoder's token t at n + t: the relative bias
-of t for j is that of a distance of n + t - j, and that among the decoder's tokens is as ever.
-Every token sees all of the prefix.
+T5's prefix is used only by the self-attention of the decoder, not by the encoder or
+cross-attention. With n virtual tokens, virtual token j has position j, and token t of the decoder
+has position n + t. The relative bias of t for j is the bias of the distance n + t - j. The bias
+between tokens of the decoder is unchanged. Every token attends to the whole prefix.
 
-- Of two submodules, layer i of the decoder gets layer 2i mod L of the file, where L is num_layers,
-  which peft sets to the encoder's. For peft repeats the file's L pairs of keys and values and
-  deals out two pairs to each layer, the second of which, cross-attention's, it drops.
-- Of one submodule, layer i gets layer i, but peft cannot run it: it gives T5 a DynamicCache, and
-  cross-attention then sees the prefix and all of the decoder's tokens, later ones too, before the
-  encoder's. That fails if the batch has padding, and leaks if it has none. The results here are
-  of the same DynamicCache as the self-attention's in an EncoderDecoderCache.
-- peft takes the hidden size for token_dim, which is d_kv times the heads and so given here.
+- With two submodules, layer i of the decoder gets layer 2i mod L of the file, where L is
+  num_layers, which peft sets to the number of encoder layers. The reason is that peft repeats the
+  L pairs of keys and values in the file and gives every layer two pairs. It drops the second pair,
+  which is for cross-attention.
+- With one submodule, layer i gets layer i, but peft cannot run it: peft gives T5 a DynamicCache, so
+  cross-attention reads the prefix and all tokens of the decoder, including later ones, before the
+  tokens of the encoder. This fails if the batch has padding, and leaks later tokens otherwise. The
+  results here use the same DynamicCache as the self-attention cache of an EncoderDecoderCache.
+- peft uses the hidden size as the default of token_dim. The right value is d_kv times the number of
+  heads, so this script sets it.
 
 Made with torch 2.13.0, transformers 5.23.0, peft 0.21.2.
 """
@@ -58,7 +64,7 @@ from make_families import FAMILIES, LENGTHS, TARGET_LENGTHS, random_rows, read
 
 ADAPTERS = Path(__file__).parent / "adapters"
 VIRTUAL_TOKENS = 4
-DISTINCT = 0.2  # of the plain logits' spread, what an adapter changes at least
+DISTINCT = 0.2  # an adapter must change the logits by this share of their standard deviation
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 LLAMA = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
@@ -84,7 +90,7 @@ TARGETS = {
 
 
 def configs(name: str, model: torch.nn.Module) -> dict[str, peft.PeftConfig]:
-    """The adapters of a variant, by their kind."""
+    """Return the configurations of a variant's adapters, by kind."""
     family, encoder_decoder = model.config.model_type, model.config.is_encoder_decoder
     common = dict(task_type="SEQ_2_SEQ_LM" if encoder_decoder else "CAUSAL_LM")
     virtual = common | dict(num_virtual_tokens=VIRTUAL_TOKENS, num_transformer_submodules=1)
@@ -121,8 +127,8 @@ def configs(name: str, model: torch.nn.Module) -> dict[str, peft.PeftConfig]:
 
 
 @torch.no_grad()
-def randomise(tuned: peft.PeftModel, trained: bool) -> None:
-    """Give an adapter values that matter, where those that peft starts from do not."""
+def randomize(tuned: peft.PeftModel, trained: bool) -> None:
+    """Replace initial values of peft that would hardly change the logits."""
     spread = tuned.get_input_embeddings()(torch.arange(tuned.config.vocab_size)).std()
     match tuned.active_peft_config.peft_type:
         case peft.PeftType.PROMPT_TUNING:
@@ -155,13 +161,13 @@ def write(folder: Path, name: str, tuned: peft.PeftModel) -> None:
 
 
 def real(lengths: np.ndarray, width: int) -> torch.Tensor:
-    """Which positions of right-padded rows are not padding, `[B, T]`."""
+    """Return which positions of right-padded rows are not padding, `[B, T]`."""
     return torch.arange(width)[None] < torch.as_tensor(lengths)[:, None]
 
 
 @torch.no_grad()
 def logits(model: torch.nn.Module, golden: dict, **cache) -> torch.Tensor:
-    """What a model makes of the batch of a golden.npz, at the batch's own positions."""
+    """Return the logits of a model for the batch of a golden.npz, at the positions of the batch."""
     tokens = torch.as_tensor(golden["tokens"]).long()
     batch = dict(input_ids=tokens, attention_mask=real(golden["lengths"], tokens.shape[1]).long())
     answer = tokens
@@ -173,7 +179,7 @@ def logits(model: torch.nn.Module, golden: dict, **cache) -> torch.Tensor:
 
 
 def self_attention_logits(tuned: peft.PeftModel, golden: dict) -> torch.Tensor:
-    """T5's with a prefix of one submodule, which peft itself cannot run."""
+    """Return T5's logits with a prefix for one submodule, which peft itself cannot run."""
     prefix = tuned.get_prompt(len(golden["tokens"]))
     cache = transformers.EncoderDecoderCache(prefix, transformers.DynamicCache())
     return logits(tuned.get_base_model(), golden, past_key_values=cache)
@@ -189,7 +195,7 @@ def make(name: str, model_folder: Path, adapters: Path) -> None:
     plain, results = logits(model, golden), {}
     for kind, config in configs(name, model).items():
         tuned = peft.get_peft_model(read(model_folder), config)
-        randomise(tuned, trained=name not in TARGETS)
+        randomize(tuned, trained=name not in TARGETS)
         write(adapters / kind, name, tuned)
         written = peft.PeftModel.from_pretrained(read(model_folder), adapters / kind)
         by_hand = model.config.is_encoder_decoder and kind == "prefix"
@@ -197,7 +203,7 @@ def make(name: str, model_folder: Path, adapters: Path) -> None:
         results[f"{kind}_logits"] = changed
         difference = (changed - plain).std() / plain.std()
         assert difference > DISTINCT, (name, kind, difference)
-        print(f"{name} {kind}: changes the logits by {difference:.2f} of their spread")
+        print(f"{name} {kind}: changes the logits by {difference:.2f} standard deviations")
     arrays = {key: np.asarray(value) for key, value in (golden | results).items()}
     np.savez_compressed(adapters / "golden.npz", **arrays)
 

@@ -1,12 +1,12 @@
-"""Weights and outputs of peft's prompt encoders (P-tuning), small and random: encoders.npz.
+"""Write weights and outputs of small random prompt encoders of peft (P-tuning): encoders.npz.
 
-Needs torch and peft, in an environment of its own; the tests need only what this writes.
-Run from anywhere:
+Needs torch and peft, in a separate environment. The tests need only the file that this script
+writes:
 
     python tests/golden/make_encoders.py
 
-Every array's name is the encoder's, MLP or LSTM, a slash, and torch's name of the weight or
-`output`, `[P, D]`. Made with torch 2.13.0, peft 0.21.2.
+The name of every array is MLP or LSTM, a slash, and torch's name of the weight. `output` is the
+output of the encoder, `[P, D]`. Made with torch 2.13.0, peft 0.21.2.
 """
 
 from pathlib import Path
@@ -32,7 +32,7 @@ for kind in ("MLP", "LSTM"):
     )
     torch.manual_seed(0)
     encoder = PromptEncoder(config)
-    # peft's own start is of so small weights that a wrong output would be near the right one.
+    # With peft's small initial weights, wrong outputs would be close to the right ones.
     for weight in encoder.parameters():
         torch.nn.init.normal_(weight, std=0.5)
     output = encoder(torch.arange(3)[None])[0]

@@ -1,20 +1,21 @@
-"""Small random models of every supported family, with the results of transformers and peft.
+"""Make small random models of every supported family, with results of transformers and peft.
 
-Needs torch, transformers and peft, in an environment of its own; the tests need only what
-this writes. Run from anywhere, for all variants or for those named:
+Needs torch, transformers and peft, in a separate environment. The tests need only the files that
+this script writes. Without VARIANT, it makes all variants:
 
     python tests/golden/make_families.py [VARIANT ...]
 
-Every variant becomes a folder of families/: config.json and model.safetensors, which are read
-back for the results, and golden.npz with those. Decoders' batches are right-padded `tokens` of
-`lengths`. T5's have `targets` of `target_lengths` too, which are what its logits are of.
+The script writes a folder in families/ for every variant, with config.json and model.safetensors.
+golden.npz contains the results of the model after loading:
 
-    logits           of the batch
-    prompt           peft's virtual tokens, at the embeddings' spread
-    prompted_logits  of the batch after the prompt; of the batch's positions alone
-    generated        greedily after the prompt and each row, without cache or padding
-    loss             by peft: of T5's targets, or of all real tokens but each row's first
-    prompt_gradient  of that loss
+    tokens, lengths          a right-padded batch
+    targets, target_lengths  only for T5, whose logits are at the targets
+    logits                   without a prompt
+    prompt                   peft's virtual tokens, with the standard deviation of the embeddings
+    prompted_logits          after the prompt, at the positions of the batch
+    generated                greedy tokens after the prompt and each row, without cache or padding
+    loss                     peft's loss of T5's targets, or of all real tokens except the first
+    prompt_gradient          the gradient of this loss
 
 Made with torch 2.13.0, transformers 5.23.0, peft 0.21.2.
 """
@@ -32,16 +33,16 @@ import transformers
 from family_variants import DEFAULTS, FULL, SLIDING, VARIANTS
 
 FAMILIES = Path(__file__).parent / "families"
-LENGTHS = (9, 6, 1)  # of the rows of a right-padded batch
-TARGET_LENGTHS = (4, 2, 1)  # of what T5 is to answer
+LENGTHS = (9, 6, 1)  # of the rows of a batch
+TARGET_LENGTHS = (4, 2, 1)  # of T5's targets
 VIRTUAL_TOKENS = 5
 NEW_TOKENS = 8
 EAGER = dict(attn_implementation="eager", experts_implementation="eager")
-MARGIN = 1e-3  # of a generated token over any other, at least
-DISTINCT = 3  # tokens among those generated for a row, at least
+MARGIN = 1e-3  # smallest lead of a generated token's logit over the second best
+DISTINCT = 3  # smallest number of different tokens that are generated for a row
 
-DTYPES = {"qwen2-tied": torch.bfloat16, "gpt_neox-quarter": torch.float16}  # else float32
-# Whose config.json is as transformers 4 wrote it, and the key of the type in rope_scaling there
+DTYPES = {"qwen2-tied": torch.bfloat16, "gpt_neox-quarter": torch.float16}  # others: float32
+# Variants with a config.json of transformers 4, and the key of the type in their rope_scaling
 OLD_FORM = {
     "llama-linear": "type",
     "llama-llama3": "rope_type",
@@ -56,7 +57,7 @@ OLD_FORM = {
     "gpt_neox-quarter": "type",
     "qwen3_moe-plain": "type",
 }
-BARE = {"gpt2-plain"}  # whose tensors' names lack "transformer.", as those of the hub's gpt2
+BARE = {"gpt2-plain"}  # tensor names lack "transformer.", as in gpt2 on the hub
 
 
 def random_model(name: str, settings: dict) -> torch.nn.Module:
@@ -64,15 +65,15 @@ def random_model(name: str, settings: dict) -> torch.nn.Module:
     kind = type(transformers.AutoConfig.for_model(family))
     known = {*kind.__dataclass_fields__, *kind.attribute_map}
     values = {key: value for key, value in DEFAULTS.items() if key in known} | settings
-    config = kind(**copy.deepcopy(values))  # it changes what it is given
+    config = kind(**copy.deepcopy(values))  # it modifies its arguments
     model = auto_class(family).from_config(config, **EAGER)
     if family == "t5" and not settings.get("tie_word_embeddings", True):
         model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.lm_head.weight))
     with torch.no_grad():
         for key, parameter in model.named_parameters():
-            if parameter.ndim == 1:  # of a norm, or a bias
+            if parameter.ndim == 1:  # a norm or a bias
                 parameter.add_(torch.randn_like(parameter) * 0.2)
-            else:  # T5's residual stream starts at the embeddings' own spread
+            else:  # T5's residual stream starts from the unscaled embeddings
                 parameter.normal_(std=1.0 if key == "shared.weight" else 0.3)
             parameter.copy_(parameter.to(dtype_of(name)))
     return model.eval()
@@ -94,7 +95,7 @@ def write(name: str, settings: dict, model: torch.nn.Module) -> None:
     (folder / "generation_config.json").unlink(missing_ok=True)
     written = json.loads((folder / "config.json").read_text())
     for key in ("scale_decoder_outputs", "dense_act_fn", "is_gated_act"):
-        written.pop(key, None)  # which T5's checkpoints on the hub do not have
+        written.pop(key, None)  # T5's checkpoints on the hub do not have these keys
     written["architectures"] = [type(model).__name__]
     written |= {key: copy.deepcopy(settings[key]) for key in settings if key in written}
     if name in OLD_FORM:
@@ -129,7 +130,7 @@ def read(folder: Path) -> torch.nn.Module:
 
 
 def random_rows(vocabulary: int, lengths: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Right-padded rows of tokens, and which of those are real."""
+    """Return right-padded rows of tokens, and which tokens are real."""
     tokens = torch.randint(3, vocabulary, (len(lengths), max(lengths)))
     real = torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]
     return tokens * real, real
@@ -137,7 +138,7 @@ def random_rows(vocabulary: int, lengths: tuple[int, ...]) -> tuple[torch.Tensor
 
 @torch.no_grad()
 def generate(model, prompt: torch.Tensor, row: torch.Tensor) -> tuple[list[int], float]:
-    """Greedy continuation of a row after the prompt, and its smallest margin."""
+    """Return the greedy continuation of a row after the prompt, and its smallest margin."""
     generated, margin = [], torch.inf
     for _ in range(NEW_TOKENS):
         if model.config.is_encoder_decoder:
@@ -153,7 +154,7 @@ def generate(model, prompt: torch.Tensor, row: torch.Tensor) -> tuple[list[int],
 
 
 def reference(model) -> tuple[dict, float]:
-    """All that golden.npz has, and the smallest margin of the generated tokens."""
+    """Return the content of golden.npz, and the smallest margin of the generated tokens."""
     vocabulary = model.config.vocab_size
     tokens, real = random_rows(vocabulary, LENGTHS)
     results = dict(tokens=tokens, lengths=LENGTHS)
@@ -180,7 +181,7 @@ def reference(model) -> tuple[dict, float]:
             task_type=kind,
             num_virtual_tokens=VIRTUAL_TOKENS,
             prompt_tuning_init="RANDOM",
-            num_transformer_submodules=1,  # in T5, of the encoder alone
+            num_transformer_submodules=1,  # for T5: only the encoder
         ),
     ).eval()
     prompt = tuned.prompt_encoder.default.embedding.weight
@@ -217,7 +218,7 @@ def make(name: str) -> None:
         expected = some_logits(made)
         write(name, VARIANTS[name], made)
         model = read(FAMILIES / name)
-        torch.testing.assert_close(some_logits(model), expected)  # the files are what was made
+        torch.testing.assert_close(some_logits(model), expected)  # the files contain the same model
         results, margin = reference(model)
         distinct = min(len(set(row)) for row in results["generated"])
         if margin > MARGIN and distinct >= DISTINCT:

@@ -1,8 +1,8 @@
-"""What stock transformers generates, for the tests of generation.
+"""Generate reference texts with stock transformers, for the tests of generation.
 
     python make_generation.py path/to/SmolLM2-135M-Instruct.Q4_1.gguf
 
-Versions that made the files here: torch 2.13.0, transformers 5.24.0.
+Made with torch 2.13.0, transformers 5.24.0.
 """
 
 import sys
@@ -40,7 +40,7 @@ TEXTS = [
     "The mitochondria",
     "Yesterday it rained. Today",
 ]
-SETTINGS = [  # of the choice of a token
+SETTINGS = [  # sampling
     {"temperature": 0.7},
     {"temperature": 1.3, "top_k": 5},
     {"temperature": 1.0, "top_p": 0.6},
@@ -48,7 +48,7 @@ SETTINGS = [  # of the choice of a token
     {"temperature": 1.5, "top_k": 20, "top_p": 0.8, "min_p": 0.05, "repetition_penalty": 1.3},
     {"temperature": 1.0, "repetition_penalty": 0.8},
 ]
-SEARCHES = [
+SEARCHES = [  # beam search
     {"num_beams": 2, "length_penalty": 1.0},
     {"num_beams": 3, "length_penalty": 0.0},
     {"num_beams": 4, "length_penalty": 2.0},
@@ -59,7 +59,7 @@ NEW_TOKENS = 12
 
 
 def make_smollm2(path: Path) -> None:
-    """The likeliest 64 tokens behind each text, vectors in front, no end before."""
+    """Generate 64 greedy tokens after the vectors and each text, without an end token."""
     load = {"gguf_file": path.name, "dtype": torch.float32}
     model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, **load).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
@@ -90,7 +90,7 @@ def make_smollm2(path: Path) -> None:
 
 
 def make_choices() -> None:
-    """Logits as stock processors leave them, and which tokens were there before."""
+    """Save logits before and after the stock processors, and the tokens seen before."""
     torch.manual_seed(0)
     logits, seen = torch.randn(4, 50) * 3, torch.randint(0, 50, (4, 6))
     arrays = {"logits": logits.numpy(), "seen": seen.numpy()}
@@ -114,7 +114,7 @@ def make_choices() -> None:
 
 
 def make_searches(name: str, folder: Path) -> None:
-    """Beams of a small model, vectors in front; its end is a token that it likes."""
+    """Run beam search on a small model after vectors. The end token is one that it often writes."""
     config = transformers.AutoConfig.from_pretrained(folder)
     kind = (
         transformers.AutoModelForSeq2SeqLM

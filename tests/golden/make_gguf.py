@@ -1,12 +1,11 @@
-"""Small random GGUF files of each architecture that is read, with llama.cpp's logits.
+"""Make small random GGUF files of every supported architecture, with llama.cpp's logits.
 
-Needs llama-cpp-python and gguf, in an environment of its own. Run from anywhere:
+Needs llama-cpp-python and gguf, in a separate environment:
 
     python tests/golden/make_gguf.py
 
-Names and keys are those that llama.cpp's `convert_hf_to_gguf.py` writes. All tensors are
-float32, for with others llama.cpp rounds the activations too. Made with llama-cpp-python
-0.3.36.
+Names and keys are the same as from llama.cpp's `convert_hf_to_gguf.py`. All tensors are float32,
+because llama.cpp also rounds activations for other types. Made with llama-cpp-python 0.3.36.
 """
 
 from pathlib import Path
@@ -26,7 +25,7 @@ VARIANTS = {
     "qwen3": dict(kv_heads=2, head=16, head_norms=True),
     "qwen3-yarn": dict(arch="qwen3", kv_heads=2, head=16, head_norms=True, yarn=True),
     "gemma3": dict(
-        kv_heads=1, head=16, head_norms=True, norms_behind=True, tied=True, layers=7, window=4
+        kv_heads=1, head=16, head_norms=True, post_norms=True, tied=True, layers=7, window=4
     ),
     "phi3": dict(kv_heads=2, fused=True, window=64),
     "phi3-long": dict(arch="phi3", kv_heads=4, fused=True, factors=True, window=64),
@@ -34,7 +33,7 @@ VARIANTS = {
 
 
 class Maker:
-    """One file, its tensors drawn at random."""
+    """Writes one file with random tensors."""
 
     def __init__(self, path: Path, arch: str, seed: int):
         self.writer, self.random = gguf.GGUFWriter(path, arch), np.random.default_rng(seed)
@@ -58,7 +57,7 @@ def make(
     tied: bool = False,
     biases: bool = False,
     head_norms: bool = False,
-    norms_behind: bool = False,
+    post_norms: bool = False,
     fused: bool = False,
     rope_freqs: bool = False,
     factors: bool = False,
@@ -115,7 +114,7 @@ def make(
             maker.vector(block + "attn_q_norm.weight", head, 1)
             maker.vector(block + "attn_k_norm.weight", head, 1)
         maker.matrix(block + "attn_output.weight", HIDDEN, width)
-        if norms_behind:
+        if post_norms:
             maker.vector(block + "post_attention_norm.weight", HIDDEN, 1)
             maker.vector(block + "post_ffw_norm.weight", HIDDEN, 1)
         maker.vector(block + "ffn_norm.weight", HIDDEN, 1)
@@ -134,7 +133,7 @@ def make(
     model.eval(TOKENS)
     logits = np.array(model.scores[: len(TOKENS)], np.float32)
     np.savez_compressed(path.with_suffix(".npz"), tokens=np.array(TOKENS), logits=logits)
-    print(f"{name}: {path.stat().st_size // 1000} kB, spread of logits {logits.std():.2f}")
+    print(f"{name}: {path.stat().st_size // 1000} kB, logits vary by {logits.std():.2f}")
 
 
 if __name__ == "__main__":

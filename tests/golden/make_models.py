@@ -1,7 +1,7 @@
-"""Small llama models with the reference's logits, loss and prompt gradient, and SmolLM2's logits.
+"""Make small Llama models with reference logits, loss and prompt gradient, and SmolLM2's logits.
 
-Needs torch, transformers, peft and gguf, in an environment of its own; the tests need
-only what this writes. Run from the repository's root, with SmolLM2's GGUF file:
+Needs torch, transformers, peft and gguf, in a separate environment. The tests need only the files
+that this script writes. Run it with SmolLM2's GGUF file:
 
     python tests/golden/make_models.py path/to/SmolLM2-135M-Instruct.Q4_1.gguf
 
@@ -71,7 +71,7 @@ def make_small(name: str, settings: dict) -> None:
     model.save_pretrained(folder, max_shard_size="40KB" if name == "llama-sharded" else "5GB")
     byte_tokenizer().save_pretrained(folder)
     (folder / "generation_config.json").unlink(missing_ok=True)
-    if name == "llama-untied":  # the form that transformers 4 wrote
+    if name == "llama-untied":  # the form of transformers 4
         written = json.loads((folder / "config.json").read_text())
         rope = written.pop("rope_parameters")
         written |= {"rope_theta": rope["rope_theta"], "rope_scaling": None}
@@ -112,7 +112,7 @@ def make_smollm2(path: Path) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(
         path.parent, gguf_file=path.name, dtype=torch.float32
     )
-    model = model.double().eval()  # so that what differs is ours alone
+    model = model.double().eval()  # so that only our rounding errors count
     # "The quick brown fox jumps over the lazy dog, and 12 more." in SmolLM2's tokens
     tokens = [504, 2365, 6354, 16438, 27003, 690, 260, 23790, 2767, 28, 284, 216, 33, 34, 540, 30]
     with torch.no_grad():
@@ -120,7 +120,7 @@ def make_smollm2(path: Path) -> None:
     np.savez_compressed(
         HERE / "smollm2.npz",
         tokens=np.array(tokens),
-        logits=logits[:, ::61].astype(np.float32),  # every 61st of the vocabulary, to keep the file small
+        logits=logits[:, ::61].astype(np.float32),  # every 61st token, to keep the file small
         spread=logits.std(),
         log_normaliser=torch.logsumexp(torch.tensor(logits), -1).numpy(),
     )

@@ -1,8 +1,7 @@
-"""Token ids of varied strings by llama.cpp, the reference reader of GGUF tokenizers.
+"""Tokenize varied strings with llama.cpp, the reference implementation of GGUF tokenizers.
 
-Of SmolLM2, of Gemma 3, and of small vocabularies made here, one for each way of splitting
-text. Needs llama-cpp-python, gguf and tokenizers, in an environment of its own. Run from
-the repository's root:
+The vocabularies are SmolLM2's, Gemma 3's, and small ones that this script makes, one for each
+pre-tokenizer. Needs llama-cpp-python, gguf and tokenizers, in a separate environment:
 
     python tests/golden/make_tokens.py SmolLM2-135M-Instruct.Q4_1.gguf gemma-3-270m-q4_k_m.gguf
 
@@ -47,7 +46,7 @@ PIECES = [
 
 
 EXTRA = ["a <mark>  b", "<unk> x", "</s> x", "xyzzy xyzzy", "éÀß ŁódźŻ ПриветМир camelCASEWords"]
-SPACE_BEHIND = ["<mark>\n x", "a</s>  b", "<s> a<unk>\n b", "</s> <mark> a  ", "<mark>\t", "<|endoftext|> x"]
+SPACE_AFTER_SPECIAL = ["<mark>\n x", "a</s>  b", "<s> a<unk>\n b", "</s> <mark> a  ", "<mark>\t", "<|endoftext|> x"]
 
 
 def strings() -> list[str]:
@@ -57,7 +56,7 @@ def strings() -> list[str]:
 
 
 def make_vocabularies() -> None:
-    """A byte-level and a SentencePiece-like vocabulary, of a few hundred tokens each."""
+    """Make a byte-level and a SentencePiece-like vocabulary with a few hundred tokens each."""
     special = ["<unk>", "<s>", "</s>", "<mark>"]
     types = [UNKNOWN, CONTROL, CONTROL, USER_DEFINED]
     byte_level = Tokenizer(models.BPE())
@@ -66,13 +65,13 @@ def make_vocabularies() -> None:
     trainer = trainers.BpeTrainer(
         vocab_size=700, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
-    plain = [text for text in strings() if "<|" not in text]  # llama.cpp knows some such by name
+    plain = [text for text in strings() if "<|" not in text]  # llama.cpp recognizes some special tokens by name
     byte_level.train_from_iterator(plain, trainer)
     learned = json.loads(byte_level.to_str())["model"]
     tokens = sorted(learned["vocab"], key=learned["vocab"].get)
     stored = {
         "gpt2": {
-            "tokens": [*tokens, "xyzzy"],  # the last is made by no merges
+            "tokens": [*tokens, "xyzzy"],  # no merges produce the last token
             "types": types + [NORMAL] * (len(tokens) + 1 - len(types)),
             "merges": [" ".join(merge) for merge in learned["merges"]],
         }
@@ -105,7 +104,7 @@ def write_cases(name: str, path: Path) -> None:
 
 def make_small() -> None:
     texts = [text.replace("<|endoftext|>", "</s>") for text in strings()] + EXTRA
-    cases = {"texts": texts, "space behind": SPACE_BEHIND}
+    cases = {"texts": texts, "space behind": SPACE_AFTER_SPECIAL}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "vocabulary.gguf"
         for pre in PRE_TOKENIZERS:
@@ -115,7 +114,7 @@ def make_small() -> None:
             write_vocabulary(path, "llama", "default", add_space_prefix=prefix)
             cases[f"llama {prefix}"] = token_ids(path, texts)
         write_vocabulary(path, "llama", "default", name="Phi3", control_tokens=["<|endoftext|>"])
-        cases["phi3"] = token_ids(path, SPACE_BEHIND)
+        cases["phi3"] = token_ids(path, SPACE_AFTER_SPECIAL)
     (HERE / "small_tokens.json").write_text(json.dumps(cases))
 
 

@@ -1,4 +1,4 @@
-"""GGUF files with a small vocabulary and no tensors, for the comparison with llama.cpp."""
+"""Write GGUF files with a small vocabulary and no tensors, for the comparison with llama.cpp."""
 
 import json
 from collections.abc import Sequence
@@ -23,9 +23,9 @@ def write_vocabulary(
       path: the file to write.
       kind: `tokenizer.ggml.model`.
       pre: `tokenizer.ggml.pre`.
-      name: `general.name`, if there is to be one.
-      control_tokens: more of these, behind the others.
-      flags: `add_space_prefix` and the like.
+      name: `general.name`, not written if empty.
+      control_tokens: control tokens to append to the vocabulary.
+      flags: flags of `tokenizer.ggml`, such as `add_space_prefix`.
     """
     stored = json.loads(VOCABULARIES.read_text())[kind]
     writer = gguf.GGUFWriter(path, "llama")
