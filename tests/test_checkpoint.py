@@ -27,7 +27,7 @@ def test_saved_arrays_and_descriptions_are_loaded_unchanged(saved):
     assert loaded["count"] == 7
 
 
-def test_the_checksums_satisfy_sha256sum(saved):
+def test_sha256sum_accepts_the_checksums(saved):
     import subprocess
 
     check = subprocess.run(["sha256sum", "--check", "SHA256SUMS"], cwd=saved, capture_output=True)

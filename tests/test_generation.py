@@ -266,7 +266,7 @@ def test_decoding_stops_when_all_rows_have_ended(tiny):
     assert CountingDecoder.calls == 39 + length - 1
 
 
-def test_rows_stop_at_limits_and_end_tokens_of_their_own(tiny):
+def test_every_row_stops_at_its_own_limit_and_end_token(tiny):
     """Rows that have reached their limit continue with the same tokens when it is raised."""
     one = Engine(tiny.backbone, tiny.tokenizer, GenerationSettings(max_new_tokens=16))
     asked = [request(tiny, text) for text in ("abc", "a longer text", "z", "abc")]

@@ -91,7 +91,7 @@ def load(tmp_path):
     server.server_close()
 
 
-def test_a_hub_id_with_a_revision_is_downloaded_and_an_unknown_one_is_named(load):
+def test_a_hub_id_with_a_revision_is_downloaded_and_an_unknown_id_is_named(load):
     fingerprint, message = load(f"someone/llama@{REVISION}", "someone/else")
     assert fingerprint == load_base(str(MODEL)).fingerprint
     assert "base 'someone/else': not a local path, and not available from the hub" in message

@@ -296,7 +296,7 @@ def test_prefix_tuning_that_starts_from_a_text_equals_the_text(tiny, experiment_
     np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
-def test_a_reparametrized_prefix_starts_from_the_prefix_and_folds(tiny):
+def test_a_reparametrized_prefix_starts_from_the_prefix_and_can_be_folded(tiny):
     keys, values = jax.random.normal(jax.random.key(0), (2, 3, 4, 2, 8))
     method = ReparametrizedPrefix(keys, values, 5, jax.random.key(1))
     np.testing.assert_array_equal(method.folded().keys[...], keys)
@@ -374,7 +374,7 @@ def test_the_base_model_alone_scores_with_and_without_demonstrations(experiment_
 _TEXT_AND_LABELS = TemplateSettings(input="{text} is"), {"low": " ab", "high": " cd"}
 
 
-def test_an_ensemble_scores_as_each_prompt_alone(experiment_file, tiny):
+def test_an_ensemble_gives_the_scores_of_each_prompt_alone(experiment_file, tiny):
     """Prompts may have different lengths. Votes and mean probabilities are counted by hand."""
     prompts = []
     for seed, length in ((0, 3), (1, 5), (2, 3)):

@@ -202,7 +202,7 @@ def test_residual_starts_from_the_vectors():
 
 
 @pytest.mark.parametrize("kind", ["mlp", "lstm", "residual"])
-def test_the_vectors_are_the_inputs_and_the_key_draws_the_weights(kind):
+def test_the_inputs_are_the_vectors_and_the_weights_depend_on_the_key(kind):
     # With H = D, two arrays drawn with the same key would have equal values.
     one, again, other = (
         named(nnx.state(MAKE[kind](VECTORS, hidden_size=SIZE, key=key)))
@@ -218,7 +218,7 @@ def test_the_vectors_are_the_inputs_and_the_key_draws_the_weights(kind):
 
 
 @pytest.mark.parametrize("kind", ["mlp", "lstm"])
-def test_initial_weights_have_the_bounds_of_torch(kind):
+def test_initial_weights_have_the_same_bounds_as_in_torch(kind):
     hidden = 100
     arrays = named(nnx.state(MAKE[kind](VECTORS, hidden_size=hidden)))
     kernels = {name for name in arrays if name.endswith("kernel")}

@@ -51,7 +51,7 @@ def test_the_table_contains_values_and_intervals(call, file):
     answers = [a["prediction"] for a in ANSWERS], [a["reference"] for a in ANSWERS]
     scores = measure(["rouge1", "chrf"], *answers)
     first, *rows = out.splitlines()
-    assert (status, first.split()) == (0, ["metric", "value", "95", "%", "interval"])
+    assert (status, first.split()) == (0, ["metric", "value", "95%", "interval"])
     assert [row.split()[0] for row in rows[:4]] == [
         *("rouge1.precision", "rouge1.recall", "rouge1.f1", "chrf")
     ]
@@ -81,7 +81,7 @@ def test_the_option_against_compares_two_systems(call, file, tmp_path):
     assert 0 < found["p_value"] <= 1
     _, out, _ = call("--metrics", "rouge1", other, "--against", file)
     assert out.splitlines()[0].split() == [
-        *("metric", "this", "the", "other", "difference", "95", "%", "interval", "p")
+        *("metric", "this", "the", "other", "difference", "95%", "interval", "p")
     ]
 
 

@@ -279,7 +279,9 @@ def test_a_write_error_keeps_the_work_of_other_trials(space, monkeypatch):
 def test_a_sweep_does_not_write_into_the_folder_of_another_sweep(space, capsys):
     sweep(space("  seed: [0]\n", "training.steps=1"))
     other = space("  seed: [1]\n", "training.steps=1")
-    with pytest.raises(UserError, match=r"another sweep \(sweep.parameters.seed: was \[0\], is now \[1\]"):
+    with pytest.raises(
+        UserError, match=r"another sweep \(sweep.parameters.seed: was \[0\], is now \[1\]"
+    ):
         sweep(other)
     command = ["sweep", str(other.file.path), "training.steps=1", "--folder", str(other.folder)]
     assert main([*command, "--dry-run"]) == 1

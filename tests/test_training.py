@@ -278,7 +278,7 @@ def test_settings_may_change_before_the_first_checkpoint(experiment_file, tmp_pa
     assert train(load_experiment(experiment_file), folder)["steps"] == 12
 
 
-def test_the_error_about_a_file_in_place_of_a_folder_names_it(experiment, tmp_path):
+def test_the_error_about_a_file_in_place_of_a_folder_names_the_file(experiment, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("")
     (tmp_path / "run" / "checkpoints").write_text("")
