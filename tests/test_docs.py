@@ -1,4 +1,4 @@
-"""Every code block of the README and the documentation works, and every example in a docstring.
+"""Every code block of the README and the documentation and every docstring example works.
 
 Python blocks run, one namespace per page, in a folder with small trained runs. Shell commands
 are parsed by the real argument parser, and `make` commands by `make`. YAML blocks are read as
@@ -128,7 +128,7 @@ def test_python_blocks_run(page, workspace, monkeypatch):
 
 
 class OutputChecker(doctest.OutputChecker):
-    """Compares outputs up to what depends on the model: numbers and generated texts."""
+    """Compares outputs, but ignores numbers and generated texts, which depend on the model."""
 
     def check_output(self, want: str, got: str, optionflags: int) -> bool:
         if not want or want.startswith("'"):

@@ -37,7 +37,7 @@ log_probabilities = quick(target_log_probabilities)
 
 
 def batch_of(examples, targets=7):
-    """A batch of one of few shapes, so that the tests share compiled programs."""
+    """Make a batch with one of a few shapes, so that the tests share compiled programs."""
     layout = Layout.of(examples, separate_targets=True)
     return layout.lay_out(examples, len(examples), 8, targets)
 

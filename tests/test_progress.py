@@ -22,7 +22,7 @@ def test_the_time_left_does_not_count_the_time_before_the_first_unit(monkeypatch
 
 
 def test_each_log_message_is_printed_once(capsys):
-    """Also if another library has added a handler to the root logger."""
+    """This holds even if another library has added a handler to the root logger."""
     root, other = logging.getLogger(), logging.StreamHandler(sys.stderr)
     root.addHandler(other)
     try:
