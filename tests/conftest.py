@@ -63,7 +63,6 @@ SLOW = [
     "test_docs",
     "test_step",
     "test_decoder",
-    "test_docs",
     "test_lora",
     "test_cli",
 ]

@@ -14,6 +14,7 @@ from softprompt import SoftPrompt, UserError, load_prompt, train
 from softprompt.cli.main import main
 from softprompt.data.batches import Layout, side_by_side
 from softprompt.experiment.schema import OptimizerSettings
+from softprompt.objectives.cross_entropy import cross_entropy
 from softprompt.storage.run_folder import MetricsLog, read_metrics
 from softprompt.sweep.outcome import Outcome, validation_at
 from softprompt.sweep.program import shared_settings, step_group
@@ -41,6 +42,7 @@ def test_a_padded_prompt_trains_like_an_unpadded_one(tiny):
                 jax.random.key(i),
                 graphdef=graphdef,
                 optimizer=rule,
+                objective=cross_entropy,
             )
         after.append((jax.tree.leaves(trainable)[0], measured))
     (plain, plain_metrics), (padded, padded_metrics) = after
@@ -279,9 +281,8 @@ def test_a_write_error_keeps_the_work_of_other_trials(space, monkeypatch):
 def test_a_sweep_does_not_write_into_the_folder_of_another_sweep(space, capsys):
     sweep(space("  seed: [0]\n", "training.steps=1"))
     other = space("  seed: [1]\n", "training.steps=1")
-    with pytest.raises(
-        UserError, match=r"another sweep \(sweep.parameters.seed: was \[0\], is now \[1\]"
-    ):
+    changed = r"another sweep \(sweep.parameters.seed: was \[0\], is now \[1\]"
+    with pytest.raises(UserError, match=changed):
         sweep(other)
     command = ["sweep", str(other.file.path), "training.steps=1", "--folder", str(other.folder)]
     assert main([*command, "--dry-run"]) == 1
