@@ -6,17 +6,8 @@ from pathlib import Path
 import jax
 from jax._src import lru_cache
 
-TESTS = Path(__file__).parent
-_CACHE = str(TESTS.parent / ".pytest_cache" / "compiled")
+_CACHE = str(Path(__file__).parent.parent / ".pytest_cache" / "compiled")
 _FLAGS = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-
-# Code that runs first in every process that a test starts.
-IN_A_PROCESS = f"""\
-import sys
-sys.path.append({str(TESTS)!r})
-from compilation import compile_quickly
-compile_quickly()
-"""
 
 
 def compile_quickly() -> None:

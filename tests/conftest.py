@@ -5,8 +5,6 @@ import json
 import os
 import shutil
 import string
-import subprocess
-import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +12,8 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from compilation import IN_A_PROCESS, compile_quickly
+from compilation import compile_quickly
+from processes import ForkedProcess
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -243,10 +242,8 @@ sys.exit(main())
 """
 
 
-def sweep_process(space: Space, before: str, *overrides: str) -> subprocess.Popen:
+def sweep_process(space: Space, before: str, *overrides: str) -> ForkedProcess:
     """Start `softprompt sweep` in a process. Each step first runs `before`, which sees `slots`."""
-    code = IN_A_PROCESS + _SWEEP.format(before=textwrap.indent(before, "    "))
+    code = _SWEEP.format(before=textwrap.indent(before, "    "))
     command = ["sweep", str(space.file.path), *overrides, "--folder", str(space.folder)]
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *command], stderr=subprocess.PIPE, text=True
-    )
+    return ForkedProcess(code, command)

@@ -111,7 +111,7 @@ def test_a_missing_key_is_reported(file):
     [
         ("a: [1\n", "case.yaml:2: "),
         ("a: 1\na: 2\n", "case.yaml:2: a: given twice"),
-        ("- a\n", "case.yaml:1: an experiment is a mapping"),
+        ("- a\n", "case.yaml:1: an experiment must be a mapping"),
         ("a: !!python/object:os.system x\n", "case.yaml:1: not a YAML value (could not determine"),
         ("a: !!bool x\n", "case.yaml:1: not a YAML value"),
         ("a: &x {b: *x}\n", "case.yaml:1: nested too deeply"),

@@ -3,16 +3,14 @@
 import json
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import jax
 import numpy as np
 import pytest
-from compilation import IN_A_PROCESS
 from conftest import GOLDEN, write_experiment
 from orbax.checkpoint import v1 as orbax
+from processes import ForkedProcess
 
 from softprompt import UserError, load_experiment, load_prompt, train
 from softprompt.storage.run_folder import read_metrics
@@ -45,10 +43,9 @@ def start(experiment_file):
     """Start `softprompt train` on the letters experiment in a new process."""
 
     def start(folder, *overrides):
-        code = f"{IN_A_PROCESS}from softprompt.cli.main import main; sys.exit(main())"
-        command = [sys.executable, "-c", code]
-        command += ["train", str(experiment_file), *overrides, "--run-dir", str(folder)]
-        return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        code = "import sys; from softprompt.cli.main import main; sys.exit(main())"
+        command = ["train", str(experiment_file), *overrides, "--run-dir", str(folder)]
+        return ForkedProcess(code, command)
 
     return start
 
@@ -117,9 +114,10 @@ os.fsync = fsync
 from softprompt.cli.main import main
 sys.exit(main())
 """
-    command = [sys.executable, "-c", IN_A_PROCESS + code, str(write), "train", str(experiment_file)]
-    done = subprocess.run([*command, "--run-dir", str(folder)], capture_output=True)
-    assert done.returncode == 9, done.stderr
+    command = [str(write), "train", str(experiment_file), "--run-dir", str(folder)]
+    process = ForkedProcess(code, command)
+    _, errors = process.communicate()
+    assert process.returncode == 9, errors
     train(experiment, folder)
     assert outcome(folder) == whole
 

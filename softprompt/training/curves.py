@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
 from softprompt.storage.run_folder import read_metrics
 
 
 def draw_curves(folder: Path, metric: str) -> None:
     """Draw loss, accuracy and the deciding metric against the steps into `curves.png`."""
+    from matplotlib.figure import Figure  # takes half a second, which a start should not
+
     records = read_metrics(folder)
     candidates = dict.fromkeys(["loss", "accuracy", metric])
     keys = [key for key in candidates if any(key in r for r in records)]
