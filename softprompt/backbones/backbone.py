@@ -124,7 +124,8 @@ class Backbone(Protocol[PrefixType, CacheType]):
 
         Args:
           tokens: `[B, T]` ids, padded on the right.
-          lengths: `[B]`, the number of tokens in each row that are not padding, at least 1.
+          lengths: `[B]`, the number of tokens in each row that are not padding. Rows without
+            tokens only fill up the batch; what is returned for them has no meaning.
           prefix: shared by all rows, or with one entry per row.
           capacity: the number of tokens that can be decoded with the returned cache.
 

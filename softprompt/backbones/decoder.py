@@ -125,7 +125,7 @@ class Decoder(nnx.Module):
 
     Args:
       arch: the architecture.
-      int8: whether the kernels are int8.
+      int8: whether the weight matrices are int8.
       attention: the implementation of attention.
     """
 
@@ -164,7 +164,7 @@ class Decoder(nnx.Module):
         `positions` and `segments` can be None if each row is one sequence, padded on the right.
 
         Args:
-          embeddings: `[B, T, D]`, the input of the first layer, from `embedding`.
+          embeddings: `[B, T, D]`, from `embedding`; learned positions are added to them.
           positions: `[B, T]`, counted from the first token of each row, without the prefix.
           segments: `[B, T]`, see `attention.same_sequence`.
           prefix: the keys and values that rows attend to before their own tokens.
@@ -231,7 +231,8 @@ class Decoder(nnx.Module):
 
         Args:
           tokens: `[B, T]` ids, padded on the right.
-          lengths: `[B]`, the number of tokens in each row that are not padding, at least 1.
+          lengths: `[B]`, the number of tokens in each row that are not padding. Rows without
+            tokens only fill up the batch; what is returned for them has no meaning.
           prefix: what the rows attend to first.
           capacity: the number of tokens that can be decoded with the returned cache.
 
@@ -247,7 +248,7 @@ class Decoder(nnx.Module):
     def decode(
         self, tokens: jax.Array, cache: Cache, prefix: Prefix | None
     ) -> tuple[jax.Array, Cache]:
-        """Read the next token of each row, ids `[B]`; returns the same as `start`."""
+        """Read the next token of each row, ids `[B]`. Return the same as `start`."""
         positions = cache.lengths[:, None]
         embeddings = self.embedding.with_offsets(tokens[:, None], positions)
         hidden, (keys, values) = self._run(embeddings, positions, None, prefix, cache)
@@ -262,7 +263,7 @@ class Decoder(nnx.Module):
         arch = self.arch
         scale = arch.attention_scale or arch.head_size**-0.5
         spans = None if prefix is None else prefix.spans
-        # The mask of flash attention is correct only for rows of one sequence.
+        # Flash attention is correct only if a row is one sequence and attends to the whole prefix.
         use_flash = (
             self.attention == "cudnn" and positions is None and segments is None and spans is None
         )

@@ -25,7 +25,7 @@ _MULTIPLE = 32  # embeddings are padded to a multiple of this
 class Prefix:
     """Keys (after rotary embedding) and values that the rows of a batch attend to.
 
-    Its P tokens are virtual tokens and the text of the opening. There is no batch axis, so
+    Its P tokens are virtual tokens and the other tokens of the opening. There is no batch axis, so
     nothing is copied per row.
 
     Attributes:
@@ -64,9 +64,9 @@ class Prefix:
     def packed(cls, prefixes: Sequence["Prefix"], rows: Sequence[int | None]) -> "Prefix":
         """Combine prefixes so that each row attends to its own.
 
-        A single prefix that all rows share is only padded. Several are concatenated on the
-        device, and the result is at least `MAX_PACKED_TOKENS` wide. No shape depends on which
-        prompts these are, so other prompts need no new programs.
+        A single prefix that all rows share is only padded. Otherwise the prefixes are
+        concatenated on the device, and the result is at least `MAX_PACKED_TOKENS` wide.
+        Shapes depend on padded widths alone, so other prompts seldom need new programs.
 
         Args:
           prefixes: at least one.
@@ -196,11 +196,11 @@ def _concatenated(
 
     Args:
       parts: tuples of arrays `[L, P, ...]`, each array of a tuple with the same P.
-      lengths: for each tuple the number of entries of P that are not padding.
+      lengths: for each tuple the number of entries along P that are not padding.
 
     Returns:
-      For each array of a tuple one that is `[L, width, ...]`, zero after the last entry. The
-      programs used depend on the padded widths alone.
+      A tuple of concatenations `[L, width, ...]`, zero after the last entry. The programs
+      are compiled per padded width.
     """
     buffers = _zeros(parts[0], width=_width(max(sum(lengths), MAX_PACKED_TOKENS)))
     begin = 0
@@ -234,7 +234,7 @@ def _insert(buffers, part, begin, length):
 
 @partial(jax.jit, static_argnames="width")
 def _take_slices(pool: jax.Array, begins: jax.Array, *, width: int) -> jax.Array:
-    """Slices `[B, width, D]` of a pool `[P, D]`, which begin at `[B]`."""
+    """Slices `[B, width, D]` of a pool `[P, D]`, which begin at the entries `begins`, `[B]`."""
     return jnp.take(pool, begins[:, None] + jnp.arange(width)[None], axis=0, mode="clip")
 
 

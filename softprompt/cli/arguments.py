@@ -150,7 +150,7 @@ def add_generation(command: argparse.ArgumentParser) -> None:
 
 @contextlib.contextmanager
 def folder_option(option: str) -> Iterator[None]:
-    """Add the option that sets the folder to every `FolderError` raised in the context."""
+    """End each `FolderError` raised in the context with the option that chooses the folder."""
     try:
         yield
     except FolderError as error:

@@ -81,13 +81,12 @@ class Lengths:
 class Dataset(Sequence[Example]):
     """The examples of one split, wherever they are stored.
 
-    This is the interface between sources of examples and batches. It is a sequence whose
-    attributes save another pass over all examples. A slice of it is a plain sequence of
-    examples.
+    This is the interface between sources of examples and batches. Its attributes are known
+    without another pass over the examples. A slice of it is a plain sequence of examples.
 
     Attributes:
       lengths: token counts of every example.
-      digest: SHA-256 of everything that training and evaluation read of the examples.
+      digest: SHA-256 of the token ids and the answers of all examples.
       truncated: number of examples whose input was truncated.
     """
 

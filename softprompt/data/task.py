@@ -32,9 +32,9 @@ _log = logging.getLogger(__name__)
 class Task:
     """Encodes records as examples.
 
-    An input is a sequence of pieces, which are tokenized one by one. The first pieces that
-    have no field are the same in every row. They form the opening, which a method may run
-    once for all rows. The other pieces are tokenized for every record.
+    An input is a sequence of pieces, which are tokenized one by one. The first pieces, up to
+    the first one that depends on the record, form the opening, which a method may run once for
+    all rows. The pieces after the opening are tokenized for every record.
 
     Attributes:
       base: the base model.
@@ -43,7 +43,7 @@ class Task:
         token.
       demonstrations: solved examples that are written before every input.
       max_tokens: limit for the tokens of an input and its longest candidate together; for
-        each of them where the backbone has `separate_targets`.
+        each of them where the backbone has `separate_targets`. The opening does not count.
       virtual_tokens: number of virtual tokens in an input.
       tasks: names of the tasks that have virtual tokens of their own; empty if all records
         share them.
@@ -83,8 +83,8 @@ class Task:
             no candidates, and one of labels has no answer.
 
         Raises:
-          UserError: if a field is missing or empty, the label is not in the verbalizer, or
-            the input is too long even without its longest field.
+          UserError: if a field is missing or empty, the label or the task is not known, the
+            target is too long, or the input is too long even without its longest field.
         """
         if "prompt" in record.fields and "{prompt}" in self.template.input:
             raise UserError(
@@ -114,12 +114,12 @@ class Task:
         return Example(tokens, candidates, answer, record, truncated)
 
     def content_free(self, text: str) -> Example:
-        """Return an example of labels with this text in every field, to calibrate scores."""
+        """Return an example without an answer, with this text in every field, for calibration."""
         fields = dict.fromkeys(template_fields(self.template.input), text)
         return self.example(Record(fields, "scoring.calibrate"), with_answer=False)
 
     def reference(self, record: Record) -> str:
-        """Return the target of free text that predictions are compared with."""
+        """Return the free text that a prediction for this record is compared with."""
         return fill(self.template.target, record)[0].strip()
 
     def input_fields(self, record: Record) -> dict[str, str]:
@@ -127,7 +127,7 @@ class Task:
         return {field: record.text(field) for field in template_fields(self.template.input)}
 
     def for_generation(self, new_tokens: int, prefix_length: int) -> "Task":
-        """Return the task with inputs that leave space for generated tokens.
+        """Return the task with `max_tokens` low enough to leave space for generated tokens.
 
         Args:
           new_tokens: number of tokens to generate.
@@ -161,7 +161,7 @@ class Task:
         """Return the ids of an input, and whether it was truncated."""
         tokens: list[int] = []
         fields: list[list[int]] = []  # the indices of each field's tokens in `tokens`
-        longest: tuple[int, int] = (-1, -1)  # characters of the longest field; minus its index
+        longest: tuple[int, int] = (-1, -1)  # (characters, -index) of the longest field
         for piece in self.pieces:
             if not isinstance(piece, str):
                 tokens += self._virtual_ids(record) if piece is None else piece

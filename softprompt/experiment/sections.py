@@ -13,7 +13,7 @@ from softprompt.experiment.templates import template_fields, template_pieces
 
 
 class Section(pydantic.BaseModel):
-    """A section of an experiment. Unknown keys and values of another type are rejected."""
+    """A section of an experiment. Unknown keys and values of the wrong type are rejected."""
 
     model_config = pydantic.ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False
@@ -58,9 +58,9 @@ class TemplateSettings(Section):
     max_tokens: int | None = Field(
         default=None,
         ge=2,
-        description="Limit for the tokens of an input and its target together. The longest field "
-        "of a longer input is truncated. The default is the context window minus the tokens "
-        "that every input begins with.",
+        description="Limit for the tokens of an input and its target together, not counting those "
+        "that every input begins with. The longest field of a longer input is truncated. The "
+        "default is the rest of the context window.",
     )
 
     @pydantic.field_validator("input", "target")
@@ -148,7 +148,9 @@ class TrainingSettings(Section):
         "`accumulate` examples.",
     )
     log_every: int = Field(
-        default=10, ge=1, description="Steps between two log lines of the training loss."
+        default=10,
+        ge=1,
+        description="Steps between two records of the training loss in `metrics.jsonl`.",
     )
 
 
@@ -199,8 +201,8 @@ class GenerationSettings(Section):
     repetition_penalty: float | None = Field(
         default=None,
         gt=0,
-        description="Factor above 1 that makes tokens of the input and of the generated text less "
-        "probable.",
+        description="A value above 1 makes tokens of the input and of the generated text less "
+        "probable; with an encoder-decoder, those of the generated text.",
     )
     beams: int = Field(default=1, ge=1, description="Beams of beam search; 1 for no beam search.")
     length_penalty: float = Field(
@@ -264,7 +266,8 @@ class EvaluationSettings(Section):
         default=32,
         ge=0,
         description="For free text: number of validation examples, counted from the first, for "
-        "which texts are generated, measured and saved.",
+        "which texts are generated, measured and saved. On the test data, "
+        "texts are generated for all examples unless this is 0.",
     )
     patience: int | None = Field(
         default=None,

@@ -2,7 +2,7 @@
 
 The device decodes tokens. The host pads inputs, packs prefixes and looks for stop texts.
 
-Axis letters: B rows, T tokens of an input, N capacity for new tokens, V vocabulary.
+Axis letters: B rows, T tokens of an input, V vocabulary.
 """
 
 import dataclasses
@@ -74,7 +74,7 @@ class Generated:
 def requests_of(
     records: Sequence[Record], task: Task, prefix: Prefix | None, settings: GenerationSettings
 ) -> list[Request]:
-    """Encode records as requests. Logs how many inputs were truncated.
+    """Encode records as requests, and log how many inputs were truncated.
 
     Args:
       records: the inputs.
@@ -95,8 +95,8 @@ class Engine:
     """Generates texts with one backbone and one `GenerationSettings`.
 
     Programs are compiled per shape. The number of rows, the input length and the capacity are
-    rounded up, so there are few shapes. Up to rounding, the text of an input depends on the
-    input, the settings and their seed, and not on the rest of its batch.
+    rounded up, so there are few shapes. The text of an input depends on the input, its prefix,
+    the settings and their seed. The rest of its batch has no effect but rounding errors.
 
     Args:
       backbone: the model.
@@ -251,7 +251,7 @@ class Engine:
         return [ids[:length].tolist() for ids, length in rows]
 
     def _text(self, ids: Sequence[int]) -> tuple[str, bool]:
-        """The text of generated ids, and whether it ended by a token or a stop text."""
+        """The text of generated ids, and whether an end-of-text token or a stop text ended it."""
         ended = bool(ids) and ids[-1] == self._end
         text = str(self._tokenizer.decode(ids[:-1] if ended else ids))
         places = [(text.find(stop), len(stop)) for stop in self._settings.stop]
@@ -271,7 +271,7 @@ class Engine:
         return np.full((rows, 1), self._end, np.int32)
 
     def _seeds(self, requests: Sequence[Request], rows: int) -> np.ndarray:
-        """`[B]`, a hash of the input, the seed and the sample's index."""
+        """For each sample a hash of the input, the seed and its index, `[B * samples]`."""
         samples = self._settings.samples
         seeds = np.zeros((rows, samples), np.uint32)
         for row, request in zip(seeds, requests, strict=False):
@@ -281,7 +281,7 @@ class Engine:
         return seeds.reshape(-1)
 
     def _seen(self, requests: Sequence[Request], rows: int, copies: int) -> np.ndarray | None:
-        """`[B, V]`, the tokens that were read; None without a repetition penalty."""
+        """The tokens that were read, `[B * copies, V]`; None without a repetition penalty."""
         if self._settings.repetition_penalty is None:
             return None
         seen = np.zeros((rows, self._backbone.arch.vocab_size), bool)

@@ -1,9 +1,10 @@
 """The interface of a method: what to run, and how to build, save, load and export it.
 
-A method owns its behavior. To add one, write a subclass of `Method` in a file of its own and
-add a line to the table in `softprompt/experiment/methods.py`; see docs/adding-a-method.md.
+To add a method, write a subclass of `Method` in a file of its own, and add a line to the table
+in `softprompt/experiment/methods.py`; see docs/adding-a-method.md.
 
-Axis letters: S tokens of the opening, P virtual tokens, D hidden.
+Axis letters: S tokens of the opening, P virtual tokens, D hidden, L layers, K key-value heads,
+h head size.
 """
 
 import dataclasses
@@ -27,7 +28,7 @@ class Constant(nnx.Variable):
 
 
 def _show_repr(self, path, subtree_renderer):
-    """Show notebooks the short text of `repr`. The default of NNX prints all arrays."""
+    """Show the short text of `repr` in notebooks, where NNX would show all arrays."""
     from treescope.rendering_parts import text
 
     return text(repr(self))
@@ -36,8 +37,8 @@ def _show_repr(self, path, subtree_renderer):
 class PromptParam(nnx.Param):
     """A trained array of a soft prompt or a prefix.
 
-    As an NNX filter, the class selects what is learned: such as the vectors `[P, D]` of a
-    `SoftPrompt`, or the keys and values `[L, P, K, h]` of `PrefixTuning`.
+    As an NNX filter, the class selects what is learned, such as the vectors `[P, D]` of a
+    `SoftPrompt` or the keys and values `[L, P, K, h]` of `PrefixTuning`.
 
     Examples:
       >>> prompt = SoftPrompt(jnp.zeros((20, 576)))
@@ -48,7 +49,7 @@ class PromptParam(nnx.Param):
 
     def __repr__(self) -> str:
         value = self.get_value()
-        if not hasattr(value, "shape"):  # a tree of arrays can be mapped to a tree of anything
+        if not hasattr(value, "shape"):  # `jax.tree.map` can put anything in an array's place
             return f"{type(self).__name__}({value!r})"
         return f"{type(self).__name__}({value.dtype}{list(value.shape)})"
 
@@ -56,7 +57,7 @@ class PromptParam(nnx.Param):
 
 
 class OffsetParam(PromptParam):
-    """A trained array with the learning rate of `Method.offsets_learning_rate`."""
+    """A trained array whose learning rate is that of `Method.offsets_learning_rate`."""
 
 
 class Method(nnx.Module):
@@ -106,8 +107,8 @@ class Method(nnx.Module):
         """Return how many virtual tokens an experiment asks for.
 
         Returns:
-          The number of virtual tokens that the template places, and the number of those that
-          come before the opening.
+          The number of virtual tokens that the template places, and the number of others,
+          which come before the opening (as in prefix tuning).
         """
         return 0, 0
 
@@ -123,13 +124,13 @@ class Method(nnx.Module):
 
     @classmethod
     def varying_settings(cls, experiment: Experiment) -> Mapping[str, set[str]]:
-        """Return the settings of the method in which trials of one program may differ.
+        """Return the settings of the method in which trials that share a program may differ.
 
         They do not change the compiled training step. A length may be among them if prompts
         can be padded to one length; see `padded`.
 
         Returns:
-          The names of settings by section.
+          For each section the names of these settings.
         """
         return {}
 
@@ -191,13 +192,13 @@ class Method(nnx.Module):
         return False
 
     def padded(self, length: int) -> "Method":
-        """Return a method of the same function with the shapes of `length` virtual tokens."""
+        """Return a method that computes the same, with arrays for `length` virtual tokens."""
         raise ValueError(f"{type(self).__name__} cannot be padded")
 
     # Saving and loading.
 
     def folded(self) -> "Method":
-        """Return the same function in the form that is saved."""
+        """Return the form of the method that is saved. It computes the same."""
         return self
 
     def arrays(self, backbone: Backbone) -> dict[str, jax.Array]:
@@ -225,7 +226,7 @@ class Method(nnx.Module):
 
     @classmethod
     def saved_virtual_tokens(cls, shapes: Mapping[str, Sequence[int]]) -> tuple[int, int]:
-        """Return the numbers of `virtual_tokens`, from the shapes of the saved arrays."""
+        """Return the same numbers as `virtual_tokens`, from the shapes of the saved arrays."""
         return 0, 0
 
     @classmethod
@@ -264,7 +265,7 @@ class Method(nnx.Module):
 
         Args:
           base: the base model.
-          prefix: as returned by `apply`.
+          prefix: the one that `apply` returned.
 
         Raises:
           UserError: if `peft` has no adapter that computes the same.
@@ -272,7 +273,7 @@ class Method(nnx.Module):
         raise UserError(f"method {self.name} has no equivalent in peft")
 
     def peft_prefix(self, base: Base, prefix: Prefix | None) -> Adapter:
-        """Return the whole prefix as a PREFIX_TUNING adapter, text in the opening included.
+        """Return the whole prefix, text in the opening included, as a PREFIX_TUNING adapter.
 
         Arguments and errors are the same as for `peft_adapter`.
         """
@@ -283,7 +284,7 @@ class Method(nnx.Module):
 
         Args:
           backbone: the frozen backbone of the base model.
-          adapted: as returned by `apply`.
+          adapted: the backbone that `apply` returned.
 
         Returns:
           A backbone, and vectors `[P, D]` to add to its vocabulary as new tokens.

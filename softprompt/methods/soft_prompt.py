@@ -1,4 +1,4 @@
-"""The soft prompt, prompt tuning (Lester et al. 2021, arXiv:2104.08691).
+"""Soft prompts, as in prompt tuning (Lester et al. 2021, arXiv:2104.08691).
 
 Axis letters: B batch, T tokens, P virtual tokens, D hidden, S tokens of the opening.
 """
@@ -33,8 +33,8 @@ class SoftPrompt(Method):
     """Learned embeddings of virtual tokens, `[P, D]`.
 
     Calling it prepends the vectors to input embeddings, which is the definition of the method.
-    Training and inference use `apply`, which computes the same function but runs the vectors
-    through the model only once per batch.
+    Training and inference use `apply`, which computes the same function. With a causal
+    model, it runs the opening only once per batch.
 
     Args:
       vectors: `[P, D]`.
@@ -121,7 +121,8 @@ class SoftPrompt(Method):
         Args:
           folder: the folder to write; a prompt that is already in it is replaced.
           base: the base model.
-          task: template and verbalizer; by default free text after `{text}`.
+          task: template and verbalizer; by default the input is `{text}` and the target is
+            free text.
 
         Examples:
           >>> base = load_base("smollm2-135m-instruct")
@@ -145,8 +146,8 @@ class SoftPrompt(Method):
     def varying_settings(cls, experiment: Experiment) -> Mapping[str, set[str]]:
         """Return the initialization, and the length if prompts can be padded to one length.
 
-        A reparametrization depends on the length. Adafactor normalizes over the whole matrix,
-        padding included.
+        They cannot if there is a reparametrization, because it depends on the length, or with
+        Adafactor, because it normalizes over the whole matrix, padding included.
         """
         can_be_padded = (
             experiment.prompt.reparametrization is None and experiment.optimizer.name != "adafactor"
@@ -200,10 +201,10 @@ class SoftPrompt(Method):
         return backbone.caches_prompt and in_opening == len(self.vectors[...])
 
     def padded(self, length: int) -> "SoftPrompt":
-        """Return the same prompt with `length` vectors and an equally longer opening.
+        """Return the same prompt with padding, so that it has `length` vectors.
 
-        The padding is at the end, and no row attends to it. Prompts of different lengths thus
-        have arrays of the same shapes. Requires `can_be_padded`.
+        The opening gets as many more tokens. The padding is at the end of both, and no row
+        attends to it. Requires `can_be_padded`.
         """
         # On the host: on a device, every length would compile a program.
         more = (0, length - len(self.vectors[...]))

@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class OpenedTrial:
-    """A trial whose run folder this process has locked.
+    """A trial whose run folder this process has locked, unless there is an error.
 
     Attributes:
       trial: the trial.
@@ -85,15 +85,15 @@ class Scheduler:
         allows.
       stop: stops the work after the current step.
       bar: counts the steps of all trials.
-      progress: shows the trials one by one.
+      progress: shows each trial in a bar of its own.
     """
 
     def __init__(self, space: Space, stop: StopSignals, bar: Bar, progress: Progress = silent):
         self._space, self._stop, self._bar, self._progress = space, stop, bar, progress
         self._preparation = Preparation(progress)
-        self._memory_before = 0.0  # bytes in use before the first trial's first step
+        self._memory_before = 0.0  # peak use in bytes before the first step
         self._max_group = MAX_GROUP
-        self._counted: set[int] = set()  # trials whose earlier steps are off the bar's total
+        self._counted: set[int] = set()  # trials whose earlier steps were dropped from the bar
 
     def train(self, source: Source, count: int, until: int | None = None) -> None:
         """Train trials until there are no more. On a signal, save all of them and return.
@@ -144,7 +144,7 @@ class Scheduler:
         try:
             if opened.error is not None:
                 raise opened.error
-            if summary := finished_summary(trial.folder):  # stopped before it was recorded
+            if summary := finished_summary(trial.folder):  # stopped before `_end` wrote it
                 self._bar.drop(steps)
                 self._end(opened, source, Outcome("finished", summary["steps"]))
                 return None
@@ -226,7 +226,7 @@ class Scheduler:
                 self._bar.advance(note=f"{len(slots)} at once")
 
     def _halve_groups(self, count: int) -> None:
-        """Halve the largest group, because `count` trials do not fit into memory together."""
+        """Allow groups of half as many trials, because `count` do not fit into memory."""
         if count == 1:
             raise UserError(
                 "the device runs out of memory with a single trial; set a smaller "

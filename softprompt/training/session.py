@@ -38,15 +38,16 @@ from softprompt.training.state import RunState, TrainState
 
 
 class Session:
-    """One process's work on a run, as a context manager that waits for pending writes.
+    """One process's work on a run: everything but the steps, which the caller makes.
 
-    Its caller makes the steps: see `loop.train` and `sweep.scheduler`.
+    See `loop.train` and `sweep.scheduler`. A session is a context manager, which waits for
+    pending writes at the end.
 
     Args:
       experiment: what to train.
       folder: the run folder, opened by `open_run`.
       prepared: the base model, the data and the method.
-      stop: may interrupt an evaluation.
+      stop: its signals can interrupt an evaluation.
       padded_length: see `TrainState`.
       name: put before log messages; empty for none.
       progress: shows evaluations.
@@ -54,8 +55,10 @@ class Session:
     Attributes:
       state: the arrays.
       run: the state of the run apart from the arrays.
-      reporter: what it reports.
-      steps: number of steps to make; 0 if nothing is trained.
+      reporter: logs the run and writes its metrics, samples and summary.
+      batches: the training batches.
+      rows: number of examples per step.
+      steps: number of steps of the whole run; 0 if nothing is trained.
 
     Raises:
       UserError: if the data does not fill a batch, or if the base model or the data
@@ -99,7 +102,7 @@ class Session:
         self._resume()
         self.reporter = Reporter(experiment, folder, self.run, name)
         self._saved_step = self.run.step
-        self._pending: tuple[dict[str, jax.Array], float] | None = None  # of the last step
+        self._pending: tuple[dict[str, jax.Array], float] | None = None  # measured, padding
         self._began = time.monotonic() - prepared.seconds - self.run.seconds
         self._last_step_ended = time.monotonic()
         self._parallel_runs = 1
@@ -164,7 +167,11 @@ class Session:
         self.run.step += 1
 
     def save(self) -> None:
-        """Save a checkpoint of the state after the last step, unless it exists."""
+        """Save a checkpoint of the state after the last step, unless there is one.
+
+        Raises:
+          UserError: if that step gave a loss, a gradient or parameters that are not finite.
+        """
         run = self.run
         if self._saved_step == run.step:
             return
@@ -179,19 +186,19 @@ class Session:
         self._saved_step = run.step
 
     def close(self) -> None:
-        """Wait until everything saved is on disk."""
+        """Close the metrics, and wait until everything saved is on disk."""
         self.reporter.close()
         self._checkpoints.wait()
 
     def finish(self) -> dict[str, Any]:
-        """Evaluate the best prompt on the test data, and write and return the summary."""
+        """Evaluate the best prompt on the test data, if any; write and return the summary."""
         test = None
         if "test" in self.examples:
             test = self._measure(*self._best_model(), "test")
         return self.reporter.summary(self.state, time.monotonic() - self._began, test)
 
     def _resume(self) -> None:
-        """Resume from the newest intact checkpoint whose best prompt is intact as well."""
+        """Resume from the newest intact checkpoint whose best prompt can still be loaded."""
         found = dict(self._checkpoints.read_descriptions())
         intact = {}
         for step, description in found.items():

@@ -29,10 +29,11 @@ class RunState:
       best_step, best_metrics: step and validation metrics of the best evaluation so far.
       stale: number of evaluations since the best one.
       records: number of records in `metrics.jsonl`.
-      losses, padding: loss and share of padding of each step since the last record.
+      losses, padding: loss and share of padding of each step since the last record of the
+        training loss.
       seconds: time spent on this run.
       step_seconds: time spent on its steps alone.
-      logged_seconds: `step_seconds` at the last record.
+      logged_seconds: `step_seconds` at that record.
     """
 
     base: str
@@ -52,10 +53,10 @@ class RunState:
 
 
 class TrainState:
-    """The arrays of a run: trainable, frozen, and of the optimizer.
+    """The arrays of a run: what is trained, what is frozen, and the state of the optimizer.
 
     Args:
-      experiment: gives optimizer, schedule and seed.
+      experiment: its sections `optimizer` and `training` and its seed are used.
       method: the method before training.
       backbone: the frozen backbone.
       padded_length: pad the prompt to this many virtual tokens while it trains, so that
@@ -129,12 +130,12 @@ class TrainState:
         return nnx.merge(graphdef, resize(trainable, shapes), *frozen)
 
     def saved_shapes(self) -> tuple[nnx.State, Any]:
-        """Shapes of trainable and optimizer state in a checkpoint."""
+        """Return the shapes of what `save` returns."""
         init = self._optimizer.init
         return jax.eval_shape(lambda x: (x, init(x, self._hyperparameters)), self._unpadded[1])
 
     def save(self) -> tuple[nnx.State, Any]:
-        """Trainable and optimizer state as a checkpoint holds them."""
+        """Return the trainable and the optimizer state as a checkpoint holds them."""
         return resize((self.trainable, self.opt_state), self.saved_shapes())
 
     def restore(self, saved: tuple[nnx.State, Any]) -> None:

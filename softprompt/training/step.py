@@ -29,9 +29,9 @@ def split(method: Method, backbone: Any) -> tuple[Any, nnx.State, Frozen]:
       backbone: the frozen backbone of the base model.
 
     Returns:
-      The structure (an NNX graphdef), the trainable state, and the frozen state. States hold
-      the arrays in their own shapes. `nnx.merge(graphdef, trainable, *frozen)` returns the
-      method and the backbone.
+      The structure (an NNX graphdef), the trainable state, and the frozen state. The arrays
+      keep their shapes. `nnx.merge(graphdef, trainable, *frozen)` returns the method and the
+      backbone.
 
     Examples:
       >>> base = load_base("smollm2-135m-instruct")
@@ -59,8 +59,8 @@ def update(
     """Make one update.
 
     Args:
-      trainable, frozen, graphdef: what `split` returned. The trainable arrays keep their
-        shapes, such as `[P, D]` for the vectors of a soft prompt.
+      trainable, frozen, graphdef: what `split` returned. The trainable arrays have the shapes
+        of the method, such as `[P, D]` for the vectors of a soft prompt.
       opt_state: state of the optimizer.
       batch: rows `[B, T]` with targets `[B, M]`. They are run in `accumulate` passes of equal
         size.
