@@ -1,5 +1,6 @@
 """How tests compile programs, in pytest and in the processes that tests start."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -24,6 +25,9 @@ def compile_quickly() -> None:
     if _FLAGS not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}".strip()
     lru_cache.LRUCache.put = _put
+    # Tracing makes many small objects that live long. Scan them less often.
+    gc.freeze()
+    gc.set_threshold(200_000, 50, 1000)
 
 
 def _put(self: lru_cache.LRUCache, key: str, value: bytes) -> None:

@@ -1,7 +1,6 @@
 """Models and experiments that the tests share."""
 
 import functools
-import gc
 import json
 import os
 import shutil
@@ -37,10 +36,6 @@ REPOSITORY = Path(__file__).parent.parent
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 compile_quickly()
-
-# Tracing makes many small objects that live long. Scan them less often.
-gc.freeze()
-gc.set_threshold(200_000, 50, 1000)
 
 
 # Files that take longest, the longest first. They start first, so that both workers end

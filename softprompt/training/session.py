@@ -182,7 +182,7 @@ class Session:
         run.records = self.reporter.records
         run.seconds = time.monotonic() - self._began
         description = dataclasses.asdict(run)
-        self._checkpoints.save(run.step, self.state.save(), description, run.best_step)
+        self._checkpoints.save(run.step, self.state.saved_arrays(), description, run.best_step)
         self._saved_step = run.step
 
     def close(self) -> None:

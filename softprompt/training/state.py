@@ -134,12 +134,12 @@ class TrainState:
         init = self._optimizer.init
         return jax.eval_shape(lambda x: (x, init(x, self._hyperparameters)), self._unpadded[1])
 
-    def save(self) -> tuple[nnx.State, Any]:
+    def saved_arrays(self) -> tuple[nnx.State, Any]:
         """Return the trainable and the optimizer state as a checkpoint holds them."""
         return resize((self.trainable, self.opt_state), self.saved_shapes())
 
     def restore(self, saved: tuple[nnx.State, Any]) -> None:
-        """Restore what `save` returned."""
+        """Restore what `saved_arrays` returned."""
         self.trainable, self.opt_state = resize(saved, (self.trainable, self.opt_state))
 
 

@@ -107,8 +107,8 @@ def update(
 
     passes = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
     inputs = passes, jax.random.split(key, accumulate)
-    shapes = jax.eval_shape(one_pass, *jax.tree.map(lambda x: x[0], inputs))
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    sums = jax.eval_shape(loss_sum, trainable, *jax.tree.map(lambda x: x[0], inputs))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (sums, trainable))
     ((total, (weight, metrics)), gradients), _ = jax.lax.scan(add_pass, zeros, inputs)
     loss, gradients, metrics = jax.tree.map(lambda x: x / weight, (total, gradients, metrics))
     updates, opt_state = optimizer.update(gradients, opt_state, trainable)
