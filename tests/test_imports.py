@@ -25,6 +25,7 @@ LAYERS = [
     "backbones",
     "storage",
     "experiment",
+    "files",
     "runtime",
 ]
 

@@ -62,8 +62,8 @@ examples:
 
 def run(options: argparse.Namespace) -> None:
     """Compare the methods, and print and write the table."""
+    from softprompt.files.writing import write_file
     from softprompt.report.tables import table
-    from softprompt.storage.files import write_file
     from softprompt.sweep.comparison import compare
 
     folder = options.folder or Path("runs") / "compare" / options.experiment.stem

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, overload
 
 from softprompt.errors import UserError
-from softprompt.storage.json_lines import parse_json_lines
+from softprompt.files.json_lines import parse_json_lines
 
 
 @dataclasses.dataclass(frozen=True)

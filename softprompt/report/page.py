@@ -14,13 +14,13 @@ from softprompt.data.records import read_records
 from softprompt.errors import FolderError, UserError
 from softprompt.experiment.methods import method_class
 from softprompt.experiment.reading import load_experiment
+from softprompt.files.writing import write_file
 from softprompt.inference.inspect import nearest_tokens
 from softprompt.inference.prompt import TrainedPrompt, load_prompt
 from softprompt.report import figures
 from softprompt.report.collect import RunRecord, best, collect, varied
 from softprompt.report.rows import run_rows, seed_rows
 from softprompt.report.tables import cell, table
-from softprompt.storage.files import write_file
 
 _log = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ import tensorboardX
 from softprompt.errors import FolderError, UserError
 from softprompt.experiment.reading import differences, dump_experiment, load_experiment
 from softprompt.experiment.schema import Experiment
-from softprompt.storage.files import write_file
-from softprompt.storage.json_lines import parse_json_lines
+from softprompt.files.json_lines import parse_json_lines
+from softprompt.files.writing import write_file
 from softprompt.storage.locks import locked_folder
 
 _log = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from typing import Literal
 import pydantic
 
 from softprompt.errors import UserError
-from softprompt.storage.files import write_file
+from softprompt.files.writing import write_file
 from softprompt.storage.run_folder import read_metrics
 
 _FILE = "trial.json"

@@ -8,10 +8,10 @@ import yaml
 
 from softprompt.errors import FolderError, Stopped
 from softprompt.experiment.reading import differences, dump_experiment
+from softprompt.files.writing import write_file
 from softprompt.metrics.named import merit
 from softprompt.runtime.progress import Bar, Progress, silent
 from softprompt.runtime.signals import StopSignals
-from softprompt.storage.files import write_file
 from softprompt.storage.locks import file_lock, locked_folder
 from softprompt.sweep.outcome import Outcome, validation_at
 from softprompt.sweep.program import shared_settings

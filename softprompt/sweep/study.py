@@ -14,7 +14,7 @@ from typing import Any
 
 from softprompt.errors import UserError
 from softprompt.experiment.metric_names import lower_is_better
-from softprompt.storage.files import write_file
+from softprompt.files.writing import write_file
 from softprompt.storage.locks import file_lock
 from softprompt.sweep.outcome import Outcome
 from softprompt.sweep.results import measured

@@ -1,10 +1,10 @@
 """JSON Lines: one JSON object per line."""
 
-import json
 from collections.abc import Iterable, Iterator
-from typing import Any, NoReturn
+from typing import Any
 
 from softprompt.errors import UserError
+from softprompt.files.json_files import parse_json
 
 
 def parse_json_lines(lines: Iterable[str], source: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -23,18 +23,7 @@ def parse_json_lines(lines: Iterable[str], source: str) -> Iterator[tuple[str, d
     for number, line in enumerate(lines, 1):
         if line.strip():
             where = f"{source}:{number}"
-            yield where, _parse_object(line, where)
-
-
-def _parse_object(line: str, where: str) -> dict[str, Any]:
-    try:
-        value = json.loads(line, parse_constant=_reject_constant)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not valid JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{where}: not a JSON object")
-    return value
-
-
-def _reject_constant(constant: str) -> NoReturn:
-    raise ValueError(f"JSON has no number {constant}")
+            value = parse_json(line, where)
+            if not isinstance(value, dict):
+                raise UserError(f"{where}: not a JSON object")
+            yield where, value
