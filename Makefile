@@ -3,6 +3,7 @@
 # make model-gemma3   install Gemma 3 270M, for base=gemma3-270m
 # make test        every test (minutes)
 # make test-fast   without the tests that train, generate or compare model families
+# make attack      5,000 bad inputs, and kills at random moments (an hour)
 # make wheel-test  install the wheel in a fresh environment and try it
 # make lint | format | docs | wheel | clean
 
@@ -11,7 +12,7 @@ EXP ?= sentiment
 RUN ?= runs/$(EXP)
 BIN := .venv/bin
 
-.PHONY: install train sweep model-gemma3 test test-fast lint format docs wheel wheel-test clean
+.PHONY: install train sweep model-gemma3 test test-fast attack lint format docs wheel wheel-test clean
 
 install: .venv/installed
 
@@ -40,6 +41,10 @@ test: install
 
 test-fast: install
 	$(BIN)/pytest -m 'not slow'
+
+# The table, and each fault, are printed. See docs/reliability.md.
+attack: install
+	cd tests && ../$(BIN)/python -m attack $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .

@@ -62,9 +62,9 @@ def make_good_input(folder: Path) -> None:
 
 
 def _write_gguf(path: Path) -> None:
-    """Write the base model as a GGUF file with a byte-level tokenizer."""
+    """Write the base model as a GGUF file with a tokenizer of bytes."""
     base = load_base("base")
-    arch, inner = base.backbone.arch, json.loads(Path("base/tokenizer.json").read_text())
+    arch = base.backbone.arch
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(len(arch.layers))
     writer.add_context_length(arch.context_length)
@@ -76,14 +76,13 @@ def _write_gguf(path: Path) -> None:
     writer.add_layer_norm_rms_eps(arch.norm_epsilon)
     writer.add_rope_dimension_count(arch.head_size)
     writer.add_rope_freq_base(10_000.0)
-    tokens = sorted(base.tokenizer.get_vocab(), key=base.tokenizer.get_vocab().get)
-    special = {token["content"] for token in inner["added_tokens"]}
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
     writer.add_token_list(tokens)
-    writer.add_token_types([3 if token in special else 1 for token in tokens])
-    writer.add_token_merges([])
-    writer.add_eos_token_id(0)
+    writer.add_token_scores([0.0] * len(tokens))
+    writer.add_token_types([2, 3, 3] + [6] * 256)  # unknown, control, byte
+    writer.add_eos_token_id(2)
     for name, tensor in stored_tensors(base.backbone, FAMILIES["llama"].gguf_names):
         writer.add_tensor(name, tensor)
     writer.write_header_to_file()

@@ -19,6 +19,7 @@ from typing import Any
 GIBIBYTE = 2**30
 LIMIT_SECONDS = 20.0
 LIMIT_BYTES = 4 * GIBIBYTE
+SERVER = "from attack.worker import serve; serve()"
 _CALLS = 300  # compiled programs add up, so the process is replaced after this number of calls
 
 
@@ -80,7 +81,7 @@ class Worker:
         self._stop()
         tests = Path(__file__).parent.parent
         self._process = subprocess.Popen(
-            [sys.executable, "-c", "from attack.worker import serve; serve()"],
+            [sys.executable, "-c", SERVER],
             cwd=tests,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
