@@ -109,6 +109,22 @@ def test_the_runs_command_lists_sorts_and_filters_runs(folder, capsys):
     assert lines[0].split()[:2] == ["run", "prompt.length"]
 
 
+def test_the_runs_command_fits_the_terminal_unless_asked_for_everything(
+    folder, capsys, monkeypatch
+):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "70")
+    assert main(["runs", str(folder), "--sort", "length"]) == 0
+    shown = capsys.readouterr()
+    assert max(map(len, shown.out.splitlines())) <= 70
+    heading = shown.out.splitlines()[0]
+    assert all(name in heading for name in ("run", "length", "validation accuracy"))
+    assert "left out to fit the terminal: " in shown.err
+    assert "error" in shown.err
+    assert main(["runs", str(folder), "--wide"]) == 0
+    assert "lower optimizer.learning_rate" in capsys.readouterr().out
+
+
 def test_runs_with_a_lower_loss_come_first():
     rows = [{"validation loss": 2.0}, {"validation loss": 1.0}]
     assert chosen_rows(rows, [], "loss")[0] == {"validation loss": 1.0}
