@@ -98,7 +98,7 @@ def test_labels_of_parallel_coordinates_do_not_overlap(write_run):
 @pytest.mark.parametrize("value", ["NaN", "-Infinity", "1e308", "-1e308", "1e999"])
 def test_metrics_that_cannot_be_drawn_do_not_break_a_page(write_run, capsys, value):
     for number, length in enumerate((2, 2, 4, 4)):
-        write_run(f"{number}", f"prompt.length={length}", f"seed={number}")
+        write_run(f"run {number}", f"prompt.length={length}", f"seed={number}")
     broken = write_run("broken", "optimizer.learning_rate=0.2", "prompt.length=8")
     summary = broken / "summary.json"
     summary.write_text(summary.read_text().replace("0.5", value))

@@ -215,6 +215,18 @@ def test_text_from_runs_is_escaped_on_the_page(folder, tmp_path):
     assert "<script>alert" not in (tmp_path / "out" / "report.html").read_text()
 
 
+def test_a_page_shows_the_beginning_of_a_very_long_input(folder, tmp_path):
+    shutil.copytree(folder / "trials" / "000", tmp_path / "run")
+    config = tmp_path / "run" / "config.yaml"
+    config.write_text(re.sub("validation: .*", "validation: ../long.jsonl", config.read_text()))
+    long = {"text": "<script>" + "a" * 1_000_000, "label": "low"}
+    (tmp_path / "long.jsonl").write_text(json.dumps(long) + "\n")
+    assert main(["report", str(tmp_path / "run"), "--output", str(tmp_path / "out")]) == 0
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "(1,000,008 characters)" in page
+    assert len(page) < 200_000
+
+
 def test_runs_with_different_metrics_are_not_compared(folder, tmp_path, capsys):
     for number in ("000", "001"):
         shutil.copytree(folder / "trials" / number, tmp_path / number)
