@@ -8,8 +8,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from softprompt.cli.arguments import add_command, add_experiment, folder_option, integers, names
@@ -22,10 +23,9 @@ if TYPE_CHECKING:
     from softprompt.sweep.comparison import Row
 
 _TRAIN = "from softprompt.cli.compare import train_alone; train_alone()"
+_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
 _STOPPED = {  # exit statuses of a process that a signal stopped, before or while it trained
-    status: number
-    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
-    for status in (-number, 128 + number)
+    status: number for number in _SIGNALS for status in (-number, 128 + number)
 }
 _MAX_CELL = 300  # characters, in compare.md
 
@@ -117,24 +117,20 @@ def train(file: Path, overrides: Sequence[str], folder: Path) -> None:
       UserError: if the run fails, with the reason.
       Stopped: on a signal, after the process has saved its state.
     """
-    from softprompt.runtime.signals import StopSignals
-
     command = [sys.executable, "-c", _TRAIN, str(file), str(folder), *overrides]
-    stopped: Stopped | None = None
-    with tempfile.TemporaryFile() as output, StopSignals():
+    with tempfile.TemporaryFile() as output:
         # In a session of its own, the process does not receive Ctrl-C directly. It receives
         # each signal once, from here, and a second signal means "stop at once".
-        process = subprocess.Popen(command, stdout=output, start_new_session=True)
-        while process.returncode is None:
-            try:
-                process.wait()
-            except Stopped as signaled:
-                stopped = signaled
+        with _signals_passed_on() as (received, receivers):
+            process = subprocess.Popen(command, stdout=output, start_new_session=True)
+            receivers.append(process)
+            if received:
                 process.terminate()
+            process.wait()
         output.seek(0)
         reason = output.read().decode("utf-8", errors="replace").strip()
-    if stopped:
-        raise Stopped(stopped.number, "stopped; run the same command again to resume")
+    if received:
+        raise Stopped(received[0], "stopped; run the same command again to resume")
     if process.returncode in _STOPPED:
         raise Stopped(_STOPPED[process.returncode], "a run was stopped; so is the comparison")
     if process.returncode < 0:
@@ -142,6 +138,31 @@ def train(file: Path, overrides: Sequence[str], folder: Path) -> None:
         raise UserError(f"the process ended with {name}; perhaps the memory was full")
     if process.returncode:
         raise UserError(reason or "the process failed; see the messages above")
+
+
+@contextlib.contextmanager
+def _signals_passed_on() -> Iterator[tuple[list[int], list[subprocess.Popen[bytes]]]]:
+    """Pass signals that stop work on to processes, which save their state.
+
+    Yields:
+      The numbers of the signals that arrived, and a list for the processes.
+    """
+    received: list[int] = []
+    receivers: list[subprocess.Popen[bytes]] = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        for process in receivers:
+            process.terminate()
+
+    # A signal that this process ignores, as after `nohup`, stays ignored.
+    handled = [n for n in _SIGNALS if signal.getsignal(n) not in (signal.SIG_IGN, None)]
+    before = {number: signal.signal(number, pass_on) for number in handled}
+    try:
+        yield received, receivers
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def train_alone() -> None:
