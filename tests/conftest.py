@@ -59,10 +59,13 @@ SLOW = [
     "test_evaluation",
     "test_report",
     "test_free_text",
+    "test_figures",
     "test_docs",
     "test_step",
     "test_decoder",
     "test_lora",
+    "test_card",
+    "test_ensemble",
     "test_cli",
 ]
 

@@ -62,7 +62,7 @@ def test_a_merged_model_generates_the_same_text_as_the_prompt(run, tmp_path, nam
     exporting.export(prompt, tmp_path / "merged", "merged")
     merged = load_base(str(tmp_path / "merged"))
     card = (tmp_path / "merged" / "README.md").read_text()
-    form = card.split("text = ")[1].split(".format(...)")[0]
+    form = card.split("text = ")[1].split(".format_map(")[0]
     form = ast.literal_eval(form)
     for text in ("aaaa", "zz", "hello you"):
         tokens = prompt.task.example(prompt.record(text, ""), with_answer=False).input

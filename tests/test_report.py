@@ -109,6 +109,22 @@ def test_the_runs_command_lists_sorts_and_filters_runs(folder, capsys):
     assert lines[0].split()[:2] == ["run", "prompt.length"]
 
 
+def test_the_runs_command_fits_the_terminal_unless_asked_for_everything(
+    folder, capsys, monkeypatch
+):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "70")
+    assert main(["runs", str(folder), "--sort", "length"]) == 0
+    shown = capsys.readouterr()
+    assert max(map(len, shown.out.splitlines())) <= 70
+    heading = shown.out.splitlines()[0]
+    assert all(name in heading for name in ("run", "length", "validation accuracy"))
+    assert "left out to fit the terminal: " in shown.err
+    assert "error" in shown.err
+    assert main(["runs", str(folder), "--wide"]) == 0
+    assert "lower optimizer.learning_rate" in capsys.readouterr().out
+
+
 def test_runs_with_a_lower_loss_come_first():
     rows = [{"validation loss": 2.0}, {"validation loss": 1.0}]
     assert chosen_rows(rows, [], "loss")[0] == {"validation loss": 1.0}
@@ -197,6 +213,18 @@ def test_text_from_runs_is_escaped_on_the_page(folder, tmp_path):
     config.write_text(re.sub("^name: .*", "name: <script>alert(1)</script>", text, flags=re.M))
     assert main(["report", str(tmp_path / "run"), "--output", str(tmp_path / "out")]) == 0
     assert "<script>alert" not in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_page_shows_the_beginning_of_a_very_long_input(folder, tmp_path):
+    shutil.copytree(folder / "trials" / "000", tmp_path / "run")
+    config = tmp_path / "run" / "config.yaml"
+    config.write_text(re.sub("validation: .*", "validation: ../long.jsonl", config.read_text()))
+    long = {"text": "<script>" + "a" * 1_000_000, "label": "low"}
+    (tmp_path / "long.jsonl").write_text(json.dumps(long) + "\n")
+    assert main(["report", str(tmp_path / "run"), "--output", str(tmp_path / "out")]) == 0
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "(1,000,008 characters)" in page
+    assert len(page) < 200_000
 
 
 def test_runs_with_different_metrics_are_not_compared(folder, tmp_path, capsys):

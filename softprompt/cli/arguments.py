@@ -8,6 +8,8 @@ from typing import Any
 
 from softprompt.errors import FolderError, UserError
 
+_MAX_DIGITS = 18  # of a whole number that an option takes
+
 
 def add_command(
     subparsers: Any,
@@ -159,18 +161,22 @@ def folder_option(option: str) -> Iterator[None]:
 
 def integers(text: str) -> list[int]:
     """Parse whole numbers separated by commas."""
-    if not all(part.isdecimal() for part in text.split(",")):
+    parts = text.split(",")
+    if not all(part.isdecimal() and len(part) <= _MAX_DIGITS for part in parts):
         raise argparse.ArgumentTypeError("must be whole numbers separated by commas")
-    return [int(part) for part in text.split(",")]
+    return [int(part) for part in parts]
 
 
 def names(text: str) -> list[str]:
     """Parse names separated by commas."""
-    return [part.strip() for part in text.split(",")]
+    parts = [part.strip() for part in text.split(",")]
+    if not all(parts):
+        raise argparse.ArgumentTypeError("must be names separated by commas")
+    return parts
 
 
 def positive_integer(text: str) -> int:
     """Parse a whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
+    if not text.isdecimal() or len(text) > _MAX_DIGITS or int(text) < 1:
         raise argparse.ArgumentTypeError("must be a whole number, 1 or more")
     return int(text)

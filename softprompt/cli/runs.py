@@ -2,11 +2,13 @@
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from softprompt.cli.arguments import add_command
 from softprompt.cli.progress import print_line
+from softprompt.cli.tables import print_table
 
 
 def add_to(subparsers: Any) -> None:
@@ -20,7 +22,7 @@ def add_to(subparsers: Any) -> None:
 Searches folders for runs, including subfolders, and prints one row per run: the settings that
 differ between the runs, the state and the last step, and the metric that selects the best
 prompt. The last part of a column's name is enough to name it: length for prompt.length,
-accuracy for validation accuracy.
+accuracy for validation accuracy. On a terminal, the table leaves out columns that do not fit.
 
 examples:
   softprompt runs
@@ -41,14 +43,18 @@ examples:
         metavar="COLUMN=VALUE",
         help="keep runs with this value; may be given several times",
     )
+    command.add_argument(
+        "--wide",
+        action="store_true",
+        help="print all columns, also where they do not fit",
+    )
     command.add_argument("--json", action="store_true", help="print one line of JSON per run")
 
 
 def run(options: argparse.Namespace) -> None:
     """Print the runs."""
     from softprompt.report.collect import collect, varied
-    from softprompt.report.rows import chosen_rows, run_rows
-    from softprompt.report.tables import table
+    from softprompt.report.rows import PATH_COLUMNS, chosen_rows, run_rows
 
     records = collect(options.folders or [Path("runs")])
     asked = [condition.partition("=")[0] for condition in options.where]
@@ -60,4 +66,17 @@ def run(options: argparse.Namespace) -> None:
         for row in rows:
             print(json.dumps(row))
     else:
-        print(table(rows, "text", left={"error"}))
+        print_table(
+            rows,
+            "--wide shows all columns",
+            keep=[name for name in rows[0] if _is_asked(name, [*asked, options.sort])],
+            left={"error"},
+            paths=PATH_COLUMNS,
+            wide=options.wide,
+        )
+
+
+def _is_asked(name: str, asked: Sequence[str | None]) -> bool:
+    """Whether a column is a metric, or the user named it, perhaps by its last part."""
+    ends = {name, name.rpartition(".")[2], name.rpartition(" ")[2]}
+    return name.startswith(("validation ", "test ")) or not ends.isdisjoint(asked)

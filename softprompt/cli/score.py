@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from softprompt.cli.arguments import add_command, names
+from softprompt.cli.tables import print_table
 from softprompt.errors import UserError
 
 if TYPE_CHECKING:
@@ -87,8 +88,6 @@ def run(options: argparse.Namespace) -> None:
 
 def _print_scores(scores: "Mapping[str, Scores]") -> None:
     """Print every value with its bootstrap interval, and the signatures of the metrics."""
-    from softprompt.report.tables import table
-
     rows = []
     for one in scores.values():
         intervals = one.intervals()
@@ -96,7 +95,7 @@ def _print_scores(scores: "Mapping[str, Scores]") -> None:
             low, high = intervals[name]
             interval = f"{low:.4f} to {high:.4f}"
             rows.append({"metric": name, "value": f"{value:.4f}", "95% interval": interval})
-    print(table(rows, "text"))
+    print_table(rows, "--json prints all values")
     for name, one in scores.items():
         if one.signature:
             print(f"{name}: {one.signature}")
@@ -108,8 +107,6 @@ def _print_differences(
     differences: "Mapping[str, Difference]",
 ) -> None:
     """Print the values of two systems and their differences."""
-    from softprompt.report.tables import table
-
     rows = []
     for name, scores in ours.items():
         others = theirs[name].values()
@@ -126,4 +123,4 @@ def _print_differences(
                     "p": f"{found.p_value:.3f}",
                 }
             )
-    print(table(rows, "text"))
+    print_table(rows, "--json prints all values")

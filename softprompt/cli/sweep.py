@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from softprompt.cli.arguments import add_command, add_experiment, folder_option
 from softprompt.cli.progress import Bar, duration
+from softprompt.cli.tables import print_table
 from softprompt.errors import UserError
 
 if TYPE_CHECKING:
@@ -92,7 +93,6 @@ def _print_results(space: "Space", trials: "Sequence[Trial]") -> None:
     Raises:
       UserError: if a trial failed.
     """
-    from softprompt.report.tables import table
     from softprompt.sweep.outcome import Outcome
     from softprompt.sweep.results import ranked, results_rows
 
@@ -100,7 +100,8 @@ def _print_results(space: "Space", trials: "Sequence[Trial]") -> None:
         {key: f"{cell:.4f}" if isinstance(cell, float) else cell for key, cell in row.items()}
         for row in results_rows(trials)
     ]
-    print(table(rows, "text"))
+    keep = {"end", *(name for name in rows[0] if name.startswith("validation "))}
+    print_table(rows, f"softprompt runs {space.folder} --wide shows all columns", keep=keep)
     outcomes = [(trial, Outcome.read(trial.folder)) for trial in trials]
     running = sum(outcome is None for _, outcome in outcomes)
     if any(outcome and outcome.state == "finished" for _, outcome in outcomes):

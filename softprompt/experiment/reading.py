@@ -31,7 +31,7 @@ from softprompt.experiment.yaml_tree import (
 
 Settings = TypeVar("Settings", bound=pydantic.BaseModel)
 
-_PATH_KEYS: Sequence[Key] = (
+PATH_KEYS: Sequence[Key] = (
     ("base",),
     ("data", "train"),
     ("data", "validation"),
@@ -176,7 +176,7 @@ def _resolve_paths(tree: Tree, origins: Origins) -> None:
 
 def _change_paths(tree: Tree, change: Callable[[Key], Callable[[str], str]]) -> None:
     """Replace every path `p` in a tree by `change(key)(p)`."""
-    for key in _PATH_KEYS:
+    for key in PATH_KEYS:
         *sections, name = key
         section = tree.get(sections[0]) if sections else tree
         if isinstance(section, dict) and section.get(name) is not None:

@@ -1,11 +1,20 @@
-"""The model card of an export: a README.md with metadata for the Hugging Face Hub."""
+"""The model card of an export: a README.md with metadata for the Hugging Face Hub.
+
+Names, templates and label texts may hold any character. They are written so that they cannot end
+the metadata, a code block or a line of the card.
+"""
 
 import json
+import math
+import re
 from collections.abc import Iterable
+from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
+from softprompt.data.task import Task
 from softprompt.data.template import Piece, compile_template
+from softprompt.experiment.templates import template_fields
 from softprompt.inference.prompt import TrainedPrompt
 
 
@@ -17,23 +26,20 @@ def adapter_card(prompt: TrainedPrompt) -> str:
         pieces = compile_template(
             task.template, task.demonstrations, task.base.tokenizer, virtual=False
         )
-    return f"""{_metadata(prompt, "peft")}
-# {prompt.description["experiment"]}
-
-{_about(prompt)}
-
-```python
+    loading = f"""\
 from peft import PeftModel
 from transformers import {model}
 
-model = {model}.from_pretrained("{prompt.base.hub_name}")
-model = PeftModel.from_pretrained(model, "path/to/this/folder")
-```
+model = {model}.from_pretrained({_quoted(prompt.base.hub_name)})
+model = PeftModel.from_pretrained(model, "path/to/this/folder")"""
+    return f"""{_metadata(prompt, "peft")}
+# {_plain(prompt.description["experiment"])}
 
-An input must look like this, with its fields filled in. Tokenize it without adding special tokens,
-because they are written out. The model continues with the answer.
+{_about(prompt)}
 
-{_quoted(written_input(pieces, prompt.base.tokenizer))}
+{_block(loading, "python")}
+
+{_usage(prompt, written_input(pieces, prompt.base.tokenizer))}
 """
 
 
@@ -45,25 +51,22 @@ def merged_card(prompt: TrainedPrompt, written: str) -> str:
       written: the form of an input, as returned by `written_input`.
     """
     model = prompt.base.backbone.auto_class
-    return f"""{_metadata(prompt, "transformers")}
-# {prompt.description["experiment"]}
-
-{_about(prompt)} It is part of this model, so any standard engine can run it.
-
-Every input must look like this, with its fields filled in. Tokenize it without adding special
-tokens, because they are written out:
-
-{_quoted(written)}
-
-```python
+    running = f"""\
 from transformers import AutoTokenizer, {model}
 
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 model = {model}.from_pretrained("path/to/this/folder")
-text = {written!r}.format(...)
+text = {written!r}.format_map({_example_of(prompt.task.template.input)!r})
 inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt")
-output = model.generate(**inputs, do_sample=False)
-```
+output = model.generate(**inputs, do_sample=False)"""
+    return f"""{_metadata(prompt, "transformers")}
+# {_plain(prompt.description["experiment"])}
+
+{_about(prompt)} It is part of this model, so any standard engine can run it.
+
+{_block(running, "python")}
+
+{_usage(prompt, written)}
 """
 
 
@@ -79,19 +82,22 @@ def written_input(
     """
 
     def text(piece: Piece) -> str:
-        if piece is None:
-            return virtual
         if isinstance(piece, str):
             return piece
-        return "".join(tokenizer.convert_ids_to_tokens(piece))
+        special = virtual if piece is None else "".join(tokenizer.convert_ids_to_tokens(piece))
+        return special.replace("{", "{{").replace("}", "}}")
 
     return "".join(map(text, pieces))
 
 
 def _metadata(prompt: TrainedPrompt, library: str) -> str:
-    """Return the metadata that the hub reads. Its values are JSON, which is valid YAML."""
+    """Return the metadata that the hub reads, with the values on one line each."""
     about = prompt.description
-    measured = {key: value for key, value in about["validation"].items() if key != "loss"}
+    measured = {
+        key: value
+        for key, value in about["validation"].items()
+        if key != "loss" and math.isfinite(value)
+    }
     task = {"type": "text-classification" if prompt.task.verbalizer else "text-generation"}
     metrics = [{"type": key, "value": value} for key, value in measured.items()]
     result = {
@@ -106,19 +112,99 @@ def _metadata(prompt: TrainedPrompt, library: str) -> str:
         "metrics": list(measured) or None,
         "model-index": [{"name": about["experiment"], "results": [result]}] if metrics else None,
     }
-    lines = [f"{key}: {json.dumps(value)}" for key, value in metadata.items() if value]
+    lines = [f"{key}: {_quoted(value)}" for key, value in metadata.items() if value]
     return "\n".join(["---", *lines, "---", ""])
 
 
 def _about(prompt: TrainedPrompt) -> str:
     about = prompt.description
-    measured = ", ".join(f"{key} {value:.4f}" for key, value in about["validation"].items())
+    measured = ", ".join(f"{_plain(k)} {v:.4f}" for k, v in about["validation"].items())
     return (
-        f"Trained with softprompt {about['versions']['softprompt']} ({prompt.method.label}) "
-        f"on the base model `{prompt.base.hub_name}`, whose license applies. "
-        f"Validation: {measured or 'not measured'}."
+        f"Trained with softprompt {_plain(about['versions']['softprompt'])} "
+        f"({prompt.method.label}) on the base model {_code(prompt.base.hub_name)}, whose license "
+        f"applies. Validation: {measured or 'not measured'}."
     )
 
 
-def _quoted(text: str) -> str:
-    return "\n".join(f"    {line}" for line in text.split("\n"))
+def _usage(prompt: TrainedPrompt, written: str) -> str:
+    """Describe inputs and answers: the template, the form of an input, and a filled example."""
+    template = prompt.task.template
+    texts = {"Input": template.input, "Target": template.target}
+    if template.system is not None:
+        texts = {"System message": template.system, **texts}
+    braces = " `{{` and `}}` stand for single braces." if re.search("{{|}}", written) else ""
+    return "\n\n".join(
+        [
+            "## Template",
+            *(f"{name}:\n\n{_block(text)}" for name, text in texts.items()),
+            "## Input",
+            "Every input must look like this, with its fields filled in. Tokenize it without "
+            f"adding special tokens, because they are written out.{braces}",
+            _block(written),
+            "For example:",
+            _block(written.format_map(_example_of(template.input))),
+            "## Answer",
+            _answer(prompt.task),
+        ]
+    )
+
+
+def _answer(task: Task) -> str:
+    """Describe what the model writes after an input."""
+    target = task.template.target
+    if not task.verbalizer:
+        text = "The model continues with the answer and its end-of-text token. For example:"
+        return f"{text}\n\n{_block(target.format_map(_example_of(target)))}"
+    (field,) = template_fields(target)
+    lines = [
+        f"- {_code(label)}: {_code(_quoted(target.format_map({field: text})))}"
+        for label, text in task.verbalizer.items()
+    ]
+    return "\n".join(["The model continues with the text of a label:", "", *lines])
+
+
+def _example_of(template: str) -> dict[str, str]:
+    """Made-up values for the fields of a template: a card does not publish the user's data."""
+    return {name: f"An example of {name}." for name in template_fields(template)}
+
+
+def _quoted(value: Any) -> str:
+    """Return JSON on one line that is also valid YAML and, for a text, valid Python.
+
+    Characters that are not printable are escaped, because YAML forbids some of them.
+    """
+    text = json.dumps(value, ensure_ascii=False)
+    return "".join(c if c.isprintable() else _escaped(c) for c in text)
+
+
+def _escaped(character: str) -> str:
+    number = ord(character)
+    if 0xD800 <= number < 0xE000:
+        return "\\ufffd"  # half of a character, which no file can hold
+    return f"\\u{number:04x}" if number < 0x10000 else f"\\U{number:08x}"
+
+
+def _plain(text: str) -> str:
+    """Return a text that Markdown shows on one line as it is."""
+    line = "".join(c if c.isprintable() else " " for c in text)
+    return re.sub(r"([\\`*_\[\]<>#|~&$])", r"\\\1", line)
+
+
+def _code(text: str) -> str:
+    """Return a text as code within a line."""
+    line = "".join(c if c.isprintable() else " " for c in text)
+    fence = "`" * (_longest_run(line) + 1)
+    space = " " if line[:1] in ("`", " ") or line[-1:] in ("`", " ", "") else ""
+    return f"{fence}{space}{line}{space}{fence}"
+
+
+def _block(text: str, language: str = "") -> str:
+    """Return a text as a block of code, whose fence is longer than any in the text."""
+    fence = "`" * max(3, _longest_run(text) + 1)
+    kept = text.encode("utf-8", errors="replace").decode("utf-8")
+    return f"{fence}{language}\n{kept}\n{fence}"
+
+
+def _longest_run(text: str) -> int:
+    """The length of the longest run of backticks."""
+    return max(map(len, re.findall("`+", text)), default=0)

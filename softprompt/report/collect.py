@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -120,7 +121,11 @@ def varied(records: Sequence[RunRecord], asked: Sequence[str | None] = ()) -> li
 
 def best(records: Sequence[RunRecord]) -> RunRecord | None:
     """The finished run with the best validation metric, or None."""
-    finished = [r for r in records if r.state == "finished" and r.metric in r.validation]
+    finished = [
+        r
+        for r in records
+        if r.state == "finished" and math.isfinite(r.validation.get(r.metric, math.nan))
+    ]
     return max(finished, key=lambda r: merit(r.validation, r.metric), default=None)
 
 

@@ -2,6 +2,8 @@
 
 import io
 import json
+import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,12 +12,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
 
 from softprompt.experiment.metric_names import lower_is_better
 from softprompt.report.collect import RunRecord
-from softprompt.report.rows import seed_rows
-from softprompt.report.tables import cell, shorten
+from softprompt.report.rows import PATH_COLUMNS, seed_rows
+from softprompt.report.tables import cell, shorten, shorten_path
+from softprompt.training.curves import step_ticks
 
 STYLE: Any = {  # matplotlib settings that the caller activates around these functions
     "font.family": "sans-serif",
@@ -32,9 +34,18 @@ STYLE: Any = {  # matplotlib settings that the caller activates around these fun
 }
 _COLORS = ["#1f6feb", "#d9480f", "#2b8a3e", "#862e9c", "#c2255c", "#0b7285", "#a16207", "#495057"]
 _SHADES = "viridis"
+_LABEL = {"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 1}  # behind a text on lines
 MAX_LINES = len(_COLORS)  # in `spread_figure`
 _MAX_LEGEND = 12  # entries in the legend of the learning curves
+MAX_CELLS = 30  # in a row or a column of `heat_map`
+MAX_SETTINGS = 10  # in `parallel_coordinates`
+_MAX_COLUMN_CHARACTERS = 10  # of a label of a column in `heat_map`; longer ones are rotated
+_MAX_POINTS = 20_000  # of all learning curves in a panel together
 _MAX_TICK_CHARACTERS = 60  # of all tick labels together; longer labels are rotated
+_CHARACTER = 0.015  # width of a character of a tick label, relative to the axis
+_LINE = 0.05  # height of a line of text, relative to the axis
+_FEW = 8  # labels on an axis of `parallel_coordinates` that may be as close as lines of text
+_LARGEST = 1e100  # numbers beyond are not drawn, because arithmetic with them may overflow
 
 
 def spread_figure(records: Sequence[RunRecord], axis: str, others: Sequence[str]) -> str:
@@ -53,7 +64,7 @@ def spread_figure(records: Sequence[RunRecord], axis: str, others: Sequence[str]
     for record in records:
         lines.setdefault(_line_label(record, others), []).append(record)
     values = _ordered({_key(r.settings.get(axis)): r.settings.get(axis) for r in records})
-    numeric = all(isinstance(v, int | float) for v in values)
+    numeric = all(map(is_drawable, values))
     positions = values if numeric else list(range(len(values)))
     position = {_key(value): x for value, x in zip(values, positions, strict=True)}
     figure, axes = _figure(7.4, 4.2)
@@ -77,14 +88,19 @@ def spread_figure(records: Sequence[RunRecord], axis: str, others: Sequence[str]
         )
         runs_x = [position[_key(r.settings.get(axis))] for r in group]
         axes.scatter(runs_x, [r.quality or 0 for r in group], 12, color, alpha=0.45, linewidth=0)
-    positive = numeric and min(positions) > 0
-    if positive and max(positions) / min(positions) >= 10:
+    logarithmic = numeric and min(positions) > 0 and max(positions) / min(positions) >= 10
+    if logarithmic:
         axes.set_xscale("log")
     if numeric:
         axes.minorticks_off()
-    axes.set_xticks(positions, list(map(_tick, values)))
-    if sum(len(_tick(value)) for value in values) > _MAX_TICK_CHARACTERS:
+    texts = [_tick(value, axis) for value in values]
+    rotated = sum(map(len, texts)) > _MAX_TICK_CHARACTERS and not numeric
+    if rotated:
         axes.tick_params("x", rotation=20)
+    heights = _normalized(np.log(positions) if logarithmic else np.array(positions, np.float64))
+    least = _LINE if rotated else _CHARACTER * (2 + max(map(len, texts)))
+    shown = _apart(heights.tolist(), least)
+    axes.set_xticks([positions[i] for i in shown], [texts[i] for i in shown])
     axes.set(xlabel=axis, ylabel=metric)
     if others:
         axes.legend(frameon=False, fontsize=9)
@@ -108,14 +124,21 @@ def curves_figure(records: Sequence[RunRecord], axis: str | None) -> str:
     colors = dict(zip(map(_key, values), shades, strict=True))
     figure = Figure(figsize=(9.6, 3.8), layout="constrained")
     panels = [("train", "loss"), ("validation", metric)]
+    steps = [[r["step"] for run in records for r in run.records if _has(r, *p)] for p in panels]
+    ticks = step_ticks(steps[1] or steps[0])
+    most = max(2, _MAX_POINTS // len(records))
     for axes, (split, name) in zip(figure.subplots(1, 2), panels, strict=True):
         for record, value in zip(records, of_runs, strict=True):
-            points = [(r["step"], r[name]) for r in record.records if _has(r, split, name)]
+            points = [
+                (r["step"], r[name] if is_drawable(r[name]) else math.nan)
+                for r in record.records
+                if _has(r, split, name)
+            ]
             if not points:
                 continue
             marker = "o" if split == "validation" or len(points) == 1 else None
             axes.plot(
-                *zip(*points, strict=True),
+                *zip(*_thinned(points, most), strict=True),
                 color=colors[_key(value)],
                 alpha=0.75,
                 linewidth=1.2,
@@ -124,12 +147,12 @@ def curves_figure(records: Sequence[RunRecord], axis: str | None) -> str:
             )
         _style_axes(axes)
         axes.set(xlabel="step", ylabel=f"{split} {name}")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.set_xticks(ticks)
     if axis and 1 < len(values) <= _MAX_LEGEND:
         names = [Line2D([], [], color=colors[_key(value)]) for value in values]
         figure.legend(
             names,
-            list(map(_tick, values)),
+            [_tick(value, axis) for value in values],
             title=axis,
             loc="outside right upper",
             frameon=False,
@@ -166,8 +189,11 @@ def heat_map(records: Sequence[RunRecord], rows: str, columns: str) -> str:
         if np.isfinite(value):
             dark = shown[y, x] <= middle
             axes.text(x, y, f"{value:.3f}", ha="center", va="center", color="w" if dark else "k")
-    axes.set_xticks(range(len(xs)), list(map(_tick, xs)))
-    axes.set_yticks(range(len(ys)), list(map(_tick, ys)))
+    texts = [_tick(value, columns) for value in xs]
+    axes.set_xticks(range(len(xs)), texts)
+    if max(map(len, texts)) > _MAX_COLUMN_CHARACTERS:
+        axes.tick_params("x", rotation=20)
+    axes.set_yticks(range(len(ys)), [_tick(value, rows) for value in ys])
     axes.set(xlabel=columns, ylabel=rows, title=_metric(records))
     return _svg(figure, f"heat {rows} {columns}")
 
@@ -182,11 +208,11 @@ def parallel_coordinates(records: Sequence[RunRecord], keys: Sequence[str]) -> s
     Returns:
       The SVG element.
     """
-    figure, axes = _figure(max(7.4, 2.2 * (len(keys) + 1)), 4.4)
+    figure, axes = _figure(max(7.4, 1.8 * (len(keys) + 1)), 4.4)
     axes.grid(False)
     quality = np.array([record.quality for record in records], np.float64)
-    scales = [_scale([r.settings.get(key) for r in records]) for key in keys]
-    scales.append(_scale([float(value) for value in quality]))
+    scales = [_scale([r.settings.get(key) for r in records], key) for key in keys]
+    scales.append(_scale([float(value) for value in quality], _metric(records)))
     merit = _normalized(_merit(quality, records))
     for number in np.argsort(merit):
         heights = [heights[number] for heights, _ in scales]
@@ -194,36 +220,65 @@ def parallel_coordinates(records: Sequence[RunRecord], keys: Sequence[str]) -> s
         axes.plot(range(len(scales)), heights, color=color, alpha=0.8, linewidth=1.4)
     for x, (_, ticks) in enumerate(scales):
         axes.axvline(x, color="#9aa3ad", linewidth=0.8)
-        for height, text in ticks:
-            axes.text(x - 0.03, height, text, ha="right", va="center", fontsize=8.5)
-    axes.set_xticks(range(len(scales)), [*keys, _metric(records)])
+        least = _LINE if len(ticks) <= _FEW else 3 * _LINE
+        shown = _apart([height for height, _ in ticks], least)
+        for height, text in (ticks[i] for i in shown):
+            axes.text(x - 0.03, height, text, ha="right", va="center", fontsize=8.5, bbox=_LABEL)
+    axes.set_xticks(range(len(scales)), [_in_lines(name) for name in [*keys, _metric(records)]])
     axes.set_yticks([])
     axes.spines[["left", "bottom"]].set_visible(False)
-    axes.set_xlim(-0.5, len(scales) - 0.8)
+    axes.set_xlim(-0.6, len(scales) - 0.7)
     return _svg(figure, "parallel")
 
 
-def _scale(values: Sequence[Any]) -> tuple[list[float], list[tuple[float, str]]]:
-    """Place values on an axis from 0 to 1.
+def _scale(values: Sequence[Any], key: str) -> tuple[list[float], list[tuple[float, str]]]:
+    """Place the values of a setting on an axis from 0 to 1.
 
     Numbers that span a factor of 10 or more are placed on a logarithmic axis.
 
     Returns:
       The height of each value, and the height and text of each tick.
     """
-    if not all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
+    if not all(is_drawable(v) and not isinstance(v, bool) for v in values):
         names = _ordered({_key(value): value for value in values})
         keys = [_key(name) for name in names]
         step = 1 / max(len(names) - 1, 1)
-        ticks = [(i * step, shorten(cell(name), 18)) for i, name in enumerate(names)]
+        ticks = [(i * step, _tick(name, key, 18)) for i, name in enumerate(names)]
         return [keys.index(_key(value)) * step for value in values], ticks
     numbers = np.array(values, np.float64)
     logarithmic = numbers.min() > 0 and numbers.max() / numbers.min() >= 10
     heights = _normalized(np.log(numbers) if logarithmic else numbers)
     texts = {round(float(h), 4): cell(v) for h, v in zip(heights, values, strict=True)}
-    if len(texts) > 6:
-        texts = {h: texts[h] for h in (min(texts), max(texts))}
-    return heights.tolist(), list(texts.items())
+    return heights.tolist(), sorted(texts.items())
+
+
+def _apart(heights: Sequence[float], least: float) -> list[int]:
+    """Choose labels that do not overlap: the lowest, the highest, and others between them.
+
+    Args:
+      heights: ascending.
+      least: the smallest distance between two labels.
+
+    Returns:
+      The indices of the labels to show.
+    """
+    last = len(heights) - 1
+    chosen = [0]
+    for i in range(1, last):
+        if heights[i] - heights[chosen[-1]] >= least and heights[last] - heights[i] >= least:
+            chosen.append(i)
+    return chosen if last == 0 else [*chosen, last]
+
+
+def is_drawable(value: Any) -> bool:
+    """Whether a value is a number that a figure can show."""
+    return isinstance(value, int | float) and abs(value) < _LARGEST
+
+
+def _thinned(points: Sequence[tuple[int, float]], most: int) -> list[tuple[int, float]]:
+    """At most this many of the points, at regular distances, with the last one."""
+    stride = -(-len(points) // most)
+    return list(reversed(points[::-1][::stride]))
 
 
 def _normalized(numbers: np.ndarray) -> np.ndarray:
@@ -240,11 +295,17 @@ def _metric(records: Sequence[RunRecord]) -> str:
 
 
 def _line_label(record: RunRecord, keys: Sequence[str]) -> str:
-    return ", ".join(f"{key} {_tick(record.settings.get(key))}" for key in keys)
+    label = ", ".join(f"{key} {_tick(record.settings.get(key), key)}" for key in keys)
+    return shorten(label)
 
 
-def _tick(value: Any) -> str:
-    return shorten(cell(value), 24)
+def _tick(value: Any, key: str, width: int = 24) -> str:
+    return (shorten_path if key in PATH_COLUMNS else shorten)(cell(value), width)
+
+
+def _in_lines(key: str) -> str:
+    """A name under an axis, on a line of its own after each dot."""
+    return "\n".join(shorten(part, 24) for part in key.replace(".", ".\n").split("\n"))
 
 
 def _key(value: Any) -> str:
@@ -254,7 +315,7 @@ def _key(value: Any) -> str:
 def _ordered(values: Mapping[str, Any]) -> list[Any]:
     """Distinct values: numbers in ascending order, others in order of appearance."""
     found = list(values.values())
-    numeric = all(isinstance(value, int | float) for value in found)
+    numeric = all(map(is_drawable, found))
     return sorted(found) if numeric else found
 
 
@@ -275,10 +336,16 @@ def _style_axes(axes: Axes) -> None:
 
 
 def _svg(figure: Figure, name: str) -> str:
-    """The `<svg>` element; the name makes its ids differ from those of other figures."""
+    """The `<svg>` element; the name makes its ids differ from those of other figures.
+
+    On a narrow page it becomes at most a quarter smaller, so that its text can be read.
+    """
     written = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": name}):
+    with matplotlib.rc_context({"svg.hashsalt": name}), warnings.catch_warnings():
+        # The browser chooses the fonts, so a character that matplotlib's font lacks is no problem.
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
         no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(written, format="svg", metadata=no_metadata, transparent=True)
     text = written.getvalue()
-    return text[text.index("<svg") :]
+    least = f'<svg style="min-width: {0.75 * 72 * figure.get_figwidth():.0f}pt"'
+    return text[text.index("<svg") :].replace("<svg", least, 1)

@@ -14,13 +14,15 @@ from softprompt.data.records import read_records
 from softprompt.errors import FolderError, UserError
 from softprompt.experiment.methods import method_class
 from softprompt.experiment.reading import load_experiment
+from softprompt.files.folders import require_usable
+from softprompt.files.reading import read_text
 from softprompt.files.writing import write_file
 from softprompt.inference.inspect import nearest_tokens
 from softprompt.inference.prompt import TrainedPrompt, load_prompt
 from softprompt.report import figures
 from softprompt.report.collect import RunRecord, best, collect, varied
-from softprompt.report.rows import run_rows, seed_rows
-from softprompt.report.tables import cell, table
+from softprompt.report.rows import PATH_COLUMNS, run_rows, seed_rows
+from softprompt.report.tables import cell, shorten, shorten_path, table
 
 _log = logging.getLogger(__name__)
 
@@ -28,6 +30,9 @@ _PAGE = "report.html"
 _FORMS = {"csv": "csv", "md": "markdown"}  # by file extension
 _SAMPLES = 8  # number of predictions on the page
 _TOKENS = 20  # number of virtual tokens on the page
+_MAX_CELL = 100  # characters
+_MAX_TEXT = 2_000  # characters of an input, a prediction, or an error
+_MAX_CONFIG = 20_000  # characters
 
 
 def write_report(paths: Sequence[Path], folder: Path, rerun_command: Callable[[Path], str]) -> Path:
@@ -45,6 +50,7 @@ def write_report(paths: Sequence[Path], folder: Path, rerun_command: Callable[[P
       UserError: if there are no runs, or the folder cannot be written.
       FolderError: if the folder has files with these names that are not from a report.
     """
+    require_usable(folder)
     everything = collect(paths)
     metric = everything[0].metric
     records = [record for record in everything if record.metric == metric]
@@ -60,13 +66,14 @@ def write_report(paths: Sequence[Path], folder: Path, rerun_command: Callable[[P
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters["cell"] = cell
+    environment.filters |= {"cell": _cell, "excerpt": _excerpt}
     page = environment.from_string(template).render(
-        title=_title(records),
+        title=shorten(_title(records), _MAX_CELL),
         facts=_facts(records),
         metric=metric,
         figures=_figures(records),
         by_settings=by_settings,
+        paths=PATH_COLUMNS,
         rows=[{k: v for k, v in row.items() if k != "error"} for row in rows],
         failures={row["run"]: row["error"] for row in rows if row.get("error")},
         best=_best_run(records, keys, rerun_command),
@@ -76,9 +83,8 @@ def write_report(paths: Sequence[Path], folder: Path, rerun_command: Callable[[P
         for name, of_table in tables.items():
             if of_table:
                 for end, form in _FORMS.items():
-                    write_file(
-                        folder / f"{name}.{end}", table(of_table, form, left={"error"}) + "\n"
-                    )
+                    text = table(of_table, form, left={"error"}, paths=PATH_COLUMNS)
+                    write_file(folder / f"{name}.{end}", text + "\n")
         write_file(folder / _PAGE, page)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror})") from None
@@ -91,6 +97,18 @@ def _require_report(folder: Path, names: Sequence[str]) -> None:
     ours = page.is_file() and "· softprompt</title>" in page.read_text("utf-8", errors="replace")
     if there and not ours:
         raise FolderError(f"{there[0]}: not written by a report; choose another folder")
+
+
+def _cell(value: Any, is_path: bool = False) -> str:
+    """A cell of a table, on one line."""
+    return (shorten_path if is_path else shorten)(cell(value), _MAX_CELL)
+
+
+def _excerpt(text: str, limit: int = _MAX_TEXT) -> str:
+    """The beginning of a text, with its line breaks."""
+    lines = text[:limit].split("\n")
+    kept = "\n".join(shorten(line, None) for line in lines)
+    return kept if len(text) <= limit else f"{kept}… ({len(text):,} characters)"
 
 
 def _title(records: Sequence[RunRecord]) -> str:
@@ -114,12 +132,12 @@ def _facts(records: Sequence[RunRecord]) -> dict[str, str]:
         facts["training"] = f"{sum(seconds) / 60:,.1f} min"
     if memory:
         facts["peak memory"] = f"{max(memory) / 1e9:.2f} GB"
-    return facts
+    return {name: shorten(fact, _MAX_CELL) for name, fact in facts.items()}
 
 
 def _figures(records: Sequence[RunRecord]) -> list[tuple[str, str]]:
     """Pairs of a caption and a figure."""
-    finished = [r for r in records if r.state == "finished" and _is_number(r.quality)]
+    finished = [r for r in records if r.state == "finished" and figures.is_drawable(r.quality)]
     keys, axis, found = varied(finished), _main_setting(finished), []
     others = [key for key in keys if key != axis]
     lines = _combinations(finished, others)
@@ -128,11 +146,13 @@ def _figures(records: Sequence[RunRecord]) -> list[tuple[str, str]]:
             by = others if lines <= figures.MAX_LINES else []
             caption = f"{axis}: mean over the runs, and the range from the worst to the best run"
             found.append((caption, figures.spread_figure(finished, axis, by)))
-        if len(keys) == 2 and 2 * len(seed_rows(finished, keys)) >= _combinations(finished, keys):
+        if len(keys) == 2 and _fills_heat_map(finished, keys):
             found.append((f"{keys[0]} and {keys[1]}", figures.heat_map(finished, keys[0], keys[1])))
         if len(keys) > 1:
-            caption = "one line per run through its settings; lighter lines are better"
-            found.append((caption, figures.parallel_coordinates(finished, keys)))
+            shown = keys[: figures.MAX_SETTINGS]
+            part = "its" if shown == keys else f"the first {len(shown)} of {len(keys)}"
+            caption = f"one line per run through {part} settings; lighter lines are better"
+            found.append((caption, figures.parallel_coordinates(finished, shown)))
         if any(record.records for record in records):
             found.append(
                 ("learning curves", figures.curves_figure(records, _main_setting(records)))
@@ -153,8 +173,12 @@ def _combinations(records: Sequence[RunRecord], keys: Sequence[str]) -> int:
     return math.prod(len({json.dumps(r.settings.get(key)) for r in records}) for key in keys)
 
 
-def _is_number(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
+def _fills_heat_map(records: Sequence[RunRecord], keys: Sequence[str]) -> bool:
+    """Whether at least half of a heat map for two settings is filled, and it is not too large."""
+    sizes = [_combinations(records, [key]) for key in keys]
+    if max(sizes) > figures.MAX_CELLS:
+        return False
+    return 2 * len(seed_rows(records, keys)) >= math.prod(sizes)
 
 
 def _best_run(
@@ -170,7 +194,7 @@ def _best_run(
         "validation": found.validation,
         "test": found.test,
         "command": rerun_command(found.folder / "config.yaml"),
-        "config": (found.folder / "config.yaml").read_text(encoding="utf-8"),
+        "config": _excerpt(read_text(found.folder / "config.yaml"), _MAX_CONFIG),
         "tokens": [],
         "samples": [],
     }

@@ -9,8 +9,12 @@ from typing import Any
 
 from softprompt.errors import UserError
 from softprompt.experiment.metric_names import lower_is_better
+from softprompt.experiment.reading import PATH_KEYS
 from softprompt.report.collect import RunRecord
 from softprompt.report.tables import Row, cell
+
+PATH_COLUMNS = ("run", *map(".".join, PATH_KEYS))
+"""The columns of `run_rows` that hold paths."""
 
 
 def run_rows(
