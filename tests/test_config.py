@@ -103,7 +103,15 @@ def test_all_mistakes_are_reported_together_with_file_line_and_key(file):
 
 def test_a_missing_key_is_reported(file):
     file.write_text(MINIMAL.replace("  train: a.jsonl\n", "").replace("base: tiny\n", ""))
-    assert mistakes(file) == [f"{file}:1: base: missing", f"{file}:1: data.train: missing"]
+    assert mistakes(file) == [
+        f"{file}:1: base: missing; for the default base model, add base: smollm2-135m-instruct",
+        f"{file}:1: data.train: missing",
+    ]
+    file.write_text(MINIMAL.replace("  validation: /abs/b.jsonl\n", ""))
+    assert mistakes(file) == [
+        f"{file}:2: data.validation: missing; split the data, for example: "
+        "head -n 100 all.jsonl > validation.jsonl; tail -n +101 all.jsonl > train.jsonl"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -112,7 +120,7 @@ def test_a_missing_key_is_reported(file):
         ("a: [1\n", "case.yaml:2: "),
         ("a: 1\na: 2\n", "case.yaml:2: a: given twice"),
         ("- a\n", "case.yaml:1: an experiment must be a mapping"),
-        ("a: !!python/object:os.system x\n", "case.yaml:1: not a YAML value (could not determine"),
+        ("a: !!python/object:os.system x\n", "case.yaml:1: not a YAML value (the tag '!!python"),
         ("a: !!bool x\n", "case.yaml:1: not a YAML value"),
         ("a: &x {b: *x}\n", "case.yaml:1: nested too deeply"),
         ("extends: [a]\n", "case.yaml:1: extends: must be the path of another file"),
@@ -139,7 +147,7 @@ def test_an_invalid_file_is_rejected_with_its_line(file, text, message):
         ("prompt.init=text", "init: text and init_text must be set together"),
         ("verbalizer.no=' yes'", "verbalizer: two labels have the same text"),
         ("optimizer.learning_rate=.inf", "Input should be a finite number"),
-        ("name=2024-13-45", "'2024-13-45' is not a YAML value"),
+        ("name=!!timestamp 2024-13-45", "'!!timestamp 2024-13-45' is not a YAML value"),
         ("seed", "an override has the form key=value"),
         ("prompt.length=[", "'[' is not a YAML value"),
     ],

@@ -8,6 +8,7 @@ from typing import Literal
 import pydantic
 
 from softprompt.errors import UserError
+from softprompt.files.json_files import read_json
 from softprompt.files.writing import write_file
 from softprompt.storage.run_folder import read_metrics
 
@@ -41,11 +42,11 @@ class Outcome:
           UserError: if the file is damaged.
         """
         path = folder / _FILE
-        try:
-            return _OUTCOME.validate_json(path.read_bytes())
-        except (FileNotFoundError, NotADirectoryError):
+        if not path.exists():
             return None
-        except (OSError, ValueError):
+        try:
+            return _OUTCOME.validate_python(read_json(path))
+        except (UserError, ValueError):
             raise UserError(f"{path}: damaged; delete it to continue the trial") from None
 
 
