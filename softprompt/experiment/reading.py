@@ -248,6 +248,8 @@ def _explain(
         message = f"unknown key; {hint}"
     elif error["type"] == "missing":
         message = f"missing{_ADVICE.get('.'.join(key), '')}"
+    elif error["type"] in ("model_type", "dict_type"):
+        message = f"must be a mapping of keys to values, not {shortened(error['input'])}"
     elif not isinstance(error["input"], dict):
         message = f"{message}, not {shortened(error['input'])}"
     name = ".".join(map(shown, key))

@@ -6,6 +6,7 @@ checks it later.
 
 import dataclasses
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -96,13 +97,14 @@ def flattened(value: Any, key: str = "") -> dict[str, Any]:
 
 def _read(path: Path, chain: tuple[Path, ...]) -> tuple[Tree, Origins]:
     """Read a file; `chain` holds the files that extend it."""
+    text = read_text(path, MEBIBYTE)
     resolved = path.resolve()
     if resolved in chain:
         raise UserError(f"{path}: extends itself, through {' -> '.join(map(str, chain))}")
     if len(chain) >= _MAX_FILES:
         raise UserError(f"{path}: more than {_MAX_FILES} files extend each other")
     try:
-        tree, lines = parse_yaml(read_text(path, MEBIBYTE))
+        tree, lines = parse_yaml(text)
     except InvalidYAML as problem:
         raise UserError(f"{path}:{problem.line}: {problem}") from None
     origins = {key: Origin(f"{path}:{line}", path.parent) for key, line in lines.items()}
@@ -118,7 +120,7 @@ def _read(path: Path, chain: tuple[Path, ...]) -> tuple[Tree, Origins]:
     where = origins["extends",].where
     if not isinstance(parent, str):
         raise UserError(f"{where}: extends: must be the path of another file")
-    if not (path.parent / parent).exists():
+    if not os.path.exists(path.parent / parent):
         raise UserError(f"{where}: extends: {shown(parent)}: no such file")
     below, below_origins = _read(path.parent / parent, (*chain, resolved))
     return _merge(below, tree), below_origins | origins

@@ -16,7 +16,7 @@ Key = tuple[str, ...]
 """A key with the sections that contain it."""
 
 MAX_DEPTH = 10  # nested levels; a YAML alias that contains itself would never end
-_MAX_VALUES = 100_000
+_MAX_VALUES = 30_000
 _MAX_DIGITS = 1000  # characters of a number; converting a longer one may take minutes
 
 _PREFIX = "tag:yaml.org,2002:"
@@ -127,7 +127,7 @@ class _Builder:
             raise InvalidYAML(line, "nested too deeply")
         if node.tag not in (_SCALARS if isinstance(node, yaml.ScalarNode) else _COLLECTIONS):
             tag = node.tag.replace(_PREFIX, "!!")
-            raise InvalidYAML(line, f"not a YAML value (the tag {shortened(tag)} is not supported)")
+            raise InvalidYAML(line, f"the tag {shown(tag)} is not supported")
         if isinstance(node, yaml.MappingNode):
             return self._mapping(node, key)
         if isinstance(node, yaml.SequenceNode):
@@ -138,8 +138,7 @@ class _Builder:
             value = self._loader.construct_object(node)
         except (ValueError, LookupError):  # of a tag such as !!int before a text
             kind = node.tag.removeprefix(_PREFIX)
-            problem = f"not a YAML value ({shortened(node.value)} is not of type {kind})"
-            raise InvalidYAML(line, problem) from None
+            raise InvalidYAML(line, f"{shortened(node.value)} is not of type {kind}") from None
         return _whole_characters(value, line) if isinstance(value, str) else value
 
     def _mapping(self, node: yaml.MappingNode, key: Key) -> dict[str, Any]:
@@ -157,8 +156,9 @@ class _Builder:
 
 
 def shown(text: str, limit: int = 100) -> str:
-    """Return a text for an error message: itself, or its beginning if it is long."""
-    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+    """Return a text for an error message: one line, and only the beginning of a long text."""
+    text = text if len(text) <= limit else f"{text[: limit - 3]}..."
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def _too_many(line: int) -> InvalidYAML:
