@@ -14,7 +14,7 @@ from typing import Any, TypeVar, get_args
 
 import pydantic
 
-from softprompt.errors import UserError
+from softprompt.errors import UserError, shown
 from softprompt.experiment.schema import Experiment
 from softprompt.experiment.yaml_tree import (
     Origin,
@@ -25,7 +25,7 @@ from softprompt.experiment.yaml_tree import (
     read_tree,
     set_value,
 )
-from softprompt.experiment.yaml_values import Key, dump_yaml, shown
+from softprompt.experiment.yaml_values import Key, dump_yaml
 from softprompt.files.json_files import shortened
 
 Settings = TypeVar("Settings", bound=pydantic.BaseModel)

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from softprompt.errors import shown
 from softprompt.files.json_files import shortened
 
 Key = tuple[str, ...]
@@ -62,18 +63,15 @@ _Loader.yaml_implicit_resolvers = {
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver(f"{_PREFIX}bool", re.compile("^(true|false)$"), list("tf"))
-_Loader.add_implicit_resolver(
-    f"{_PREFIX}float",
-    re.compile(r"^[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?$|^[-+]?\.inf$|^\.nan$"),
-    list("-+.0123456789"),
-)
+_FLOAT = re.compile(r"^[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?$|^[-+]?\.inf$|^\.nan$")
+_Loader.add_implicit_resolver(f"{_PREFIX}float", _FLOAT, list("-+.0123456789"))
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes text that `_Loader` would read as a number or a boolean."""
+    """Quotes text that is not text in YAML 1.1, such as `on`, or in YAML 1.2, such as `1e-3`."""
 
 
-_Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+_Dumper.add_implicit_resolver(f"{_PREFIX}float", _FLOAT, list("-+.0123456789"))
 
 
 def parse_yaml(text: str) -> tuple[Any, dict[Key, int]]:
@@ -153,12 +151,6 @@ class _Builder:
             mapping[name] = self.build(value_node, (*key, name))
             self.lines[*key, name] = line
         return mapping
-
-
-def shown(text: str, limit: int = 100) -> str:
-    """Return a text for an error message: one line, and only the beginning of a long text."""
-    text = text if len(text) <= limit else f"{text[: limit - 3]}..."
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def _too_many(line: int) -> InvalidYAML:

@@ -8,7 +8,6 @@ from typing import Literal
 import pydantic
 
 from softprompt.errors import UserError
-from softprompt.files.json_files import read_json
 from softprompt.files.writing import write_file
 from softprompt.storage.run_folder import read_metrics
 
@@ -42,11 +41,11 @@ class Outcome:
           UserError: if the file is damaged.
         """
         path = folder / _FILE
-        if not path.exists():
-            return None
         try:
-            return _OUTCOME.validate_python(read_json(path))
-        except (UserError, ValueError):
+            return _OUTCOME.validate_json(path.read_bytes())
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except (OSError, ValueError):
             raise UserError(f"{path}: damaged; delete it to continue the trial") from None
 
 

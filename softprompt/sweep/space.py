@@ -12,10 +12,9 @@ import numpy as np
 import pydantic
 from pydantic import Field
 
-from softprompt.errors import UserError
+from softprompt.errors import UserError, shown
 from softprompt.experiment.reading import ExperimentFile
 from softprompt.experiment.schema import Experiment, Section
-from softprompt.experiment.yaml_values import shown
 
 MAX_TRIALS = 10_000
 _LARGEST = 1e300
