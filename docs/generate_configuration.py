@@ -20,7 +20,11 @@ from softprompt.experiment.methods import METHODS
 from softprompt.experiment.schema import Experiment
 from softprompt.sweep.space import HalvingSettings, SweepSettings
 
-_DEFAULTS = {"name": "the file's name", "optimizer.learning_rate": "set by the method"}
+_DEFAULTS = {
+    "name": "the file's name",
+    "optimizer.learning_rate": "set by the method",
+    "evaluation.metric": "`accuracy` or `loss`",
+}
 _TYPES = {"method": ", ".join(f"`{name}`" for name in METHODS)}
 
 PAGE = Path(__file__).parent / "configuration.md"
@@ -148,7 +152,7 @@ def _limited(kind: str, metadata) -> str:
 def _bound(value) -> str:
     if isinstance(value, int) and value.bit_length() > 30 and value & (value - 1) == 0:
         return f"2^{value.bit_length() - 1}"
-    return str(value)
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _default(field) -> str:

@@ -1,4 +1,10 @@
-"""Exceptions for mistakes of a user, and for work that a signal stopped."""
+"""Exceptions for mistakes of a user and for work that a signal stopped, and their messages."""
+
+
+def shown(text: str, limit: int = 100) -> str:
+    """Return a text for an error message: one line, and only the beginning of a long text."""
+    text = text if len(text) <= limit else f"{text[: limit - 3]}..."
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 class UserError(Exception):

@@ -125,7 +125,10 @@ def test_inspect_shows_every_virtual_token(call, run):
         (["eval", "{run}", "more"], "more: contains no trained prompt"),
         (["fit"], "invalid choice: 'fit'"),
         (["train"], "the following arguments are required: EXPERIMENT; see"),
-        (["train", "/no/file.yaml"], "/no/file.yaml: cannot be read (No such file or directory)"),
+        (["train", "/no/file.yaml"], "/no/file.yaml: no such file; there is no folder /no"),
+        (["train", "caf\udce9.yaml"], "argument 'caf\\udce9.yaml': not valid text"),
+        (["train", "a.yaml", "--run-dir", "a\0b"], "argument 'a\\x00b': not valid text"),
+        (["generate", "{run}", "a", "--seed", "9" * 5000], "invalid int value: '999"),
     ],
 )
 def test_mistakes_print_one_line_and_exit_with_status_1(call, run, arguments, message):

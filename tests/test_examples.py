@@ -80,7 +80,9 @@ def test_bytes_that_are_not_utf8_are_rejected(tmp_path):
 
 
 def test_an_error_names_a_missing_file():
-    with pytest.raises(UserError, match=re.escape("no/such.jsonl: cannot be read (No such file")):
+    with pytest.raises(
+        UserError, match=re.escape("no/such.jsonl: no such file; there is no folder")
+    ):
         read_records("no/such.jsonl")
 
 

@@ -34,6 +34,14 @@ def test_a_missing_file_a_folder_and_a_path_with_a_nul_are_named(tmp_path):
         open_file(tmp_path / ("a" * 5000))
 
 
+def test_a_missing_file_is_named_with_a_similar_one_in_its_folder(tmp_path):
+    (tmp_path / "train.jsonl").touch()
+    with pytest.raises(UserError, match=r"trian.jsonl: no such file; did you mean 'train.jsonl'\?"):
+        open_file(tmp_path / "trian.jsonl")
+    with pytest.raises(UserError, match=r"no such file; there is no folder .*nowhere$"):
+        open_file(tmp_path / "nowhere" / "train.jsonl")
+
+
 def test_a_pipe_does_not_block(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UserError, match="pipe: not a regular file"):

@@ -210,7 +210,7 @@ def test_text_from_runs_is_escaped_on_the_page(folder, tmp_path):
     shutil.copytree(folder / "trials" / "000", tmp_path / "run")
     config = tmp_path / "run" / "config.yaml"
     text = config.read_text()
-    config.write_text(re.sub("^name: .*", "name: <script>alert(1)</script>", text, flags=re.M))
+    config.write_text(re.sub("^name: .*", "name: <script>alert(1)", text, flags=re.M))
     assert main(["report", str(tmp_path / "run"), "--output", str(tmp_path / "out")]) == 0
     assert "<script>alert" not in (tmp_path / "out" / "report.html").read_text()
 

@@ -111,6 +111,38 @@ def test_a_mistake_in_a_sweep_gives_one_line_with_its_position(space, section, m
     assert len(str(error.value).splitlines()) == 1
 
 
+_HUNDRED = [*range(1, 101)]
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        (
+            f"  seed: {_HUNDRED}\n  prompt.length: {_HUNDRED}\n  prefix.length: {_HUNDRED}\n"
+            f"  lora.rank: {_HUNDRED}\n  dept.rank: {_HUNDRED}\n",
+            "describes 10,000,000,000 trials; at most 10,000 are possible",
+        ),
+        (f"  how: zip\n  seed: {[*range(10_001)]}\n", "describes 10,001 trials"),
+        (f"  points: [{'{},' * 10_001}]\n", "describes 10,001 trials"),
+        ("  how: random\n  trials: 1000000000\n  seed: [0]\n", "less than or equal to 10000"),
+        ("  how: tpe\n  trials: 1000000000\n  seed: [0]\n", "less than or equal to 10000"),
+        (
+            f"  how: tpe\n  trials: 2\n  seed: {[*range(10_001)]}\n",
+            "lists 10,001 values; at most 10,000 are possible",
+        ),
+        ("".join(f"  k{n}: [1]\n" for n in range(201)), "more than 200 keys"),
+        ("  ../../x: [1]\n", "unknown key"),
+        (f"  points: [{{prompt.{'a.' * 200}a: 1}}]\n", "unknown key"),
+        (f"  prompt.{'a.' * 200}a: [1]\n", "unknown key"),
+    ],
+)
+def test_a_sweep_that_is_too_large_is_refused_before_its_trials_are_made(space, section, message):
+    with pytest.raises(UserError) as error:
+        space(section)
+    assert message in str(error.value)
+    assert len(str(error.value)) < 500
+
+
 def test_overrides_replace_the_values_of_a_sweep_in_either_notation(space):
     for section in ("  prompt.length: [1, 5]\n", "  prompt: {length: [1, 5]}\n"):
         section += "  prompt: {init: [random]}\n" if "prompt.length" in section else ""

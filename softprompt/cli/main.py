@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from softprompt.cli.progress import printed_log
-from softprompt.errors import Stopped, UserError
+from softprompt.errors import Stopped, UserError, shown
 
 # The modules of the commands in this package, in the order in which the help lists them.
 # Each has `add_to(subparsers)`, which declares its arguments, and `run(options)`.
@@ -58,18 +58,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line; overrides and texts may come before and after options."""
-    options, rest = _parser().parse_known_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    for word in words:
+        if "\0" in word or not _is_unicode(word):
+            raise UserError(f"argument '{shown(word)}': not valid text")
+    options, rest = _parser().parse_known_args(words)
     unknown = [word for word in rest if word.startswith("-") or not hasattr(options, "words")]
     if unknown:
-        raise UserError(f"unknown argument {unknown[0]!r}; see softprompt {options.name} --help")
+        name = shown(unknown[0])
+        raise UserError(f"unknown argument '{name}'; see softprompt {options.name} --help")
     if rest:
         options.words = [*options.words, *rest]
     return options
 
 
+def _is_unicode(word: str) -> bool:
+    """Whether a word can be written as UTF-8. Python reads other bytes as half surrogates."""
+    return not any("\ud800" <= character <= "\udfff" for character in word)
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
+        raise UserError(f"{shown(message, 300)}; see {self.prog} --help")
 
 
 class _Version(argparse.Action):

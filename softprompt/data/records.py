@@ -10,6 +10,7 @@ from typing import Any, overload
 
 from softprompt.errors import UserError
 from softprompt.files.json_lines import parse_json_lines
+from softprompt.files.reading import missing_file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +130,8 @@ def _read_file(path: Path) -> list[Record]:
         raise UserError(f"{path}: unknown kind of dataset (known: .jsonl, .csv, hub:NAME#SPLIT)")
     try:
         return list(readers[path.suffix](path))
+    except FileNotFoundError:
+        raise missing_file(path) from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:

@@ -8,7 +8,7 @@ from typing import Literal, Self
 import pydantic
 from pydantic import Field
 
-from softprompt.experiment.sections import Section
+from softprompt.experiment.sections import LARGEST_FLOAT32, PathText, Section
 
 
 class InitializationSettings(Section):
@@ -23,17 +23,22 @@ class InitializationSettings(Section):
         "`init_prompts`.",
     )
     init_top: int = Field(
-        default=5000, ge=1, description="For `init: vocabulary`: number of token ids to draw from."
+        default=5000,
+        ge=1,
+        le=10_000_000,
+        description="For `init: vocabulary`: number of token ids to draw from.",
     )
     init_scale: float = Field(
         default=1.0,
         ge=0,
+        le=1_000_000,
         description="For `init: random`: factor of the embedding table's standard deviation.",
     )
     init_text: str | None = Field(default=None, description="For `init: text`: the text.")
-    init_prompts: list[str] | None = Field(
+    init_prompts: list[PathText] | None = Field(
         default=None,
         min_length=1,
+        max_length=1000,
         description="For `init: prompts`: run folders of trained soft prompts of the same length.",
     )
 
@@ -48,7 +53,7 @@ class InitializationSettings(Section):
 class PromptSettings(InitializationSettings):
     """The soft prompt of `method: prompt` and `method: dept`."""
 
-    length: int = Field(default=20, ge=1, description="Number of virtual tokens.")
+    length: int = Field(default=20, ge=1, le=100_000, description="Number of virtual tokens.")
     reparametrization: Literal["mlp", "lstm", "residual", "low_rank", "multitask"] | None = Field(
         default=None,
         description="Network that produces the vectors during training: `mlp` or `lstm` "
@@ -58,11 +63,15 @@ class PromptSettings(InitializationSettings):
     size: int | None = Field(
         default=None,
         ge=1,
+        le=100_000,
         description="Size of the network's hidden layer, or the rank of `low_rank`. The default is "
         "128 for `mlp` and `lstm`, 800 for `residual` and 10 for `low_rank`.",
     )
     tasks: list[str] | None = Field(
-        default=None, min_length=1, description="For `multitask`: the names of the tasks."
+        default=None,
+        min_length=1,
+        max_length=10_000,
+        description="For `multitask`: the names of the tasks.",
     )
     task_field: str = Field(
         default="task", description="For `multitask`: the field of a record that names its task."
@@ -82,10 +91,11 @@ class PromptSettings(InitializationSettings):
 class PrefixSettings(InitializationSettings):
     """Prefix tuning. The model computes the initial keys and values from the initial vectors."""
 
-    length: int = Field(default=20, ge=1, description="Number of virtual tokens.")
+    length: int = Field(default=20, ge=1, le=100_000, description="Number of virtual tokens.")
     size: int | None = Field(
         default=None,
         ge=1,
+        le=100_000,
         description="Size of the hidden layer of a network that produces the change in keys and "
         "values during training. `null` trains the keys and values themselves.",
     )
@@ -94,13 +104,17 @@ class PrefixSettings(InitializationSettings):
 class DePTSettings(Section):
     """Offsets of the input embeddings for `method: dept`. `prompt` describes its short prompt."""
 
-    rank: int = Field(default=8, ge=1, description="Rank of the matrix of offsets.")
+    rank: int = Field(default=8, ge=1, le=100_000, description="Rank of the matrix of offsets.")
     positions: int = Field(
-        default=256, ge=1, description="Number of positions of an input that have an offset."
+        default=256,
+        ge=1,
+        le=1_000_000,
+        description="Number of positions of an input that have an offset.",
     )
     learning_rate: float = Field(
         default=1e-3,
         gt=0,
+        le=LARGEST_FLOAT32,
         description="Learning rate of the offsets. The prompt uses `optimizer.learning_rate`.",
     )
 
@@ -108,9 +122,12 @@ class DePTSettings(Section):
 class LoRASettings(Section):
     """Low-rank additions to weight matrices for `method: lora`."""
 
-    rank: int = Field(default=8, ge=1, description="Rank of the additions.")
+    rank: int = Field(default=8, ge=1, le=100_000, description="Rank of the additions.")
     alpha: float = Field(
-        default=16.0, gt=0, description="The additions are multiplied by `alpha` / `rank`."
+        default=16.0,
+        gt=0,
+        le=1_000_000,
+        description="The additions are multiplied by `alpha` / `rank`.",
     )
     dropout: float = Field(
         default=0.0, ge=0, lt=1, description="Dropout rate of the additions' inputs in training."
@@ -118,6 +135,7 @@ class LoRASettings(Section):
     targets: list[str] = Field(
         default=["attention.query", "attention.value"],
         min_length=1,
+        max_length=1000,
         description="Matrices to adapt, as patterns of their paths in the backbone, such as "
         "`attention.query`, `feed_forward.*` or `*`. The beginning of a path may be omitted.",
     )

@@ -4,7 +4,6 @@ All mistakes in a file are reported together, each with file, line and key. Path
 are relative to that file; paths in overrides are relative to the current folder.
 """
 
-import copy
 import difflib
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -15,19 +14,19 @@ from typing import Any, TypeVar, get_args
 
 import pydantic
 
-from softprompt.errors import UserError
+from softprompt.errors import UserError, shown
 from softprompt.experiment.schema import Experiment
 from softprompt.experiment.yaml_tree import (
-    Key,
     Origin,
     Origins,
     Tree,
     apply_override,
-    dump_tree,
     flattened,
     read_tree,
     set_value,
 )
+from softprompt.experiment.yaml_values import Key, dump_yaml
+from softprompt.files.json_files import shortened
 
 Settings = TypeVar("Settings", bound=pydantic.BaseModel)
 
@@ -39,6 +38,14 @@ PATH_KEYS: Sequence[Key] = (
     ("prompt", "init_prompts"),
     ("prefix", "init_prompts"),
 )
+
+_ADVICE = {  # for a required key that is missing
+    "base": "; for the default base model, add base: smollm2-135m-instruct",
+    "data.validation": "; split the data, for example: "
+    "head -n 100 all.jsonl > validation.jsonl; tail -n +101 all.jsonl > train.jsonl",
+}
+_SWEEP: Key = ("sweep",)
+_MAX_LINES = 20  # mistakes that are listed
 
 
 class ExperimentFile:
@@ -59,11 +66,11 @@ class ExperimentFile:
 
     def __init__(self, path: str | Path, overrides: Sequence[str] = ()):
         self.path = Path(path)
-        self._tree, self._origins = read_tree(self.path)
+        self._tree, origins = read_tree(self.path)
         mistakes = []
         for override in overrides:
             try:
-                apply_override(override, self._tree, self._origins)
+                apply_override(override, self._tree, origins)
             except UserError as error:
                 mistakes.append(str(error))
         if mistakes:
@@ -71,6 +78,8 @@ class ExperimentFile:
         self.overridden = {override.partition("=")[0] for override in overrides}
         self._tree.setdefault("name", self.path.stem)
         self.sweep = self._tree.pop("sweep", None)
+        self._sweep_origins = {key: value for key, value in origins.items() if key[:1] == _SWEEP}
+        self._origins = {key: value for key, value in origins.items() if key[:1] != _SWEEP}
 
     def experiment(self, parameters: Mapping[str, Any] | None = None) -> Experiment:
         """Return the checked experiment.
@@ -81,7 +90,7 @@ class ExperimentFile:
         Raises:
           UserError: one line per mistake, with file, line and key.
         """
-        tree, origins = copy.deepcopy(self._tree), dict(self._origins)
+        tree, origins = _copied(self._tree), dict(self._origins)
         for name, value in (parameters or {}).items():
             set_value(tuple(name.split(".")), value, self._sweep_origin(name), tree, origins)
         _resolve_paths(tree, origins)
@@ -100,17 +109,17 @@ class ExperimentFile:
         Raises:
           UserError: one line per mistake, with file, line and key.
         """
-        section = ("sweep",) if name is None else ("sweep", *name.split("."))
-        return self._validated(schema, tree, self._origins, section)
+        section = _SWEEP if name is None else (*_SWEEP, *name.split("."))
+        return self._validated(schema, tree, self._sweep_origins, section)
 
     def where(self, name: str) -> str:
         """Return the place of a key of the section `sweep`, for error messages."""
         return self._sweep_origin(name).where
 
     def _sweep_origin(self, name: str) -> Origin:
-        keys = ("sweep", *name.split(".")), ("sweep",)
-        nearest = next((key for key in keys if key in self._origins), ())
-        return self._origins.get(nearest, Origin(str(self.path), self.path.parent))
+        keys = (*_SWEEP, *name.split(".")), _SWEEP
+        found = (self._sweep_origins[key] for key in keys if key in self._sweep_origins)
+        return next(found, Origin(str(self.path), self.path.parent))
 
     def _validated(
         self, schema: type[Settings], tree: Mapping[str, Any], origins: Origins, section: Key
@@ -118,7 +127,10 @@ class ExperimentFile:
         try:
             return schema.model_validate(tree)
         except pydantic.ValidationError as errors:
-            lines = [_explain(e, schema, section, origins, self.path) for e in errors.errors()]
+            found = errors.errors(include_url=False)
+            lines = [_explain(e, schema, section, origins, self.path) for e in found[:_MAX_LINES]]
+            if len(found) > _MAX_LINES:
+                lines.append(f"{self.path}: and {len(found) - _MAX_LINES:,} more mistakes")
             raise UserError("\n".join(lines)) from None
 
 
@@ -151,7 +163,7 @@ def dump_experiment(experiment: Experiment, folder: Path) -> str:
     """
     tree = experiment.model_dump(exclude_none=True)
     _change_paths(tree, lambda key: partial(_relative, folder=folder))
-    return dump_tree(tree)
+    return dump_yaml(tree)
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -162,6 +174,11 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         for key in dict.fromkeys([*was, *now])
         if was.get(key) != now.get(key)
     ]
+
+
+def _copied(tree: Tree) -> Tree:
+    """Copy the sections of a tree. Their values are shared, because nothing changes them."""
+    return {key: _copied(v) if isinstance(v, dict) else v for key, v in tree.items()}
 
 
 def _resolve_paths(tree: Tree, origins: Origins) -> None:
@@ -197,7 +214,10 @@ def _relative(value: str, folder: Path) -> str:
 
 
 def _resolved(value: str, folder: Path, *, is_base: bool) -> str:
-    path = os.path.abspath(folder / Path(value).expanduser())
+    try:
+        path = os.path.abspath(folder / Path(value).expanduser())
+    except RuntimeError:  # `~` of an unknown user; the schema rejects it
+        return value
     if is_base:  # otherwise a short name or the id of a model on the hub
         is_path = value.startswith((".", "/", "~")) or os.path.exists(path)
     else:
@@ -214,7 +234,7 @@ def _explain(
     while written and written not in origins:
         written = written[:-1]
     where = origins[written].where if written in origins else str(path)
-    message = str(error["msg"]).removeprefix("Value error, ")
+    message = shown(str(error["msg"]).removeprefix("Value error, "), 300)
     if error["type"] == "extra_forbidden":
         model: Any = schema
         for part in error["loc"][:-1]:
@@ -223,11 +243,14 @@ def _explain(
         known = list(model.model_fields)
         if model is Experiment and not where.startswith("override "):
             known.append("extends")
-        close = difflib.get_close_matches(key[-1], known, 1)
+        close = difflib.get_close_matches(shown(key[-1]), known, 1)
         hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
         message = f"unknown key; {hint}"
     elif error["type"] == "missing":
-        message = "missing"
-    elif "input" in error and not isinstance(error["input"], dict):
-        message = f"{message}, not {error['input']!r}"
-    return f"{where}: {'.'.join(key)}: {message}" if key else f"{where}: {message}"
+        message = f"missing{_ADVICE.get('.'.join(key), '')}"
+    elif error["type"] in ("model_type", "dict_type"):
+        message = f"must be a mapping of keys to values, not {shortened(error['input'])}"
+    elif not isinstance(error["input"], dict):
+        message = f"{message}, not {shortened(error['input'])}"
+    name = ".".join(map(shown, key))
+    return f"{where}: {name}: {message}" if name else f"{where}: {message}"

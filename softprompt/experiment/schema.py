@@ -20,12 +20,23 @@ from softprompt.experiment.sections import (
     EvaluationSettings,
     GenerationSettings,
     OptimizerSettings,
+    PathText,
     ScoringSettings,
     Section,
     TemplateSettings,
     TrainingSettings,
 )
 from softprompt.experiment.templates import template_fields
+
+
+def _require_folder_name(name: str) -> str:
+    plain = name.isprintable() and name.strip() == name and not {*"/\\"} & {*name}
+    if not plain or name.startswith(".") or not 0 < len(name.encode()) <= 200:
+        raise ValueError(
+            "must be the name of a folder: at most 200 bytes of printable characters, "
+            "without slashes, and without a dot or a space at the beginning"
+        )
+    return name
 
 
 class Experiment(Section):
@@ -41,11 +52,11 @@ class Experiment(Section):
       '{label}'
     """
 
-    name: str = Field(
+    name: Annotated[str, pydantic.AfterValidator(_require_folder_name)] = Field(
         description="Name of the experiment, and of its run folder. The default is the name of "
         "the file."
     )
-    base: str = Field(
+    base: PathText = Field(
         description="Base model: a short name, the id of a model on the Hugging Face Hub, a model "
         "directory or a GGUF file."
     )
@@ -59,6 +70,7 @@ class Experiment(Section):
     shots: int = Field(
         default=0,
         ge=0,
+        le=10_000,
         description="Number of solved training examples, drawn by the seed, that are written "
         "before every input.",
     )
@@ -103,6 +115,16 @@ class Experiment(Section):
         return tree | {"optimizer": optimizer | {"learning_rate": rate}} if rate else tree
 
     @pydantic.model_validator(mode="after")
+    def _set_metric(self) -> Self:
+        """With a verbalizer, accuracy decides unless the file names another metric."""
+        given = self.evaluation.model_fields_set
+        if self.verbalizer is not None and "metric" not in given:
+            values = {**dict(self.evaluation), "metric": "accuracy"}
+            evaluation = EvaluationSettings.model_construct(given, **values)
+            self.__dict__["evaluation"] = evaluation  # an experiment is frozen
+        return self
+
+    @pydantic.model_validator(mode="after")
     def _check_parts(self) -> Self:
         if self.verbalizer is None:
             self._check_free_text()
@@ -117,6 +139,19 @@ class Experiment(Section):
             raise ValueError("scoring.calibrate cannot be used with prompt.tasks")
         method_class(self.method).check(self)
         return self
+
+    def continuing(self, run: "Experiment") -> "Experiment":
+        """Return this experiment with the metric that decides in an older run of it.
+
+        A metric that the file names is kept. The default was different in earlier versions.
+
+        Args:
+          run: the experiment of the run, from its `config.yaml`.
+        """
+        if "metric" in self.evaluation.model_fields_set:
+            return self
+        evaluation = self.evaluation.model_copy(update={"metric": run.evaluation.metric})
+        return self.model_copy(update={"evaluation": evaluation})
 
     def _check_free_text(self) -> None:
         evaluation = self.evaluation

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from softprompt.experiment.metric_names import metric_values
 from softprompt.experiment.templates import template_fields, template_pieces
+from softprompt.files.json_files import shortened
 
 
 class Section(pydantic.BaseModel):
@@ -20,6 +21,21 @@ class Section(pydantic.BaseModel):
     )
 
 
+LARGEST_FLOAT32 = 3.4e38
+
+
+def _require_path(path: str) -> str:
+    """Reject text that cannot be a path. `reading` has replaced the `~` of known users."""
+    if "\0" in path:
+        raise ValueError("a path cannot contain a NUL character")
+    if path.startswith("~"):
+        raise ValueError("the home folder of this user is unknown; write the whole path")
+    return path
+
+
+PathText = Annotated[str, pydantic.AfterValidator(_require_path)]
+
+
 class DataSettings(Section):
     """Where the data comes from.
 
@@ -27,9 +43,9 @@ class DataSettings(Section):
     or `hub:NAME#SPLIT` for a dataset on the Hugging Face Hub.
     """
 
-    train: str = Field(description="Training data.")
-    validation: str = Field(description="Validation data, by which the best prompt is chosen.")
-    test: str | None = Field(
+    train: PathText = Field(description="Training data.")
+    validation: PathText = Field(description="Validation data, by which the best prompt is chosen.")
+    test: PathText | None = Field(
         default=None, description="Test data, on which the best prompt is evaluated at the end."
     )
 
@@ -58,6 +74,7 @@ class TemplateSettings(Section):
     max_tokens: int | None = Field(
         default=None,
         ge=2,
+        le=10_000_000,
         description="Limit for the tokens of an input and its target together, not counting those "
         "that every input begins with. The longest field of a longer input is truncated. The "
         "default is the rest of the context window.",
@@ -114,6 +131,7 @@ class OptimizerSettings(Section):
     learning_rate: float = Field(
         default=2e-2,
         gt=0,
+        le=LARGEST_FLOAT32,
         description="Peak learning rate, reached after the warm-up. The default depends on the "
         "method.",
     )
@@ -123,33 +141,44 @@ class OptimizerSettings(Section):
         "along a straight line or a cosine.",
     )
     warmup_steps: int = Field(
-        default=0, ge=0, description="Steps in which the learning rate rises linearly to its peak."
+        default=0,
+        ge=0,
+        le=1_000_000_000,
+        description="Steps in which the learning rate rises linearly to its peak.",
     )
     weight_decay: float = Field(
         default=0.0,
         ge=0,
+        le=1_000_000,
         description="Each update also shrinks the trained parameters by this factor times the "
         "learning rate.",
     )
     clip_norm: float | None = Field(
-        default=1.0, gt=0, description="Maximum norm of the whole gradient; `null` for no clipping."
+        default=1.0,
+        gt=0,
+        le=LARGEST_FLOAT32,
+        description="Maximum norm of the whole gradient; `null` for no clipping.",
     )
 
 
 class TrainingSettings(Section):
     """Length of training and size of a step."""
 
-    steps: int = Field(ge=1, description="Number of updates.")
-    batch_size: int = Field(default=16, ge=1, description="Examples per forward and backward pass.")
+    steps: int = Field(ge=1, le=1_000_000_000, description="Number of updates.")
+    batch_size: int = Field(
+        default=16, ge=1, le=100_000, description="Examples per forward and backward pass."
+    )
     accumulate: int = Field(
         default=1,
         ge=1,
+        le=10_000,
         description="Passes per update. An update averages the gradients of `batch_size` times "
         "`accumulate` examples.",
     )
     log_every: int = Field(
         default=10,
         ge=1,
+        le=1_000_000_000,
         description="Steps between two records of the training loss in `metrics.jsonl`.",
     )
 
@@ -175,11 +204,13 @@ class GenerationSettings(Section):
     max_new_tokens: int = Field(
         default=64,
         ge=1,
+        le=1_000_000,
         description="Maximum number of generated tokens; an end-of-text token ends a text early.",
     )
     temperature: float | None = Field(
         default=None,
         ge=1e-3,
+        le=1_000_000,
         description="Sample with the logits divided by this. `null` or 0 selects greedy decoding.",
     )
     top_k: int | None = Field(
@@ -200,11 +231,14 @@ class GenerationSettings(Section):
     )
     repetition_penalty: float | None = Field(
         default=None,
-        gt=0,
+        ge=1e-3,
+        le=1000,
         description="A value above 1 makes tokens of the input and of the generated text less "
         "probable; with an encoder-decoder, those of the generated text.",
     )
-    beams: int = Field(default=1, ge=1, description="Beams of beam search; 1 for no beam search.")
+    beams: int = Field(
+        default=1, ge=1, le=1000, description="Beams of beam search; 1 for no beam search."
+    )
     length_penalty: float = Field(
         default=1.0,
         ge=-4,
@@ -212,11 +246,16 @@ class GenerationSettings(Section):
         description="Beam search divides log-probabilities by the length raised to this power.",
     )
     samples: int = Field(
-        default=1, ge=1, description="Texts per input: independent samples, or the best beams."
+        default=1,
+        ge=1,
+        le=1000,
+        description="Texts per input: independent samples, or the best beams.",
     )
     seed: int = Field(default=0, ge=0, lt=2**32, description="Seed of sampling.")
     stop: list[Annotated[str, Field(min_length=1)]] = Field(
-        default=[], description="Texts at which generation ends; they are removed from the output."
+        default=[],
+        max_length=1000,
+        description="Texts at which generation ends; they are removed from the output.",
     )
 
     @pydantic.field_validator("temperature", mode="before")
@@ -245,26 +284,31 @@ class EvaluationSettings(Section):
     every: int = Field(
         default=100,
         ge=1,
+        le=1_000_000_000,
         description="Steps between evaluations. The last step is always evaluated.",
     )
     examples: int | None = Field(
         default=None,
         ge=1,
+        le=1_000_000_000,
         description="Number of validation examples to evaluate, from the first. `null` for all.",
     )
     metrics: list[str] = Field(
         default=[],
+        max_length=100,
         description="Additional metrics for the predicted labels or the generated texts.",
     )
     metric: str = Field(
         default="loss",
         description="The metric that selects the best prompt: `loss`, `accuracy`, or a value of "
-        "one of `metrics`, such as `rougeL.f1` or `bleu`.",
+        "one of `metrics`, such as `rougeL.f1` or `bleu`. The default is `accuracy` with a "
+        "verbalizer and `loss` without.",
     )
     stem: bool = Field(default=False, description="Stem English words before ROUGE compares them.")
     samples: int = Field(
         default=32,
         ge=0,
+        le=1_000_000_000,
         description="For free text: number of validation examples, counted from the first, for "
         "which texts are generated, measured and saved. On the test data, "
         "texts are generated for all examples unless this is 0.",
@@ -272,9 +316,10 @@ class EvaluationSettings(Section):
     patience: int | None = Field(
         default=None,
         ge=1,
+        le=1_000_000_000,
         description="Stop early after this many evaluations without an improvement.",
     )
-    batch_size: int = Field(default=32, ge=1, description="Examples per forward pass.")
+    batch_size: int = Field(default=32, ge=1, le=100_000, description="Examples per forward pass.")
 
     @pydantic.field_validator("metrics")
     @classmethod
@@ -287,7 +332,8 @@ class EvaluationSettings(Section):
     def _check_metric(self) -> Self:
         measured = ["loss", "accuracy", *(v for name in self.metrics for v in metric_values(name))]
         if self.metric not in measured:
-            raise ValueError(f"metric: {self.metric!r} is not one of {', '.join(measured)}")
+            known = ", ".join(dict.fromkeys(measured))
+            raise ValueError(f"metric: {shortened(self.metric)} is not one of {known}")
         return self
 
 
@@ -295,10 +341,14 @@ class CheckpointSettings(Section):
     """When the full state of a run is saved. Every evaluation saves a checkpoint."""
 
     every: int | None = Field(
-        default=None, ge=1, description="Number of steps between additional checkpoints."
+        default=None,
+        ge=1,
+        le=1_000_000_000,
+        description="Number of steps between additional checkpoints.",
     )
     keep: int = Field(
         default=2,
         ge=1,
+        le=1_000_000,
         description="Number of most recent checkpoints to keep. The best one is always kept.",
     )

@@ -1,26 +1,25 @@
-"""YAML files as trees of settings, with the place where each value was written.
+"""Experiment files as trees of settings, with the place where each value was written.
 
 A tree is a mapping of sections. `extends` and overrides are merged into it here; the schema
 checks it later.
 """
 
 import dataclasses
-import itertools
-import re
+import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from softprompt.errors import UserError
-
-Key = tuple[str, ...]
-"""A key with the sections that contain it."""
+from softprompt.errors import UserError, shown
+from softprompt.experiment.yaml_values import MAX_DEPTH, InvalidYAML, Key, parse_yaml
+from softprompt.files.json_files import shortened
+from softprompt.files.reading import MEBIBYTE, read_text
 
 Tree = dict[str, Any]
 
-_MAX_DEPTH = 10  # nested levels; a YAML alias that contains itself would never end
+_MAX_FILES = 10  # files that extend each other
+_MAX_PARAMETERS = 200  # keys of a sweep; an experiment has fewer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,29 +38,6 @@ class Origin:
 Origins = dict[Key, Origin]
 
 
-class _Loader(yaml.SafeLoader):
-    """Reads numbers and booleans as YAML 1.2 does: `1e-3` is a number, `on` and `no` are text."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":float", ":bool"))]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(true|false)$"), list("tf"))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?$|^[-+]?\.inf$|^\.nan$"),
-    list("-+.0123456789"),
-)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes text that `_Loader` would read as a number or a boolean."""
-
-
-_Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
-
-
 def read_tree(path: Path) -> tuple[Tree, Origins]:
     """Read a YAML file and the files that it extends.
 
@@ -69,11 +45,6 @@ def read_tree(path: Path) -> tuple[Tree, Origins]:
       UserError: if a file cannot be read or is not a YAML mapping, with its line.
     """
     return _read(path, ())
-
-
-def dump_tree(tree: Mapping[str, Any]) -> str:
-    """Return YAML that `read_tree` reads back as the same tree."""
-    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def apply_override(override: str, tree: Tree, origins: Origins) -> None:
@@ -84,19 +55,28 @@ def apply_override(override: str, tree: Tree, origins: Origins) -> None:
     """
     name, equals, text = override.partition("=")
     if not equals or not name:
-        raise UserError(f"{override!r}: an override has the form key=value")
+        raise UserError(f"{shortened(override)}: an override has the form key=value")
+    where = f"override {shown(override)}"
     if override.startswith("template.") and text.startswith("{"):
-        value = text  # a field, not a YAML mapping
-    else:
-        try:
-            value = yaml.load(text, _Loader)
-        except (yaml.YAMLError, ValueError, LookupError):
-            raise UserError(f"override {override}: {text!r} is not a YAML value") from None
-    set_value(tuple(name.split(".")), value, Origin(f"override {override}", Path()), tree, origins)
+        text = json.dumps(text)  # a text that begins with a field, not a YAML mapping
+    try:
+        value, lines = parse_yaml(text)
+    except InvalidYAML as problem:
+        raise UserError(f"{where}: {shortened(text)} is not a YAML value ({problem})") from None
+    key, origin = tuple(name.split(".")), Origin(where, Path())
+    set_value(key, value, origin, tree, origins)
+    for replaced in [other for other in origins if other[: len(key)] == key]:
+        del origins[replaced]
+    origins |= {(*key, *inner): origin for inner in lines}
 
 
 def set_value(key: Key, value: Any, origin: Origin, tree: Tree, origins: Origins) -> None:
-    """Set a key of a tree, and create the sections that it needs."""
+    """Set a key of a tree, and create the sections that it needs.
+
+    Raises:
+      UserError: if the key has too many parts.
+    """
+    _require_depth(key, origin)
     section = tree
     for depth, name in enumerate(key[:-1], 1):
         if not isinstance(section.get(name), dict):
@@ -117,18 +97,19 @@ def flattened(value: Any, key: str = "") -> dict[str, Any]:
 
 def _read(path: Path, chain: tuple[Path, ...]) -> tuple[Tree, Origins]:
     """Read a file; `chain` holds the files that extend it."""
+    text = read_text(path, MEBIBYTE)
     resolved = path.resolve()
     if resolved in chain:
         raise UserError(f"{path}: extends itself, through {' -> '.join(map(str, chain))}")
+    if len(chain) >= _MAX_FILES:
+        raise UserError(f"{path}: more than {_MAX_FILES} files extend each other")
     try:
-        node = yaml.compose(path.read_text(encoding="utf-8"), _Loader)
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise UserError(f"{path}: cannot be read ({reason})") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}:{_yaml_problem(error)}") from None
-    origins: Origins = {}
-    tree = _build(node, (), path, origins) if node else {}
+        tree, lines = parse_yaml(text)
+    except InvalidYAML as problem:
+        raise UserError(f"{path}:{problem.line}: {problem}") from None
+    origins = {key: Origin(f"{path}:{line}", path.parent) for key, line in lines.items()}
+    if tree is None:
+        tree = {}
     if not isinstance(tree, dict):
         raise UserError(f"{path}:1: an experiment must be a mapping of keys to values")
     if isinstance(tree.get("sweep"), dict):
@@ -136,60 +117,53 @@ def _read(path: Path, chain: tuple[Path, ...]) -> tuple[Tree, Origins]:
     parent = tree.pop("extends", None)
     if parent is None:
         return tree, origins
+    where = origins["extends",].where
     if not isinstance(parent, str):
-        raise UserError(f"{origins['extends',].where}: extends: must be the path of another file")
-    if not (path.parent / parent).is_file():
-        raise UserError(f"{origins['extends',].where}: extends: {parent}: no such file")
+        raise UserError(f"{where}: extends: must be the path of another file")
+    if not os.path.exists(path.parent / parent):
+        raise UserError(f"{where}: extends: {shown(parent)}: no such file")
     below, below_origins = _read(path.parent / parent, (*chain, resolved))
     return _merge(below, tree), below_origins | origins
 
 
-def _yaml_problem(error: yaml.YAMLError) -> str:
-    """Return the line and the description of a syntax error."""
-    mark = getattr(error, "problem_mark", None)
-    problem = (getattr(error, "problem", None) or str(error)).split("\n")[0]
-    return f"{mark.line + 1 if mark else 1}: {problem}"
-
-
-def _build(node: yaml.Node, key: Key, path: Path, origins: Origins) -> Any:
-    """Return the value of a YAML node, and record the line of every key."""
-    origins[key] = Origin(f"{path}:{node.start_mark.line + 1}", path.parent)
-    if len(key) > _MAX_DEPTH:
-        raise UserError(f"{origins[key].where}: nested too deeply")
-    if isinstance(node, yaml.MappingNode):
-        mapping: Tree = {}
-        for key_node, value_node in node.value:
-            name = str(key_node.value)
-            where = f"{path}:{key_node.start_mark.line + 1}"
-            if name in mapping:
-                raise UserError(f"{where}: {'.'.join((*key, name))}: given twice")
-            mapping[name] = _build(value_node, (*key, name), path, origins)
-            origins[*key, name] = Origin(where, path.parent)
-        return mapping
-    if isinstance(node, yaml.SequenceNode):
-        return [_build(n, (*key, str(i)), path, origins) for i, n in enumerate(node.value)]
-    try:
-        return _Loader("").construct_object(node)
-    except (yaml.YAMLError, ValueError, LookupError) as error:
-        reason = str(error).split("\n")[0]
-        raise UserError(f"{origins[key].where}: not a YAML value ({reason})") from None
-
-
 def _nest(sweep: Mapping[str, Any], origins: Origins) -> Tree:
     """Return the section `sweep` with its dotted keys as nested sections."""
+    if len(sweep) > _MAX_PARAMETERS:
+        raise UserError(f"{origins['sweep',].where}: sweep: more than {_MAX_PARAMETERS} keys")
+    written: dict[str, list[Key]] = {name: [] for name in sweep}
+    for key in origins:
+        if key[0:1] == ("sweep",) and key[1:]:
+            written[key[1]].append(key)
     nested: Tree = {}
     for name, value in sweep.items():
-        *sections, last = name.split(".")
-        given = {last: value}
-        for section in reversed(sections):
-            given = {section: given}
-        for key in [key for key in origins if key[:2] == ("sweep", name)]:
-            origins["sweep", *sections, last, *key[2:]] = origins[key]
-        for before, now in itertools.product(flattened(nested), flattened(given)):
-            if f"{before}.".startswith(f"{now}.") or f"{now}.".startswith(f"{before}."):
-                raise UserError(f"{origins['sweep', name].where}: sweep.{now}: given twice")
-        nested = _merge(nested, given)
+        origin, inner = origins["sweep", name], tuple(name.split("."))
+        _require_depth(inner, origin)
+        for key in written[name]:
+            origins["sweep", *inner, *key[2:]] = origins[key]
+        _insert(inner, value, nested, origin)
     return nested
+
+
+def _insert(key: Key, value: Any, tree: Tree, origin: Origin) -> None:
+    """Insert a value into nested sections, and reject a key that they have already."""
+    section = tree
+    for name in key[:-1]:
+        section = section.setdefault(name, {})
+        if not isinstance(section, dict):
+            raise UserError(f"{origin.where}: sweep.{shown('.'.join(key))}: given twice")
+    if not isinstance(value, dict):
+        if key[-1] in section:
+            raise UserError(f"{origin.where}: sweep.{shown('.'.join(key))}: given twice")
+        section[key[-1]] = value
+    elif not value:
+        section.setdefault(key[-1], {})
+    for name, inner in value.items() if isinstance(value, dict) else ():
+        _insert((*key, name), inner, tree, origin)
+
+
+def _require_depth(key: Key, origin: Origin) -> None:
+    if len(key) > MAX_DEPTH:
+        raise UserError(f"{origin.where}: {shown('.'.join(key))}: unknown key")
 
 
 def _merge(below: Tree, above: Mapping[str, Any]) -> Tree:

@@ -4,6 +4,9 @@ A file from outside may be damaged or hostile. All readers of such files open th
 that a pipe cannot block the process and a huge file cannot fill the memory.
 """
 
+import contextlib
+import difflib
+import itertools
 import os
 import stat
 from pathlib import Path
@@ -12,6 +15,18 @@ from typing import BinaryIO
 from softprompt.errors import UserError
 
 MEBIBYTE = 2**20
+_MAX_NAMES = 1000  # in a folder, among which a similar one is looked for
+
+
+def missing_file(path: Path) -> UserError:
+    """Return the error for a file that does not exist; it proposes a file with a similar name."""
+    if not path.parent.is_dir():
+        return UserError(f"{path}: no such file; there is no folder {path.parent}")
+    names: list[str] = []
+    with contextlib.suppress(OSError), os.scandir(path.parent) as entries:
+        names += (entry.name for entry in itertools.islice(entries, _MAX_NAMES))
+    close = difflib.get_close_matches(path.name, names, 1)
+    return UserError(f"{path}: no such file{f'; did you mean {close[0]!r}?' if close else ''}")
 
 
 def open_file(path: Path) -> BinaryIO:
@@ -27,7 +42,7 @@ def open_file(path: Path) -> BinaryIO:
         # Opening a pipe without O_NONBLOCK would wait for a writer, perhaps forever.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        raise missing_file(path) from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except ValueError as error:  # a NUL in the path

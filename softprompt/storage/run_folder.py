@@ -24,12 +24,15 @@ _SUMMARY = "summary.json"
 
 
 @contextlib.contextmanager
-def open_run(folder: Path, experiment: Experiment) -> Iterator[None]:
+def open_run(folder: Path, experiment: Experiment) -> Iterator[Experiment]:
     """Create the folder of a run or open the folder of a stopped one, and hold its lock.
 
     Args:
       folder: the run folder.
       experiment: the experiment to run there.
+
+    Yields:
+      The experiment; a stopped run keeps its metric if the experiment names none.
 
     Raises:
       FolderError: if the folder has other content, or a run with other settings.
@@ -38,13 +41,15 @@ def open_run(folder: Path, experiment: Experiment) -> Iterator[None]:
     config = folder / "config.yaml"
     with locked_folder(folder, config.name, "run", "training"):
         if any(folder.glob("checkpoints/*")):  # without checkpoints, nothing can be mixed up
-            changed = differences(load_experiment(config).model_dump(), experiment.model_dump())
+            stopped = load_experiment(config)
+            experiment = experiment.continuing(stopped)
+            changed = differences(stopped.model_dump(), experiment.model_dump())
             if changed:
                 raise FolderError(
                     f"{folder}: holds a run with other settings ({'; '.join(changed)}); "
                     "choose another folder"
                 )
-        yield
+        yield experiment
 
 
 def write_config(folder: Path, experiment: Experiment) -> None:

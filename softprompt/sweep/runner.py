@@ -4,10 +4,10 @@ import contextlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 
-import yaml
-
-from softprompt.errors import FolderError, Stopped
+from softprompt.errors import FolderError, Stopped, UserError
 from softprompt.experiment.reading import differences, dump_experiment
+from softprompt.experiment.yaml_values import InvalidYAML, dump_yaml, parse_yaml
+from softprompt.files.reading import read_text
 from softprompt.files.writing import write_file
 from softprompt.metrics.named import merit
 from softprompt.runtime.progress import Bar, Progress, silent
@@ -146,17 +146,17 @@ def require_same(space: Space) -> None:
     Raises:
       FolderError: if the folder belongs to another sweep.
     """
-    folder, now = space.folder, _describe(space)
-    path = folder / _FILE
+    folder, path = space.folder, space.folder / _FILE
     begun = path.is_file() and any(p.name[0] != "." and p != path for p in folder.iterdir())
-    before = path.read_text(encoding="utf-8", errors="replace") if begun else now
-    if before == now:
+    if not begun:
         return
     changed = f"{path} is damaged"
-    with contextlib.suppress(yaml.YAMLError):
-        old = yaml.safe_load(before)
+    with contextlib.suppress(UserError, InvalidYAML):
+        old, _ = parse_yaml(read_text(path))
         if isinstance(old, dict) and "sweep" in old:
-            changed = "; ".join(differences(old, yaml.safe_load(now)))
+            changed = "; ".join(differences(old, parse_yaml(_describe(space))[0]))
+    if not changed:
+        return
     raise FolderError(f"{folder}: holds another sweep ({changed}); choose another folder")
 
 
@@ -164,4 +164,4 @@ def _describe(space: Space) -> str:
     """The settings that identify a sweep. The number of trials and `at_once` may change."""
     settings = space.sweep.model_dump(exclude={"at_once", "trials"}, exclude_none=True)
     experiment = dump_experiment(space.file.experiment(), space.folder)
-    return experiment + yaml.safe_dump({"sweep": settings}, sort_keys=False, allow_unicode=True)
+    return experiment + dump_yaml({"sweep": settings})

@@ -46,8 +46,9 @@ class OpenedTrial:
         """Lock the run folder of a trial. Return None if another process has locked it."""
         stack = contextlib.ExitStack()
         try:
-            stack.enter_context(open_run(trial.folder, trial.experiment))
-            write_config(trial.folder, trial.experiment)  # also for a trial that fails at once
+            experiment = stack.enter_context(open_run(trial.folder, trial.experiment))
+            write_config(trial.folder, experiment)  # also for a trial that fails at once
+            trial = dataclasses.replace(trial, experiment=experiment)
         except InUseError:
             return None
         except UserError as error:

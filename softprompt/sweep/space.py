@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -11,10 +12,11 @@ import numpy as np
 import pydantic
 from pydantic import Field
 
-from softprompt.errors import UserError
+from softprompt.errors import UserError, shown
 from softprompt.experiment.reading import ExperimentFile
 from softprompt.experiment.schema import Experiment, Section
 
+MAX_TRIALS = 10_000
 _LARGEST = 1e300
 
 
@@ -74,8 +76,10 @@ class HalvingSettings(Section):
       factor: of n trials at a rung, the best n / factor continue.
     """
 
-    rungs: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)]
-    factor: Annotated[int, Field(ge=2)] = 3
+    rungs: Annotated[
+        list[Annotated[int, Field(ge=1, le=1_000_000_000)]], Field(min_length=1, max_length=1000)
+    ]
+    factor: Annotated[int, Field(ge=2, le=MAX_TRIALS)] = 3
 
     @pydantic.model_validator(mode="after")
     def _rungs_rise(self) -> Self:
@@ -102,10 +106,20 @@ class SweepSettings(Section):
     parameters: Mapping[str, Values]
     how: Literal["grid", "zip", "random", "tpe"] = "grid"
     points: Annotated[list[dict[str, Value]], Field(min_length=1)] | None = None
-    trials: Annotated[int, Field(ge=1)] | None = None
+    trials: Annotated[int, Field(ge=1, le=MAX_TRIALS)] | None = None
     halving: HalvingSettings | None = None
-    at_once: Annotated[int, Field(ge=1)] | None = None
+    at_once: Annotated[int, Field(ge=1, le=MAX_TRIALS)] | None = None
     storage: str | None = None
+
+    @property
+    def count(self) -> int:
+        """The number of trials, found without making them."""
+        if self.points is not None:
+            return len(self.points)
+        if self.trials is not None:
+            return self.trials
+        counts = [len(v) for v in self.parameters.values() if isinstance(v, list)]
+        return counts[0] if self.how == "zip" else math.prod(counts)
 
     @pydantic.model_validator(mode="after")
     def _parts_fit(self) -> Self:
@@ -122,7 +136,7 @@ class SweepSettings(Section):
         lists = {name: v for name, v in self.parameters.items() if not isinstance(v, Range)}
         for name, values in lists.items():
             if self.how != "zip" and len({*map(repr, values)}) < len(values):
-                raise ValueError(f"{name}: a value is given twice")
+                raise ValueError(f"{shown(name)}: a value is given twice")
         counts = {*map(len, lists.values())}
         if self.how == "zip" and len(counts) > 1:
             raise ValueError("how: zip needs the same number of values for every key")
@@ -173,7 +187,7 @@ class Space:
       folder: the sweep folder.
 
     Raises:
-      UserError: if the file has no valid section `sweep`.
+      UserError: if the file has no valid section `sweep`, or one of too many trials.
     """
 
     def __init__(self, file: ExperimentFile, folder: Path):
@@ -190,6 +204,7 @@ class Space:
             self._require_key(name)
         values = {name: self._values(name, value) for name, value in others.items()}
         self.sweep = file.settings(SweepSettings, {**own, "parameters": values})
+        self._require_few()
         for name in itertools.chain(*(self.sweep.points or ())):
             self._require_key(name)
         if self.sweep.how == "tpe":
@@ -237,13 +252,29 @@ class Space:
         """Reject keys in which trials must not differ."""
         where = self.file.where(name)
         if name.split(".")[0] not in Experiment.model_fields or name == "name":
-            raise UserError(f"{where}: sweep.{name}: unknown key")
+            raise UserError(f"{where}: sweep.{shown(name)}: unknown key")
         if name in _SECTIONS:
             raise UserError(f"{where}: sweep.{name}: is a section; give its keys, as {name}.KEY")
         if name == "evaluation.metric":
             raise UserError(f"{where}: sweep.{name}: trials are compared by one metric")
         if name in self.file.overridden:
             raise UserError(f"override {name}: trials differ in it; set sweep.{name} instead")
+
+    def _require_few(self) -> None:
+        """Count the trials before they are made."""
+        count = self.sweep.count
+        if count > MAX_TRIALS:
+            raise UserError(
+                f"{self.file.where('')}: sweep: describes {_counted(count)} trials; at most "
+                f"{MAX_TRIALS:,} are possible, so remove values, or draw from them with "
+                "how: random"
+            )
+        values = sum(len(v) for v in self.sweep.parameters.values() if isinstance(v, list))
+        if values > MAX_TRIALS:
+            raise UserError(
+                f"{self.file.where('')}: sweep: lists {values:,} values; at most {MAX_TRIALS:,} "
+                "are possible"
+            )
 
     def _require_values(self) -> None:
         """Check each value that `tpe` may choose, with the first values of the other keys."""
@@ -262,7 +293,7 @@ class Space:
         if isinstance(value, list) and value:
             return value
         raise UserError(
-            f"{self.file.where(name)}: sweep.{name}: must be a list of values, "
+            f"{self.file.where(name)}: sweep.{shown(name)}: must be a list of values, "
             "or {low: ..., high: ...}"
         )
 
@@ -300,6 +331,10 @@ def _draw(values: Values, random: np.random.Generator) -> Value:
     if isinstance(values, Range):
         return values.draw(random)
     return values[int(random.integers(len(values)))]
+
+
+def _counted(count: int) -> str:
+    return f"{count:,}" if count < 10**15 else f"about 10^{math.log10(count):.0f}"
 
 
 def _flat(tree: Mapping[str, Value]) -> dict[str, Value]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from softprompt.errors import UserError
 from softprompt.experiment.metric_names import lower_is_better
+from softprompt.files.reading import read_text
 from softprompt.files.writing import write_file
 from softprompt.storage.locks import file_lock
 from softprompt.sweep.outcome import Outcome
@@ -52,7 +53,7 @@ class Study:
             name = f"{experiment.name}-{secrets.token_hex(4)}"
             self._study = optuna.create_study(
                 storage=self._storage(),
-                study_name=named.read_text("utf-8").strip() if named.exists() else name,
+                study_name=read_text(named).strip() if named.exists() else name,
                 direction="minimize" if lower_is_better(self._metric) else "maximize",
                 load_if_exists=True,
             )
@@ -151,7 +152,8 @@ class Study:
                 return optuna.storages.RDBStorage(url)
             except Exception as error:  # the database's driver decides what it raises
                 if last:
-                    raise UserError(f"sweep.storage: {url}: {str(error).splitlines()[0]}") from None
+                    reason = (str(error).splitlines() or [type(error).__name__])[0]
+                    raise UserError(f"sweep.storage: {url}: {reason}") from None
                 time.sleep(1)  # another sweep may be creating the same database
 
     def _exclusive(self) -> contextlib.AbstractContextManager[None]:

@@ -51,7 +51,7 @@ def train(
       >>> summary["test"]["accuracy"]
     """
     folder = Path(folder)
-    with StopSignals() as stop, open_run(folder, experiment):
+    with StopSignals() as stop, open_run(folder, experiment) as experiment:
         if summary := finished_summary(folder):
             _log.info(f"{folder}: this run is finished; choose another folder to train again")
             return summary
