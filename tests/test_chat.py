@@ -1,5 +1,6 @@
 """Chat templates: rendered as by transformers, and never more than one line of error."""
 
+import dataclasses
 import time
 
 import pytest
@@ -170,6 +171,17 @@ def test_a_tokenizer_without_a_chat_template_is_named(template):
     tokenizer.chat_template = template
     with pytest.raises(UserError, match="the base model has no chat template"):
         ChatRenderer(tokenizer)
+
+
+def test_a_template_that_leaves_out_or_repeats_a_message_is_rejected(tiny):
+    settings = TemplateSettings(input="{text}", target="{label}", chat=True, system="Be kind.")
+    for text in (
+        "{{ messages[0].content }}",
+        "{{ messages[0].content * 2 + messages[1].content }}",
+    ):
+        base = dataclasses.replace(tiny, tokenizer=tokenizer_with(text))
+        with pytest.raises(UserError, match="template leaves out or repeats a message"):
+            make_task(base, settings, None)
 
 
 def test_a_process_only_starts_for_chat_templates(tiny, monkeypatch):

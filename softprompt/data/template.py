@@ -145,8 +145,10 @@ def _apply_chat_template(
             text = _escape(renderer.render(messages))
     except UserError as error:
         raise UserError(f"template.chat: {error}") from None
-    if not all(mark in text for mark in marks):
-        raise UserError("template.chat: the base model's chat template leaves out a message")
+    if any(text.count(mark) != 1 for mark in marks):
+        raise UserError(
+            "template.chat: the base model's chat template leaves out or repeats a message"
+        )
     before, _, after = text.rpartition(marks[-1])
     for mark, content in zip(marks[:-1], contents[:-1], strict=True):
         before = before.replace(mark, content)
