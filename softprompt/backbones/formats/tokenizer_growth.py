@@ -1,0 +1,124 @@
+"""How much longer the steps of a `tokenizer.json` can make a text.
+
+Each step can replace a character by a long text, and the next step each character of that text.
+A few steps are enough to fill any memory, so the product of their factors is limited. Steps that
+the Unicode standard defines count as 1.
+"""
+
+import base64
+import binascii
+import struct
+from collections.abc import Iterator
+from typing import Any
+
+from softprompt.errors import UserError
+
+LARGEST_GROWTH = 256
+"""The most by which all steps together may multiply the length of a text."""
+
+LONGEST_TOKEN = 2000
+"""The most characters of a token."""
+
+_NESTED = ("normalizers", "pretokenizers", "decoders", "processors")
+_UNICODE_GROWTH = 32  # replacements of Unicode's normal forms are shorter
+
+
+def require_bounded(content: dict[str, Any], where: str) -> float:
+    """Check the steps and the vocabulary of a tokenizer.
+
+    Args:
+      content: a parsed `tokenizer.json`.
+      where: names it in error messages.
+
+    Returns:
+      How many times longer encoding can make a text.
+
+    Raises:
+      UserError: if a text can become too long, or a token is too long.
+    """
+    growth = _growth(content, ("normalizer", "pre_tokenizer", "post_processor"), where)
+    _growth(content, ("decoder",), where)
+    for token in _tokens(content):
+        if len(token) > LONGEST_TOKEN:
+            raise UserError(
+                f"{where}: token {token[:20]!r}... has {len(token)} characters, more than "
+                f"{LONGEST_TOKEN}"
+            )
+    return growth
+
+
+def _growth(content: dict[str, Any], sections: tuple[str, ...], where: str) -> float:
+    total = 1.0
+    for section in sections:
+        for step in _steps(content.get(section)):
+            total *= _factor(step)
+            if total > LARGEST_GROWTH:
+                raise UserError(
+                    f"{where}: {section}: step {step.get('type')!r} and those before it can make a "
+                    f"text more than {LARGEST_GROWTH} times longer"
+                )
+    return total
+
+
+def _steps(section: Any) -> Iterator[dict[str, Any]]:
+    """Iterate over a section's steps, including those inside of sequences."""
+    waiting = [section]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, list):
+            waiting += reversed(value)
+        elif isinstance(value, dict):
+            yield value
+            waiting += [value.get(key) for key in _NESTED]
+
+
+def _factor(step: dict[str, Any]) -> float:
+    kind = step.get("type")
+    if kind == "ByteLevel":  # a character for each byte
+        return 2.0
+    if kind == "Prepend":
+        return 1.0 + _length(step.get("prepend"))
+    if kind == "Replace":
+        pattern, new = step.get("pattern"), _length(step.get("content"))
+        old = _length(pattern.get("String")) if isinstance(pattern, dict) else 0
+        # A regular expression can match nothing, between all characters.
+        return max(1.0, new / old) if old else 1.0 + new
+    if kind == "Precompiled":
+        longest = _longest_replacement(step.get("precompiled_charsmap"))
+        return 1.0 if longest <= _UNICODE_GROWTH else float(longest)
+    if kind == "TemplateProcessing":
+        pieces = step.get("single")
+        copies = [p for p in pieces if isinstance(p, dict) and "Sequence" in p] if pieces else []
+        return max(1.0, len(copies))
+    return 1.0
+
+
+def _length(value: Any) -> int:
+    return len(value) if isinstance(value, str) else 0
+
+
+def _longest_replacement(charsmap: Any) -> int:
+    """Return the bytes of the longest replacement in SentencePiece's table of characters.
+
+    The table is a trie with its size in front, followed by replacements that end with a NUL.
+
+    The library panics if it cannot read a table, so a damaged one counts as unlimited.
+    """
+    try:
+        table = base64.b64decode(charsmap, validate=True)
+        (size,) = struct.unpack_from("<I", table)
+    except (TypeError, ValueError, binascii.Error, struct.error):
+        return 2**60
+    return max(map(len, table[4 + size :].split(b"\0")), default=0)
+
+
+def _tokens(content: dict[str, Any]) -> Iterator[str]:
+    model, added = content.get("model"), content.get("added_tokens")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    for token in vocabulary if isinstance(vocabulary, dict | list) else ():
+        text = token[0] if isinstance(token, list) and token else token  # Unigram: with its score
+        if isinstance(text, str):
+            yield text
+    for entry in added if isinstance(added, list) else ():
+        if isinstance(entry, dict) and isinstance(entry.get("content"), str):
+            yield entry["content"]
