@@ -29,6 +29,7 @@ class GuardedTokenizer(PreTrainedTokenizerFast):
         longest = max(map(len, _texts(text)), default=0)
         if longest * self._growth > LONGEST_TEXT:
             raise UserError(f"a text of {longest} characters is too long for the tokenizer")
+        kwargs["verbose"] = False  # no warning about the length, which the task limits
         with library_errors("the tokenizer cannot encode this text"):
             try:
                 return super()._encode_plus(text, *args, **kwargs)

@@ -46,17 +46,32 @@ class _Token(pydantic.BaseModel):
     normalized: bool = True
     special: bool = False
 
-    def added(self) -> AddedToken:
-        return AddedToken(**self.model_dump())
+    def added(self, **changes: bool) -> AddedToken:
+        """Return the token; the library decides about rules that are not given."""
+        return AddedToken(**self.model_dump(exclude_unset=True) | changes)
 
 
-_Special = str | _Token
-_AddedTokens = pydantic.RootModel[dict[str, int]]
+def _as_token(value: Any) -> Any:
+    return {"content": value} if isinstance(value, str) else value
 
 
-class _NamedTemplate(pydantic.BaseModel):
-    name: str
-    template: str
+def _default_template(value: Any) -> Any:
+    """Return the chat template that is used if none is named."""
+    if isinstance(value, list):
+        value = {v.get("name"): v.get("template") for v in value if isinstance(v, dict)}
+    return value.get("default") if isinstance(value, dict) else value
+
+
+def _kind(value: Any) -> str:
+    return "names" if isinstance(value, dict) else "list"
+
+
+_Special = Annotated[_Token, pydantic.BeforeValidator(_as_token)]
+_Specials = Annotated[
+    Annotated[list[_Special], pydantic.Tag("list")]
+    | Annotated[dict[str, _Special], pydantic.Tag("names")],
+    pydantic.Discriminator(_kind),
+]
 
 
 class _Config(pydantic.BaseModel):
@@ -72,21 +87,18 @@ class _Config(pydantic.BaseModel):
     cls_token: _Special | None = None
     mask_token: _Special | None = None
     additional_special_tokens: list[_Special] | None = None
-    extra_special_tokens: list[_Special] | dict[str, _Special] | None = None
+    extra_special_tokens: _Specials | None = None
     added_tokens_decoder: dict[int, _Token] | None = None
-    chat_template: str | list[_NamedTemplate] | dict[str, str] | None = None
-    model_max_length: Annotated[int | float, pydantic.Field(allow_inf_nan=False)] | None = None
+    chat_template: Annotated[str | None, pydantic.BeforeValidator(_default_template)] = None
+    model_max_length: int | None = None
     clean_up_tokenization_spaces: bool | None = None
     split_special_tokens: bool | None = None
     padding_side: Literal["left", "right"] | None = None
     model_input_names: list[str] | None = None
 
-    def default_template(self) -> str | None:
-        """Return the chat template that is used if none is named."""
-        template = self.chat_template
-        if isinstance(template, list):
-            template = {named.name: named.template for named in template}
-        return template.get("default") if isinstance(template, dict) else template
+
+class _AddedTokens(pydantic.RootModel[dict[str, int]]):
+    """The content of `added_tokens.json`."""
 
 
 def read_tokenizer_files(folder: Path) -> GuardedTokenizer:
@@ -142,31 +154,24 @@ def _arguments(config: _Config, added: dict[int, AddedToken]) -> dict[str, Any]:
     """Return the settings as arguments of `PreTrainedTokenizerFast`."""
     rules = {token.content: token for token in added.values()}
     extra = config.extra_special_tokens or config.additional_special_tokens or []
-    others: dict[str, str | AddedToken] = {
+    named: dict[str, str | AddedToken] = {
         name: value
         for name, value in (config.model_extra or {}).items()
         if name.endswith("_token") and isinstance(value, str)
     }
     if isinstance(extra, dict):
-        others |= {name: _special(value) for name, value in extra.items()}
+        named |= {name: token.added(special=True) for name, token in extra.items()}
         extra = []
     arguments: dict[str, Any] = {
         "added_tokens_decoder": added,
-        "extra_special_tokens": [_special(value) for value in extra],
-        "model_specific_special_tokens": others,
-        "chat_template": config.default_template(),
+        "extra_special_tokens": [token.added(special=True) for token in extra],
+        "model_specific_special_tokens": named,
+        "chat_template": config.chat_template,
     }
     for name in _NAMED:
-        if (value := getattr(config, name)) is not None:
-            token = _special(value)
-            arguments[name] = rules.get(str(token), token)
+        if (token := getattr(config, name)) is not None:
+            arguments[name] = rules.get(token.content, token.added(special=True))
     for name in _BEHAVIOR:
         if (value := getattr(config, name)) is not None:
             arguments[name] = value
     return arguments
-
-
-def _special(value: _Special) -> str | AddedToken:
-    if isinstance(value, str):
-        return value
-    return value.model_copy(update={"special": True}).added()
