@@ -194,6 +194,10 @@ HOSTILE = {
         "the tokenizer cannot be used",
     ),
     "wrong type": ({"model": 5}, "the tokenizer cannot be used"),
+    "pieces of a wrong type": (
+        {"post_processor": PLAIN["post_processor"] | {"single": 0.5}},
+        "the tokenizer cannot be used",
+    ),
     "missing unknown token": (
         {"model": UNIGRAM},
         "the tokenizer cannot be used",

@@ -87,9 +87,9 @@ def _factor(step: dict[str, Any]) -> float:
         longest = _longest_replacement(step.get("precompiled_charsmap"))
         return 1.0 if longest <= _UNICODE_GROWTH else float(longest)
     if kind == "TemplateProcessing":
-        pieces = step.get("single")
-        copies = [p for p in pieces if isinstance(p, dict) and "Sequence" in p] if pieces else []
-        return max(1.0, len(copies))
+        single = step.get("single")
+        pieces = single if isinstance(single, list) else []
+        return max(1.0, sum(isinstance(piece, dict) and "Sequence" in piece for piece in pieces))
     return 1.0
 
 
