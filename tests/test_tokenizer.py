@@ -182,6 +182,10 @@ HOSTILE = {
         {"added_tokens": [*PLAIN["added_tokens"], added("a" * 9999, id=300)]},
         "token 'aaaaaaaaaaaaaaaaaaaa'... has 9999 characters",
     ),
+    "large id": (
+        {"model": PLAIN["model"] | {"vocab": VOCABULARY | {"far": 2**31}}},
+        "token 'far' has the id 2147483648",
+    ),
     "slow pattern": (
         {"pre_tokenizer": SPLIT | {"pattern": {"Regex": "(a|aa)+b"}}},
         r"retry-limit-in-match over",

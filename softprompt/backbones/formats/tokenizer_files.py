@@ -12,7 +12,7 @@ import pydantic
 from tokenizers import AddedToken, Tokenizer
 
 from softprompt.backbones.formats.tokenizer import GuardedTokenizer, library_errors
-from softprompt.backbones.formats.tokenizer_growth import require_bounded
+from softprompt.backbones.formats.tokenizer_limits import require_bounded
 from softprompt.errors import UserError
 from softprompt.files.confined import ConfinedProcess
 from softprompt.files.json_files import checked, parse_json, read_json

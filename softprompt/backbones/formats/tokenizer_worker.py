@@ -36,6 +36,7 @@ def answer(path: str) -> None:
         tokens = _unless_refused(tokenizer.encode, text)
         if tokens is not None:
             _unless_refused(tokenizer.decode, tokens.ids)
+    tokenizer.to_str()
     for token in range(min(tokenizer.get_vocab_size(), 1000)):
         _unless_refused(tokenizer.decode, [token])
 

@@ -1,4 +1,4 @@
-"""How much longer the steps of a `tokenizer.json` can make a text.
+"""Limits for a `tokenizer.json`: how much longer its steps can make a text, and its tokens.
 
 Each step can replace a character by a long text, and the next step each character of that text.
 A few steps are enough to fill any memory, so the product of their factors is limited. Steps that
@@ -19,6 +19,9 @@ LARGEST_GROWTH = 256
 LONGEST_TOKEN = 2000
 """The most characters of a token."""
 
+LARGEST_ID = 2**24
+"""The largest token id. To save a tokenizer takes time in proportion to it."""
+
 _NESTED = ("normalizers", "pretokenizers", "decoders", "processors")
 _UNICODE_GROWTH = 32  # replacements of Unicode's normal forms are shorter
 
@@ -38,12 +41,14 @@ def require_bounded(content: dict[str, Any], where: str) -> float:
     """
     growth = _growth(content, ("normalizer", "pre_tokenizer", "post_processor"), where)
     _growth(content, ("decoder",), where)
-    for token in _tokens(content):
+    for token, number in _tokens(content):
         if len(token) > LONGEST_TOKEN:
             raise UserError(
                 f"{where}: token {token[:20]!r}... has {len(token)} characters, more than "
                 f"{LONGEST_TOKEN}"
             )
+        if number > LARGEST_ID:
+            raise UserError(f"{where}: token {token!r} has the id {number}, more than {LARGEST_ID}")
     return growth
 
 
@@ -112,13 +117,21 @@ def _longest_replacement(charsmap: Any) -> int:
     return max(map(len, table[4 + size :].split(b"\0")), default=0)
 
 
-def _tokens(content: dict[str, Any]) -> Iterator[str]:
+def _tokens(content: dict[str, Any]) -> Iterator[tuple[str, int]]:
+    """Iterate over the texts and ids of all tokens. Values of wrong types are left out."""
     model, added = content.get("model"), content.get("added_tokens")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
-    for token in vocabulary if isinstance(vocabulary, dict | list) else ():
-        text = token[0] if isinstance(token, list) and token else token  # Unigram: with its score
+    pairs: list[Any] = []
+    if isinstance(vocabulary, dict):
+        pairs += vocabulary.items()
+    elif isinstance(vocabulary, list):  # Unigram: pairs of token and score
+        pairs += (
+            (token[0], i) for i, token in enumerate(vocabulary) if isinstance(token, list) and token
+        )
+    if isinstance(added, list):
+        pairs += (
+            (token.get("content"), token.get("id")) for token in added if isinstance(token, dict)
+        )
+    for text, number in pairs:
         if isinstance(text, str):
-            yield text
-    for entry in added if isinstance(added, list) else ():
-        if isinstance(entry, dict) and isinstance(entry.get("content"), str):
-            yield entry["content"]
+            yield text, number if isinstance(number, int) else 0
