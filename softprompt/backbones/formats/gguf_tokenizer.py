@@ -22,7 +22,7 @@ from tokenizers import (
 
 from softprompt.backbones.formats.tokenizer_limits import LONGEST_TOKEN
 from softprompt.errors import UserError
-from softprompt.files.json_files import checked
+from softprompt.files.json_files import checked, shortened
 
 _UNKNOWN, _CONTROL, _USER_DEFINED = (
     2,
@@ -96,9 +96,9 @@ def read_tokenizer(get: Get) -> tuple[Tokenizer, dict[str, Any]]:
       UserError: if this kind of tokenizer is not supported.
     """
     kind, pre = get("tokenizer.ggml.model"), get("tokenizer.ggml.pre")
-    if kind != "llama" and (kind != "gpt2" or pre not in _NAMES):
+    if kind != "llama" and (kind != "gpt2" or str(pre) not in _NAMES):
         raise UserError(
-            f"tokenizer {kind!r} with pre-tokenizer {pre!r} is not supported "
+            f"tokenizer {shortened(kind)} with pre-tokenizer {shortened(pre)} is not supported "
             f"(supported: 'llama', and 'gpt2' with {', '.join(map(repr, _NAMES))})"
         )
     fields = {name: get(f"tokenizer.ggml.{name}") for name in _Fields.model_fields}
