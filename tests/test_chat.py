@@ -173,6 +173,14 @@ def test_a_tokenizer_without_a_chat_template_is_named(template):
         ChatRenderer(tokenizer)
 
 
+def test_modules_in_the_current_folder_are_not_imported(tmp_path, monkeypatch):
+    for name in ("jinja2", "json", "resource"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit")
+    monkeypatch.chdir(tmp_path)
+    with ChatRenderer(tokenizer_with("{{ messages[0].role }}")) as renderer:
+        assert renderer.render(MESSAGES) == "system"
+
+
 def test_a_template_that_leaves_out_or_repeats_a_message_is_rejected(tiny):
     settings = TemplateSettings(input="{text}", target="{label}", chat=True, system="Be kind.")
     for text in (

@@ -142,7 +142,7 @@ class GGUFFile:
                 inner, special = read_tokenizer(self._get)
             except UserError as error:
                 raise UserError(f"{self.path}: {error}") from None
-            return GuardedTokenizer(tokenizer_object=inner, **special)
+            return GuardedTokenizer(inner, **special)
 
 
 @dataclasses.dataclass(frozen=True)

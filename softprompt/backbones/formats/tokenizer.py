@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from softprompt.errors import Stopped, UserError
@@ -17,11 +18,13 @@ class GuardedTokenizer(PreTrainedTokenizerFast):
     """A tokenizer whose `__call__`, `encode` and `decode` raise `UserError` if they fail.
 
     Args:
+      backend: the tokenizer of the tokenizers library.
       growth: how many times longer the tokenizer's steps can make a text.
       kwargs: see `PreTrainedTokenizerFast`.
     """
 
-    def __init__(self, *, growth: float = 1.0, **kwargs: Any):
+    def __init__(self, backend: Tokenizer, *, growth: float = 1.0, **kwargs: Any):
+        self._tokenizer = backend  # as subclasses in transformers do; an argument would be copied
         super().__init__(**kwargs)
         self._growth = growth
 

@@ -122,7 +122,7 @@ def read_tokenizer_files(folder: Path) -> GuardedTokenizer:
         inner.no_padding()
         if config.added_tokens_decoder is None:
             added |= inner.get_added_tokens_decoder()
-        return GuardedTokenizer(tokenizer_object=inner, growth=growth, **_arguments(config, added))
+        return GuardedTokenizer(inner, growth=growth, **_arguments(config, added))
 
 
 def _read_config(folder: Path) -> tuple[_Config, dict[int, AddedToken]]:

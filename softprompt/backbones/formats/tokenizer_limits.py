@@ -23,7 +23,7 @@ LARGEST_ID = 2**24
 """The largest token id. To save a tokenizer takes time in proportion to it."""
 
 _NESTED = ("normalizers", "pretokenizers", "decoders", "processors")
-_UNICODE_GROWTH = 32  # replacements of Unicode's normal forms are shorter
+_UNICODE_GROWTH = 64  # bytes; the longest replacement of a normal form has 33
 
 
 def require_bounded(content: dict[str, Any], where: str) -> float:
