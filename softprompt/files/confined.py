@@ -112,8 +112,9 @@ class ConfinedProcess:
         return b""
 
     def _start(self) -> "subprocess.Popen[bytes]":
-        # Without -P, Python would import modules from the current folder. A session of its own
-        # keeps Ctrl-C from the child. Threads of libraries would reserve address space.
+        # With -P, neither the current folder nor this one can replace a module of the standard
+        # library. A session of its own keeps Ctrl-C from the child. Threads of libraries would
+        # reserve address space.
         limits = [str(self._memory), str(self._seconds)]
         return subprocess.Popen(
             [sys.executable, "-P", confined_child.__file__, str(self._worker), *limits],
