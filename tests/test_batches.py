@@ -136,7 +136,13 @@ def test_a_shape_fits_the_longest_target_of_its_length():
 def test_evaluation_runs_every_example_once(count):
     seen = []
     for which, batch in evaluation_batches(examples(count), 4, lambda batch: batch):
-        assert batch.tokens.shape[0] == 4
+        assert batch.tokens.shape[0] == min(4, count)
         assert numbers(batch) == which
         seen += which
     assert sorted(seen) == list(range(count))
+
+
+@pytest.mark.parametrize(("count", "rows"), [(1, 1), (5, 8), (8, 8)])
+def test_a_batch_has_few_more_rows_than_there_are_examples(count, rows):
+    ((_, batch),) = evaluation_batches(examples(count), 10**19, lambda batch: batch)
+    assert batch.tokens.shape[0] == rows

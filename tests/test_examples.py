@@ -1,13 +1,16 @@
 """Records, templates and datasets: encoding, digests, and errors that name the record."""
 
+import os
 import re
 import sys
+import threading
 import types
 
 import pytest
 from conftest import example_of
 
 from softprompt import UserError
+from softprompt.data import records
 from softprompt.data.examples import Example, Examples, data_digest, same_data
 from softprompt.data.records import Record, read_records
 from softprompt.data.task import make_examples, make_task
@@ -77,6 +80,50 @@ def test_bytes_that_are_not_utf8_are_rejected(tmp_path):
     (tmp_path / "d.jsonl").write_bytes(b'{"a": "x"}\n{"a": "\xff"}\n')
     with pytest.raises(UserError, match=r"d\.jsonl:2: not UTF-8 text"):
         read_records(str(tmp_path / "d.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nul\0.jsonl", "embedded null byte"),
+        ("folder.csv", "Is a directory"),
+        ("a" * 300 + ".csv", "File name too long"),
+    ],
+)
+def test_a_path_that_cannot_be_read_is_one_line(tmp_path, name, message):
+    (tmp_path / "folder.csv").mkdir()
+    with pytest.raises(UserError, match=message) as error:
+        read_records(str(tmp_path / name))
+    assert "\n" not in str(error.value)
+    assert "\0" not in str(error.value)
+
+
+def test_a_pipe_is_read_once(tmp_path):
+    path = tmp_path / "pipe.jsonl"
+    os.mkfifo(path)
+    for content, message in ((b'{"a": "b"}\n', None), (b"{}\n\xff", "pipe.jsonl:2: not UTF-8")):
+        writer = threading.Thread(target=path.write_bytes, args=(content,))
+        writer.start()
+        if message is None:
+            assert read_records(str(path))[0].fields == {"a": "b"}
+        else:
+            with pytest.raises(UserError, match=message):
+                read_records(str(path))
+        writer.join()
+
+
+def test_an_endless_line_is_rejected(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "_LONGEST_LINE", 10)
+    (tmp_path / "a.jsonl").write_text("{}\n" + " " * 11)
+    with pytest.raises(UserError, match=r"a\.jsonl:2: longer than"):
+        read_records(str(tmp_path / "a.jsonl"))
+
+
+def test_carriage_returns_end_lines(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b"a,b\r1,2\r3,4\r\n5,6")
+    assert [record.text("b") for record in read_records(str(tmp_path / "a.csv"))] == ["2", "4", "6"]
+    (tmp_path / "a.jsonl").write_bytes(b'{"a": 1}\r{"a": 2}\r\n{"a": 3}')
+    assert [record.text("a") for record in read_records(str(tmp_path / "a.jsonl"))] == list("123")
 
 
 def test_an_error_names_a_missing_file():
@@ -227,6 +274,8 @@ def test_double_braces_are_literal_braces(tiny):
         ({"title": "t", "text": None, "label": "good"}, "field 'text' is NoneType, not text"),
         ({"title": "t", "text": ["x"], "label": "good"}, "field 'text' is list, not text"),
         ({"title": "t", "text": "x"}, "no field 'label'"),
+        ({"title": "t", "text": 10**5000, "label": "good"}, "field 'text': Exceeds the limit"),
+        ({1: "t", 2: "x"}, "no field 'label' (its fields: 1, 2)"),
         (
             {"title": "t", "text": "x", "label": "fair"},
             "label 'fair' is not in the verbalizer (labels: good, bad)",
@@ -235,7 +284,7 @@ def test_double_braces_are_literal_braces(tiny):
 )
 def test_the_error_about_an_invalid_record_names_file_and_line(tiny, fields, message):
     with pytest.raises(UserError) as error:
-        task(tiny).example(record(**fields))
+        task(tiny).example(Record(fields, "file.jsonl:7"))
     assert str(error.value).startswith(f"file.jsonl:7: {message}")
 
 
@@ -247,6 +296,12 @@ def test_a_long_input_is_truncated_at_the_end_of_its_longest_field(tiny):
     exact = task(tiny, max_tokens=24).example(record(**fields))
     assert tiny.tokenizer.decode(exact.input) == "title: abcdefghij ->"
     assert not exact.truncated
+
+
+@pytest.mark.parametrize("lengths", [{"virtual_tokens": 10**12}, {"prefix_length": 10**12}])
+def test_more_virtual_tokens_than_the_context_window_are_rejected_at_once(tiny, lengths):
+    with pytest.raises(UserError, match="128 tokens, too short for 1000000000000 virtual"):
+        make_task(tiny, TemplateSettings(input="{text}{prompt}"), None, **lengths)
 
 
 def test_a_template_that_is_too_long_without_fields_is_rejected(tiny):

@@ -119,3 +119,49 @@ def test_a_damaged_vocabulary_is_rejected(tmp_path):
         path.write_bytes(whole[:end])
         with pytest.raises(UserError, match="not a readable GGUF file"):
             GGUFFile(path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "value", "message"),
+    [
+        ("gpt2", "tokens", None, "tokens: Input should be a valid list"),
+        ("gpt2", "tokens", ["a", 5], r"tokens\.1: Input should be a valid string"),
+        ("gpt2", "token_type", [1], "token_type: 1 values for "),
+        ("gpt2", "merges", None, "merges: missing"),
+        ("gpt2", "merges", ["a b c"], "its tokenizer cannot be read"),
+        ("llama", "scores", None, "scores: missing"),
+        ("llama", "scores", [0.5], "scores: 1 values for "),
+        ("llama", "eos_token_id", 10**6, "eos_token_id: 1000000, but there are "),
+        (
+            "llama",
+            "unknown_token_id",
+            -1,
+            "unknown_token_id: Input should be greater than or equal",
+        ),
+        ("llama", "padding_token_id", True, "padding_token_id: Input should be a valid integer"),
+    ],
+)
+def test_wrong_metadata_are_named(tmp_path, kind, key, value, message):
+    path = tmp_path / "vocabulary.gguf"
+    write_vocabulary(path, kind, "gpt-2" if kind == "gpt2" else "default")
+    file = GGUFFile(path)
+    file._fields[f"tokenizer.ggml.{key}"] = value
+    with pytest.raises(UserError, match=f"vocabulary.gguf: .*{message}") as error:
+        file.tokenizer()
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [(["a" * 10**6], "a token has 1000000"), (["a" * 2000] * 300, "long tokens")],
+)
+def test_merges_of_very_long_tokens_are_not_searched(tmp_path, tokens, message):
+    path = tmp_path / "vocabulary.gguf"
+    write_vocabulary(path, "llama", "default")
+    file = GGUFFile(path)
+    changes = {"tokens": tokens, "token_type": [1] * len(tokens), "scores": [0.0] * len(tokens)}
+    file._fields |= {f"tokenizer.ggml.{key}": value for key, value in changes.items()}
+    for name in ("bos", "eos", "unknown"):
+        file._fields[f"tokenizer.ggml.{name}_token_id"] = None
+    with pytest.raises(UserError, match=message):
+        file.tokenizer()

@@ -129,12 +129,12 @@ def test_pickled_weights_are_rejected_with_a_reason(model):
         ("config.json", '{"model_type": "llama"}', "its config lacks 'num_attention_heads'"),
         ("config.json", "[]", "config.json: not a JSON object"),
         ("config.json", '{"model_type": "llama", "num_attention_heads": "x"}', "its config"),
-        ("tokenizer.json", "[]", "its tokenizer cannot be loaded"),
-        ("tokenizer_config.json", "[]", "its tokenizer cannot be loaded"),
+        ("tokenizer.json", "[]", "tokenizer.json: not a JSON object"),
+        ("tokenizer_config.json", "[]", "tokenizer_config.json: not a JSON object"),
         ("model.safetensors.index.json", "[]", "index.json: not a safetensors index"),
         ("model.safetensors", "no tensors", "not a readable safetensors file"),
-        ("tokenizer.json", "{", "its tokenizer cannot be loaded"),
-        ("tokenizer.json", None, "its tokenizer cannot be loaded"),
+        ("tokenizer.json", "{", "tokenizer.json: not valid JSON"),
+        ("tokenizer.json", None, "tokenizer.json: no such file"),
     ],
 )
 def test_errors_name_the_damaged_file(model, file, content, message):

@@ -8,16 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import FAMILIES_GOLDEN, GOLDEN
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoTokenizer
 
 from softprompt import Base, SoftPrompt
 from softprompt.backbones.families import FAMILIES
 from softprompt.backbones.formats.directory import ModelDirectory
 from softprompt.backbones.formats.gguf import GGUFFile
+from softprompt.backbones.formats.tokenizer_files import read_tokenizer_files
 from softprompt.backbones.loading import load_backbone
 from softprompt.experiment.schema import ComputeSettings, TemplateSettings
 from softprompt.inference.prompt import TrainedPrompt
 from softprompt.interop.merged import export_merged
+from softprompt.interop.merged_config import merged_config
+from softprompt.interop.merged_tokenizer import save_tokenizer
 from softprompt.methods.full import FullFineTuning
 
 MODELS = [*sorted(FAMILIES_GOLDEN.iterdir()), *sorted((GOLDEN / "gguf").glob("*.gguf"))]
@@ -36,6 +39,54 @@ def test_transformers_reads_the_same_architecture_from_the_config(path, tiny, tm
     if path.is_dir():
         assert theirs["architectures"] == file.config["architectures"]
     assert FAMILIES[file.config["model_type"]].architecture(theirs) == backbone.arch
+
+
+@pytest.mark.parametrize("path", MODELS, ids=lambda path: path.name)
+def test_the_config_uses_names_that_transformers_4_knows(path, tiny, tmp_path):
+    """By hand, transformers 4.57.1 read all of these with the same rotary embeddings."""
+    file = ModelDirectory(path) if path.is_dir() else GGUFFile(path)
+    base = Base(str(path), "", file.config, SimpleNamespace(), tiny.tokenizer, ComputeSettings())
+    config = merged_config(base, 300, untied=False)
+    assert not {"rope_parameters", "num_local_experts", "auto_map"} & set(config)
+    assert config["dtype"] == config["torch_dtype"] == "float32"
+    parameters = file.config.get("rope_parameters")
+    if parameters:
+        full = parameters.get("full_attention", parameters)
+        theta = "rotary_emb_base" if config["model_type"] == "gpt_neox" else "rope_theta"
+        assert config[theta] == full["rope_theta"]
+        assert (config["rope_scaling"] is None) == (full["rope_type"] == "default")
+    if config["model_type"] == "phi3" and config["rope_scaling"] and path.is_dir():
+        assert set(config["rope_scaling"]) == {"type", "short_factor", "long_factor"}
+
+
+def test_the_tokenizer_uses_names_that_transformers_4_knows(tmp_path):
+    """By hand, transformers 4.57.1 loaded such files and encoded texts identically."""
+    settings = {
+        "eos_token": "<|endoftext|>",
+        "additional_special_tokens": ["<a>", "<b>"],
+        "image_token": "<image>",
+        "chat_template": "{{ messages }}",
+    }
+    model = json.loads((GOLDEN / "llama-grouped" / "tokenizer.json").read_text())
+    model["pre_tokenizer"]["add_prefix_space"] = True
+    (tmp_path / "tokenizer.json").write_text(json.dumps(model))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer, folder = read_tokenizer_files(tmp_path), tmp_path / "merged"
+    folder.mkdir()
+    save_tokenizer(tokenizer, folder)
+    assert json.loads((folder / "tokenizer_config.json").read_text()) == settings | {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "add_prefix_space": True,  # version 4 sets this in the pre-tokenizer
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],  # version 4 adds token_type_ids
+        "model_max_length": tokenizer.model_max_length,
+        "padding_side": "right",
+    }
+    for again in (AutoTokenizer.from_pretrained(folder), read_tokenizer_files(folder)):
+        assert again("Hi <a> <image>").input_ids == tokenizer("Hi <a> <image>").input_ids
+        assert again.special_tokens_map == tokenizer.special_tokens_map
+        assert again.all_special_ids == tokenizer.all_special_ids
+        assert again.chat_template == tokenizer.chat_template
 
 
 @pytest.mark.parametrize("variant", sorted(path.name for path in (GOLDEN / "adapters").iterdir()))

@@ -203,7 +203,7 @@ def test_the_chat_template_of_the_base_model_is_applied(smollm2):
 
 
 def test_a_base_model_without_a_chat_template_is_rejected(tiny):
-    with pytest.raises(UserError, match=r"template\.chat: the base model's chat template"):
+    with pytest.raises(UserError, match=r"template\.chat: the base model has no chat template"):
         make_task(tiny, TemplateSettings(input="{text}", chat=True), VERBALIZER)
 
 

@@ -250,8 +250,10 @@ def evaluation_batches(
     layout = Layout.of_lengths(dataset.lengths, separate_targets)
     row_lengths = _row_lengths(dataset.lengths, separate_targets)
     order = np.argsort(row_lengths, kind="stable").tolist()
+    # A power of two, so that a program is compiled for few numbers of rows.
+    most = 1 << (len(order) - 1).bit_length()
     return run_batches(
         [order],
-        batch_size,
+        min(batch_size, most),
         lambda numbers, rows: run(layout.batch([dataset[i] for i in numbers], rows)),
     )

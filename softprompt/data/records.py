@@ -2,15 +2,17 @@
 
 import csv
 import dataclasses
+import io
 import json
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
 from softprompt.errors import UserError
 from softprompt.files.json_lines import parse_json_lines
-from softprompt.files.reading import missing_file
+from softprompt.files.reading import MEBIBYTE, missing_file
+
+_LONGEST_LINE = 64 * MEBIBYTE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,12 +38,14 @@ class Record:
           UserError: if the field is missing, empty, or neither text, number nor boolean.
         """
         if field not in self.fields:
-            raise UserError(
-                f"{self.where}: no field {field!r} (its fields: {', '.join(self.fields)})"
-            )
+            names = ", ".join(map(str, self.fields))
+            raise UserError(f"{self.where}: no field {field!r} (its fields: {names})")
         value = self.fields[field]
         if isinstance(value, bool | int | float):
-            value = json.dumps(value)
+            try:
+                value = json.dumps(value)
+            except ValueError as error:  # an integer of too many digits
+                raise UserError(f"{self.where}: field {field!r}: {error}") from None
         if not isinstance(value, str):
             raise UserError(f"{self.where}: field {field!r} is {type(value).__name__}, not text")
         if any("\ud800" <= character <= "\udfff" for character in value):
@@ -134,36 +138,42 @@ def _read_file(path: Path) -> list[Record]:
         raise missing_file(path) from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}:{_first_undecodable(path)}: not UTF-8 text") from None
 
 
-def _first_undecodable(path: Path) -> int:
-    """Return the number of the first line that is not UTF-8."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.decode(errors="ignore").encode() != line:
-                return number
-    raise AssertionError(f"{path} is UTF-8")
+def _lines(path: Path) -> Iterator[str]:
+    """Iterate over the lines of a text file with their line breaks. The file may be a pipe."""
+    try:
+        file = path.open("rb")
+    except ValueError as error:  # a NUL in the path
+        raise UserError(f"{str(path)!r}: cannot be read ({error})") from None
+    with file:
+        number = 0
+        while line := file.readline(_LONGEST_LINE + 1):
+            number += 1
+            if len(line) > _LONGEST_LINE:
+                raise UserError(f"{path}:{number}: longer than {_LONGEST_LINE // MEBIBYTE} MiB")
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError:
+                raise UserError(f"{path}:{number}: not UTF-8 text") from None
+            yield from io.StringIO(text, newline="")  # a carriage return also ends a line
 
 
 def _read_jsonl(path: Path) -> Iterator[Record]:
-    with path.open(encoding="utf-8-sig") as file:
-        yield from parse_jsonl(file, str(path))
+    yield from parse_jsonl(_lines(path), str(path))
 
 
 def _read_csv(path: Path) -> Iterator[Record]:
-    csv.field_size_limit(sys.maxsize)  # long fields are truncated later, and counted
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = csv.DictReader(file, strict=True)
-        try:
-            for row in rows:
-                where = f"{path}:{rows.line_num}"
-                if None in row or None in row.values():
-                    raise UserError(f"{where}: not the same number of columns as the header")
-                yield Record(row, where)
-        except csv.Error as error:
-            raise UserError(f"{path}:{rows.line_num}: not valid CSV ({error})") from None
+    csv.field_size_limit(2**31 - 1)  # long fields are truncated later, and counted
+    rows = csv.DictReader(_lines(path), strict=True)
+    try:
+        for row in rows:
+            where = f"{path}:{rows.line_num}"
+            if None in row or None in row.values():
+                raise UserError(f"{where}: not the same number of columns as the header")
+            yield Record(row, where)
+    except csv.Error as error:
+        raise UserError(f"{path}:{rows.line_num}: not valid CSV ({error})") from None
 
 
 def _read_hub(source: str) -> Sequence[Record]:

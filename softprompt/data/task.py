@@ -234,6 +234,12 @@ def make_task(
     """
     if base.backbone.separate_targets:
         prefix_length = 0
+    context = base.backbone.arch.context_length
+    if prefix_length + virtual_tokens > context:  # before a list of them fills the memory
+        raise UserError(
+            f"base {base.name!r} has a context window of {context} tokens, too short for "
+            f"{prefix_length + virtual_tokens} virtual tokens"
+        )
     pieces = compile_template(template, demonstrations, base.tokenizer, virtual=virtual_tokens > 0)
     constant = list(itertools.takewhile(lambda piece: _is_constant(piece, tasks), pieces))
     while constant and isinstance(constant[-1], list):
@@ -247,7 +253,6 @@ def make_task(
         else:
             opening += piece
     base.require_embeddings(opening, "template")
-    context = base.backbone.arch.context_length
     taken = prefix_length + len(opening)
     available = context - taken
     if available < 2 or (template.max_tokens or 0) > available:

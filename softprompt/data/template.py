@@ -6,10 +6,10 @@ A piece is text with fields to fill in, special tokens, or the place of the virt
 from collections.abc import Mapping, Sequence
 from string import Formatter
 
-import jinja2
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from softprompt.data.chat import ChatRenderer
 from softprompt.data.records import Record
 from softprompt.errors import UserError
 from softprompt.experiment.schema import TemplateSettings
@@ -141,13 +141,14 @@ def _apply_chat_template(
     marks = [chr(0xE000 + i) for i in range(len(contents))]
     messages = [{"role": r, "content": m} for r, m in zip(roles, marks, strict=True)]
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except (ValueError, jinja2.TemplateError) as error:
-        reason = str(error).split("\n")[0]
-        raise UserError(f"template.chat: the base model's chat template: {reason}") from error
-    text = _escape(str(text))
-    if not all(mark in text for mark in marks):
-        raise UserError("template.chat: the base model's chat template leaves out a message")
+        with ChatRenderer(tokenizer) as renderer:
+            text = _escape(renderer.render(messages))
+    except UserError as error:
+        raise UserError(f"template.chat: {error}") from None
+    if any(text.count(mark) != 1 for mark in marks):
+        raise UserError(
+            "template.chat: the base model's chat template leaves out or repeats a message"
+        )
     before, _, after = text.rpartition(marks[-1])
     for mark, content in zip(marks[:-1], contents[:-1], strict=True):
         before = before.replace(mark, content)

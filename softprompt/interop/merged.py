@@ -5,14 +5,12 @@ vocabulary, whose embeddings are its vectors. Axis letters: V vocabulary, D hidd
 P virtual tokens.
 """
 
+import copy
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tokenizers import AddedToken
-from transformers import PreTrainedTokenizerFast
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from softprompt.backbones.families import FAMILIES
 from softprompt.backbones.formats.storing import save_tensors, stored_tensors
@@ -21,15 +19,8 @@ from softprompt.data.template import compile_template
 from softprompt.errors import UserError
 from softprompt.inference.prompt import TrainedPrompt
 from softprompt.interop.card import written_input
-
-# Class names in transformers that do not follow from the name of the config class.
-_CLASSES = {
-    "gemma3_text": "Gemma3ForCausalLM",
-    "gpt2": "GPT2LMHeadModel",
-    "t5": "T5ForConditionalGeneration",
-}
-
-_LEFT_OUT = ("torch_dtype", "auto_map")  # the old name of `dtype`; code that is not exported
+from softprompt.interop.merged_config import merged_config
+from softprompt.interop.merged_tokenizer import save_tokenizer
 
 
 def export_merged(prompt: TrainedPrompt, folder: Path) -> str:
@@ -52,20 +43,19 @@ def export_merged(prompt: TrainedPrompt, folder: Path) -> str:
     backbone, vectors = method.merge_into(base.backbone, prompt.backbone)
     if prompt.task.tasks:
         raise UserError("prompts of several tasks cannot be merged into one model")
-    tokenizer = base.tokenizer
-    tokenizer.save_pretrained(folder)
+    tokenizer = copy.deepcopy(base.tokenizer)
     names = [f"<|softprompt-{i}|>" for i in range(len(vectors))]
     tensors = dict(stored_tensors(backbone, FAMILIES[base.config["model_type"]].names))
     size = base.backbone.arch.vocab_size
     if names:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
         tokenizer.add_tokens([AddedToken(name, special=True, normalized=False) for name in names])
-        tokenizer.save_pretrained(folder)
-        ids = tokenizer.convert_tokens_to_ids(names)
+        vocabulary = tokenizer.get_vocab()
+        ids = [vocabulary[name] for name in names]
         size = max(size, max(ids) + 1)
         _add_tokens(tensors, base, vectors, ids, size)
+    save_tokenizer(tokenizer, folder)
     save_tensors(tensors, folder / "model.safetensors")
-    config = _config(base, size, untied=bool(names))
+    config = merged_config(base, size, untied=bool(names))
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     generation = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     if base.backbone.decoder_start_token is not None:
@@ -109,21 +99,3 @@ def _never_generated(base: Base) -> int:
     choices = [tokenizer.pad_token_id, tokenizer.bos_token_id, *tokenizer.all_special_ids]
     size = base.backbone.arch.vocab_size
     return next((i for i in choices if i is not None and i != end and i < size), 0)
-
-
-def _config(base: Base, size: int, untied: bool) -> dict[str, Any]:
-    kind = base.config["model_type"]
-    name = CONFIG_MAPPING_NAMES[kind].removesuffix("Config") + "ForCausalLM"
-    # Keep nulls: without the keys, Mistral's window is 4096, and Gemma 2's soft-caps are 50 and 30.
-    config = {key: value for key, value in base.config.items() if key not in _LEFT_OUT}
-    config |= {
-        "architectures": [_CLASSES.get(kind, name)],
-        "vocab_size": size,
-        "dtype": base.compute.dtype,
-    }
-    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        config.setdefault(key, getattr(base.tokenizer, key))
-    if untied:
-        config["tie_word_embeddings"] = False
-        config.pop("scale_decoder_outputs", None)  # T5's name for it
-    return config

@@ -8,6 +8,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedTokenizerFast
 
+from softprompt.backbones.formats.tokenizer_files import read_tokenizer_files
 from softprompt.errors import UserError
 
 
@@ -62,11 +63,7 @@ class ModelDirectory:
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """Make the tokenizer from `tokenizer.json` and the files next to it."""
-        try:
-            return PreTrainedTokenizerFast.from_pretrained(self.path, local_files_only=True)
-        except Exception as error:  # damaged files raise many types
-            reason = str(error).strip().split("\n")[0]
-            raise UserError(f"{self.path}: its tokenizer cannot be loaded ({reason})") from error
+        return read_tokenizer_files(self.path)
 
     def _read_config(self) -> dict[str, Any]:
         path = self.path / "config.json"

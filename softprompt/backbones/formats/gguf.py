@@ -17,6 +17,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from softprompt.backbones.formats.gguf_tokenizer import read_tokenizer
+from softprompt.backbones.formats.tokenizer import GuardedTokenizer, library_errors
 from softprompt.errors import UserError
 
 _MODEL_TYPES = {"gemma3": "gemma3_text"}  # the model types whose GGUF names differ
@@ -136,13 +137,12 @@ class GGUFFile:
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """Make the tokenizer that the metadata describe."""
-        try:
-            inner, special = read_tokenizer(self._get)
-            return PreTrainedTokenizerFast(tokenizer_object=inner, **special)
-        except UserError as error:
-            raise UserError(f"{self.path}: {error}") from None
-        except Exception as error:  # damaged metadata raise many types
-            raise UserError(f"{self.path}: its tokenizer cannot be read ({error})") from error
+        with library_errors(f"{self.path}: its tokenizer cannot be read"):
+            try:
+                inner, special = read_tokenizer(self._get)
+            except UserError as error:
+                raise UserError(f"{self.path}: {error}") from None
+            return GuardedTokenizer(inner, **special)
 
 
 @dataclasses.dataclass(frozen=True)

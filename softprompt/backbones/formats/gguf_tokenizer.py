@@ -6,8 +6,9 @@ the exact patterns of the model.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Annotated, Any
 
+import pydantic
 from tokenizers import (
     AddedToken,
     Regex,
@@ -19,7 +20,9 @@ from tokenizers import (
     processors,
 )
 
+from softprompt.backbones.formats.tokenizer_limits import LONGEST_TOKEN
 from softprompt.errors import UserError
+from softprompt.files.json_files import checked, shortened
 
 _UNKNOWN, _CONTROL, _USER_DEFINED = (
     2,
@@ -73,6 +76,11 @@ _ADD_BOS = ("llama-bpe", "tekken")  # texts begin with a BOS token by default
 
 Get = Callable[..., Any]
 
+_Flag = Annotated[bool, pydantic.Field(strict=False)]
+_Id = Annotated[int, pydantic.Field(ge=0)]
+# The parts of all tokens have at most this many characters. 256,000 tokens of usual length have 1%.
+_MOST_WORK = 10**9
+
 
 def read_tokenizer(get: Get) -> tuple[Tokenizer, dict[str, Any]]:
     """Make a tokenizer from GGUF metadata.
@@ -88,15 +96,14 @@ def read_tokenizer(get: Get) -> tuple[Tokenizer, dict[str, Any]]:
       UserError: if this kind of tokenizer is not supported.
     """
     kind, pre = get("tokenizer.ggml.model"), get("tokenizer.ggml.pre")
-    if kind == "llama":
-        tokenizer = _sentencepiece(get)
-    elif kind == "gpt2" and pre in _NAMES:
-        tokenizer = _byte_level(get, _NAMES[pre])
-    else:
+    if kind != "llama" and (kind != "gpt2" or str(pre) not in _NAMES):
         raise UserError(
-            f"tokenizer {kind!r} with pre-tokenizer {pre!r} is not supported "
+            f"tokenizer {shortened(kind)} with pre-tokenizer {shortened(pre)} is not supported "
             f"(supported: 'llama', and 'gpt2' with {', '.join(map(repr, _NAMES))})"
         )
+    fields = {name: get(f"tokenizer.ggml.{name}") for name in _Fields.model_fields}
+    _require_consistent(checked(_Fields, fields, "tokenizer.ggml"), kind)
+    tokenizer = _sentencepiece(get) if kind == "llama" else _byte_level(get, _NAMES[pre])
     tokens, types = get("tokenizer.ggml.tokens"), get("tokenizer.ggml.token_type")
     tokenizer.add_tokens(
         [
@@ -128,7 +135,55 @@ def read_tokenizer(get: Get) -> tuple[Tokenizer, dict[str, Any]]:
         ]
         if get(f"tokenizer.ggml.{key}_token_id") is not None
     }
-    return tokenizer, special | {"chat_template": get("tokenizer.chat_template")}
+    template = get("tokenizer.chat_template")
+    if not isinstance(template, str | None):
+        raise UserError("tokenizer.chat_template: not text")
+    return tokenizer, special | {"chat_template": template}
+
+
+class _Fields(pydantic.BaseModel):
+    """The GGUF keys that begin with `tokenizer.ggml.`."""
+
+    model_config = pydantic.ConfigDict(strict=True)
+
+    tokens: list[str]
+    token_type: list[int]
+    scores: list[float] | None = None
+    merges: list[str] | None = None
+    bos_token_id: _Id | None = None
+    eos_token_id: _Id | None = None
+    unknown_token_id: _Id | None = None
+    padding_token_id: _Id | None = None
+    add_bos_token: _Flag | None = None
+    add_eos_token: _Flag | None = None
+    add_space_prefix: _Flag | None = None
+
+
+def _require_consistent(fields: _Fields, kind: str) -> None:
+    """Check the lists of a kind of tokenizer, the ids of special tokens and the lengths of tokens.
+
+    Raises:
+      UserError: names the key.
+    """
+    needed = "scores" if kind == "llama" else "merges"
+    if getattr(fields, needed) is None:
+        raise UserError(f"tokenizer.ggml.{needed}: missing")
+    count = len(fields.tokens)
+    for name in ("token_type", "scores"):
+        values = getattr(fields, name)
+        if values is not None and len(values) != count:
+            raise UserError(f"tokenizer.ggml.{name}: {len(values)} values for {count} tokens")
+    for name in ("bos", "eos", "unknown", "padding"):
+        number = getattr(fields, f"{name}_token_id")
+        if number is not None and number >= count:
+            raise UserError(
+                f"tokenizer.ggml.{name}_token_id: {number}, but there are {count} tokens"
+            )
+    longest = max(map(len, fields.tokens), default=0)
+    if longest > LONGEST_TOKEN:
+        raise UserError(f"tokenizer.ggml.tokens: a token has {longest} characters")
+    if sum(len(token) ** 2 for token in fields.tokens) > _MOST_WORK:
+        raise UserError("tokenizer.ggml.tokens: too many long tokens")
 
 
 def _strips_space_after(get: Get, token: str) -> bool:

@@ -1,0 +1,85 @@
+"""The tokenizer of a base model: a fast tokenizer of transformers whose failures are one line."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from softprompt.errors import Stopped, UserError
+from softprompt.files.json_files import shortened
+
+LONGEST_TEXT = 2**25
+"""The most characters of a text, after the tokenizer's own steps may have made it longer."""
+
+
+class GuardedTokenizer(PreTrainedTokenizerFast):
+    """A tokenizer whose `__call__`, `encode` and `decode` raise `UserError` if they fail.
+
+    Args:
+      backend: the tokenizer of the tokenizers library.
+      growth: how many times longer the tokenizer's steps can make a text.
+      kwargs: see `PreTrainedTokenizerFast`.
+    """
+
+    def __init__(self, backend: Tokenizer, *, growth: float = 1.0, **kwargs: Any):
+        self._tokenizer = backend  # as subclasses in transformers do; an argument would be copied
+        super().__init__(**kwargs)
+        self._growth = growth
+
+    def _encode_plus(self, text: Any, *args: Any, **kwargs: Any) -> Any:
+        longest = max(map(len, _texts(text)), default=0)
+        if longest * self._growth > LONGEST_TEXT:
+            raise UserError(f"a text of {longest} characters is too long for the tokenizer")
+        kwargs["verbose"] = False  # no warning about the length, which the task limits
+        with library_errors("the tokenizer cannot encode this text"):
+            try:
+                return super()._encode_plus(text, *args, **kwargs)
+            except TypeError:
+                _require_unicode(text)
+                raise
+
+    def _decode(self, *args: Any, **kwargs: Any) -> Any:
+        with library_errors("the tokenizer cannot decode these tokens"):
+            return super()._decode(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def library_errors(what: str) -> Iterator[None]:
+    """Turn every failure of the tokenizers library into a `UserError`.
+
+    The library raises plain `Exception`s, and Rust panics as `PanicException`, which derives
+    from `BaseException` and cannot be imported.
+
+    Args:
+      what: begins the message.
+    """
+    try:
+        yield
+    except (UserError, Stopped):
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = str(error).strip().split("\n")[0][:300] or type(error).__name__
+        raise UserError(f"{what} ({reason})") from error
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Iterate over the texts in the argument of a call: a text, or a list of texts or words."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _texts(item)
+
+
+def _require_unicode(value: Any) -> None:
+    for text in _texts(value):
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise UserError(
+                f"text {shortened(text)} is not valid Unicode (half of a surrogate pair)"
+            ) from None

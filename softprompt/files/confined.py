@@ -1,0 +1,126 @@
+"""Run code that a file from outside controls in a process of its own, with limits.
+
+Chat templates are programs, and a tokenizer can need unlimited time and memory or abort its
+process. In a child process, all of that is only an answer that does not come.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from softprompt.errors import UserError
+from softprompt.files import confined_child
+from softprompt.files.confined_child import OUT_OF_TIME
+from softprompt.files.reading import MEBIBYTE
+
+_STARTING = 20  # seconds that the interpreter and its imports may take on a busy machine
+
+
+class ConfinedProcess:
+    """A child process that answers requests one by one, within limits.
+
+    It starts with the first request, and again after a request that went over a limit. Close
+    it, or use it as a context manager.
+
+    Args:
+      worker: the file of a Python module with a function `answer(request)`. The child does not
+        import `softprompt`, so that it starts in a tenth of a second.
+      memory: the most bytes of address space. Windows does not limit it.
+      seconds: the most time for a request.
+    """
+
+    def __init__(self, worker: Path, memory: int, seconds: int):
+        self._worker, self._memory, self._seconds = worker, memory, seconds
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the process."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+            self._process = None
+
+    def ask(self, request: Any, where: str) -> Any:
+        """Return the worker's answer to a request.
+
+        Args:
+          request: any JSON value.
+          where: names the request in error messages.
+
+        Raises:
+          UserError: if the worker raises an error, or goes over a limit.
+        """
+        if self._process is None:
+            self._process = self._start()
+            self._receive(None, _STARTING, f"{where}: the process for it does not start")
+        line = json.dumps(request).encode() + b"\n"
+        late = f"{where}: takes more than {self._seconds} seconds"
+        answer = json.loads(self._receive(line, self._seconds, late) or b"{}")
+        if "value" in answer:
+            return answer["value"]
+        ended = f"ends its process; it may need more than {self._memory // MEBIBYTE} MiB"
+        raise UserError(f"{where}: {answer.get('error', ended)}")
+
+    def _receive(self, request: bytes | None, seconds: int, late: str) -> bytes:
+        """Send a request and return a line of the child's output; nothing if the child ended.
+
+        Raises:
+          UserError: with the message `late` if the child takes more than this time.
+        """
+        process = self._process
+        assert process is not None
+        assert process.stdin is not None
+        assert process.stdout is not None
+        deadline = time.monotonic() + seconds
+        timer = threading.Timer(seconds, process.kill)
+        timer.start()
+        try:
+            if request is not None:
+                process.stdin.write(request)
+                process.stdin.flush()
+            line = process.stdout.readline()
+        except BrokenPipeError:
+            line = b""
+        except BaseException:  # such as Ctrl-C: nobody may read this answer as another one
+            self.close()
+            raise
+        finally:
+            timer.cancel()
+        if line.endswith(b"\n"):
+            return line
+        status = process.wait()
+        self.close()
+        if time.monotonic() >= deadline or status == -OUT_OF_TIME:
+            raise UserError(late)
+        return b""
+
+    def _start(self) -> "subprocess.Popen[bytes]":
+        # With -P, neither the current folder nor this one can replace a module of the standard
+        # library. A session of its own keeps Ctrl-C from the child. Threads of libraries would
+        # reserve address space.
+        limits = [str(self._memory), str(self._seconds)]
+        return subprocess.Popen(
+            [sys.executable, "-P", confined_child.__file__, str(self._worker), *limits],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=os.environ | {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+            start_new_session=True,
+        )

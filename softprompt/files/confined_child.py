@@ -1,0 +1,76 @@
+"""The child of a `ConfinedProcess`: set the limits, then answer requests.
+
+This file runs as a program of its own. It imports nothing but the standard library.
+"""
+
+import json
+import runpy
+import signal
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+try:
+    import resource
+except ImportError:  # Windows; the parent limits the time
+    resource = None  # type: ignore[assignment]
+
+LONGEST_ANSWER = 16 * 2**20
+"""The most characters of an answer, written as JSON."""
+
+OUT_OF_TIME = getattr(signal, "SIGXCPU", signal.SIGTERM)
+"""The signal that ends a process after its CPU time."""
+
+
+def main(worker: str, memory: int, seconds: int) -> None:
+    """Answer the requests on standard input, one JSON value per line, until it is closed.
+
+    Args:
+      worker: the file of a module with a function `answer(request)`.
+      memory: the most bytes of address space.
+      seconds: the most CPU time per request. It stops a child without a parent.
+    """
+    answer = runpy.run_path(worker)["answer"]
+    _limit("RLIMIT_AS", memory)
+    _limit("RLIMIT_CORE", 0)
+    _write({})  # the parent starts its clock
+    for line in sys.stdin.buffer:
+        _limit("RLIMIT_CPU", int(time.process_time()) + seconds + 1)
+        _write(_outcome(answer, json.loads(line)))
+
+
+def _write(value: dict[str, Any]) -> None:
+    line = json.dumps(value)
+    if len(line) > LONGEST_ANSWER:
+        line = json.dumps({"error": "the result is too long"})
+    sys.stdout.buffer.write(line.encode() + b"\n")
+    sys.stdout.buffer.flush()
+
+
+def _outcome(answer: Callable[[Any], Any], request: Any) -> dict[str, Any]:
+    try:
+        return {"value": answer(request)}
+    except MemoryError:
+        return {"error": "needs too much memory"}
+    except RecursionError:
+        return {"error": "is nested too deeply"}
+    except BaseException as error:  # the file may raise anything, and Rust panics are no Exceptions
+        reason = str(error).strip().split("\n")[0][:300]
+        return {"error": reason or type(error).__name__}
+
+
+def _limit(name: str, value: int) -> None:
+    """Set the soft limit of a resource, where the system has such a limit."""
+    kind = getattr(resource, name, None)
+    if kind is None:
+        return
+    hard = resource.getrlimit(kind)[1]
+    try:
+        resource.setrlimit(kind, (value if hard < 0 else min(value, hard), hard))
+    except (ValueError, OSError):  # macOS refuses limits below what is in use
+        return
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], *map(int, sys.argv[2:]))
