@@ -1,5 +1,7 @@
 """Every model family matches the results of transformers and peft in tests/golden/families."""
 
+import json
+import shutil
 from functools import partial
 
 import jax
@@ -10,6 +12,8 @@ from conftest import FAMILIES_GOLDEN, golden_backbone, greedy
 
 from softprompt.backbones.batch import Batch
 from softprompt.backbones.families import FAMILIES
+from softprompt.backbones.formats.directory import ModelDirectory
+from softprompt.backbones.loading import load_backbone
 
 EXACT = 1e-4  # tolerance in units of the standard deviation of the reference logits
 VARIANTS = sorted(path.name for path in FAMILIES_GOLDEN.iterdir())
@@ -152,6 +156,35 @@ def encoder_decoder(backbone, batch, prompt):
     plain = backbone.logits(backbone.target_states(batch, None))
     (loss, logits), gradient = jax.value_and_grad(prompted, has_aux=True)(prompt)
     return plain, logits, loss, gradient
+
+
+TIED, UNTIED = "t5-relu", "t5-gated"
+
+
+@pytest.mark.parametrize(
+    ("variant", "changes", "exponent"),
+    [
+        (TIED, {"tie_word_embeddings": True, "scale_decoder_outputs": True}, 0),
+        (TIED, {"tie_word_embeddings": True, "scale_decoder_outputs": False}, 0.5),
+        (UNTIED, {"tie_word_embeddings": False, "scale_decoder_outputs": False}, 0),
+        (UNTIED, {"tie_word_embeddings": False, "scale_decoder_outputs": True}, -0.5),
+        # transformers 5 writes this for every T5 model of version 1.1.
+        (UNTIED, {"tie_word_embeddings": True, "scale_decoder_outputs": False}, 0),
+    ],
+)
+def test_the_head_of_t5_is_tied_and_scaled_independently(variant, changes, exponent, tmp_path):
+    """The reference's logits differ by a power of the hidden size with the other scale."""
+    model = shutil.copytree(FAMILIES_GOLDEN / variant, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | changes))
+    backbone, _ = load_backbone(ModelDirectory(model))
+    golden = golden_of(variant)
+    batch = t5_batch(golden)
+    logits = backbone.logits(backbone.target_states(batch, None))
+    expected = golden["logits"] * backbone.arch.hidden_size**exponent
+    assert_close(logits, expected, batch.target_candidates >= 0)
+    same = backbone.arch == golden_backbone(variant).arch
+    assert same == (exponent == 0)
 
 
 @pytest.mark.parametrize("variant", T5)

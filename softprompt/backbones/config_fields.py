@@ -42,7 +42,7 @@ class _Fields(pydantic.BaseModel):
 
 
 class RopeFields(_Fields):
-    """The parameters of a rotary embedding, or of one for each type of layer."""
+    """The parameters of a rotary embedding."""
 
     rope_type: Name | None = None
     type: Name | None = None
@@ -59,8 +59,13 @@ class RopeFields(_Fields):
     mscale_all_dim: NonNegative | None = None
     truncate: bool | None = None
     short_factor: Factors | None = None
-    full_attention: "RopeFields | None" = None
-    sliding_attention: "RopeFields | None" = None
+
+
+class RopesFields(RopeFields):
+    """The parameters of one rotary embedding for all layers, or of one for each type of layer."""
+
+    full_attention: RopeFields | None = None
+    sliding_attention: RopeFields | None = None
 
 
 class ConfigFields(_Fields):
@@ -111,8 +116,8 @@ class ConfigFields(_Fields):
     rotary_emb_base: Theta | None = None
     rotary_pct: Share | None = None
     partial_rotary_factor: Share | None = None
-    rope_parameters: RopeFields | None = None
-    rope_scaling: RopeFields | None = None
+    rope_parameters: RopesFields | None = None
+    rope_scaling: RopesFields | None = None
     relative_attention_num_buckets: Annotated[int, Field(ge=4, le=2**16)] | None = None
     relative_attention_max_distance: Positions | None = None
     query_pre_attn_scalar: Factor | None = None
