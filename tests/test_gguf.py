@@ -165,6 +165,7 @@ ALIGNMENT = "general.alignment"
             "tensor rope_factors_long.weight is missing",
         ),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_damaged_headers_are_rejected_with_a_reason(tmp_path, content, message):
     path = tmp_path / "x.gguf"

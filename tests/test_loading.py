@@ -201,8 +201,8 @@ def test_errors_name_the_damaged_file(model, file, content, message):
         ("./" + "x" * 10_000, "no such file or directory"),
         ("package:__main__/x.gguf", "the Python package __main__ is not installed"),
         ("/dev/null", "/dev/null: not a regular file"),
-        ({}, "base {}: not a name"),
-        (None, "base None: not a name"),
+        ({}, "base {}: its name is not a string"),
+        (None, "base None: its name is not a string"),
     ],
 )
 def test_an_unknown_name_is_rejected_with_an_explanation(name, message):

@@ -5,11 +5,10 @@ A family consists of a function from a config to an architecture, and of tables 
 """
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from softprompt.backbones.architecture import Architecture, LayerKind
-from softprompt.backbones.config_fields import checked_fields
 from softprompt.backbones.formats import names as named
 from softprompt.backbones.rope import make_rope
 from softprompt.backbones.t5 import T5Architecture
@@ -344,8 +343,7 @@ def _t5(config: Config) -> T5Architecture:
     *gate, activation = config.get("feed_forward_proj", "relu").split("-")
     if gate not in ([], ["gated"]):
         raise UserError(f"feed_forward_proj {config['feed_forward_proj']!r} is not supported")
-    # v1.0 ties its head and scales it, v1.1 does neither. transformers 5 has a key of its own for
-    # the scale.
+    # v1.0 ties and scales its head, v1.1 does neither. transformers 5 names the scale separately.
     tied: Any = config.get("tie_word_embeddings", True)
     scaled = config.get("scale_decoder_outputs", tied)
     return T5Architecture(
@@ -397,31 +395,6 @@ def family_of(config: Config) -> Family:
     """
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise UserError(
-            f"model type {shortened(model_type)} is not supported "
-            f"(supported: {', '.join(sorted(FAMILIES))})"
-        )
+        known = ", ".join(sorted(FAMILIES))
+        raise UserError(f"model type {shortened(model_type)} is not supported (supported: {known})")
     return FAMILIES[model_type]
-
-
-def architecture_of(config: Config, tensors: Collection[str]) -> Architecture | T5Architecture:
-    """Return the architecture that a config from outside describes.
-
-    Args:
-      config: the content of `config.json`.
-      tensors: the names of the tensors in the model's file.
-
-    Raises:
-      UserError: if the config is not supported, or names the fields that are wrong.
-    """
-    family = family_of(config)
-    fields = checked_fields(config)
-    if fields.get("scale_decoder_outputs") is False and "lm_head.weight" in tensors:
-        # transformers 5 writes that the head of T5 is tied even if it is not.
-        fields["tie_word_embeddings"] = False
-    try:
-        return family.architecture(fields)
-    except KeyError as error:
-        raise UserError(f"its config lacks {error}") from error
-    except (TypeError, ValueError, ArithmeticError) as error:
-        raise UserError(f"its config has an invalid value ({error})") from error

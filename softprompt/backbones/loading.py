@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerFast
 
 from softprompt.backbones import decoder, prefix, t5
 from softprompt.backbones.backbone import Backbone
-from softprompt.backbones.families import FAMILIES, architecture_of
+from softprompt.backbones.config import architecture_of
+from softprompt.backbones.families import FAMILIES
 from softprompt.backbones.flash import choose_attention
 from softprompt.backbones.formats.directory import ModelDirectory, ModelFile
 from softprompt.backbones.formats.gguf import GGUFFile
@@ -213,7 +214,7 @@ def find_model(name: str) -> Path:
       UserError: if the model does not exist.
     """
     if not isinstance(name, str):
-        raise UserError(f"base {shortened(name)}: not a name")
+        raise UserError(f"base {shortened(name)}: its name is not a string")
     if name == "gemma3-270m":
         return _join_gemma()
     location = SHORT_NAMES.get(name, name)

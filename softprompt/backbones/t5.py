@@ -52,18 +52,15 @@ class T5Architecture:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
+            wrong = field.type in (int, float, bool, str) and type(value) is not field.type
             least = 0 if field.name == "start_token" else 1e-12
-            numeric = field.type in (int, float)
-            wrong = not isinstance(value, field.type)  # type: ignore[arg-type]
-            if wrong or (numeric and (type(value) is bool or not least <= value < math.inf)):
+            if wrong or (type(value) in (int, float) and not least <= value < math.inf):
                 raise ValueError(f"{field.name} {value!r}")
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(f"activation {self.activation!r}")
-        # Distances have at least one bucket each, and half of the buckets are for large distances.
+        if self.activation not in ACTIVATIONS or self.start_token >= self.vocab_size:
+            raise ValueError(f"activation {self.activation!r}, start_token {self.start_token}")
+        # Half of the buckets are for one distance each. The others share longer distances.
         if self.num_buckets < 4 or self.max_distance <= self.num_buckets // 2:
             raise ValueError(f"{self.num_buckets} buckets for distances to {self.max_distance}")
-        if self.start_token >= self.vocab_size:
-            raise ValueError(f"start_token {self.start_token} of {self.vocab_size} tokens")
 
 
 class EncoderBlock(nnx.Module):
@@ -189,9 +186,8 @@ class T5(nnx.Module):
     @property
     def tied_head_scale(self) -> float:
         """The factor of the output head's rows."""
-        arch = self.arch
-        scaled = arch.tied_head if arch.scaled_head is None else arch.scaled_head
-        return arch.hidden_size**-0.5 if scaled else 1.0
+        scaled = self.arch.tied_head if self.arch.scaled_head is None else self.arch.scaled_head
+        return self.arch.hidden_size**-0.5 if scaled else 1.0
 
     @property
     def decoder_start_token(self) -> int | None:

@@ -125,4 +125,5 @@ def _open_safetensors(file: Path) -> Any:
     try:
         return safe_open(file, framework="flax")
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{file}: not a readable safetensors file ({error})") from None
+        reason = " ".join(str(error).split())[:200]  # it can contain the name of a tensor
+        raise UserError(f"{file}: not a readable safetensors file ({reason})") from None

@@ -219,7 +219,8 @@ class _Reader:
 
 def _shown(name: str) -> str:
     """Return the name of any tensor for an error message."""
-    return name if name.isprintable() and len(name) <= 200 else shortened(name)
+    plain = name.isprintable() and 0 < len(name) <= 200
+    return name if plain else shortened(name)
 
 
 def _is_finite(array: np.ndarray) -> bool:

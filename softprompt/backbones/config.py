@@ -1,15 +1,20 @@
-"""The fields of `config.json` that are read, with their types and ranges.
+"""The check of a config, and the architecture that it describes.
 
-A config comes from outside. Its fields are checked here, before anything is computed from them or
-allocated. The largest sizes are far above those of existing models, and small enough that the
-number of elements of every parameter fits in 63 bits.
+A config comes from outside. The types and ranges of its fields are checked before anything is
+computed from them or allocated. The largest sizes are far above those of existing models, and
+small enough that the number of elements of every parameter fits in 63 bits.
 """
 
+from collections.abc import Collection
 from typing import Annotated, Any
 
 import pydantic
 from pydantic import Field
 
+from softprompt.backbones.architecture import Architecture
+from softprompt.backbones.families import family_of
+from softprompt.backbones.t5 import T5Architecture
+from softprompt.errors import UserError
 from softprompt.files.json_files import checked
 
 Layers = Annotated[int, Field(ge=1, le=2**12)]
@@ -143,7 +148,33 @@ class ConfigFields(_Fields):
     decoder_start_token_id: Annotated[int, Field(ge=0, lt=2**24)] | None = None
 
 
-def checked_fields(config: dict[str, Any]) -> dict[str, Any]:
+def architecture_of(
+    config: dict[str, Any], tensors: Collection[str]
+) -> Architecture | T5Architecture:
+    """Return the architecture that a config from outside describes.
+
+    Args:
+      config: the content of `config.json`.
+      tensors: the names of the tensors in the model's file.
+
+    Raises:
+      UserError: if the config is not supported, or names the fields that are wrong.
+    """
+    family = family_of(config)
+    fields = _checked_fields(config)
+    unscaled = fields.get("scale_decoder_outputs") is False
+    if config["model_type"] == "t5" and unscaled and "lm_head.weight" in tensors:
+        # transformers 5 writes that the head is tied even if it is not.
+        fields["tie_word_embeddings"] = False
+    try:
+        return family.architecture(fields)
+    except KeyError as error:
+        raise UserError(f"its config lacks {error}") from error
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise UserError(f"its config has an invalid value ({error})") from error
+
+
+def _checked_fields(config: dict[str, Any]) -> dict[str, Any]:
     """Check a config, and leave out fields that are null like missing ones.
 
     Args:
