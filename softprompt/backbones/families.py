@@ -1,7 +1,7 @@
 """The supported model families: how each describes its architecture in `config.json`.
 
-A family consists of a function from a config to an architecture, and of tables of tensor names
-(`formats/names.py`). `docs/adding-a-family.md` shows how to add one.
+A family is a function from a config, checked by `config.py`, to an architecture, and tables of
+tensor names (`formats/names.py`). `docs/adding-a-family.md` shows how to add one.
 """
 
 import dataclasses

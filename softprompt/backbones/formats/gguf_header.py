@@ -22,8 +22,8 @@ from softprompt.files.reading import MEBIBYTE
 _SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
 _STRING, _ARRAY = 8, 9
 # Limits far above those of existing models, such that no header takes seconds or a gigabyte.
-_MAX_HEADER = 128 * MEBIBYTE
-_MAX_ITEMS = 2**23  # in all arrays together
+_MAX_HEADER = 64 * MEBIBYTE
+_MAX_ITEMS = 2**22  # in all arrays together
 _MAX_FIELDS = 2**16
 _MAX_TENSORS = 2**17
 _MAX_NAME = 1024
@@ -113,7 +113,7 @@ class _Header:
 
     def name(self, earlier: dict[str, Any]) -> str:
         """Read a name that differs from all earlier ones."""
-        name = self._text()
+        (name,) = self._texts(1)
         if not name or len(name) > _MAX_NAME or not name.isprintable():
             raise ValueError(f"the name {shortened(name)}")
         if name in earlier:
@@ -123,7 +123,7 @@ class _Header:
     def value(self, kind: int, depth: int = 0) -> Any:
         """Read a value of metadata. Arrays become lists."""
         if kind == _STRING:
-            return self._text()
+            return self._texts(1)[0]
         if kind in _SCALARS:
             return self.take(_SCALARS[kind])[0]
         if kind != _ARRAY:
@@ -134,19 +134,28 @@ class _Header:
         self._items += count
         if self._items > _MAX_ITEMS:
             raise ValueError("too many items in arrays")
+        if item_kind == _STRING:
+            return self._texts(count)
         if item_kind not in _SCALARS:
             return [self.value(item_kind, depth + 1) for _ in range(count)]
         dtype = np.dtype("<" + _SCALARS[item_kind])
         start = self._advance(count * dtype.itemsize)
         return np.frombuffer(self._data, dtype, count, start).tolist()
 
-    def _text(self) -> str:
-        (length,) = self.take("Q")
-        start = self._advance(length)
+    def _texts(self, count: int) -> list[str]:
+        # Large vocabularies have a million texts, so this loop calls no other methods.
+        data, position, end, texts = self._data, self.position, self._end, []
         try:
-            return self._data[start : self.position].decode()
+            for _ in range(count):
+                start = position + 8
+                position = start + int.from_bytes(data[position:start], "little")
+                if position > end:
+                    break
+                texts.append(data[start:position].decode())
         except UnicodeDecodeError:
             raise ValueError(f"text that is not UTF-8, at byte {start}") from None
+        self._advance(position - self.position)
+        return texts
 
     def _advance(self, size: int) -> int:
         """Move over `size` bytes, and return where they start."""
