@@ -163,6 +163,8 @@ def test_attention_is_a_softmax_over_prefix_and_own_keys():
         {"layers": ()},
         {"layers": (LayerKind(None, window=0),)},
         {"layers": (LayerKind(Rope((math.inf,))),)},
+        {"layers": (LayerKind(Rope((0.0,))), LayerKind(Rope((0.0, 0.0))))},
+        {"layers": (LayerKind(Rope((0.0,))), LayerKind(None))},
         {"layers": (LayerKind(Rope((0.0,), factor=math.nan)),)},
     ],
     ids=str,

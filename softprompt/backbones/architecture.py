@@ -78,6 +78,8 @@ class Architecture:
             raise ValueError(f"{self.experts_per_token} of {self.num_experts} experts")
         if not self.layers:
             raise ValueError("no layers")
+        if len({kind.rope and len(kind.rope.frequencies) for kind in self.layers}) > 1:
+            raise ValueError("rotary embeddings of different sizes")
         for kind in set(self.layers):
             if kind.window is not None and kind.window <= 0:
                 raise ValueError(f"a window of {kind.window} tokens")
