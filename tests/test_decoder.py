@@ -1,5 +1,7 @@
 """The decoder agrees with transformers and peft, whose results are in tests/golden."""
 
+import dataclasses
+import math
 from functools import partial
 
 import jax
@@ -9,7 +11,9 @@ import pytest
 from conftest import GOLDEN
 
 from softprompt import load_base
+from softprompt.backbones.architecture import LayerKind
 from softprompt.backbones.attention import Source, attend, causal_mask
+from softprompt.backbones.rope import Rope
 
 pytestmark = pytest.mark.usefixtures("strict_types")
 
@@ -137,3 +141,34 @@ def test_attention_is_a_softmax_over_prefix_and_own_keys():
 
     got = attention(queries, keys, values, prefix)
     np.testing.assert_allclose(got, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hidden_size": 0},
+        {"hidden_size": True},
+        {"head_size": -1},
+        {"norm_epsilon": math.nan},
+        {"norm_epsilon": 0.0},
+        {"embedding_scale": math.inf},
+        {"residual_scale": 0.0},
+        {"logit_scale": -1.0},
+        {"attention_scale": math.nan},
+        {"attention_softcap": 0.0},
+        {"logit_softcap": -30},
+        {"num_experts": -1},
+        {"num_experts": 4},
+        {"num_experts": 4, "experts_per_token": 5},
+        {"layers": ()},
+        {"layers": (LayerKind(None, window=0),)},
+        {"layers": (LayerKind(Rope((math.inf,))),)},
+        {"layers": (LayerKind(Rope((0.0,))), LayerKind(Rope((0.0, 0.0))))},
+        {"layers": (LayerKind(Rope((0.0,))), LayerKind(None))},
+        {"layers": (LayerKind(Rope((0.0,), factor=math.nan)),)},
+    ],
+    ids=str,
+)
+def test_an_architecture_that_cannot_compute_finite_numbers_is_rejected(tiny, changes):
+    with pytest.raises(ValueError, match=r"\S"):
+        dataclasses.replace(tiny.backbone.arch, **changes)

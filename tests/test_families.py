@@ -1,6 +1,10 @@
 """Every model family matches the results of transformers and peft in tests/golden/families."""
 
+import json
+import re
+import shutil
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -8,11 +12,16 @@ import numpy as np
 import pytest
 from conftest import FAMILIES_GOLDEN, golden_backbone, greedy
 
+import softprompt
 from softprompt.backbones.batch import Batch
+from softprompt.backbones.config import ConfigFields, RopeFields
 from softprompt.backbones.families import FAMILIES
+from softprompt.backbones.formats.directory import ModelDirectory
+from softprompt.backbones.loading import load_backbone
 
 EXACT = 1e-4  # tolerance in units of the standard deviation of the reference logits
 VARIANTS = sorted(path.name for path in FAMILIES_GOLDEN.iterdir())
+PACKAGE = Path(softprompt.__file__).parent
 T5 = [name for name in VARIANTS if name.startswith("t5")]
 CAUSAL = [name for name in VARIANTS if name not in T5]
 
@@ -154,6 +163,35 @@ def encoder_decoder(backbone, batch, prompt):
     return plain, logits, loss, gradient
 
 
+TIED, UNTIED = "t5-relu", "t5-gated"
+
+
+@pytest.mark.parametrize(
+    ("variant", "changes", "exponent"),
+    [
+        (TIED, {"tie_word_embeddings": True, "scale_decoder_outputs": True}, 0),
+        (TIED, {"tie_word_embeddings": True, "scale_decoder_outputs": False}, 0.5),
+        (UNTIED, {"tie_word_embeddings": False, "scale_decoder_outputs": False}, 0),
+        (UNTIED, {"tie_word_embeddings": False, "scale_decoder_outputs": True}, -0.5),
+        # transformers 5 writes this for every T5 model of version 1.1.
+        (UNTIED, {"tie_word_embeddings": True, "scale_decoder_outputs": False}, 0),
+    ],
+)
+def test_the_head_of_t5_is_tied_and_scaled_independently(variant, changes, exponent, tmp_path):
+    """The reference's logits differ by a power of the hidden size with the other scale."""
+    model = shutil.copytree(FAMILIES_GOLDEN / variant, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | changes))
+    backbone, _ = load_backbone(ModelDirectory(model))
+    golden = golden_of(variant)
+    batch = t5_batch(golden)
+    logits = backbone.logits(backbone.target_states(batch, None))
+    expected = golden["logits"] * backbone.arch.hidden_size**exponent
+    assert_close(logits, expected, batch.target_candidates >= 0)
+    same = backbone.arch == golden_backbone(variant).arch
+    assert same == (exponent == 0)
+
+
 @pytest.mark.parametrize("variant", T5)
 def test_an_encoder_decoder_matches_transformers(variant):
     golden = golden_of(variant)
@@ -167,3 +205,15 @@ def test_an_encoder_decoder_matches_transformers(variant):
     np.testing.assert_allclose(loss, golden["loss"], rtol=1e-4)
     error = np.abs(gradient - golden["prompt_gradient"]).max()
     assert error < EXACT * np.abs(golden["prompt_gradient"]).max()
+
+
+def test_every_field_that_a_family_reads_has_a_schema():
+    """A field without one would come from outside unchecked."""
+    families = (PACKAGE / "backbones" / "families.py").read_text()
+    rope = (PACKAGE / "backbones" / "rope.py").read_text()
+    fields = set(re.findall(r'config(?:\.get\(|\[)"(\w+)"', families))
+    parameters = set(re.findall(r'parameters(?:\.get\(|\[)"(\w+)"', rope))
+    assert "num_hidden_layers" in fields
+    assert "rope_theta" in parameters
+    assert fields - {"model_type"} <= set(ConfigFields.model_fields)
+    assert parameters <= set(RopeFields.model_fields)

@@ -11,7 +11,7 @@ from conftest import FAMILIES_GOLDEN, GOLDEN
 from transformers import AutoConfig, AutoTokenizer
 
 from softprompt import Base, SoftPrompt
-from softprompt.backbones.families import FAMILIES
+from softprompt.backbones.config import architecture_of
 from softprompt.backbones.formats.directory import ModelDirectory
 from softprompt.backbones.formats.gguf import GGUFFile
 from softprompt.backbones.formats.tokenizer_files import read_tokenizer_files
@@ -38,7 +38,7 @@ def test_transformers_reads_the_same_architecture_from_the_config(path, tiny, tm
     assert again.arch == backbone.arch
     if path.is_dir():
         assert theirs["architectures"] == file.config["architectures"]
-    assert FAMILIES[file.config["model_type"]].architecture(theirs) == backbone.arch
+    assert architecture_of(theirs, ModelDirectory(tmp_path).names) == backbone.arch
 
 
 @pytest.mark.parametrize("path", MODELS, ids=lambda path: path.name)

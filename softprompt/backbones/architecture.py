@@ -1,6 +1,7 @@
 """The architecture of a causal decoder: its sizes and options, without weights."""
 
 import dataclasses
+import math
 from typing import Literal
 
 from softprompt.backbones.layers import ACTIVATIONS
@@ -63,14 +64,26 @@ class Architecture:
         for field in dataclasses.fields(self):
             value, required = getattr(self, field.name), field.default is dataclasses.MISSING
             wrong = field.type in (int, float, bool) and type(value) is not field.type
-            if wrong or (required and field.type in (int, float) and value <= 0):
+            if type(value) in (int, float):
+                may_be_zero = field.type is int and not required
+                wrong = wrong or not (0 < value < math.inf or (may_be_zero and value == 0))
+            if wrong:
                 raise ValueError(f"{field.name} {value!r}")
         rotated = [2 * len(kind.rope.frequencies) for kind in self.layers if kind.rope]
         if self.num_heads % self.num_kv_heads or max(rotated, default=0) > self.head_size:
             raise ValueError("sizes of attention heads do not match")
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation {self.activation!r}")
-        if self.experts_per_token > self.num_experts:
+        if not bool(self.num_experts) <= self.experts_per_token <= self.num_experts:
             raise ValueError(f"{self.experts_per_token} of {self.num_experts} experts")
         if not self.layers:
             raise ValueError("no layers")
+        if len({kind.rope and len(kind.rope.frequencies) for kind in self.layers}) > 1:
+            raise ValueError("rotary embeddings of different sizes")
+        for kind in set(self.layers):
+            if kind.window is not None and kind.window <= 0:
+                raise ValueError(f"a window of {kind.window} tokens")
+            if kind.rope and not all(
+                map(math.isfinite, (*kind.rope.frequencies, kind.rope.factor))
+            ):
+                raise ValueError("a rotary embedding that is not finite")

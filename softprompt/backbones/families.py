@@ -1,7 +1,7 @@
 """The supported model families: how each describes its architecture in `config.json`.
 
-A family consists of a function from a config to an architecture, and of tables of tensor names
-(`formats/names.py`). `docs/adding-a-family.md` shows how to add one.
+A family is a function from a config, checked by `config.py`, to an architecture, and tables of
+tensor names (`formats/names.py`). `docs/adding-a-family.md` shows how to add one.
 """
 
 import dataclasses
@@ -13,6 +13,7 @@ from softprompt.backbones.formats import names as named
 from softprompt.backbones.rope import make_rope
 from softprompt.backbones.t5 import T5Architecture
 from softprompt.errors import UserError
+from softprompt.files.json_files import shortened
 
 Config = dict[str, Any]
 
@@ -60,7 +61,7 @@ def _require(config: Config, key: str, supported: Any) -> None:
     """Reject a config whose `key` has a value other than the supported one or null."""
     if config.get(key) not in (None, supported):
         raise UserError(
-            f"{key} {config[key]!r} of a {config['model_type']} model is not supported "
+            f"{key} {shortened(config[key])} of a {config['model_type']} model is not supported "
             f"(supported: {supported!r})"
         )
 
@@ -83,9 +84,8 @@ def _windows(config: Config, default_types: Sequence[str], window: Any) -> list[
     windows = {"full_attention": None, "sliding_attention": window}
     types = config.get("layer_types") or default_types
     if unknown := set(types) - set(windows):
-        raise UserError(
-            f"layer type {min(unknown)!r} is not supported (supported: {', '.join(windows)})"
-        )
+        kind = shortened(min(unknown))
+        raise UserError(f"layer type {kind} is not supported (supported: {', '.join(windows)})")
     if len(types) != config["num_hidden_layers"]:
         raise ValueError(f"{len(types)} layer_types")
     return [windows[kind] for kind in types]
@@ -341,8 +341,11 @@ def _opt(config: Config) -> Architecture:
 
 def _t5(config: Config) -> T5Architecture:
     *gate, activation = config.get("feed_forward_proj", "relu").split("-")
-    # v1.0 ties its head and scales it. The key for this was renamed in transformers 5.
-    tied: Any = config.get("scale_decoder_outputs", config.get("tie_word_embeddings", True))
+    if gate not in ([], ["gated"]):
+        raise UserError(f"feed_forward_proj {config['feed_forward_proj']!r} is not supported")
+    # v1.0 ties and scales its head, v1.1 does neither. transformers 5 names the scale separately.
+    tied: Any = config.get("tie_word_embeddings", True)
+    scaled = config.get("scale_decoder_outputs", tied)
     return T5Architecture(
         vocab_size=config["vocab_size"],
         hidden_size=config["d_model"],
@@ -359,6 +362,7 @@ def _t5(config: Config) -> T5Architecture:
         tied_head=tied,
         activation=_activation("gelu_new" if gate and activation == "gelu" else activation),
         gated=gate == ["gated"],
+        scaled_head=None if scaled == tied else scaled,
     )
 
 
@@ -389,9 +393,8 @@ def family_of(config: Config) -> Family:
     Raises:
       UserError: if the family is not supported.
     """
-    model_type = str(config.get("model_type"))
-    if model_type not in FAMILIES:
-        raise UserError(
-            f"model type {model_type!r} is not supported (supported: {', '.join(sorted(FAMILIES))})"
-        )
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        known = ", ".join(sorted(FAMILIES))
+        raise UserError(f"model type {shortened(model_type)} is not supported (supported: {known})")
     return FAMILIES[model_type]

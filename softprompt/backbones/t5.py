@@ -44,19 +44,23 @@ class T5Architecture:
     max_distance: int  # larger distances share one bucket
     norm_epsilon: float
     start_token: int  # the decoder reads it before the first target
-    tied_head: bool  # the head is the embedding table scaled by D ** -0.5
+    tied_head: bool  # the head is the embedding table
     activation: str
     gated: bool
+    scaled_head: bool | None = None  # the head is scaled by D ** -0.5; None: if it is tied
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
+            wrong = field.type in (int, float, bool, str) and type(value) is not field.type
             least = 0 if field.name == "start_token" else 1e-12
-            numeric = field.type in (int, float)
-            if type(value) is not field.type or (numeric and value < least):
+            if wrong or (type(value) in (int, float) and not least <= value < math.inf):
                 raise ValueError(f"{field.name} {value!r}")
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(f"activation {self.activation!r}")
+        if self.activation not in ACTIVATIONS or self.start_token >= self.vocab_size:
+            raise ValueError(f"activation {self.activation!r}, start_token {self.start_token}")
+        # Half of the buckets are for one distance each. The others share longer distances.
+        if self.num_buckets < 4 or self.max_distance <= self.num_buckets // 2:
+            raise ValueError(f"{self.num_buckets} buckets for distances to {self.max_distance}")
 
 
 class EncoderBlock(nnx.Module):
@@ -181,8 +185,9 @@ class T5(nnx.Module):
 
     @property
     def tied_head_scale(self) -> float:
-        """The factor of the embedding table's rows where it is also the output head."""
-        return self.arch.hidden_size**-0.5
+        """The factor of the output head's rows."""
+        scaled = self.arch.tied_head if self.arch.scaled_head is None else self.arch.scaled_head
+        return self.arch.hidden_size**-0.5 if scaled else 1.0
 
     @property
     def decoder_start_token(self) -> int | None:
@@ -294,10 +299,11 @@ class T5(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Map hidden states `[..., D]` to float32 logits `[..., V]`."""
-        if not self.arch.tied_head:
-            return self.head(hidden).astype(jnp.float32)
-        table = self.embedding.table[...]
-        logits = jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
+        if self.arch.tied_head:
+            table = self.embedding.table[...]
+            logits = jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
+        else:
+            logits = self.head(hidden).astype(jnp.float32)
         return logits * self.tied_head_scale
 
     def start(

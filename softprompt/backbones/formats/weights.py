@@ -1,6 +1,7 @@
 """Reading: from the tensors of a file to the parameters of a backbone."""
 
 import hashlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from flax import nnx
 from softprompt.backbones.formats.directory import ModelFile
 from softprompt.backbones.formats.names import Names, Stored, module_and_suffix
 from softprompt.errors import UserError
+from softprompt.files.json_files import shortened
 
 # Suffixes of tensors that old versions of transformers saved and that are not needed.
 _UNUSED = (
@@ -23,12 +25,14 @@ _UNUSED = (
     ".EncDecAttention.relative_attention_bias.weight",
 )
 _MAX_PROBLEMS = 20  # in one message
+_MAX_COUNTED_PROBLEMS = 1000
 
 
 def load_weights(state: nnx.State, file: ModelFile, names: Names, arch: Any, dtype: str) -> str:
     """Read all parameters of a backbone from a file.
 
-    Tensors are read one at a time, so memory use stays close to the size of the model.
+    The shapes of all tensors are checked before memory for any is allocated. Tensors are then read
+    one at a time, so memory use stays close to the size of the model.
 
     Args:
       state: the shapes and dtypes of the parameters. This function replaces them by arrays.
@@ -43,25 +47,30 @@ def load_weights(state: nnx.State, file: ModelFile, names: Names, arch: Any, dty
       The SHA-256 of all stored values. It does not depend on `dtype`.
 
     Raises:
-      UserError: names the tensors that are missing, unused or of the wrong shape.
+      UserError: names the tensors that are missing, unused or of the wrong shape, or one whose
+        values are not finite.
     """
     flat = dict(nnx.to_flat_state(state))
     reader = _Reader(file, names, arch)
+    read = {  # without the scales of kernels, which are set together with the kernels
+        path: parameter
+        for path, parameter in flat.items()
+        if not (path[-1] == "scale" and (*path[:-1], "kernel") in flat)
+    }
+    for path, parameter in read.items():
+        reader.check(path, parameter.shape)
     if arch.tied_head:
         reader.check_tied_head()
-    for path, parameter in flat.items():
-        if path[-1] == "scale" and (*path[:-1], "kernel") in flat:
-            continue  # set together with its kernel
+    reader.raise_problems()
+    for path, parameter in read.items():
         quantized = parameter.dtype == jnp.int8
         is_norm = "norm" in str(path[-2:-1])
         stored_dtype = np.float32 if is_norm else np.int8 if quantized else jnp.dtype(dtype)
         values, scales = reader.parameter(path, parameter.shape, stored_dtype)
-        if not reader.problems:
-            # `jnp.asarray` would compile a program for each shape.
-            parameter.set_value(jax.device_put(values))
-            if quantized:
-                flat[*path[:-1], "scale"].set_value(jax.device_put(scales))
-    reader.raise_problems()
+        # `jnp.asarray` would compile a program for each shape.
+        parameter.set_value(jax.device_put(values))
+        if quantized:
+            flat[*path[:-1], "scale"].set_value(jax.device_put(scales))
     return reader.digest.hexdigest()
 
 
@@ -81,7 +90,7 @@ def quantize(kernel: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 class _Reader:
-    """Reads parameters and records which tensors were used and which did not fit."""
+    """Reads parameters and records which tensors are used and which do not fit."""
 
     def __init__(self, file: ModelFile, names: Names, arch: Any):
         self._file, self._names, self._arch = file, names, arch
@@ -94,32 +103,45 @@ class _Reader:
         self.used: set[str] = set()
         self.problems: list[str] = []
 
+    def check(self, path: tuple[Any, ...], shape: tuple[int, ...]) -> None:
+        """Check that the file has the tensors of a parameter, for all layers and experts."""
+        for _, name, entry, wanted in self._tensors(path, shape):
+            if len(self.problems) >= _MAX_COUNTED_PROBLEMS:
+                return
+            self._check_tensor(name, entry, wanted)
+
     def parameter(
         self, path: tuple[Any, ...], shape: tuple[int, ...], dtype: Any
-    ) -> tuple[np.ndarray | None, np.ndarray | None]:
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Read a parameter for all layers and experts; also its scales if `dtype` is int8."""
-        is_kernel = path[-1] == "kernel"
-        module, suffix = module_and_suffix(path)
-        name, entry = self._tensor_of(module)
-        name += suffix
-        axes = [axis for axis in ("layer", "expert") if f"{{{axis}}}" in name]
-        stack, one = shape[: len(axes)], shape[len(axes) :]
-        values: Any = None
-        scales: Any = None
-        for index in np.ndindex(stack):
-            numbered = name.format(**dict(zip(axes, index, strict=True)))
-            array = self._read(numbered, entry, one[::-1] if is_kernel else one)
-            if array is None:
-                continue
-            if values is None:
-                values = np.empty(shape, dtype)
-                scales = np.empty((*stack, one[-1]), np.float32)
-            if is_kernel:
+        values = np.empty(shape, dtype)
+        scales = np.empty((*shape[:-2], shape[-1]), np.float32)
+        for index, name, entry, wanted in self._tensors(path, shape):
+            array = self._read(name, entry, wanted)
+            if path[-1] == "kernel":
                 array = array.T
             if dtype == np.int8:
                 array, scales[index] = quantize(array)
             values[index] = array
         return values, scales
+
+    def _tensors(
+        self, path: tuple[Any, ...], shape: tuple[int, ...]
+    ) -> Iterator[tuple[tuple[int, ...], str, Stored | None, tuple[int, ...]]]:
+        """Yield the tensors of a parameter, one for each layer and expert.
+
+        Yields:
+          The index in the parameter, and the tensor's name, conversion, and shape in the file
+          after the conversion.
+        """
+        module, suffix = module_and_suffix(path)
+        name, entry = self._tensor_of(module)
+        name += suffix
+        axes = [axis for axis in ("layer", "expert") if f"{{{axis}}}" in name]
+        stack, one = shape[: len(axes)], shape[len(axes) :]
+        wanted = one[::-1] if path[-1] == "kernel" else one
+        for index in np.ndindex(stack):
+            yield index, name.format(**dict(zip(axes, index, strict=True))), entry, wanted
 
     def _tensor_of(self, module: str) -> tuple[str, Stored | None]:
         """Return the name of a module's tensors without suffix, and their conversion if any."""
@@ -131,23 +153,36 @@ class _Reader:
         present = (c for c in choices if f"{c}.weight".format(layer=0, expert=0) in self._stored)
         return next(present, choices[0]), None
 
-    def _read(self, name: str, entry: Stored | None, shape: tuple[int, ...]) -> np.ndarray | None:
+    def _check_tensor(self, name: str, entry: Stored | None, wanted: tuple[int, ...]) -> None:
         self.used.add(name)
         if name not in self._stored:
             self.problems.append(f"{name} is missing")
-            return None
-        stored = self._file.read(name)
-        try:
-            array = stored
-            if entry:
-                array = np.atleast_1d(stored.T if entry.transposed else stored)
-                array = entry.form.split(array, self._arch)[entry.part]
-        except ValueError:
-            array = None
-        if array is None or array.shape != shape:
-            wanted = f"from which {shape} cannot be taken" if entry else f"not {shape}"
-            self.problems.append(f"{name} has shape {stored.shape}, {wanted}")
-            return None
+            return
+        stored = self._file.shape(name)
+        found: tuple[int, ...] | None = stored
+        if entry:
+            try:
+                # An array that takes no memory.
+                found = self._converted(np.broadcast_to(np.float32(0), stored), entry).shape
+            except ValueError:
+                found = None
+        if found != wanted:
+            wrong = f"from which {wanted} cannot be taken" if entry else f"not {wanted}"
+            self.problems.append(f"{name} has shape {shortened(stored)}, {wrong}")
+
+    def _converted(self, array: np.ndarray, entry: Stored) -> np.ndarray:
+        array = np.atleast_1d(array.T if entry.transposed else array)
+        return entry.form.split(array, self._arch)[entry.part]
+
+    def _read(self, name: str, entry: Stored | None, shape: tuple[int, ...]) -> np.ndarray:
+        array = self._file.read(name)
+        if entry:
+            array = self._converted(array, entry)
+        if not _is_finite(array):
+            raise UserError(
+                f"{self._file.path}: tensor {name} has values that are not finite (NaN or "
+                "infinity); use a base model without them"
+            )
         self.digest.update(f"{name} {shape}".encode())
         self.digest.update(np.ascontiguousarray(array).view(np.uint8).data)
         return array
@@ -159,18 +194,38 @@ class _Reader:
             for module in ("head", "embedding")
         )
         self.used.add(head)
-        if {head, embedding} <= self._stored and not np.array_equal(
-            self._file.read(head), self._file.read(embedding)
-        ):
+        if self.problems or head not in self._stored:
+            return
+        fits = self._file.shape(head) == self._file.shape(embedding)
+        if not fits or not np.array_equal(self._file.read(head), self._file.read(embedding)):
             self.problems.append(
                 f"{head} differs from {embedding}, but the config says that the two are tied"
             )
 
     def raise_problems(self) -> None:
-        unused = (n for n in sorted(self._stored - self.used) if not n.endswith(_UNUSED))
-        problems = list(dict.fromkeys(self.problems)) + [f"{name} is not used" for name in unused]
-        if more := problems[_MAX_PROBLEMS:]:
-            problems = [*problems[:_MAX_PROBLEMS], f"and {len(more)} more"]
+        """Raise an error that names the tensors that do not fit, if there are any."""
+        problems = list(dict.fromkeys(self.problems))
+        more = len(problems) - _MAX_PROBLEMS
+        if len(self.problems) < _MAX_COUNTED_PROBLEMS:
+            unused = [n for n in sorted(self._stored - self.used) if not n.endswith(_UNUSED)]
+            problems += [f"{_shown(name)} is not used" for name in unused]
+            more = len(problems) - _MAX_PROBLEMS
+        if more > 0:
+            problems = [*problems[:_MAX_PROBLEMS], f"and {more} more"]
         if problems:
             listed = "; ".join(problems)
             raise UserError(f"{self._file.path}: the weights do not fit the config: {listed}")
+
+
+def _shown(name: str) -> str:
+    """Return the name of any tensor for an error message."""
+    plain = name.isprintable() and 0 < len(name) <= 200
+    return name if plain else shortened(name)
+
+
+def _is_finite(array: np.ndarray) -> bool:
+    if array.dtype.itemsize != 2:
+        return bool(np.isfinite(array).all())
+    # `np.isfinite` is slow for these types. A value is not finite if all bits of its exponent are.
+    exponent = np.uint16(0x7C00 if array.dtype == np.float16 else 0x7F80)
+    return not ((array.view(np.uint16) & exponent) == exponent).any()
