@@ -1,6 +1,7 @@
 """Merged models: transformers reads them as we do, and new tokens act as the vectors."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import jax
@@ -29,11 +30,7 @@ MODELS = [*sorted(FAMILIES_GOLDEN.iterdir()), *sorted((GOLDEN / "gguf").glob("*.
 @pytest.mark.parametrize("path", MODELS, ids=lambda path: path.name)
 def test_transformers_reads_the_same_architecture_from_the_config(path, tiny, tmp_path):
     file = ModelDirectory(path) if path.is_dir() else GGUFFile(path)
-    backbone, _ = load_backbone(file)
-    base = Base(str(path), "", file.config, backbone, tiny.tokenizer, ComputeSettings())
-    task = SimpleNamespace(template=TemplateSettings(input="{text}"), demonstrations=(), tasks={})
-    export_merged(TrainedPrompt(base, FullFineTuning(), backbone, None, task, {}), tmp_path)
-    again, _ = load_backbone(ModelDirectory(tmp_path))
+    backbone, again = merge(file, FullFineTuning(), tiny.tokenizer, tmp_path)
     theirs = AutoConfig.from_pretrained(tmp_path).to_dict()
     assert again.arch == backbone.arch
     if path.is_dir():
@@ -89,32 +86,58 @@ def test_the_tokenizer_uses_names_that_transformers_4_knows(tmp_path):
         assert again.chat_template == tokenizer.chat_template
 
 
+@jax.jit
+def next_logits(backbone, tokens, prefix):
+    """Return the logits `[B, V]` of the token after each row."""
+    hidden, _ = backbone.start(tokens, jnp.array([tokens.shape[1]]), prefix, 1)
+    return backbone.logits(hidden)
+
+
+def merge(file, method, tokenizer, folder):
+    """Export a method on the model of a file, and return both backbones."""
+    backbone, _ = load_backbone(file)
+    base = Base(str(file.path), "", file.config, backbone, tokenizer, ComputeSettings())
+    task = SimpleNamespace(template=TemplateSettings(input="{text}"), demonstrations=(), tasks={})
+    about = {"method": method.name}
+    export_merged(TrainedPrompt(base, method, backbone, None, task, about), folder)
+    return backbone, load_backbone(ModelDirectory(folder))[0]
+
+
 @pytest.mark.parametrize("variant", sorted(path.name for path in (GOLDEN / "adapters").iterdir()))
 def test_new_tokens_act_as_the_vectors_and_are_never_generated(variant, tiny, tmp_path):
     """The families cover embedding scales, tied and untied heads, and T5's start token."""
     file = ModelDirectory(FAMILIES_GOLDEN / variant)
     backbone, _ = load_backbone(file)
-    base = Base(variant, "", file.config, backbone, tiny.tokenizer, ComputeSettings())
     scale = float(backbone.embedding.table[...].std()) * backbone.embedding.scale
     method = SoftPrompt(
         scale * jax.random.normal(jax.random.key(0), (3, backbone.arch.hidden_size))
     )
-    task = SimpleNamespace(template=TemplateSettings(input="{text}"), demonstrations=(), tasks={})
-    about = {"method": "prompt"}
-    export_merged(TrainedPrompt(base, method, backbone, None, task, about), tmp_path)
-    merged, _ = load_backbone(ModelDirectory(tmp_path))
+    _, merged = merge(file, method, tiny.tokenizer, tmp_path)
     generation = json.loads((tmp_path / "generation_config.json").read_text())
     new, size = generation["suppress_tokens"], backbone.arch.vocab_size
     if backbone.separate_targets:
         assert generation["decoder_start_token_id"] == backbone.arch.start_token
     tokens = np.array([[5, 9, 7, 6]])
-
-    @jax.jit
-    def logits(backbone, tokens, prefix):
-        hidden, _ = backbone.start(tokens, jnp.array([tokens.shape[1]]), prefix, 1)
-        return backbone.logits(hidden)
-
-    expected = np.asarray(logits(backbone, tokens, method.make_prefix(method.adapt(backbone))))
-    found = np.asarray(logits(merged, np.concatenate([[new], tokens], axis=1), None))
+    expected = np.asarray(next_logits(backbone, tokens, method.make_prefix(method.adapt(backbone))))
+    found = np.asarray(next_logits(merged, np.concatenate([[new], tokens], axis=1), None))
     np.testing.assert_allclose(found[:, :size], expected, rtol=0, atol=1e-4 * expected.std())
     assert (found[:, new] <= found[:, :size].max()).all()
+
+
+@pytest.mark.parametrize("variant", ["t5-relu", "t5-gated"])
+@pytest.mark.parametrize("scaled", [True, False])
+@pytest.mark.parametrize("method", [FullFineTuning(), SoftPrompt(jnp.ones((3, 16)))])
+def test_the_head_of_t5_keeps_its_scale(variant, scaled, method, tiny, tmp_path):
+    """Transformers 4 scales tied heads alone, so other heads store the scale in their values."""
+    model = shutil.copytree(FAMILIES_GOLDEN / variant, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text()) | {"scale_decoder_outputs": scaled}
+    (model / "config.json").write_text(json.dumps(config))
+    (tmp_path / "merged").mkdir()
+    backbone, merged = merge(ModelDirectory(model), method, tiny.tokenizer, tmp_path / "merged")
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    tied = config["tie_word_embeddings"]
+    assert config.get("scale_decoder_outputs", tied) == tied == merged.arch.tied_head
+    tokens, size = np.array([[5, 9, 7, 6]]), backbone.arch.vocab_size
+    found = np.asarray(next_logits(merged, tokens, None))[:, :size]
+    expected = np.asarray(next_logits(backbone, tokens, None))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * expected.std())

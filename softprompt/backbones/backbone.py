@@ -61,8 +61,8 @@ class Backbone(Protocol[PrefixType, CacheType]):
         ...
 
     @property
-    def tied_head_scale(self) -> float:
-        """The factor that turns rows of the embedding table into rows of a tied output head."""
+    def head_scale(self) -> float:
+        """The factor of the output head's rows; T5 scales a head that it ties to the embeddings."""
         ...
 
     @property

@@ -131,7 +131,7 @@ class Decoder(nnx.Module):
 
     separate_targets = False
     caches_prompt = True
-    tied_head_scale = 1.0
+    head_scale = 1.0
     auto_class = "AutoModelForCausalLM"
     decoder_start_token: int | None = None
 

@@ -184,7 +184,7 @@ class T5(nnx.Module):
         return f"T5({layers}, hidden size {arch.hidden_size})"
 
     @property
-    def tied_head_scale(self) -> float:
+    def head_scale(self) -> float:
         """The factor of the output head's rows."""
         scaled = self.arch.tied_head if self.arch.scaled_head is None else self.arch.scaled_head
         return self.arch.hidden_size**-0.5 if scaled else 1.0
@@ -304,7 +304,7 @@ class T5(nnx.Module):
             logits = jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
         else:
             logits = self.head(hidden).astype(jnp.float32)
-        return logits * self.tied_head_scale
+        return logits * self.head_scale
 
     def start(
         self, tokens: jax.Array, lengths: jax.Array, prefix: T5Prefix | None, capacity: int

@@ -47,6 +47,10 @@ def export_merged(prompt: TrainedPrompt, folder: Path) -> str:
     names = [f"<|softprompt-{i}|>" for i in range(len(vectors))]
     tensors = dict(stored_tensors(backbone, FAMILIES[base.config["model_type"]].names))
     size = base.backbone.arch.vocab_size
+    # Version 4 of transformers scales the heads of T5 that are tied, and no others.
+    untied = bool(names) or getattr(base.backbone.arch, "scaled_head", None) is not None
+    if untied:
+        _untie(tensors, base)
     if names:
         tokenizer.add_tokens([AddedToken(name, special=True, normalized=False) for name in names])
         vocabulary = tokenizer.get_vocab()
@@ -55,7 +59,7 @@ def export_merged(prompt: TrainedPrompt, folder: Path) -> str:
         _add_tokens(tensors, base, vectors, ids, size)
     save_tokenizer(tokenizer, folder)
     save_tensors(tensors, folder / "model.safetensors")
-    config = merged_config(base, size, untied=bool(names))
+    config = merged_config(base, size, untied=untied)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     generation = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     if base.backbone.decoder_start_token is not None:
@@ -71,22 +75,32 @@ def export_merged(prompt: TrainedPrompt, folder: Path) -> str:
 def _add_tokens(
     tensors: dict[str, np.ndarray], base: Base, vectors: np.ndarray, ids: list[int], size: int
 ) -> None:
-    """Extend the vocabulary to `size` tokens. The embeddings of `ids` become the vectors.
+    """Extend the vocabulary of untied tensors to `size` tokens, with the vectors at `ids`.
 
     No new token is ever generated: its row of the head equals the row of another token that the
     model does not generate, and of two equal logits the lower id is chosen.
     """
-    arch, names = base.backbone.arch, FAMILIES[base.config["model_type"]].names
-    embedding, head = f"{names['embedding']}.weight", f"{names['head']}.weight"
+    embedding, head = _tables(base)
     table = tensors[embedding]
-    if arch.tied_head:
-        tensors[head] = table * table.dtype.type(base.backbone.tied_head_scale)
     new = np.zeros((size - len(table), table.shape[1]), table.dtype)
     tensors[embedding] = np.concatenate([table, new])
     tensors[embedding][ids] = vectors / base.backbone.embedding.scale
     rows = np.repeat(tensors[head][[_never_generated(base)]], len(new), axis=0)
     tensors[head] = np.concatenate([tensors[head], rows])
     tensors[head][ids] = tensors[head][_never_generated(base)]
+
+
+def _untie(tensors: dict[str, np.ndarray], base: Base) -> None:
+    """Store the head apart from the embeddings, with T5's factor in its values."""
+    embedding, head = _tables(base)
+    table = tensors[embedding if base.backbone.arch.tied_head else head]
+    tensors[head] = table * table.dtype.type(base.backbone.head_scale)
+
+
+def _tables(base: Base) -> tuple[str, str]:
+    """Return the names of the table of embeddings and of the head."""
+    names = FAMILIES[base.config["model_type"]].names
+    return f"{names['embedding']}.weight", f"{names['head']}.weight"
 
 
 def _never_generated(base: Base) -> int:
