@@ -18,8 +18,9 @@ from softprompt.backbones.layers import LowRankAddition
 from softprompt.backbones.loading import Backbone, Base, Prefix
 from softprompt.errors import UserError
 from softprompt.experiment.schema import Experiment
+from softprompt.files.json_files import shortened
 from softprompt.methods.backbone_arrays import copied, matrices_of
-from softprompt.methods.method import Adapter, Method
+from softprompt.methods.method import Adapter, Axes, Method
 from softprompt.methods.peft_layout import stored_modules
 
 
@@ -125,6 +126,24 @@ class LoRA(Method):
     def description(self, arrays: Mapping[str, jax.Array]) -> dict[str, Any]:
         """Return the shapes and the scales."""
         return super().description(arrays) | {"scales": dict(self.scales)}
+
+    @classmethod
+    def saved_axes(cls, description: Mapping[str, Any], backbone: Backbone) -> Mapping[str, Axes]:
+        """Return the axes of `<path>.down` and `<path>.up` of every path in `scales`."""
+        scales, linears = description.get("scales"), matrices_of(backbone)
+        if not isinstance(scales, dict) or {type(scale) for scale in scales.values()} - {
+            int,
+            float,
+        }:
+            raise ValueError(f"scales: must be numbers by path, not {shortened(scales)}")
+        axes: dict[str, Axes] = {}
+        for path in scales:
+            if path not in linears:
+                raise ValueError(f"scales: the base model has no matrix {shortened(path)}")
+            layers, inputs, outputs = linears[path].kernel.shape
+            rank = f"R of {path}"
+            axes |= {f"{path}.down": (layers, inputs, rank), f"{path}.up": (layers, rank, outputs)}
+        return axes
 
     @classmethod
     def load(
