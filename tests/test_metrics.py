@@ -11,8 +11,8 @@ from softprompt import UserError
 from softprompt.experiment.metric_names import metric_values
 from softprompt.metrics.labels import label_scores
 from softprompt.metrics.named import measure
+from softprompt.metrics.rouge import UnicodeTokenizer, rouge
 from softprompt.metrics.scores import mean_of, paired_test
-from softprompt.metrics.text import UnicodeTokenizer, rouge
 
 TEXT = "the a cat dogs was running quickly over under houses, small Tree isn't 42 well-known"
 WORDS = TEXT.split()

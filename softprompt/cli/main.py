@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import importlib.metadata
+import io
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -37,6 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
       The exit status: 0 on success, 1 after a user's mistake, 128 + n after signal n.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Otherwise a name that is not UTF-8, or a terminal without Unicode, would raise an error.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         options = _parse(arguments)
         with printed_log():
