@@ -155,7 +155,7 @@ MALFORMED = {
         "prompt",
         None,
         {"num_virtual_tokens": "4"},
-        "num_virtual_tokens: Input should be a valid integer, not '4'",
+        "a valid integer, not '4'",
     ),
     "kind": ("prompt", None, {"peft_type": "IA3"}, "kind 'IA3' are not supported"),
     "prefix": ("prefix", None, {"num_virtual_tokens": 2}, "takes (2, "),

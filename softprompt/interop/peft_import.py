@@ -295,8 +295,6 @@ def _scale(config: _Config, module: str, pair) -> float:
 
 
 def _listed(tensors: Mapping[str, Any]) -> str:
-    names = [
-        name if name.isprintable() and len(name) < 200 else shortened(name)
-        for name in sorted(tensors)
-    ]
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
+    names = sorted(tensors)
+    shown = [n if n.isprintable() and len(n) < 200 else shortened(n) for n in names[:3]]
+    return ", ".join(shown) + (f" and {len(names) - 3} more" if names[3:] else "")
