@@ -29,7 +29,7 @@ bootstrap); both files must answer the same examples in the same order.
 Metrics of texts: rouge (1, 2, L, Lsum), rouge1 to rouge9, rougeL, rougeLsum, bleu, chrf, ter,
 exact_match, token_f1. Metrics of labels: accuracy, precision, recall, macro_f1, micro_f1,
 matthews, confusion (a table: a row per reference, a column per prediction).
-A text may have 1,000,000 characters; for rougeL and rougeLsum, 50,000 words; for ter, 500
+A text may have 500,000 characters; for rougeL and rougeLsum, 50,000 words; for ter, 500
 words, which takes seconds.
 
 examples:

@@ -40,7 +40,7 @@ def measure(
 
     Raises:
       UserError: if there is no such metric, it does not accept lists of references, or a text is
-        too long for it: over 1,000,000 characters; for ROUGE-L over 50,000 words; for TER over
+        too long for it: over 500,000 characters; for ROUGE-L over 50,000 words; for TER over
         500 words.
     """
     for name in names:

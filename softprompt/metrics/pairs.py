@@ -8,7 +8,7 @@ from softprompt.runtime.progress import Progress
 References = Sequence[str | Sequence[str]]
 """For each prediction a text, or a list of texts that are all correct."""
 
-MOST_CHARACTERS = 1_000_000
+MOST_CHARACTERS = 500_000
 
 
 def pairs(
