@@ -103,7 +103,6 @@ def test_inspect_shows_every_virtual_token(call, run):
         (["predict", "{run}", ""], "text 1: field 'text' is empty"),
         (["predict", "{run}", "--input", "/no/file"], "/no/file: cannot be read"),
         (["predict", "{run}", "--input", "."], ".: cannot be read (Is a directory)"),
-        (["predict", "{run}", "a", "--batch-size", "9" * 5000], "below 10^9"),
         (["predict", "/no/run", "a"], "/no/run: contains no trained prompt"),
         (
             ["predict", "{run}", "a", "--base", "nothing"],

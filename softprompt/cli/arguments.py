@@ -171,6 +171,6 @@ def names(text: str) -> list[str]:
 
 def positive_integer(text: str) -> int:
     """Parse a whole number of at least 1."""
-    if not text.isdecimal() or len(text) > 9 or int(text) < 1:
-        raise argparse.ArgumentTypeError("must be a whole number, 1 or more and below 10^9")
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError("must be a whole number, 1 or more")
     return int(text)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from softprompt.cli.arguments import add_command, add_experiment, folder_option, integers, names
-from softprompt.errors import FolderError, UserError
+from softprompt.errors import UserError
 from softprompt.experiment.methods import METHODS
 
 if TYPE_CHECKING:
@@ -62,35 +62,19 @@ examples:
 
 def run(options: argparse.Namespace) -> None:
     """Compare the methods, and print and write the table."""
-    from softprompt.files.writing import write_errors, write_file
+    from softprompt.files.writing import write_file
     from softprompt.report.tables import table
     from softprompt.sweep.comparison import compare
 
     folder = options.folder or Path("runs") / "compare" / options.experiment.stem
     with folder_option("--folder"):
-        for name, beginning in _TABLES.items():
-            _require_table(folder / name, beginning)
         rows = compare(
             options.experiment, options.methods, options.seeds, options.words, folder, train
         )
     cells = table_rows(rows)
+    write_file(folder / "compare.md", table(cells, "markdown") + "\n")
+    write_file(folder / "compare.csv", table(_csv_rows(rows), "csv") + "\n")
     print(table(cells, "text"))
-    markdown, csv = _TABLES
-    with write_errors(folder):
-        write_file(folder / markdown, table(cells, "markdown") + "\n")
-        write_file(folder / csv, table(_csv_rows(rows), "csv") + "\n")
-
-
-_TABLES = {"compare.md": "| method ", "compare.csv": "method,"}
-"""The written tables, and how each begins."""
-
-
-def _require_table(path: Path, beginning: str) -> None:
-    """Require that a file, if it exists, comes from an earlier comparison."""
-    from softprompt.files.reading import read_text
-
-    if path.exists() and not read_text(path).startswith(beginning):
-        raise FolderError(f"{path}: not written by compare; choose another folder")
 
 
 def train(file: Path, overrides: Sequence[str], folder: Path) -> None:

@@ -31,8 +31,7 @@ def table(
     columns = list(rows[0])
     if form == "csv":
         return _csv(rows, columns)
-    head = [shorten(name, width) for name in columns]
-    lines = [head, *([shorten(cell(value), width) for value in row.values()] for row in rows)]
+    lines = [columns, *([shorten(cell(value), width) for value in row.values()] for row in rows)]
     to_left = [i == 0 or name in left for i, name in enumerate(columns)]
     if form == "text":
         return "\n".join("  ".join(line).rstrip() for line in _aligned(lines, to_left))
