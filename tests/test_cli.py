@@ -1,5 +1,6 @@
 """The command line: results, error messages and help."""
 
+import contextlib
 import importlib.metadata
 import io
 import json
@@ -113,6 +114,9 @@ def test_inspect_shows_every_virtual_token(call, run):
             "trained on the base model",
         ),
         (["eval", "/no/run"], "/no/run: not a run folder"),
+        (["eval", "x" * 5000], "xxx: not a run folder"),
+        (["predict", "x" * 5000, "a"], "xxx: contains no trained prompt"),
+        (["runs", "x" * 5000], "cannot be read or written (File name too long)"),
         (["eval", "{run}", "{run}", "--metrics", "bleu"], "--metrics, --output, --normalize"),
         (["eval", "{run}", "--metrics", "rogue"], "there is no metric 'rogue'"),
         (["generate", "{run}"], "give either texts or --input FILE"),
@@ -235,6 +239,18 @@ def test_the_version_of_the_installed_package_is_printed(capsys):
         main(["--version"])
     assert stop.value.code == 0
     assert capsys.readouterr().out == f"softprompt {importlib.metadata.version('softprompt')}\n"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only Linux has /dev/full")
+def test_a_full_disk_behind_standard_output_gives_one_line(run, capsys, monkeypatch):
+    with (
+        monkeypatch.context() as patch,
+        contextlib.suppress(OSError),
+        open("/dev/full", "w") as full,
+    ):
+        patch.setattr("sys.stdout", full)
+        assert main(["predict", run, "aaa"]) == 1
+    assert capsys.readouterr().err == "cannot be read or written (No space left on device)\n"
 
 
 @pytest.mark.parametrize(

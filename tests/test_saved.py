@@ -117,6 +117,7 @@ def test_a_damaged_file_is_named(saved, tiny, content, message):
         ({"step": 10**400}, "step: Input should be less than"),
         ({"validation": {"loss": "low"}}, "validation.loss: Input should be a valid number"),
         ({"generation": {"beams": "x"}}, "generation.beams: Input should be a valid integer"),
+        ({"versions": {}}, "versions.softprompt: Field required"),
         ({"scoring": []}, "scoring: Input should be a valid dictionary"),
         ({"arrays": {"vectors": 3}}, "arrays.vectors: Input should be a valid list"),
         ({"arrays": {"vectors": [0, 32]}}, "arrays.vectors.0: Input should be greater"),
@@ -148,8 +149,9 @@ def test_a_wrong_value_of_the_base_model_is_named(saved, tiny, changes, message)
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("lora", {"scales": None}, "scales: must be numbers by path, not None"),
-        ("lora", {"scales": {QUERY: True}}, "scales: must be numbers by path"),
+        ("lora", {"scales": None}, "scales: must be float32 numbers by path, not None"),
+        ("lora", {"scales": {QUERY: True}}, "scales: must be float32 numbers by path"),
+        ("lora", {"scales": {QUERY: 10**100}}, "scales: must be float32 numbers by path"),
         ("lora", {"scales": {"layers.x": 1}}, "scales: the base model has no matrix 'layers.x'"),
         ("lora", {"scales": {}}, "is not an array of the method"),
         ("prefix", {"arrays": {"keys": [3, 2, 2, 8]}}, "arrays: values is missing"),

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -65,7 +66,7 @@ def run(options: argparse.Namespace) -> None:
     """Evaluate one prompt, or several together."""
     first, *others = options.runs
     config = first / "config.yaml"
-    if not config.is_file():
+    if not os.path.isfile(config):
         raise UserError(f"{first}: not a run folder (it has no config.yaml)")
     if others and (options.metrics or options.output or options.calibrate or options.normalize):
         raise UserError("--metrics, --output, --normalize and --calibrate need a single run")

@@ -45,6 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = _parse(arguments)
         with printed_log():
             options.command(options)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, an error can still be reported
     except UserError as error:
         print(error, file=sys.stderr)
         return 1
@@ -56,6 +58,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         sys.stdout = None  # the reader of the pipe has exited, so nothing can be printed
+        return 1
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"{where}cannot be read or written ({error.strerror or error})", file=sys.stderr)
+        sys.stdout = None  # perhaps it is what cannot be written
         return 1
     return 0
 

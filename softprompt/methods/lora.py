@@ -23,6 +23,8 @@ from softprompt.methods.backbone_arrays import copied, matrices_of
 from softprompt.methods.method import Adapter, Axes, Method
 from softprompt.methods.peft_layout import stored_modules
 
+_LARGEST = float(np.finfo(np.float32).max)
+
 
 class LoRA(Method):
     """Low-rank additions to weight matrices of the backbone's layers.

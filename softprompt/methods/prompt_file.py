@@ -37,6 +37,16 @@ class BaseModelOfPrompt(_Checked):
     compute: ComputeSettings
 
 
+class Versions(_Checked):
+    """The versions of packages that wrote a prompt.
+
+    Attributes:
+      softprompt: the version of this package.
+    """
+
+    softprompt: str
+
+
 class PromptFile(_Checked):
     """The content of `prompt.json` that all methods share.
 
@@ -55,7 +65,7 @@ class PromptFile(_Checked):
       validation: metrics on the validation data, by name.
       scoring: how the prompt labels inputs.
       generation: how the prompt generates text.
-      versions: the versions of packages that wrote the prompt.
+      versions: the versions of packages.
     """
 
     method: Annotated[str, pydantic.AfterValidator(require_method)]
@@ -72,7 +82,7 @@ class PromptFile(_Checked):
     validation: dict[str, float]
     scoring: ScoringSettings = ScoringSettings()
     generation: GenerationSettings = GenerationSettings()
-    versions: dict[str, str]
+    versions: Versions
 
     @pydantic.model_validator(mode="after")
     def _check_target(self) -> Self:

@@ -6,6 +6,7 @@ It holds the learned arrays (Orbax) and `prompt.json`, which describes them and 
 import dataclasses
 import importlib.metadata
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -245,10 +246,11 @@ def read_description(folder: Path) -> dict[str, Any]:
 
 def _folder(path: Path) -> Path:
     """Return the folder of a prompt, given that folder or the folder of its run."""
-    if (path / _FILE).exists() or not (path / "config.yaml").exists():
+    # `Path.exists` would raise an error if the name is too long.
+    if os.path.exists(path / _FILE) or not os.path.exists(path / "config.yaml"):
         folder = path
     else:
         folder = path / "prompt"
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise UserError(f"{path}: contains no trained prompt")
     return folder

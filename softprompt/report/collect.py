@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ def collect(paths: Iterable[Path]) -> list[RunRecord]:
     """
     folders: dict[Path, Path] = {}
     for path in paths:
-        found = [path] if (path / "config.yaml").is_file() else []
+        found = [path] if os.path.isfile(path / "config.yaml") else []
         found += sorted(config.parent for config in path.glob("*/**/config.yaml"))
         if not found:
             raise UserError(f"{path}: contains no runs")
