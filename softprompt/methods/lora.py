@@ -23,8 +23,6 @@ from softprompt.methods.backbone_arrays import copied, matrices_of
 from softprompt.methods.method import Adapter, Axes, Method
 from softprompt.methods.peft_layout import stored_modules
 
-_LARGEST = float(np.finfo(np.float32).max)
-
 
 class LoRA(Method):
     """Low-rank additions to weight matrices of the backbone's layers.
@@ -133,11 +131,8 @@ class LoRA(Method):
     def saved_axes(cls, description: Mapping[str, Any], backbone: Backbone) -> Mapping[str, Axes]:
         """Return the axes of `<path>.down` and `<path>.up` of every path in `scales`."""
         scales, linears = description.get("scales"), matrices_of(backbone)
-        if not isinstance(scales, dict) or {type(scale) for scale in scales.values()} - {
-            int,
-            float,
-        }:
-            raise ValueError(f"scales: must be numbers by path, not {shortened(scales)}")
+        if not isinstance(scales, dict) or not all(map(_is_float32, scales.values())):
+            raise ValueError(f"scales: must be float32 numbers by path, not {shortened(scales)}")
         axes: dict[str, Axes] = {}
         for path in scales:
             if path not in linears:
@@ -220,6 +215,11 @@ class LoRA(Method):
         ranks = sorted({self.matrices[path]["down"].shape[-1] for path, _ in self.scales})
         listed = ", ".join(map(str, ranks))
         return f"LoRA(rank {listed}, {len(self.scales)} matrices per layer)"
+
+
+def _is_float32(value: Any) -> bool:
+    """Whether a value from a file is a number in the range of float32."""
+    return type(value) in (int, float) and abs(value) <= float(np.finfo(np.float32).max)
 
 
 def find_targets(backbone: Backbone, patterns: Sequence[str]) -> list[str]:
