@@ -1,11 +1,14 @@
 """The command line: results, error messages and help."""
 
+import contextlib
 import importlib.metadata
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
+import threading
 
 import pytest
 from conftest import GOLDEN, write_experiment
@@ -100,6 +103,7 @@ def test_inspect_shows_every_virtual_token(call, run):
         (["predict", "{run}", "a", "--input", "f"], "give either texts or --input FILE"),
         (["predict", "{run}", ""], "text 1: field 'text' is empty"),
         (["predict", "{run}", "--input", "/no/file"], "/no/file: cannot be read"),
+        (["predict", "{run}", "--input", "."], ".: cannot be read (Is a directory)"),
         (["predict", "/no/run", "a"], "/no/run: contains no trained prompt"),
         (
             ["predict", "{run}", "a", "--base", "nothing"],
@@ -110,6 +114,9 @@ def test_inspect_shows_every_virtual_token(call, run):
             "trained on the base model",
         ),
         (["eval", "/no/run"], "/no/run: not a run folder"),
+        (["eval", "x" * 5000], "xxx: not a run folder"),
+        (["predict", "x" * 5000, "a"], "xxx: contains no trained prompt"),
+        (["runs", "x" * 5000], "cannot be read or written (File name too long)"),
         (["eval", "{run}", "{run}", "--metrics", "bleu"], "--metrics, --output, --normalize"),
         (["eval", "{run}", "--metrics", "rogue"], "there is no metric 'rogue'"),
         (["generate", "{run}"], "give either texts or --input FILE"),
@@ -160,6 +167,53 @@ def test_a_damaged_prompt_is_rejected_with_the_name_of_the_file(call, run, tmp_p
     assert str(path) in err
 
 
+def test_eval_finds_out_at_once_that_its_output_cannot_be_written(call, run, tmp_path, monkeypatch):
+    def load_prompt(*arguments):
+        raise AssertionError("the evaluation has started")
+
+    (tmp_path / "notes.txt").write_text("my own notes")
+    with monkeypatch.context() as patch:
+        patch.setattr("softprompt.inference.prompt.load_prompt", load_prompt)
+        for name, message in (
+            (".", "not a regular file"),
+            ("none/a.jsonl", "No such file or directory"),
+            ("notes.txt", "exists and does not hold predictions; choose another file"),
+        ):
+            status, out, err = call("eval", run, "--output", tmp_path / name)
+            assert (status, out, err.count("\n")) == (1, "", 1)
+            assert message in err
+    assert (tmp_path / "notes.txt").read_text() == "my own notes"
+    for _ in range(2):  # earlier predictions are replaced
+        assert call("eval", run, "--output", tmp_path / "a.jsonl")[0] == 0
+        assert len((tmp_path / "a.jsonl").read_text().splitlines()) == 7
+
+
+def test_eval_prints_the_confusion_matrix_as_a_table_on_a_terminal(call, run, monkeypatch):
+    flat = json.loads(call("eval", run, "--metrics", "confusion")[1])
+    assert sum(flat[f"confusion.{a}.{b}"] for a in ("low", "high") for b in ("low", "high")) == 7
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    line, head, *rows = call("eval", run, "--metrics", "confusion")[1].splitlines()
+    assert json.loads(line) == {k: v for k, v in flat.items() if "confusion" not in k}
+    assert head.split()[-2:] == ["high", "low"]
+    assert [row.split() for row in rows] == [
+        [label, *(str(int(flat[f"confusion.{label}.{other}"])) for other in ("high", "low"))]
+        for label in ("high", "low")
+    ]
+
+
+def test_inputs_come_from_pipes_but_not_without_limit(call, run, tmp_path, monkeypatch):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_text, args=("aaa\nzz\n",))
+    writer.start()
+    status, out, _ = call("predict", run, "--input", pipe)
+    writer.join()
+    assert (status, len(out.splitlines())) == (0, 2)
+    monkeypatch.setattr("softprompt.cli.inputs._MOST_BYTES", 2**20)
+    status, out, err = call("predict", run, "--input", "/dev/zero")
+    assert (status, out, err) == (1, "", "/dev/zero: larger than 1 MiB; split it\n")
+
+
 @pytest.mark.parametrize(
     "command",
     [
@@ -188,6 +242,18 @@ def test_the_version_of_the_installed_package_is_printed(capsys):
         main(["--version"])
     assert stop.value.code == 0
     assert capsys.readouterr().out == f"softprompt {importlib.metadata.version('softprompt')}\n"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only Linux has /dev/full")
+def test_a_full_disk_behind_standard_output_gives_one_line(run, capsys, monkeypatch):
+    with (
+        monkeypatch.context() as patch,
+        contextlib.suppress(OSError),
+        open("/dev/full", "w") as full,
+    ):
+        patch.setattr("sys.stdout", full)
+        assert main(["predict", run, "aaa"]) == 1
+    assert capsys.readouterr().err == "cannot be read or written (No space left on device)\n"
 
 
 @pytest.mark.parametrize(

@@ -1,18 +1,23 @@
 """Metrics compared with their reference packages, scikit-learn and plain arithmetic."""
 
+import time
+import tracemalloc
+
 import numpy as np
 import pytest
 import sacrebleu
 import sklearn.metrics
+from rouge_score import rouge_scorer
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU, CHRF, TER
 
 from softprompt import UserError
 from softprompt.experiment.metric_names import metric_values
-from softprompt.metrics.labels import label_scores
+from softprompt.metrics.labels import confusion_rows, label_scores
 from softprompt.metrics.named import measure
+from softprompt.metrics.rouge import UnicodeTokenizer, rouge
 from softprompt.metrics.scores import mean_of, paired_test
-from softprompt.metrics.text import UnicodeTokenizer, rouge
+from softprompt.metrics.subsequences import lcs_indices, lcs_length, summary_hits
 
 TEXT = "the a cat dogs was running quickly over under houses, small Tree isn't 42 well-known"
 WORDS = TEXT.split()
@@ -52,6 +57,95 @@ def test_rouge_of_english_matches_the_reference_implementation(stem):
         expected = np.mean([score[name] for score in each], axis=0)
         np.testing.assert_allclose(list(found.values()), expected, rtol=1e-12)
     assert values("rouge1", ["running"], ["runs"], stem=True)["rouge1.f1"] == 1
+
+
+@pytest.mark.parametrize("words", [2, 3, 10])
+def test_longest_common_subsequences_are_those_of_the_reference_implementation(words):
+    random = np.random.default_rng(words)
+
+    def text(most):
+        return random.integers(0, words, random.integers(0, most)).astype(str).tolist()
+
+    for _ in range(200):
+        reference, prediction = text(40), text(40)
+        assert (
+            lcs_length(reference, prediction)
+            == (rouge_scorer._lcs_table(reference, prediction)[-1][-1])
+        )
+        assert lcs_indices(reference, prediction)[::-1] == (
+            rouge_scorer.lcs_ind(reference, prediction)
+        )
+        lines = [text(7) for _ in range(5)], [text(7) for _ in range(4)]
+        expected = rouge_scorer._summary_level_lcs(*lines).recall
+        total = sum(map(len, lines[0])) or 1
+        assert summary_hits(*lines) / total == expected
+
+
+def test_rouge_of_very_long_texts_takes_little_time_and_memory():
+    """A table of 20,000 by 20,000 cells would take 3 GB and minutes."""
+    random = np.random.default_rng(0)
+    one, other = (" ".join(map(str, random.integers(0, 500, 20_000))) for _ in range(2))
+    tracemalloc.start()
+    began = time.monotonic()
+    rouge([one], [other], ["rougeL", "rougeLsum"])
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert time.monotonic() - began < 20
+    assert peak < 300e6
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("ter", "a " * 501, "metric ter: prediction 2 or its reference has 501 words; at most 500"),
+        ("rougeL", "a " * 50_001, "metric rougeL: prediction 2: the reference has 1 words and"),
+        ("rougeLsum", "a\n" * 5000, "5000 lines of the reference and 5000 of the prediction"),
+        ("bleu", "a" * 500_001, "has 500,001 characters; at most 500,000 are supported"),
+    ],
+)
+def test_texts_that_would_take_long_are_refused(name, text, message):
+    reference = text if name == "rougeLsum" else "a"
+    with pytest.raises(UserError, match=message) as raised:
+        measure([name], ["a", text], ["a", reference])
+    assert "\n" not in str(raised.value)
+
+
+def test_words_too_long_for_the_stemmer_are_kept():
+    """The stemmer's time grows with the square of a run of the letter y."""
+    assert UnicodeTokenizer(stem=True).tokenize("y" * 100_000 + "ing running") == [
+        "y" * 100_000 + "ing",
+        "run",
+    ]
+
+
+def test_progress_is_shown_for_every_metric_of_texts():
+    done = []
+
+    class Bar:
+        def __init__(self, label, total, unit, **rest):
+            self.label = label
+            done.append([label, total, unit, 0])
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def advance(self, count=1, note=""):
+            done[-1][-1] += count
+
+    measure(["rouge", "ter", "accuracy", "token_f1"], ["a"] * 3, ["b"] * 3, progress=Bar)
+    assert done == [[name, 3, "texts", 3] for name in ("rouge", "ter", "token_f1")]
+
+
+def test_the_confusion_matrix_is_a_table_with_a_row_per_reference():
+    scores = measure(["confusion"], ["a.b", "c", "c", ""], ["a.b", "a.b", "c", "c"])["confusion"]
+    assert confusion_rows(scores.values()) == [
+        {"reference \\ prediction": "", "": 0, "a.b": 0, "c": 0},
+        {"reference \\ prediction": "a.b", "": 0, "a.b": 1, "c": 1},
+        {"reference \\ prediction": "c", "": 1, "a.b": 0, "c": 1},
+    ]
 
 
 @pytest.mark.parametrize(
@@ -159,6 +253,12 @@ def test_thousands_of_labels_are_counted_or_rejected():
     assert values("accuracy", texts, texts[:2500] + texts[:2500]) == {"accuracy": 0.5}
     with pytest.raises(UserError, match="5000 different labels; is this free text"):
         measure(["macro_f1"], texts, texts)
+    with pytest.raises(UserError, match="101 different labels"):
+        measure(["confusion"], texts[:101], texts[:101])
+    labels = [str(i % 1000) for i in range(500_000)]
+    shifted = [str((i // 1000) % 1000) for i in range(500_000)]
+    with pytest.raises(UserError, match="need too much memory"):
+        measure(["macro_f1"], labels, shifted)
 
 
 def test_matthews_of_constant_predictions_is_zero():

@@ -151,17 +151,22 @@ A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 MALFORMED = {
     "no prompt": ("prompt", rename("prompt_embeddings", "x"), {}, "no prompt_embeddings"),
     "length": ("prompt", None, {"num_virtual_tokens": 7}, "4 rows, not the 7"),
-    "length text": ("prompt", None, {"num_virtual_tokens": "4"}, "num_virtual_tokens is '4'"),
+    "length text": (
+        "prompt",
+        None,
+        {"num_virtual_tokens": "4"},
+        "a valid integer, not '4'",
+    ),
     "kind": ("prompt", None, {"peft_type": "IA3"}, "kind 'IA3' are not supported"),
     "prefix": ("prefix", None, {"num_virtual_tokens": 2}, "takes (2, "),
     "half": ("lora", drop_first, {}, "but not base_model"),
     "foreign": ("lora", rename_pair, {}, "has no module for base_model.model.model.layers.0"),
-    "length fraction": ("prompt", None, {"num_virtual_tokens": 4.0}, "a positive integer"),
-    "prefix fraction": ("prefix", None, {"num_virtual_tokens": 4.0}, "a positive integer"),
-    "patterns": ("lora", None, {"alpha_pattern": ["q_proj"]}, "alpha_pattern is ['q_proj']"),
+    "length fraction": ("prompt", None, {"num_virtual_tokens": 4.0}, "a valid integer, not 4.0"),
+    "prefix fraction": ("prefix", None, {"num_virtual_tokens": 4.0}, "a valid integer, not 4.0"),
+    "patterns": ("lora", None, {"alpha_pattern": ["q_proj"]}, "a valid dictionary, not ['q_proj']"),
     "dora": ("lora", None, {"use_dora": True}, "use_dora True is not supported"),
     "bias": ("lora", None, {"bias": "all"}, "bias 'all' is not supported"),
-    "alpha": ("lora", None, {"lora_alpha": None}, "lora_alpha is None"),
+    "alpha": ("lora", None, {"lora_alpha": None}, "lora_alpha is missing"),
     "regex": ("lora", None, {"alpha_pattern": {"(a+)+$": 2}}, "is not a plain name"),
 }
 
@@ -206,7 +211,7 @@ def test_nothing_is_unpickled(adapter, tmp_path, capsys):
     with pytest.raises(UserError, match="pickled files are not read"):
         import_adapter(folder, base)
     np.save(tmp_path / "p.npy", np.array([Bomb()], dtype=object), allow_pickle=True)
-    with pytest.raises(UserError, match="not an array of numbers"):
+    with pytest.raises(UserError, match="not an array of floating-point numbers"):
         import_array(tmp_path / "p.npy", base)
     (folder / "adapter_model.safetensors").write_bytes(pickle.dumps(Bomb()))
     with pytest.raises(UserError, match="not a readable safetensors file"):

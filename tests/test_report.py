@@ -284,9 +284,47 @@ def test_a_run_with_a_damaged_summary_is_skipped(folder, tmp_path, capsys, damag
     assert len(captured.out.splitlines()) == 2
 
 
+@pytest.mark.parametrize("command", ["runs", "report"])
+@pytest.mark.parametrize("name", ["summary.json", "metrics.jsonl", "trial.json"])
+@pytest.mark.parametrize("kind", ["deep", "huge number", "pipe", "folder", "loop"])
+def test_a_run_with_a_hostile_file_is_skipped_and_named(
+    folder, tmp_path, capsys, command, name, kind
+):
+    for number in ("000", "001"):
+        shutil.copytree(folder / "trials" / number, tmp_path / number)
+    path = tmp_path / "001" / name
+    path.unlink()
+    if kind == "deep":
+        path.write_text('{"a":' * 100_000 + "\n")
+    elif kind == "huge number":
+        path.write_text('{"state": "failed", "step": 1%s, "split": "train"}\n' % ("0" * 400))
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to(path)
+    arguments = ["--output", str(tmp_path / "page")] if command == "report" else []
+    assert main([command, str(tmp_path), *arguments]) == 0
+    captured = capsys.readouterr()
+    if kind != "loop":  # a link to itself leads to no file, so the run has none
+        assert f"{tmp_path / '001'}: skipped (" in captured.err
+        assert str(path) in captured.err
+    assert all(len(line) < 500 for line in captured.err.splitlines())
+
+
 @pytest.mark.parametrize(
     "damaged",
-    ['{"step": 4}', '{"step": 4, "split": "train", "loss": "1"}', '{"step": [], "split": "train"}'],
+    [
+        '{"step": 4}',
+        '{"step": 4, "split": "train", "loss": "1"}',
+        '{"step": [], "split": "train"}',
+        '{"step": -1, "split": "train"}',
+        '{"step": true, "split": "train"}',
+        '{"step": 4, "split": {}}',
+        '{"step": 4, "split": "train", "loss": true}',
+        '{"step": 4, "split": "train", "loss": 1%s}' % ("0" * 400),
+    ],
 )
 def test_a_run_with_damaged_metrics_is_skipped(folder, tmp_path, capsys, damaged):
     for number in ("000", "001"):

@@ -1,5 +1,6 @@
 """The command `softprompt score`: its output and its errors."""
 
+import io
 import json
 
 import pytest
@@ -83,6 +84,30 @@ def test_the_option_against_compares_two_systems(call, file, tmp_path):
     assert out.splitlines()[0].split() == [
         *("metric", "this", "the", "other", "difference", "95%", "interval", "p")
     ]
+
+
+def test_the_confusion_matrix_is_a_table(call, tmp_path):
+    pairs = [("yes", "yes"), ("yes", "no"), ("no", "no")]
+    answers = [{"prediction": given, "reference": wanted} for given, wanted in pairs]
+    file = write(tmp_path / "labels.jsonl", answers)
+    _, out, _ = call("--metrics", "accuracy,confusion", file)
+    assert [line.split() for line in out.splitlines()[2:]] == [
+        ["reference", "\\", "prediction", "no", "yes"],
+        ["no", "1", "1"],
+        ["yes", "0", "1"],
+    ]
+    assert call("--metrics", "confusion", file)[1].splitlines() == out.splitlines()[2:]
+    found = json.loads(call("--metrics", "confusion", "--json", file)[1])
+    assert found["confusion.no.yes"] == 1
+
+
+def test_text_that_standard_output_cannot_show_is_escaped(call, tmp_path, monkeypatch):
+    file = write(tmp_path / "labels.jsonl", [{"prediction": "é", "reference": "é"}])
+    shown = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", shown)
+    assert call("--metrics", "confusion", file)[0] == 0
+    shown.flush()
+    assert b"\\xe9" in shown.buffer.getvalue()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,9 @@
 
 import argparse
 import json
+import os
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +15,7 @@ from softprompt.errors import UserError
 
 if TYPE_CHECKING:
     from softprompt.experiment.schema import Experiment
+    from softprompt.metrics.scores import Scores
 
 
 def add_to(subparsers: Any) -> None:
@@ -25,7 +29,8 @@ def add_to(subparsers: Any) -> None:
 Prints one line of JSON: the split, its number of examples, the loss (nats per target token),
 the accuracy if the task has labels, and the metrics of the experiment or of --metrics. Several
 prompts of one task are evaluated in one pass: each gets a line, and two more lines are for
-the ensemble, by majority vote and by mean probability.
+the ensemble, by majority vote and by mean probability. On a terminal, the metric confusion is
+a table after that line: a row per reference, a column per prediction.
 
 examples:
   softprompt eval runs/sentiment
@@ -51,7 +56,8 @@ examples:
         "--output",
         type=Path,
         metavar="FILE",
-        help="write inputs, references and predictions to a .jsonl file",
+        help="write inputs, references and predictions to a .jsonl file; earlier predictions in "
+        "it are replaced, but no other file is",
     )
     add_scoring(command)
 
@@ -60,7 +66,7 @@ def run(options: argparse.Namespace) -> None:
     """Evaluate one prompt, or several together."""
     first, *others = options.runs
     config = first / "config.yaml"
-    if not config.is_file():
+    if not os.path.isfile(config):
         raise UserError(f"{first}: not a run folder (it has no config.yaml)")
     if others and (options.metrics or options.output or options.calibrate or options.normalize):
         raise UserError("--metrics, --output, --normalize and --calibrate need a single run")
@@ -87,10 +93,14 @@ def _evaluate_one(options: argparse.Namespace, experiment: "Experiment", data: s
     from softprompt.data.records import read_records
     from softprompt.data.task import make_examples
     from softprompt.evaluation.evaluate import evaluate
+    from softprompt.evaluation.predictions import require_output
     from softprompt.experiment.metric_names import MODEL_METRICS
+    from softprompt.files.writing import write_errors
     from softprompt.inference.prompt import load_prompt
     from softprompt.storage.run_folder import write_predictions
 
+    if options.output:
+        require_output(options.output)
     prompt = with_scoring(load_prompt(options.runs[0], options.base), options)
     examples = make_examples(prompt.task, read_records(data), options.split, Bar)
     needs_predictions = options.output or set(experiment.evaluation.metrics) - {*MODEL_METRICS}
@@ -104,10 +114,25 @@ def _evaluate_one(options: argparse.Namespace, experiment: "Experiment", data: s
         max_generated=None if needs_predictions else 0,
         progress=Bar,
     )
-    result = {"split": options.split, "examples": len(examples), **measured.values()}
-    print(json.dumps(result))
+    _print_result({"split": options.split, "examples": len(examples)}, measured.scores)
     if options.output:
-        write_predictions(options.output, measured.samples)
+        with write_errors(options.output):
+            write_predictions(options.output, measured.samples)
+
+
+def _print_result(about: Mapping[str, Any], scores: "Mapping[str, Scores]") -> None:
+    """Print one line of JSON. On a terminal, a confusion matrix is printed as a table after it."""
+    from softprompt.metrics.labels import confusion_rows
+    from softprompt.metrics.scores import all_values
+    from softprompt.report.tables import table
+
+    tables = {name: one for name, one in scores.items() if name == "confusion"}
+    if not sys.stdout.isatty():
+        tables = {}
+    flat = {name: one for name, one in scores.items() if name not in tables}
+    print(json.dumps({**about, **all_values(flat)}))
+    for one in tables.values():
+        print(table(confusion_rows(one.values()), "text"))
 
 
 def _evaluate_several(options: argparse.Namespace, data: str) -> None:

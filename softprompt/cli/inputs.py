@@ -1,10 +1,10 @@
 """The trained prompt and the input texts that commands work with."""
 
 import argparse
+import contextlib
 import dataclasses
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from softprompt.errors import UserError
@@ -12,6 +12,8 @@ from softprompt.errors import UserError
 if TYPE_CHECKING:
     from softprompt.data.records import Record
     from softprompt.inference.prompt import TrainedPrompt
+
+_MOST_BYTES = 512 * 2**20
 
 
 def load_prompt(options: argparse.Namespace) -> "TrainedPrompt":
@@ -65,12 +67,18 @@ def _read_inputs(prompt: "TrainedPrompt", name: str, jsonl: bool) -> "Iterator[R
         return
     where = "standard input" if name == "-" else name
     try:
-        content = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+        # Unlike other files, inputs may come from a pipe.
+        with contextlib.nullcontext(sys.stdin.buffer) if name == "-" else open(name, "rb") as file:
+            content = file.read(_MOST_BYTES + 1)
+        if len(content) > _MOST_BYTES:
+            raise UserError(f"{where}: larger than {_MOST_BYTES >> 20} MiB; split it")
         lines = content.decode("utf-8-sig").split("\n")
     except OSError as error:
         raise UserError(f"{where}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
         raise UserError(f"{where}: not UTF-8 text") from None
+    except ValueError as error:  # a NUL in the name
+        raise UserError(f"{where!r}: cannot be read ({error})") from None
     if jsonl:
         yield from parse_jsonl(lines, where)
     else:

@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import importlib.metadata
+import io
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -37,10 +38,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
       The exit status: 0 on success, 1 after a user's mistake, 128 + n after signal n.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Otherwise a name that is not UTF-8, or a terminal without Unicode, would raise an error.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         options = _parse(arguments)
         with printed_log():
             options.command(options)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, an error can still be reported
     except UserError as error:
         print(error, file=sys.stderr)
         return 1
@@ -52,6 +58,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         sys.stdout = None  # the reader of the pipe has exited, so nothing can be printed
+        return 1
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"{where}cannot be read or written ({error.strerror or error})", file=sys.stderr)
+        sys.stdout = None  # perhaps it is what cannot be written
         return 1
     return 0
 

@@ -96,7 +96,7 @@ def evaluate(
         predictions = [each.text.strip() for each in generated]
         references = [task.reference(example.record) for example in answered]
     if answered:
-        results |= measure(names, predictions, references, stem=settings.stem)
+        results |= measure(names, predictions, references, stem=settings.stem, progress=progress)
     samples = [
         {"input": task.input_fields(e.record), "reference": reference, "prediction": prediction}
         for e, reference, prediction in zip(answered, references, predictions, strict=True)

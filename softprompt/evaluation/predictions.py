@@ -6,8 +6,12 @@ from pathlib import Path
 
 from softprompt.data.records import read_records
 from softprompt.errors import UserError
+from softprompt.files.json_lines import parse_json_lines
+from softprompt.files.reading import MEBIBYTE
+from softprompt.files.writing import require_writable
 from softprompt.metrics.named import measure
 from softprompt.metrics.scores import Difference, Scores, paired_test
+from softprompt.runtime.progress import Progress, silent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +54,35 @@ def read_answers(path: str) -> Answers:
     return Answers(predictions, references)
 
 
+def require_output(path: Path) -> None:
+    """Check that predictions can be written to a file, before long work that makes them.
+
+    Earlier predictions may be replaced; another file may not.
+
+    Raises:
+      UserError: if the file cannot be written, or holds something other than predictions.
+    """
+    require_writable(path)
+    if path.exists() and path.stat().st_size and not _holds_predictions(path):
+        raise UserError(f"{path}: exists and does not hold predictions; choose another file")
+
+
+def _holds_predictions(path: Path) -> bool:
+    with path.open("rb") as file:
+        line = file.readline(MEBIBYTE).decode(errors="replace")
+    try:
+        return all("prediction" in fields for _, fields in parse_json_lines([line], str(path)))
+    except UserError:
+        return False
+
+
 def compare_answers(
-    ours: Answers, theirs: Answers, metrics: Sequence[str], *, stem: bool
+    ours: Answers,
+    theirs: Answers,
+    metrics: Sequence[str],
+    *,
+    stem: bool,
+    progress: Progress = silent,
 ) -> tuple[dict[str, Scores], dict[str, Difference]]:
     """Compare two systems on the same examples.
 
@@ -59,6 +90,7 @@ def compare_answers(
       ours, theirs: answers of the two systems, in the same order.
       metrics: names of the metrics.
       stem: whether ROUGE stems English words.
+      progress: shows how many predictions are done.
 
     Returns:
       Their scores by metric, and by value name the differences, ours minus theirs.
@@ -68,8 +100,8 @@ def compare_answers(
     """
     if ours.references != theirs.references:
         raise UserError("the two files do not have the same references in the same order")
-    own = measure(metrics, ours.predictions, ours.references, stem=stem)
-    other = measure(metrics, theirs.predictions, theirs.references, stem=stem)
+    own = measure(metrics, ours.predictions, ours.references, stem=stem, progress=progress)
+    other = measure(metrics, theirs.predictions, theirs.references, stem=stem, progress=progress)
     differences: dict[str, Difference] = {}
     for name, scores in own.items():
         differences |= paired_test(scores, other[name])

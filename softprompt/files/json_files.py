@@ -1,6 +1,7 @@
 """JSON from outside: parsed without surprises, and checked by a schema."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -15,8 +16,9 @@ Schema = TypeVar("Schema", bound=pydantic.BaseModel)
 def parse_json(text: str, where: str) -> Any:
     r"""Parse a JSON value.
 
-    Unlike `json.loads`, this rejects NaN and Infinity, which are not JSON, and escapes such as
-    `\ud800`, which stand for half a character that cannot be written as UTF-8.
+    Unlike `json.loads`, this rejects NaN and Infinity, which are not JSON, numbers such as 1e999,
+    which would become infinite, and escapes such as `\ud800`, which stand for half a character
+    that cannot be written as UTF-8.
 
     Args:
       text: the text.
@@ -26,7 +28,7 @@ def parse_json(text: str, where: str) -> Any:
       UserError: if the text is not JSON, or is nested too deeply.
     """
     try:
-        value = json.loads(text, parse_constant=_reject_constant)
+        value = json.loads(text, parse_constant=_reject_constant, parse_float=_finite)
         if "\\u" in text:
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -75,10 +77,16 @@ def checked(schema: type[Schema], value: Any, where: str) -> Schema:
 
 def _problem(error: Any) -> str:
     """Describe one of pydantic's errors: the field, what is wrong, and the value if it is short."""
-    field = ".".join(map(str, error["loc"]))
+    field = ".".join(map(_name, error["loc"]))
     message = str(error["msg"]).removeprefix("Value error, ")
     shown = "" if error["type"] == "missing" else f", not {shortened(error['input'])}"
     return f"{field}: {message}{shown}" if field else f"{message}{shown}"
+
+
+def _name(key: str | int) -> str:
+    """Return one key of a field's place. Keys come from the file too, so they may be anything."""
+    text = str(key)
+    return text if text.isprintable() and len(text) <= 100 else shortened(text)
 
 
 def shortened(value: Any, limit: int = 60) -> str:
@@ -88,6 +96,13 @@ def shortened(value: Any, limit: int = 60) -> str:
     except (ValueError, RecursionError):  # an integer of too many digits, or deep nesting
         return f"a {type(value).__name__} that is too long to show"
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+def _finite(number: str) -> float:
+    value = float(number)
+    if math.isinf(value):
+        raise ValueError(f"the number {shortened(number)} is too large")
+    return value
 
 
 def _reject_constant(constant: str) -> NoReturn:

@@ -53,15 +53,15 @@ def open_file(path: Path) -> BinaryIO:
     return os.fdopen(descriptor, "rb")
 
 
-def read_text(path: Path, limit: int = 16 * MEBIBYTE) -> str:
-    """Read a text file in UTF-8, with or without a byte order mark.
+def read_bytes(path: Path, limit: int = 16 * MEBIBYTE) -> bytes:
+    """Read a whole file.
 
     Args:
       path: the file.
       limit: the largest size to read, in bytes.
 
     Raises:
-      UserError: as `open_file`, or if the file is larger or is not UTF-8.
+      UserError: as `open_file`, or if the file is larger.
     """
     with open_file(path) as file:
         try:
@@ -70,7 +70,20 @@ def read_text(path: Path, limit: int = 16 * MEBIBYTE) -> str:
             raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     if len(content) > limit:
         raise UserError(f"{path}: larger than {limit // MEBIBYTE} MiB")
+    return content
+
+
+def read_text(path: Path, limit: int = 16 * MEBIBYTE) -> str:
+    """Read a text file in UTF-8, with or without a byte order mark.
+
+    Args:
+      path: the file.
+      limit: the largest size to read, in bytes.
+
+    Raises:
+      UserError: as `read_bytes`, or if the file is not UTF-8.
+    """
     try:
-        return content.decode("utf-8-sig")
+        return read_bytes(path, limit).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None

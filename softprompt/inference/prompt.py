@@ -285,11 +285,13 @@ def load_prompt(path: str | Path, base: Base | str | None = None) -> TrainedProm
       ['positive', 'negative']
     """
     saved = SavedPrompt.read(Path(path))
+    content = saved.content
     if not isinstance(base, Base):
-        base = load_base(base or saved.base_name, **saved.compute.model_dump())
+        stored = content.base
+        base = load_base(base or stored.name, **stored.compute.model_dump())
     task = saved.task(base)
     method, arrays = saved.method(base, task.opening)
     backbone, prefix = prepare_model(method, method.restore(base.backbone, arrays))
     return TrainedPrompt(
-        base, method, backbone, prefix, task, saved.description, saved.scoring, saved.generation
+        base, method, backbone, prefix, task, saved.description, content.scoring, content.generation
     )

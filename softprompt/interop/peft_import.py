@@ -3,19 +3,21 @@
 Axis letters: P virtual tokens, D hidden, L layers, K key-value heads, h head size, R rank.
 """
 
-import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
+import pydantic
 
 from softprompt.backbones.formats.names import WHOLE
 from softprompt.backbones.loading import Base
 from softprompt.errors import UserError
+from softprompt.files.json_files import checked, read_json, shortened
+from softprompt.files.tensors import SafetensorsFile, read_npy
 from softprompt.methods.backbone_arrays import matrices_of
 from softprompt.methods.peft_layout import peft_embedding_scale, stored_modules
 
@@ -32,6 +34,9 @@ _OTHER_THAN_LORA = (  # settings of a LORA adapter that change what it computes
     "use_dora",
     "use_qalora",
 )
+_Count = Annotated[int, pydantic.Field(gt=0, lt=10**9)]
+_Factor = Annotated[float, pydantic.Field(gt=0, lt=1e9)]
+_Tensors = Mapping[str, np.ndarray]
 Learned = tuple[str, dict[str, Any], dict[str, Any]]  # see `import_adapter`
 
 
@@ -48,20 +53,22 @@ def import_adapter(folder: Path, base: Base) -> Learned:
     Raises:
       UserError: if a file is missing or malformed, or does not fit the base model.
     """
-    config, tensors = _read_config(folder), _read_tensors(folder)
-    kind = config.get("peft_type")
+    path = folder / "adapter_config.json"
+    values = read_json(path)
+    config, tensors = checked(_Config, values, str(path)), _read_tensors(folder)
+    kind = config.peft_type
     try:
         if kind in ("PROMPT_TUNING", "P_TUNING"):
             return "prompt", _prompt(config, tensors, base), {}
         if kind == "PREFIX_TUNING":
             return "prefix", _prefix(config, tensors, base), {}
         if kind == "LORA":
-            arrays, scales = _lora(config, tensors, base)
+            arrays, scales = _lora(config, values, tensors, base)
             return "lora", arrays, {"scales": scales}
     except _Misfit as error:
         raise UserError(f"{folder}: {error}") from None
     raise UserError(
-        f"{folder}: adapters of kind {kind!r} are not supported "
+        f"{folder}: adapters of kind {shortened(kind)} are not supported "
         "(supported: PROMPT_TUNING, P_TUNING, PREFIX_TUNING, LORA)"
     )
 
@@ -79,17 +86,11 @@ def import_array(path: Path, base: Base) -> Learned:
     Raises:
       UserError: if the file is not such an array, or does not fit the base model.
     """
+    vectors = read_npy(path)
+    if vectors.ndim != 2:
+        raise UserError(f"{path}: not a matrix (shape {shortened(vectors.shape)})")
     try:
-        with path.open("rb") as file:
-            vectors = np.load(file, allow_pickle=False)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, EOFError) as error:
-        raise UserError(f"{path}: not an array of numbers ({str(error).splitlines()[0]})") from None
-    if not isinstance(vectors, np.ndarray) or vectors.ndim != 2 or vectors.dtype.kind != "f":
-        raise UserError(f"{path}: not a matrix of floating-point numbers")
-    try:
-        return "prompt", {"vectors": _vectors(vectors, base)}, {}
+        return "prompt", {"vectors": _vectors(_finite(vectors, f"{path}: it"), base)}, {}
     except _Misfit as error:
         raise UserError(f"{path}: {error}") from None
 
@@ -98,55 +99,55 @@ class _Misfit(Exception):
     """A mistake in an adapter. The caller adds the path to the message."""
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "adapter_config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: not a JSON object")
-    return config
+class _Config(pydantic.BaseModel):
+    """The keys of `adapter_config.json` that are read. It has many others."""
+
+    model_config = pydantic.ConfigDict(strict=True, allow_inf_nan=False)
+
+    peft_type: str | None = None
+    num_virtual_tokens: _Count | None = None
+    num_transformer_submodules: _Count | None = None
+    num_layers: _Count | None = None
+    num_attention_heads: _Count | None = None
+    lora_alpha: _Factor | None = None
+    alpha_pattern: dict[str, _Factor] | None = None
+    use_rslora: bool | None = None
+
+    @pydantic.field_validator("alpha_pattern")
+    @classmethod
+    def _check_patterns(cls, patterns: dict[str, float] | None) -> dict[str, float] | None:
+        for pattern in patterns or ():
+            if set(pattern) & set("\\^$*+?{}[]|()"):
+                raise ValueError(f"{shortened(pattern)} is not a plain name")
+        return patterns
+
+    def required(self, key: str) -> Any:
+        """Return the value of a key; raise a `_Misfit` if the file does not have it."""
+        value = getattr(self, key)
+        if value is None:
+            raise _Misfit(f"adapter_config.json: {key} is missing")
+        return value
 
 
 def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
     path = folder / _FILE
-    if not path.is_file():
-        pickled = folder / "adapter_model.bin"
-        if pickled.exists():
-            raise UserError(
-                f"{pickled}: pickled files are not read, because unpickling can run any code; "
-                "save the adapter as safetensors"
-            )
-        raise UserError(f"{path}: no such file")
-    try:
-        with safe_open(path, framework="flax") as file:
-            tensors = {name: np.asarray(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise UserError(f"{path}: not a readable safetensors file ({error})") from None
-    for name, tensor in tensors.items():
-        if not jnp.issubdtype(tensor.dtype, jnp.floating):
-            raise UserError(f"{path}: {name} has the type {tensor.dtype}, not floating point")
-        tensors[name] = tensor.astype(np.float32)
-        if not np.isfinite(tensors[name]).all():
-            raise UserError(f"{path}: {name} has values that are not finite")
-    return tensors
+    pickled = folder / "adapter_model.bin"
+    if not os.path.lexists(path) and os.path.lexists(pickled):
+        raise UserError(
+            f"{pickled}: pickled files are not read, because unpickling can run any code; "
+            "save the adapter as safetensors"
+        )
+    file = SafetensorsFile(path)
+    return {name: _finite(file.read(name), f"{path}: {shortened(name)}") for name in file.names}
 
 
-def _count(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    value = config.get(key, default)
-    if type(value) is not int or not 0 < value < 1e9:
-        raise _Misfit(f"adapter_config.json: {key} is {value!r}, but must be a positive integer")
-    return value
-
-
-def _positive(config: Mapping[str, Any], key: str) -> float:
-    value = config.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e9:
-        raise _Misfit(f"adapter_config.json: {key} is {value!r}, but must be a positive number")
-    return value
+def _finite(values: np.ndarray, where: str) -> np.ndarray:
+    """Return values as float32; raise a `UserError` if some are not finite."""
+    with np.errstate(over="ignore"):
+        values = values.astype(np.float32)
+    if not np.isfinite(values).all():
+        raise UserError(f"{where} has values that are not finite")
+    return values
 
 
 def _embeddings(tensors: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -162,9 +163,9 @@ def _embeddings(tensors: Mapping[str, np.ndarray]) -> np.ndarray:
     return embeddings
 
 
-def _prompt(config, tensors, base: Base) -> dict[str, Any]:
-    embeddings, length = _embeddings(tensors), _count(config, "num_virtual_tokens")
-    modules = _count(config, "num_transformer_submodules", 1)
+def _prompt(config: _Config, tensors: _Tensors, base: Base) -> dict[str, Any]:
+    embeddings, length = _embeddings(tensors), config.required("num_virtual_tokens")
+    modules = config.num_transformer_submodules or 1
     if len(embeddings) != length * modules:
         raise _Misfit(
             f"{_FILE}: prompt_embeddings has {len(embeddings)} rows, not the {length * modules} "
@@ -186,16 +187,16 @@ def _vectors(embeddings: np.ndarray, base: Base) -> Any:
     return jnp.asarray(embeddings, jnp.float32) * peft_embedding_scale(base)
 
 
-def _prefix(config, tensors, base: Base) -> dict[str, Any]:
+def _prefix(config: _Config, tensors: _Tensors, base: Base) -> dict[str, Any]:
     embeddings = _embeddings(tensors)
     layers, _, kv_heads, size = base.backbone.prefix_shape(0)
-    modules, stored = _count(config, "num_transformer_submodules", 1), layers
+    modules, stored = config.num_transformer_submodules or 1, layers
     if base.backbone.separate_targets:
-        stored = _count(config, "num_layers", layers)  # by default, as many as in the encoder
+        stored = config.num_layers or layers  # by default, as many as in the encoder
     elif modules != 1:
         raise _Misfit(f"adapter_config.json: num_transformer_submodules is {modules}, not 1")
-    shape = _count(config, "num_virtual_tokens"), stored, 2, kv_heads, size
-    if (heads := config.get("num_attention_heads", kv_heads)) != kv_heads:
+    shape = config.required("num_virtual_tokens"), stored, 2, kv_heads, size
+    if (heads := config.num_attention_heads or kv_heads) != kv_heads:
         raise _Misfit(
             f"adapter_config.json: num_attention_heads is {heads}, but the base model "
             f"{base.name!r} has {kv_heads} key-value heads"
@@ -214,10 +215,12 @@ def _prefix(config, tensors, base: Base) -> dict[str, Any]:
     return {"keys": jnp.asarray(keys), "values": jnp.asarray(values)}
 
 
-def _lora(config, tensors, base: Base) -> tuple[dict[str, Any], dict[str, float]]:
+def _lora(
+    config: _Config, values: Mapping[str, Any], tensors: _Tensors, base: Base
+) -> tuple[dict[str, Any], dict[str, float]]:
     for key in _OTHER_THAN_LORA:
-        if config.get(key) not in (None, False, "none", [], {}):
-            raise _Misfit(f"adapter_config.json: {key} {config[key]!r} is not supported")
+        if values.get(key) not in (None, False, "none", [], {}):
+            raise _Misfit(f"adapter_config.json: {key} {shortened(values[key])} is not supported")
     left = dict(tensors)
     arrays: dict[str, Any] = {}
     scales: dict[str, float] = {}
@@ -278,24 +281,20 @@ def _take_pair(left, module: str, linears, entry, paths, base: Base):
     return down, entry.form.split(up, base.backbone.arch)
 
 
-def _scale(config, module: str, pair) -> float:
+def _scale(config: _Config, module: str, pair) -> float:
     """Return the factor of B·A of a module; 0 if the adapter does not change it."""
     if pair is None:
         return 0.0
-    alpha = _positive(config, "lora_alpha")
-    patterns = config.get("alpha_pattern") or {}
-    if not isinstance(patterns, dict):
-        raise _Misfit(f"adapter_config.json: alpha_pattern is {patterns!r}, not an object")
-    for pattern in patterns:
-        if set(pattern) & set("\\^$*+?{}[]|()"):
-            raise _Misfit(f"adapter_config.json: alpha_pattern {pattern!r} is not a plain name")
+    alpha = config.required("lora_alpha")
+    for pattern, value in (config.alpha_pattern or {}).items():
         if f".{module}".endswith(f".{pattern}"):
-            alpha = _positive(patterns, pattern)
+            alpha = value
             break
     rank = len(pair[0])
-    return float(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
+    return float(alpha / (math.sqrt(rank) if config.use_rslora else rank))
 
 
 def _listed(tensors: Mapping[str, Any]) -> str:
     names = sorted(tensors)
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
+    shown = [n if n.isprintable() and len(n) < 200 else shortened(n) for n in names[:3]]
+    return ", ".join(shown) + (f" and {len(names) - 3} more" if names[3:] else "")

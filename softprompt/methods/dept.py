@@ -14,7 +14,7 @@ from softprompt.backbones.loading import Backbone, Base
 from softprompt.experiment.schema import Experiment
 from softprompt.methods.backbone_arrays import copied
 from softprompt.methods.initializers import INITIALIZATION_SETTINGS, initial_vectors
-from softprompt.methods.method import Method, OffsetParam, PromptParam
+from softprompt.methods.method import Axes, Method, OffsetParam, PromptParam
 
 
 class DecomposedPrompt(Method):
@@ -108,6 +108,12 @@ class DecomposedPrompt(Method):
     def arrays(self, backbone: Backbone) -> dict[str, jax.Array]:
         """Return `vectors`, `down` and `up`."""
         return {"vectors": self.vectors[...], "down": self.down[...], "up": self.up[...]}
+
+    @classmethod
+    def saved_axes(cls, description: Mapping[str, Any], backbone: Backbone) -> Mapping[str, Axes]:
+        """Return the axes of `vectors`, `down` and `up`."""
+        size = backbone.arch.hidden_size
+        return {"vectors": ("P", size), "down": ("S", "R"), "up": ("R", size)}
 
     @classmethod
     def saved_virtual_tokens(cls, shapes: Mapping[str, Sequence[int]]) -> tuple[int, int]:

@@ -18,8 +18,9 @@ from softprompt.backbones.layers import LowRankAddition
 from softprompt.backbones.loading import Backbone, Base, Prefix
 from softprompt.errors import UserError
 from softprompt.experiment.schema import Experiment
+from softprompt.files.json_files import shortened
 from softprompt.methods.backbone_arrays import copied, matrices_of
-from softprompt.methods.method import Adapter, Method
+from softprompt.methods.method import Adapter, Axes, Method
 from softprompt.methods.peft_layout import stored_modules
 
 
@@ -127,6 +128,21 @@ class LoRA(Method):
         return super().description(arrays) | {"scales": dict(self.scales)}
 
     @classmethod
+    def saved_axes(cls, description: Mapping[str, Any], backbone: Backbone) -> Mapping[str, Axes]:
+        """Return the axes of `<path>.down` and `<path>.up` of every path in `scales`."""
+        scales, linears = description.get("scales"), matrices_of(backbone)
+        if not isinstance(scales, dict) or not all(map(_is_float32, scales.values())):
+            raise ValueError(f"scales: must be float32 numbers by path, not {shortened(scales)}")
+        axes: dict[str, Axes] = {}
+        for path in scales:
+            if path not in linears:
+                raise ValueError(f"scales: the base model has no matrix {shortened(path)}")
+            layers, inputs, outputs = linears[path].kernel.shape
+            rank = f"R of {path}"
+            axes |= {f"{path}.down": (layers, inputs, rank), f"{path}.up": (layers, rank, outputs)}
+        return axes
+
+    @classmethod
     def load(
         cls,
         arrays: Mapping[str, jax.Array],
@@ -199,6 +215,11 @@ class LoRA(Method):
         ranks = sorted({self.matrices[path]["down"].shape[-1] for path, _ in self.scales})
         listed = ", ".join(map(str, ranks))
         return f"LoRA(rank {listed}, {len(self.scales)} matrices per layer)"
+
+
+def _is_float32(value: Any) -> bool:
+    """Whether a value from a file is a number in the range of float32."""
+    return type(value) in (int, float) and abs(value) <= float(np.finfo(np.float32).max)
 
 
 def find_targets(backbone: Backbone, patterns: Sequence[str]) -> list[str]:

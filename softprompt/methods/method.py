@@ -19,7 +19,9 @@ from flax import nnx
 from softprompt.backbones.loading import Backbone, Base, Prefix
 from softprompt.errors import UserError
 from softprompt.experiment.schema import Experiment
+from softprompt.files.json_files import shortened
 
+Axes = Sequence[int | str]
 Adapter = tuple[dict[str, np.ndarray], dict[str, Any]]  # tensors, and keys of adapter_config.json
 
 
@@ -220,9 +222,32 @@ class Method(nnx.Module):
         Args:
           description: the content of `prompt.json`.
           backbone: the frozen backbone of the base model.
+
+        Raises:
+          ValueError: if the description does not fit the method or the backbone.
         """
-        shapes = description["arrays"].items()
-        return {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes}
+        shapes = description.get("arrays", {})
+        axes = cls.saved_axes(description, backbone)
+        if axes is not None:
+            require_axes(shapes, axes)
+        return {name: jax.ShapeDtypeStruct(s, jnp.float32) for name, s in shapes.items()}
+
+    @classmethod
+    def saved_axes(
+        cls, description: Mapping[str, Any], backbone: Backbone
+    ) -> Mapping[str, Axes] | None:
+        """Return the axes that the saved arrays must have, by name; None to allow any.
+
+        An axis is a size, or a name for any size. Axes of one name have the same size.
+
+        Args:
+          description: the content of `prompt.json`.
+          backbone: the frozen backbone of the base model.
+
+        Raises:
+          ValueError: if the description does not fit the method or the backbone.
+        """
+        return None
 
     @classmethod
     def saved_virtual_tokens(cls, shapes: Mapping[str, Sequence[int]]) -> tuple[int, int]:
@@ -298,3 +323,26 @@ class Method(nnx.Module):
         return f"{type(self).__name__}()"
 
     __treescope_repr__ = _show_repr
+
+
+def require_axes(shapes: Mapping[str, Sequence[int]], axes: Mapping[str, Axes]) -> None:
+    """Require that arrays have the axes that `Method.saved_axes` returned.
+
+    Args:
+      shapes: the shapes of the arrays, by name.
+      axes: their axes, by name.
+
+    Raises:
+      ValueError: names the first array that has other axes.
+    """
+    sizes: dict[int | str, int] = {}
+    for name in sorted(shapes.keys() | axes.keys()):
+        shape, expected = shapes.get(name), axes.get(name)
+        if shape is None:
+            raise ValueError(f"arrays: {name} is missing")
+        if expected is None:
+            raise ValueError(f"arrays: {shortened(name)} is not an array of the method")
+        pairs = zip(expected, shape, strict=False)
+        wanted = [sizes.setdefault(a, n) if isinstance(a, str) else a for a, n in pairs]
+        if len(shape) != len(expected) or list(shape) != wanted:
+            raise ValueError(f"arrays: {name} has shape {shortened(shape)}, not {list(expected)}")

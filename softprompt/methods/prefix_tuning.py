@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from softprompt.backbones.loading import Backbone, Base, Prefix
 from softprompt.experiment.schema import Experiment
 from softprompt.methods.initializers import INITIALIZATION_SETTINGS, initial_vectors
-from softprompt.methods.method import Adapter, Constant, Method, PromptParam
+from softprompt.methods.method import Adapter, Axes, Constant, Method, PromptParam
 from softprompt.methods.peft_layout import prefix_adapter
 
 
@@ -93,6 +93,12 @@ class PrefixTuning(Method):
     def arrays(self, backbone: Backbone) -> dict[str, jax.Array]:
         """Return `keys` and `values`."""
         return {"keys": self.keys[...], "values": self.values[...]}
+
+    @classmethod
+    def saved_axes(cls, description: Mapping[str, Any], backbone: Backbone) -> Mapping[str, Axes]:
+        """Return the axes of `keys` and `values`."""
+        layers, _, kv_heads, size = backbone.prefix_shape(0)
+        return dict.fromkeys(("keys", "values"), (layers, "P", kv_heads, size))
 
     @classmethod
     def saved_virtual_tokens(cls, shapes: Mapping[str, Sequence[int]]) -> tuple[int, int]:

@@ -5,6 +5,8 @@ It holds the learned arrays (Orbax) and `prompt.json`, which describes them and 
 
 import dataclasses
 import importlib.metadata
+import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,17 +17,16 @@ from softprompt.backbones.loading import Backbone, Base
 from softprompt.data.task import Task, make_task
 from softprompt.errors import UserError
 from softprompt.experiment.methods import method_class
-from softprompt.experiment.schema import (
-    ComputeSettings,
-    GenerationSettings,
-    ScoringSettings,
-    TemplateSettings,
-)
+from softprompt.experiment.schema import GenerationSettings, ScoringSettings, TemplateSettings
+from softprompt.files.json_files import checked
+from softprompt.methods.backbone_arrays import parameter_count
 from softprompt.methods.method import Method
+from softprompt.methods.prompt_file import PromptFile
 from softprompt.storage.arrays import load_arrays, load_description, save_arrays
 
 _FILE = "prompt.json"
 _FORMAT = 2
+_ALWAYS_ALLOWED = 2**26  # learned values of a prompt, however small its base model is
 
 
 def save_prompt(
@@ -137,27 +138,17 @@ def text_task(method: Method, base: Base) -> Task:
 
 @dataclasses.dataclass(frozen=True)
 class SavedPrompt:
-    """The validated content of `prompt.json`.
+    """A saved prompt whose `prompt.json` is valid.
 
     Attributes:
       folder: the folder that it is in.
-      description: the whole content.
-      base_name: the name of the base model.
-      fingerprint: the fingerprint of the base model.
-      compute: how the base model was held and run in training.
-      template: the template of the experiment.
-      scoring: how the prompt labels inputs.
-      generation: how the prompt generates text.
+      description: the whole content of `prompt.json`.
+      content: the part that all methods share.
     """
 
     folder: Path
     description: Mapping[str, Any]
-    base_name: str
-    fingerprint: str
-    compute: ComputeSettings
-    template: TemplateSettings
-    scoring: ScoringSettings
-    generation: GenerationSettings
+    content: PromptFile
 
     @classmethod
     def read(cls, path: Path) -> "SavedPrompt":
@@ -171,39 +162,33 @@ class SavedPrompt:
         """
         folder = _folder(path)
         description = read_description(folder)
-        try:
-            base = description["base"]
-            return cls(
-                folder,
-                description,
-                base["name"],
-                base["fingerprint"],
-                ComputeSettings(**base["compute"]),
-                TemplateSettings(**description["template"]),
-                ScoringSettings(**description.get("scoring", {})),
-                GenerationSettings(**description.get("generation", {})),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise cls._malformed(folder, error) from error
+        return cls(folder, description, PromptFile.model_validate(description))
 
     def task(self, base: Base) -> Task:
-        """Return the task that the prompt was trained for."""
-        description = self.description
-        try:
-            method = method_class(description["method"])
-            _, before = method.saved_virtual_tokens(description.get("arrays", {}))
-            return make_task(
-                base,
-                self.template,
-                description["verbalizer"],
-                [(text, target) for text, target in description["demonstrations"]],
-                virtual_tokens=description["virtual_tokens"],
-                prefix_length=before,
-                tasks=description["tasks"],
-                task_field=description["task_field"],
+        """Return the task that the prompt was trained for.
+
+        Raises:
+          UserError: if the prompt does not fit the base model.
+        """
+        content = self.content
+        self._saved_form(base)
+        virtual, before = self._class.saved_virtual_tokens(content.arrays)
+        described = content.virtual_tokens * max(len(content.tasks), 1)
+        if virtual != described:
+            raise UserError(
+                f"{self.folder / _FILE}: virtual_tokens: there are {virtual} in the arrays, not "
+                f"{described}"
             )
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise self._malformed(self.folder, error) from error
+        return make_task(
+            base,
+            content.template,
+            content.verbalizer,
+            [(text, target) for text, target in content.demonstrations],
+            virtual_tokens=content.virtual_tokens,
+            prefix_length=before,
+            tasks=content.tasks,
+            task_field=content.task_field,
+        )
 
     def method(self, base: Base, opening: Any) -> tuple[Method, dict[str, jax.Array]]:
         """Return the trained method, and its arrays by name.
@@ -215,37 +200,57 @@ class SavedPrompt:
         Raises:
           UserError: if the prompt was trained on another base model.
         """
-        if base.fingerprint != self.fingerprint:
+        trained_on = self.content.base
+        if base.fingerprint != trained_on.fingerprint:
             raise UserError(
-                f"{self.folder}: trained on the base model {self.base_name!r} "
-                f"({self.fingerprint[:12]}), not on {base.name!r} ({base.fingerprint[:12]})"
+                f"{self.folder}: trained on the base model {trained_on.name!r} "
+                f"({trained_on.fingerprint[:12]}), not on {base.name!r} ({base.fingerprint[:12]})"
             )
-        try:
-            method = method_class(self.description["method"])
-            arrays = load_arrays(self.folder, method.saved_form(self.description, base.backbone))
-            return method.load(arrays, self.description, opening), arrays
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise self._malformed(self.folder, error) from error
+        arrays = load_arrays(self.folder, self._saved_form(base))
+        return self._class.load(arrays, self.description, opening), arrays
 
-    @staticmethod
-    def _malformed(folder: Path, error: Exception) -> UserError:
-        return UserError(f"{folder / _FILE}: malformed ({str(error).splitlines()[0]})")
+    @property
+    def _class(self) -> type[Method]:
+        return method_class(self.content.method)
+
+    def _saved_form(self, base: Base) -> dict[str, jax.ShapeDtypeStruct]:
+        """Return the shapes and types of the arrays, after checking them against the base model.
+
+        The arrays are not loaded yet: files of a few bytes can describe arrays of any size.
+        """
+        try:
+            form = self._class.saved_form(self.description, base.backbone)
+        except ValueError as error:
+            raise UserError(f"{self.folder / _FILE}: {error}") from None
+        values = sum(math.prod(array.shape) for array in form.values())
+        limit = max(_ALWAYS_ALLOWED, parameter_count(base.backbone))
+        if values > limit:
+            raise UserError(
+                f"{self.folder / _FILE}: arrays: {values} values, more than the base model has"
+            )
+        return form
 
 
 def read_description(folder: Path) -> dict[str, Any]:
-    """Return the content of `prompt.json`, after checking all files of the folder for damage."""
+    """Return the content of `prompt.json`, after checking it and all files of the folder.
+
+    Raises:
+      UserError: if a file is damaged or malformed, or has the format of another version.
+    """
     description = load_description(folder, _FILE)
-    if not isinstance(description, dict) or description.get("format") != _FORMAT:
+    if description.get("format") != _FORMAT:
         raise UserError(f"{folder / _FILE}: has a format that this version cannot read")
+    checked(PromptFile, description, str(folder / _FILE))
     return description
 
 
 def _folder(path: Path) -> Path:
     """Return the folder of a prompt, given that folder or the folder of its run."""
-    if (path / _FILE).exists() or not (path / "config.yaml").exists():
+    # `Path.exists` would raise an error if the name is too long.
+    if os.path.exists(path / _FILE) or not os.path.exists(path / "config.yaml"):
         folder = path
     else:
         folder = path / "prompt"
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise UserError(f"{path}: contains no trained prompt")
     return folder

@@ -23,7 +23,7 @@ from softprompt.methods.initializers import (
     sampled_vocabulary,
     text_vectors,
 )
-from softprompt.methods.method import Adapter, Constant, Method, PromptParam
+from softprompt.methods.method import Adapter, Axes, Constant, Method, PromptParam
 from softprompt.methods.peft_layout import peft_embedding_scale, prefix_adapter
 from softprompt.methods.reparametrization import reparametrize
 from softprompt.methods.saved import save_prompt
@@ -217,6 +217,11 @@ class SoftPrompt(Method):
     def arrays(self, backbone: Backbone) -> dict[str, jax.Array]:
         """Return `vectors`."""
         return {"vectors": self.vectors[...]}
+
+    @classmethod
+    def saved_axes(cls, description: Mapping[str, Any], backbone: Backbone) -> Mapping[str, Axes]:
+        """Return the axes of `vectors`."""
+        return {"vectors": ("P", backbone.arch.hidden_size)}
 
     @classmethod
     def saved_virtual_tokens(cls, shapes: Mapping[str, Sequence[int]]) -> tuple[int, int]:

@@ -3,7 +3,9 @@
 Axis letters: N examples, C labels.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -11,6 +13,8 @@ from softprompt.errors import UserError
 from softprompt.metrics.scores import Scores, mean_of
 
 _MAX_LABELS = 1000
+_MAX_CONFUSION_LABELS = 100  # every pair is a value, with 1,000 resamples for its interval
+_MAX_STATISTICS = 2**27  # examples times pairs of labels: 1 GiB
 
 Table = np.ndarray  # confusion matrix [C, C]: a row per reference, a column per prediction
 
@@ -72,7 +76,8 @@ def label_scores(
       predictions, references: N labels each.
 
     Raises:
-      UserError: if a reference is a list, or there are more than 1,000 different labels.
+      UserError: if a reference is a list, or there are more than 1,000 different labels (for
+        `confusion`, more than 100), or too many examples for so many labels.
     """
     actual = [reference for reference in references if isinstance(reference, str)]
     if len(actual) < len(references):
@@ -81,11 +86,16 @@ def label_scores(
         pairs = zip(actual, predictions, strict=True)
         return mean_of([name], [[float(label == other)] for label, other in pairs])
     labels = sorted({*predictions, *actual})
-    if len(labels) > _MAX_LABELS:
+    if len(labels) > (_MAX_CONFUSION_LABELS if name == "confusion" else _MAX_LABELS):
         raise UserError(f"metric {name}: {len(labels)} different labels; is this free text?")
     number, size = {label: i for i, label in enumerate(labels)}, len(labels)
     cells = [number[a] * size + number[p] for a, p in zip(actual, predictions, strict=True)]
     used, columns = np.unique(cells, return_inverse=True)  # most cells are empty
+    if len(cells) * len(used) > _MAX_STATISTICS:
+        raise UserError(
+            f"metric {name}: {len(cells)} examples with {len(used)} different pairs of labels need "
+            "too much memory; accuracy needs none"
+        )
     statistics = np.zeros((len(cells), len(used)))
     statistics[np.arange(len(cells)), columns] = 1
 
@@ -98,6 +108,23 @@ def label_scores(
         return {name: SUMMARIES[name](table.reshape(size, size))}
 
     return Scores(statistics, combine)
+
+
+def confusion_rows(values: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Return the confusion matrix as rows of a table, one per reference label.
+
+    Args:
+      values: all values of the metric `confusion`, as `label_scores` names and orders them.
+    """
+    names, size = list(values), math.isqrt(len(values))
+    # The names on the diagonal hold a label twice: labels may contain dots.
+    doubled = [name.removeprefix("confusion.") for name in names[:: size + 1]]
+    labels = [text[: len(text) // 2] for text in doubled]
+    counts = np.array(list(values.values())).reshape(size, size)
+    return [
+        {"reference \\ prediction": label} | dict(zip(labels, map(int, row), strict=True))
+        for label, row in zip(labels, counts, strict=True)
+    ]
 
 
 def _correct_fraction(table: Table, axis: int) -> np.ndarray:

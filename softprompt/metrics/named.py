@@ -12,6 +12,7 @@ from softprompt.experiment.metric_names import (
 )
 from softprompt.metrics.labels import label_scores
 from softprompt.metrics.scores import Scores
+from softprompt.runtime.progress import Progress, silent
 
 
 def measure(
@@ -20,6 +21,7 @@ def measure(
     references: Sequence[str | Sequence[str]],
     *,
     stem: bool = False,
+    progress: Progress = silent,
 ) -> dict[str, Scores]:
     """Score predictions by several metrics.
 
@@ -31,12 +33,15 @@ def measure(
       predictions: N texts, at least one.
       references: for each prediction a text, or a list of texts that are all correct.
       stem: whether ROUGE stems English words before it compares them.
+      progress: shows for each metric of texts how many predictions are done.
 
     Returns:
       Scores by metric name.
 
     Raises:
-      UserError: if there is no such metric, or it does not accept lists of references.
+      UserError: if there is no such metric, it does not accept lists of references, or a text is
+        too long for it: over 500,000 characters; for ROUGE-L over 50,000 words; for TER over
+        500 words.
     """
     for name in names:
         try:
@@ -50,18 +55,22 @@ def measure(
         if name in LABEL_METRICS:
             scores[name] = label_scores(name, predictions, references)
         else:
-            scores[name] = _text_scores(name, predictions, references, stem)
+            scores[name] = _text_scores(name, predictions, references, stem, progress)
     return scores
 
 
 def _text_scores(
-    name: str, predictions: Sequence[str], references: Sequence[str | Sequence[str]], stem: bool
+    name: str,
+    predictions: Sequence[str],
+    references: Sequence[str | Sequence[str]],
+    stem: bool,
+    progress: Progress,
 ) -> Scores:
-    from softprompt.metrics import text  # takes seconds to import, and labels do not need it
+    from softprompt.metrics import rouge, text  # take seconds to import; labels do not need them
 
     if types := rouge_types(name):
-        return text.rouge(predictions, references, types, stem)
-    return getattr(text, name)(predictions, references)
+        return rouge.rouge(predictions, references, types, stem, progress)
+    return getattr(text, name)(predictions, references, progress)
 
 
 def is_better(values: Mapping[str, float], others: Mapping[str, float], name: str) -> bool:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,8 @@ class RunRecord:
 def collect(paths: Iterable[Path]) -> list[RunRecord]:
     """Collect the runs in folders, including their subfolders.
 
-    A run that cannot be read is skipped, and a message is logged.
+    A run that cannot be read is skipped with a warning that names the damaged file. The others are
+    returned, and the commands that show them exit with status 0.
 
     Args:
       paths: folders of runs, of sweeps, or folders that contain such folders.
@@ -75,7 +77,7 @@ def collect(paths: Iterable[Path]) -> list[RunRecord]:
     """
     folders: dict[Path, Path] = {}
     for path in paths:
-        found = [path] if (path / "config.yaml").is_file() else []
+        found = [path] if os.path.isfile(path / "config.yaml") else []
         found += sorted(config.parent for config in path.glob("*/**/config.yaml"))
         if not found:
             raise UserError(f"{path}: contains no runs")
@@ -86,7 +88,7 @@ def collect(paths: Iterable[Path]) -> list[RunRecord]:
         try:
             records.append(_read(folder))
         except (UserError, OSError) as error:
-            _log.info(f"{folder}: skipped ({str(error).splitlines()[0]})")
+            _log.warning(f"{folder}: skipped ({str(error).splitlines()[0]})")
     if not records:
         raise UserError("none of the runs can be read")
     finished = [record for record in records if record.state == "finished"]

@@ -19,6 +19,7 @@ from flax import nnx
 from orbax.checkpoint import v1 as orbax
 
 from softprompt.errors import UserError
+from softprompt.files.json_files import read_json
 
 _SUMS = "SHA256SUMS"
 # The trials of a sweep save from several threads, and Orbax mixes up concurrent saves.
@@ -88,7 +89,10 @@ def load_description(folder: Path, file: str) -> dict[str, Any]:
             raise DamagedError(f"{folder / name}: damaged (its SHA-256 does not match {_SUMS})")
     if file not in sums:
         raise DamagedError(f"{folder / file}: missing")
-    return json.loads((folder / file).read_text())
+    try:
+        return read_json(folder / file)
+    except UserError as error:
+        raise DamagedError(str(error)) from None
 
 
 def load_arrays(folder: Path, like: Any) -> Any:

@@ -13,7 +13,9 @@ import tensorboardX
 from softprompt.errors import FolderError, UserError
 from softprompt.experiment.reading import differences, dump_experiment, load_experiment
 from softprompt.experiment.schema import Experiment
+from softprompt.files.json_files import checked, read_json
 from softprompt.files.json_lines import parse_json_lines
+from softprompt.files.reading import MEBIBYTE, read_bytes
 from softprompt.files.writing import write_file
 from softprompt.storage.locks import locked_folder
 
@@ -21,6 +23,7 @@ _log = logging.getLogger(__name__)
 
 _METRICS = "metrics.jsonl"
 _SUMMARY = "summary.json"
+_LOG_LIMIT = 512 * MEBIBYTE  # of a file with a line per record
 
 
 @contextlib.contextmanager
@@ -58,9 +61,13 @@ def write_config(folder: Path, experiment: Experiment) -> None:
 
 
 class _Summary(pydantic.BaseModel):
-    steps: int
-    train_seconds: float
-    peak_memory_bytes: int
+    """What readers of `summary.json` rely on; it has other keys too."""
+
+    model_config = pydantic.ConfigDict(strict=True, allow_inf_nan=False)
+
+    steps: int = pydantic.Field(ge=0, lt=2**63)
+    train_seconds: float = pydantic.Field(ge=0)
+    peak_memory_bytes: int = pydantic.Field(ge=0, lt=2**63)
     validation: Mapping[str, float]
     test: Mapping[str, float]
 
@@ -80,11 +87,12 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
-        _Summary.model_validate(summary, strict=True)
-    except (OSError, ValueError):
+        summary = read_json(path)
+        checked(_Summary, summary, str(path))
+    except UserError as error:
+        reason = str(error).removeprefix(f"{path}: ")
         raise UserError(
-            f"{path}: damaged; delete it (and trial.json) and train again to recreate it"
+            f"{path}: damaged ({reason}); delete it (and trial.json) and train again to recreate it"
         ) from None
     return summary
 
@@ -103,9 +111,9 @@ def write_samples(folder: Path, step: int, samples: Sequence[Mapping[str, Any]])
     path = folder / "samples.jsonl"
     kept = []
     if path.exists():
-        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+        lines = read_bytes(path, _LOG_LIMIT).decode(errors="replace").split("\n")
         kept = [sample for _, sample in parse_json_lines(lines, str(path))]
-        kept = [sample for sample in kept if sample.get("step", step) < step]
+        kept = [sample for sample in kept if _step(sample, step) < step]
     write_predictions(path, [*kept, *({"step": step, **sample} for sample in samples)])
 
 
@@ -161,11 +169,26 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     path = folder / _METRICS
     if not path.exists():
         return []
-    *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    records = [record for _, record in parse_json_lines(lines, str(path))]
-    for number, record in enumerate(records, 1):
-        numbers = [value for key, value in record.items() if key != "split"]
-        of_numbers = all(isinstance(value, int | float) for value in numbers)
-        if not ({"step", "split"} <= record.keys() and of_numbers):
-            raise UserError(f"{path}:{number}: not a record of metrics; move the file away")
+    *lines, _ = read_bytes(path, _LOG_LIMIT).decode(errors="replace").split("\n")
+    records = []
+    for where, record in parse_json_lines(lines, str(path)):
+        numbers = [value for key, value in record.items() if key not in ("step", "split")]
+        if not (
+            _step(record) >= 0
+            and isinstance(record.get("split"), str)
+            and all(_is_number(value) for value in numbers)
+        ):
+            raise UserError(f"{where}: not a record of metrics; move the file away")
+        records.append(record)
     return records
+
+
+def _step(record: Mapping[str, Any], default: int = -1) -> int:
+    """Return the step of a record; the default if it has no valid one."""
+    step = record.get("step")
+    return step if type(step) is int and 0 <= step < 2**63 else default
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value is a number in the range of float64."""
+    return type(value) is float or (type(value) is int and abs(value) < 2**1000)

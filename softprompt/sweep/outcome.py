@@ -3,11 +3,12 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import pydantic
 
 from softprompt.errors import UserError
+from softprompt.files.json_files import read_json
 from softprompt.files.writing import write_file
 from softprompt.storage.run_folder import read_metrics
 
@@ -25,7 +26,7 @@ class Outcome:
     """
 
     state: Literal["finished", "pruned", "failed"]
-    step: int | None
+    step: Annotated[int, pydantic.Field(ge=0, lt=2**63)] | None
     error: str | None = None
 
     def write(self, folder: Path) -> None:
@@ -41,11 +42,11 @@ class Outcome:
           UserError: if the file is damaged.
         """
         path = folder / _FILE
-        try:
-            return _OUTCOME.validate_json(path.read_bytes())
-        except (FileNotFoundError, NotADirectoryError):
+        if not path.exists():
             return None
-        except (OSError, ValueError):
+        try:
+            return _OUTCOME.validate_python(read_json(path))
+        except (UserError, pydantic.ValidationError):
             raise UserError(f"{path}: damaged; delete it to continue the trial") from None
 
 
