@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from softprompt.cli.progress import printed_log
+from softprompt.cli.signals import end_on_signals
 from softprompt.errors import Stopped, UserError
 
 # The modules of the commands in this package, in the order in which the help lists them.
@@ -32,11 +33,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Args:
-      arguments: the words of the command line; by default the arguments of this process.
+      arguments: the words of the command line. By default the arguments of this process, which
+        a signal then ends; see `signals.end_on_signals`.
 
     Returns:
       The exit status: 0 on success, 1 after a user's mistake, 128 + n after signal n.
     """
+    if arguments is None:
+        end_on_signals()
     try:
         options = _parse(arguments)
         with printed_log():

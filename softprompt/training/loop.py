@@ -43,7 +43,8 @@ def train(
     Raises:
       UserError: if the experiment, its data or its base model is invalid, if the folder
         holds another run, or if the loss is not finite.
-      Stopped: on SIGTERM or Ctrl-C, after the state is saved.
+      Stopped: on Ctrl-C, SIGTERM or SIGHUP while it trains, after the state is saved. A second
+        signal has its usual effect.
 
     Examples:
       >>> experiment = load_experiment("experiments/sentiment.yaml", ["training.steps=20"])
@@ -51,12 +52,15 @@ def train(
       >>> summary["test"]["accuracy"]
     """
     folder = Path(folder)
-    with StopSignals() as stop, open_run(folder, experiment):
+    with open_run(folder, experiment):
         if summary := finished_summary(folder):
             _log.info(f"{folder}: this run is finished; choose another folder to train again")
             return summary
         prepared = Preparation(progress).prepare(experiment, records)
-        with Session(experiment, folder, prepared, stop, progress=progress) as session:
+        with (
+            StopSignals() as stop,
+            Session(experiment, folder, prepared, stop, progress=progress) as session,
+        ):
             _make_steps(session, stop, progress)
         if stop.requested:
             raise Stopped(
@@ -69,7 +73,7 @@ def train(
 def _make_steps(session: Session, stop: StopSignals, progress: Progress) -> None:
     """Make all steps, or save the state when a signal stops the work."""
     done = session.run.step
-    with stop.deferred(), progress("train", session.steps, "steps", done=done) as bar:
+    with progress("train", session.steps, "steps", done=done) as bar:
         while not stop.requested and session.run_due_work() and not stop.requested:
             batch, key = session.next_inputs()
             results = train_step(*session.state.arrays, batch, key, **session.state.program)

@@ -47,7 +47,7 @@ class Session:
       experiment: what to train.
       folder: the run folder, opened by `open_run`.
       prepared: the base model, the data and the method.
-      stop: its signals can interrupt an evaluation.
+      stop: a signal ends an evaluation early.
       padded_length: see `TrainState`.
       name: put before log messages; empty for none.
       progress: shows evaluations.
@@ -194,7 +194,7 @@ class Session:
         """Evaluate the best prompt on the test data, if any; write and return the summary."""
         test = None
         if "test" in self.examples:
-            test = self._measure(*self._best_model(), "test")
+            test = self._measure(*self._best_model(), "test", self._progress)
         return self.reporter.summary(self.state, time.monotonic() - self._began, test)
 
     def _resume(self) -> None:
@@ -250,8 +250,8 @@ class Session:
         """Evaluate the current prompt, save the state, and keep the prompt if it is the best."""
         self._finish_step()
         try:
-            with self._stop.deferred(False):
-                result = self._measure(*prepare_model(*self.state.model()), "validation")
+            model = prepare_model(*self.state.model())
+            result = self._measure(*model, "validation", self._stop.watched(self._progress))
         except Stopped:
             return
         run, metric = self.run, self.experiment.evaluation.metric
@@ -270,7 +270,9 @@ class Session:
             self._save_prompt(self.state.trainable)
         self._last_step_ended = time.monotonic()
 
-    def _measure(self, backbone: Backbone, prefix: Any, split: str) -> EvaluationResult:
+    def _measure(
+        self, backbone: Backbone, prefix: Any, split: str, progress: Progress
+    ) -> EvaluationResult:
         settings = self.experiment.evaluation
         examples: Sequence[Example] = self.examples[split]
         generated: int | None = settings.samples
@@ -286,7 +288,7 @@ class Session:
             self.experiment,
             f"{self.name}: {split}" if self.name else split,
             max_generated=generated,
-            progress=self._progress,
+            progress=progress,
         )
 
     def _save_prompt(self, trainable: nnx.State) -> None:
