@@ -4,17 +4,17 @@ A file from outside may be damaged or hostile. All readers of such files open th
 that a pipe cannot block the process and a huge file cannot fill the memory.
 """
 
+import io
 import os
 import stat
 from pathlib import Path
-from typing import BinaryIO
 
 from softprompt.errors import UserError
 
 MEBIBYTE = 2**20
 
 
-def open_file(path: Path) -> BinaryIO:
+def open_file(path: Path) -> io.BufferedReader:
     """Open a regular file for reading.
 
     Args:

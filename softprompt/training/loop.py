@@ -12,6 +12,7 @@ from softprompt.methods.saved import read_description
 from softprompt.runtime.progress import Progress, silent
 from softprompt.runtime.signals import StopSignals
 from softprompt.storage.run_folder import open_run, read_summary
+from softprompt.training.forecast import Forecast
 from softprompt.training.preparation import Preparation
 from softprompt.training.session import Session
 from softprompt.training.step import train_step
@@ -72,13 +73,15 @@ def train(
 
 def _make_steps(session: Session, stop: StopSignals, progress: Progress) -> None:
     """Make all steps, or save the state when a signal stops the work."""
-    done = session.run.step
+    done, forecast = session.run.step, Forecast(session)
     with progress("train", session.steps, "steps", done=done) as bar:
         while not stop.requested and session.run_due_work() and not stop.requested:
             batch, key = session.next_inputs()
+            forecast.before_step(batch, key)
             results = train_step(*session.state.arrays, batch, key, **session.state.program)
             session.accept(*results, padding=batch.padding)
             bar.advance(note=session.reporter.note)
+            forecast.after_step()
         if stop.requested:
             session.save()
 
