@@ -5,6 +5,7 @@ A saved folder holds `arrays/` (written by Orbax), one JSON file that describes 
 checksums are verified before anything is loaded.
 """
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -13,7 +14,7 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -94,18 +95,26 @@ def _save(path: Path, arrays: Any) -> None:
     Raises:
       OSError: if it cannot be written.
     """
+    try:
+        with _alone_and_quiet():
+            orbax.save(path, arrays)
+    except Exception as error:  # of many types; TensorStore names the system's error
+        number = re.search(r"os_error_code='(\d+)'", str(error))
+        if number is None:
+            raise
+        code = int(number[1])
+        raise OSError(code, os.strerror(code), str(path)) from None
+
+
+@contextlib.contextmanager
+def _alone_and_quiet() -> Iterator[None]:
+    """Use Orbax in one thread at a time, and without its log, which has what it raises too."""
     log = logging.getLogger("absl")
     with _ORBAX_LOCK:
         level = log.level
-        log.setLevel(logging.CRITICAL)  # Orbax logs the traceback of what it raises
+        log.setLevel(logging.CRITICAL)
         try:
-            orbax.save(path, arrays)
-        except Exception as error:  # of many types; TensorStore names the system's error
-            number = re.search(r"os_error_code='(\d+)'", str(error))
-            if number is None:
-                raise
-            code = int(number[1])
-            raise OSError(code, os.strerror(code), str(path)) from None
+            yield
         finally:
             log.setLevel(level)
 
@@ -189,8 +198,7 @@ def load_arrays(folder: Path, like: Any) -> Any:
         raise DamagedError(
             f"{path}: needs {gibibytes(needed)}, but {gibibytes(available)} are available"
         )
-    with _ORBAX_LOCK:
-        loaded = _read(path, lambda: orbax.load(path, abstract))
+    loaded = _read(path, lambda: orbax.load(path, abstract))
     require_finite(loaded, str(path))
     return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(loaded))
 
@@ -202,7 +210,8 @@ def _read(path: Path, reading: Callable[[], Result]) -> Result:
       DamagedError: if it fails.
     """
     try:
-        return reading()
+        with _alone_and_quiet():
+            return reading()
     except Exception as error:  # of many types, as the files decide what is called
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise DamagedError(f"{path}: cannot be read ({reason})") from error

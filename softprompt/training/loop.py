@@ -5,10 +5,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from softprompt.data.records import Rows
 from softprompt.errors import Stopped, UserError
 from softprompt.experiment.schema import Experiment
 from softprompt.methods.saved import read_description
+from softprompt.runtime.memory import is_out_of_memory
 from softprompt.runtime.progress import Progress, silent
 from softprompt.runtime.signals import StopSignals
 from softprompt.storage.run_folder import open_run, read_summary
@@ -62,7 +65,16 @@ def train(
             StopSignals() as stop,
             Session(experiment, folder, prepared, stop, progress=progress) as session,
         ):
-            _make_steps(session, stop, progress)
+            try:
+                _make_steps(session, stop, progress)
+            except jax.errors.JaxRuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise UserError(
+                    f"step {session.run.step + 1}: the device runs out of memory; set a smaller "
+                    "training.batch_size, and raise training.accumulate to keep the number of "
+                    "examples per step"
+                ) from None
         if stop.requested:
             raise Stopped(
                 stop.requested,
