@@ -105,9 +105,10 @@ def test_arrays_that_orbax_cannot_read_or_that_are_too_large_are_reported(saved,
     with pytest.raises(DamagedError, match=r"arrays: needs .* are available"):
         load_arrays(saved, ARRAYS)
     monkeypatch.undo()
-    (saved / "arrays" / "state" / "manifest.ocdbt").write_text("{")
-    with pytest.raises(DamagedError, match="arrays: cannot be read"):
-        load_arrays(saved, ARRAYS)
+    with monkeypatch.context() as patched:
+        patched.setattr("softprompt.storage.arrays.orbax.load", lambda *_: 1 / 0)
+        with pytest.raises(DamagedError, match=r"arrays: cannot be read \(division by zero\)"):
+            load_arrays(saved, ARRAYS)
     (saved / "arrays" / "state" / "_METADATA").write_text("{")
     with pytest.raises(DamagedError, match="unexpected arrays"):
         load_arrays(saved, ARRAYS)

@@ -24,7 +24,7 @@ class Events:
 
     def __init__(self, folder: Path, step: int):
         folder.mkdir(exist_ok=True)
-        self._writer = EventsWriter(str(folder / "events"))
+        self._writer, self._closed = EventsWriter(str(folder / "events")), False
         self._writer.write_event(Event(step=step, file_version="brain.Event:2"))
         start = SessionLog(status=SessionLog.START)
         self._writer.write_event(Event(step=step, session_log=start))
@@ -37,5 +37,7 @@ class Events:
         self._writer.flush()
 
     def close(self) -> None:
-        """Close the file."""
-        self._writer.close()
+        """Close the file, unless it is closed."""
+        if not self._closed:
+            self._closed = True
+            self._writer.close()

@@ -140,8 +140,10 @@ class MetricsLog:
 
     def close(self) -> None:
         """Close both files."""
-        self._file.close()
-        self._events.close()
+        try:
+            self._file.close()
+        finally:
+            self._events.close()
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
