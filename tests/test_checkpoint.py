@@ -1,5 +1,10 @@
 """Saved arrays and checkpoints: exact, atomic, and protected by checksums."""
 
+import hashlib
+import os
+import shutil
+from types import SimpleNamespace
+
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -56,6 +61,73 @@ def test_a_change_to_any_file_is_detected_and_named(saved):
         with pytest.raises(DamagedError, match="missing"):
             load_description(saved, "about.json")
         path.write_bytes(content)
+    load_description(saved, "about.json")
+
+
+def test_a_folder_from_outside_cannot_mislead_the_reader(saved):
+    (saved / "arrays" / "more").write_text("")
+    with pytest.raises(DamagedError, match="arrays/more: not listed in SHA256SUMS"):
+        load_description(saved, "about.json")
+    (saved / "arrays" / "more").unlink()
+    (saved / "README.md").write_text("not about arrays")
+    load_description(saved, "about.json")
+    about = (saved / "about.json").read_bytes()
+    (saved / "about.json").unlink()
+    os.mkfifo(saved / "about.json")
+    with pytest.raises(DamagedError, match=r"about.json: missing"):
+        load_description(saved, "about.json")
+    (saved / "about.json").unlink()
+    (saved / "about.json").write_bytes(about)
+    sums = (saved / "SHA256SUMS").read_text()
+    for name in ("/etc/hostname", "../outside"):
+        (saved / "SHA256SUMS").write_text(f"{sums}{'0' * 64}  {name}\n")
+        with pytest.raises(DamagedError, match=f"{name}: missing"):
+            load_description(saved, "about.json")
+    (saved / "SHA256SUMS").unlink()
+    (saved / "SHA256SUMS").mkdir()
+    with pytest.raises(DamagedError, match="SHA256SUMS: not a regular file"):
+        load_description(saved, "about.json")
+
+
+@pytest.mark.parametrize("content", ["[1]", "{", "[" * 100_000, '{"x": 1' + "0" * 5000 + "}"])
+def test_a_description_that_is_not_a_json_object_is_reported(saved, content):
+    (saved / "about.json").write_text(content)
+    digest = hashlib.sha256(content.encode()).hexdigest()
+    sums = (saved / "SHA256SUMS").read_text().splitlines()
+    kept = [line for line in sums if not line.endswith("  about.json")]
+    (saved / "SHA256SUMS").write_text("\n".join([*kept, f"{digest}  about.json", ""]))
+    with pytest.raises(DamagedError, match=r"about\.json: not "):
+        load_description(saved, "about.json")
+
+
+def test_arrays_that_orbax_cannot_read_or_that_are_too_large_are_reported(saved, monkeypatch):
+    monkeypatch.setattr("softprompt.storage.arrays.available_memory", lambda: 50)
+    with pytest.raises(DamagedError, match=r"arrays: needs .* are available"):
+        load_arrays(saved, ARRAYS)
+    monkeypatch.undo()
+    with monkeypatch.context() as patched:
+        patched.setattr("softprompt.storage.arrays.orbax.load", lambda *_: 1 / 0)
+        with pytest.raises(DamagedError, match=r"arrays: cannot be read \(division by zero\)"):
+            load_arrays(saved, ARRAYS)
+    (saved / "arrays" / "state" / "_METADATA").write_text("{")
+    with pytest.raises(DamagedError, match="unexpected arrays"):
+        load_arrays(saved, ARRAYS)
+
+
+def test_a_full_disk_is_found_before_and_while_arrays_are_written(saved, monkeypatch):
+    full = "RESOURCE_EXHAUSTED: Failed to write [os_error_code='28']"
+
+    def no_space(*_):
+        raise ValueError(full)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("softprompt.storage.arrays.orbax.save", no_space)
+        with pytest.raises(OSError, match="No space left on device"):
+            save_arrays(saved, ARRAYS, {}, "about.json")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(OSError, match="No space left on device"):
+        save_arrays(saved, ARRAYS, {}, "about.json")
+    monkeypatch.undo()
     load_description(saved, "about.json")
 
 

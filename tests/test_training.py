@@ -122,7 +122,7 @@ sys.exit(main())
     assert outcome(folder) == whole
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_saves_the_state_and_the_run_resumes(start, experiment_file, tmp_path, number):
     folder, overrides = tmp_path / "run", ["training.steps=3000", "evaluation.every=2000"]
     process = start(folder, *overrides)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from softprompt.cli.progress import printed_log
+from softprompt.cli.signals import end_on_signals
 from softprompt.errors import Stopped, UserError, shown
 
 # The modules of the commands in this package, in the order in which the help lists them.
@@ -33,7 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Args:
-      arguments: the words of the command line; by default the arguments of this process.
+      arguments: the words of the command line. By default the arguments of this process, which
+        a signal then ends; see `signals.end_on_signals`.
 
     Returns:
       The exit status: 0 on success, 1 after a user's mistake, 128 + n after signal n.
@@ -41,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Otherwise a name that is not UTF-8, or a terminal without Unicode, would raise an error.
         sys.stdout.reconfigure(errors="backslashreplace")
+    if arguments is None:
+        end_on_signals()
     try:
         options = _parse(arguments)
         with printed_log():

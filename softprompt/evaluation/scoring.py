@@ -16,6 +16,7 @@ from softprompt.data.batches import evaluation_batches
 from softprompt.data.examples import Example
 from softprompt.data.task import Task
 from softprompt.experiment.schema import ScoringSettings
+from softprompt.runtime.finite import NotFiniteError
 
 
 @jax.jit
@@ -58,6 +59,9 @@ def score(
     Yields:
       The indices of the n examples of a batch, and the log-probabilities of their
       candidates in nats, `[n, C]`.
+
+    Raises:
+      NotFiniteError: if a log-probability is infinite or NaN.
     """
     candidates = len(examples[0].candidates)
     for numbers, scores in evaluation_batches(
@@ -66,7 +70,21 @@ def score(
         lambda batch: np.asarray(candidate_scores(backbone, prefix, batch, candidates)),
         separate_targets=backbone.separate_targets,
     ):
-        yield numbers, scores[: len(numbers)]
+        yield numbers, checked_scores(scores[: len(numbers)])
+
+
+def checked_scores(scores: np.ndarray) -> np.ndarray:
+    """Return log-probabilities, after checking that they are finite.
+
+    Raises:
+      NotFiniteError: if one is infinite or NaN.
+    """
+    if not np.isfinite(scores).all():
+        raise NotFiniteError(
+            "the model gives infinite or NaN scores: the learned values or the base model's "
+            "weights are too large"
+        )
+    return scores
 
 
 def calibrated_scores(

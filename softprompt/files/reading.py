@@ -6,11 +6,11 @@ that a pipe cannot block the process and a huge file cannot fill the memory.
 
 import contextlib
 import difflib
+import io
 import itertools
 import os
 import stat
 from pathlib import Path
-from typing import BinaryIO
 
 from softprompt.errors import UserError
 
@@ -29,7 +29,7 @@ def missing_file(path: Path) -> UserError:
     return UserError(f"{path}: no such file{f'; did you mean {close[0]!r}?' if close else ''}")
 
 
-def open_file(path: Path) -> BinaryIO:
+def open_file(path: Path) -> io.BufferedReader:
     """Open a regular file for reading.
 
     Args:

@@ -24,7 +24,8 @@ class State:
 
     Attributes:
       cache: the backbone's KV cache. It holds all tokens of a row but the last.
-      tokens: `[B, N]`, the generated ids; entries from a row's length on are unused.
+      tokens: `[B, N]`, the generated ids; entries from a row's length on are unused. A row ends
+        with -1 if its logits are not finite.
       lengths: `[B]`, the number of generated tokens, including an end token.
       done: `[B]` booleans, whether a row has ended.
       keys: `[B]`, random keys. The n-th token of a row is drawn with the row's key and n.
@@ -124,6 +125,6 @@ def _append(state: State, logits: jax.Array, active: jax.Array) -> State:
         state,
         tokens=state.tokens.at[rows, slots].set(token, mode="drop"),
         lengths=state.lengths + active,
-        done=state.done | (active & (token[:, None] == state.ends).any(axis=1)),
+        done=state.done | (active & ((token[:, None] == state.ends).any(axis=1) | (token < 0))),
         seen=None if state.seen is None else state.seen.at[rows, token].max(active),
     )

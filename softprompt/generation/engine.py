@@ -22,6 +22,7 @@ from softprompt.errors import UserError
 from softprompt.experiment.schema import GenerationSettings
 from softprompt.generation import beams, decoding
 from softprompt.generation.sampling import Sampling
+from softprompt.runtime.finite import NotFiniteError
 from softprompt.runtime.memory import run_batches
 from softprompt.runtime.progress import Progress, silent
 
@@ -238,6 +239,8 @@ class Engine:
         state = beams.continue_search(
             self._backbone, prefix and prefix.repeated(settings.beams), state, *arguments
         )
+        if np.isnan([state.running.scores, state.finished.scores]).any():
+            raise _not_finite()
         ids, counts = np.asarray(state.finished.tokens), np.asarray(state.finished.lengths)
         return [
             self._text(ids[row, i, : counts[row, i]].tolist())
@@ -247,8 +250,10 @@ class Engine:
 
     def _ids(self, state: decoding.State) -> list[list[int]]:
         """The generated ids of each row."""
-        rows = zip(np.asarray(state.tokens), np.asarray(state.lengths), strict=True)
-        return [ids[:length].tolist() for ids, length in rows]
+        tokens, lengths = np.asarray(state.tokens), np.asarray(state.lengths)
+        if (tokens < 0).any():
+            raise _not_finite()
+        return [ids[:length].tolist() for ids, length in zip(tokens, lengths, strict=True)]
 
     def _text(self, ids: Sequence[int]) -> tuple[str, bool]:
         """The text of generated ids, and whether an end-of-text token or a stop text ended it."""
@@ -289,6 +294,13 @@ class Engine:
             for row, request in zip(seen, requests, strict=False):
                 row[[token for token in (*request.opening, *request.tokens) if token >= 0]] = True
         return seen.repeat(copies, axis=0)
+
+
+def _not_finite() -> NotFiniteError:
+    return NotFiniteError(
+        "the model gives infinite or NaN logits: the learned values or the base model's weights "
+        "are too large"
+    )
 
 
 def _mixable_groups(requests: Sequence[Request]) -> Iterator[list[int]]:

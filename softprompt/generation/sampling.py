@@ -67,18 +67,21 @@ def choose(
       sampling: the settings.
 
     Returns:
-      `[B]` ids.
+      `[B]` ids. The id is -1 in a row without a finite largest logit, as with NaN.
     """
     if seen is not None:
         logits = penalize(logits, seen, sampling.repetition_penalty)
-    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    greedy = jnp.argmax(logits, axis=-1, keepdims=True).astype(jnp.int32)
+    # argmax takes NaN for the largest number.
+    valid = jnp.isfinite(jnp.take_along_axis(logits, greedy, axis=-1))
+    greedy = jnp.where(valid, greedy, -1)[:, 0]
     if sampling.temperature is None:
         return greedy
     samples = sampling.temperature > 0
 
     def draw() -> jax.Array:
         drawn = jax.vmap(jax.random.categorical)(keys, filter_logits(logits, sampling))
-        return jnp.where(samples, drawn.astype(jnp.int32), greedy)
+        return jnp.where(samples & (greedy >= 0), drawn.astype(jnp.int32), greedy)
 
     return jax.lax.cond(samples.any(), draw, lambda: greedy)
 

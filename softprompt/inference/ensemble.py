@@ -20,7 +20,7 @@ from softprompt.data.examples import Example
 from softprompt.data.task import Task
 from softprompt.errors import UserError
 from softprompt.evaluation.evaluate import likelihood
-from softprompt.evaluation.scoring import candidate_scores
+from softprompt.evaluation.scoring import candidate_scores, checked_scores
 from softprompt.experiment.schema import ScoringSettings
 from softprompt.inference.prompt import TrainedPrompt
 from softprompt.runtime.progress import Progress, silent
@@ -63,7 +63,7 @@ def evaluate_ensemble(
     )
     with progress(label, len(examples), "examples") as bar:
         for indices, of_batch in batches:
-            scores[:, indices] = of_batch[:, : len(indices)]
+            scores[:, indices] = checked_scores(of_batch[:, : len(indices)])
             bar.advance(len(indices))
     answers = np.array([example.answer for example in examples])
     chosen = {str(i): one.argmax(axis=1) for i, one in enumerate(scores, 1)}

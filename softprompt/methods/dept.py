@@ -42,6 +42,7 @@ class DecomposedPrompt(Method):
     name: ClassVar[str] = "dept"
     label: ClassVar[str] = "DePT"
     default_learning_rate: ClassVar[float | None] = 2e-2
+    size_settings: ClassVar[Sequence[str]] = ("prompt.length", "dept.positions", "dept.rank")
     trainable: ClassVar[Any] = PromptParam
 
     def __init__(

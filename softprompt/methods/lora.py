@@ -50,6 +50,7 @@ class LoRA(Method):
     name: ClassVar[str] = "lora"
     label: ClassVar[str] = "LoRA"
     default_learning_rate: ClassVar[float | None] = 3e-3
+    size_settings: ClassVar[Sequence[str]] = ("lora.rank",)
     trainable: ClassVar[Any] = nnx.LoRAParam
     adapter_holds_opening: ClassVar[bool] = False
 

@@ -77,6 +77,7 @@ class Method(nnx.Module):
       name: the value of `method:` in an experiment, and the key in the table of methods.
       label: the name in reports and model cards.
       default_learning_rate: used if the experiment gives none; None if nothing is trained.
+      size_settings: the settings that determine how many parameters are trained.
       trainable: the NNX filter that selects what the training step updates, in the method and
         in the backbone.
       is_pure_prefix: whether the prefix holds everything learned, provided that all virtual
@@ -90,6 +91,7 @@ class Method(nnx.Module):
     name: ClassVar[str]
     label: ClassVar[str]
     default_learning_rate: ClassVar[float | None] = None
+    size_settings: ClassVar[Sequence[str]] = ()
     trainable: ClassVar[Any] = False
     is_pure_prefix: ClassVar[bool] = False
     adapter_holds_opening: ClassVar[bool] = True

@@ -38,6 +38,7 @@ class PrefixTuning(Method):
     name: ClassVar[str] = "prefix"
     label: ClassVar[str] = "prefix tuning"
     default_learning_rate: ClassVar[float | None] = 3e-2
+    size_settings: ClassVar[Sequence[str]] = ("prefix.length", "prefix.size")
     trainable: ClassVar[Any] = PromptParam
     is_pure_prefix: ClassVar[bool] = True
 

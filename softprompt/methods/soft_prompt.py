@@ -64,6 +64,7 @@ class SoftPrompt(Method):
     name: ClassVar[str] = "prompt"
     label: ClassVar[str] = "soft prompt"
     default_learning_rate: ClassVar[float | None] = 2e-2
+    size_settings: ClassVar[Sequence[str]] = ("prompt.length", "prompt.size")
     trainable: ClassVar[Any] = PromptParam
     is_pure_prefix: ClassVar[bool] = True
 

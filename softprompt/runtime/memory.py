@@ -1,9 +1,11 @@
-"""Memory: the peak use, and smaller batches when the device runs out of memory."""
+"""Memory: how much is used and available, and smaller batches when it runs out."""
 
 import logging
+import os
 import resource
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import TypeVar
 
 import jax
@@ -22,6 +24,53 @@ def peak_memory() -> int:
         return statistics["peak_bytes_in_use"]
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def memory_in_use() -> int:
+    """Return the memory in use now, in bytes: of the accelerator, or on a CPU of this process."""
+    statistics = jax.devices()[0].memory_stats()
+    if statistics and "bytes_in_use" in statistics:
+        return statistics["bytes_in_use"]
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:  # not Linux
+        return peak_memory()
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def available_memory() -> int:
+    """Return how many bytes can still be allocated on the accelerator, or on a CPU in memory.
+
+    On Linux, this is the memory that is free or can be freed, within the limit of the container.
+    Elsewhere, it is the memory of the machine.
+    """
+    statistics = jax.devices()[0].memory_stats()
+    if statistics and "bytes_limit" in statistics:
+        return statistics["bytes_limit"] - statistics["bytes_in_use"]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:  # not Linux
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    (free,) = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
+    return min([free, *_container_limits()])
+
+
+def _container_limits() -> Iterator[int]:
+    """The bytes that the container (cgroup version 2 or 1) may still allocate, if limited."""
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        try:
+            numbers = [int((Path("/sys/fs/cgroup") / name).read_text()) for name in (limit, used)]
+        except (OSError, ValueError):  # no such file, or "max"
+            continue
+        yield max(0, numbers[0] - numbers[1])
+
+
+def gibibytes(count: float) -> str:
+    """Format a number of bytes."""
+    return f"{count / 2**30:,.2f} GiB"
 
 
 def is_out_of_memory(error: jax.errors.JaxRuntimeError) -> bool:

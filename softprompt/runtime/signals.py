@@ -1,24 +1,28 @@
-"""SIGTERM and Ctrl-C: stop long work at a point where its state can be saved."""
+"""SIGINT (Ctrl-C), SIGTERM and SIGHUP: stop long work at a point where its state can be saved."""
 
-import contextlib
 import logging
 import signal
 import threading
-from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Any, Self
 
 from softprompt.errors import Stopped
+from softprompt.runtime.progress import Bar, Progress
 
 _log = logging.getLogger(__name__)
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
 
 class StopSignals:
-    """Handle SIGTERM and SIGINT while the context is active.
+    """Handle SIGINT, SIGTERM and SIGHUP while the context is active.
 
-    A signal raises `Stopped` at once. Inside `deferred`, the first signal only sets
-    `requested`, and the work checks it between steps; a second signal always raises.
-    Outside the main thread, which alone can handle signals, the context has no effect.
+    The first signal only sets `requested`, which the work checks between its parts. Nothing is
+    interrupted in the middle. A second signal goes to the handler that was there before the
+    context. By default, SIGINT then raises `KeyboardInterrupt`, and the others end the process.
+
+    A signal that the process ignores, as after `nohup`, stays ignored. Outside the main thread,
+    which alone can handle signals, the context has no effect.
 
     Attributes:
       requested: number of the signal that arrived, or None.
@@ -26,12 +30,11 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.requested: int | None = None
-        self._deferring = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in handled_signals():
                 self._before[number] = signal.signal(number, self._handle)
         return self
 
@@ -44,17 +47,65 @@ class StopSignals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    @contextlib.contextmanager
-    def deferred(self, on: bool = True) -> Iterator[None]:
-        """Let the first signal only set `requested`; with `on=False`, let it raise again."""
-        before, self._deferring = self._deferring, on
-        try:
-            yield
-        finally:
-            self._deferring = before
+    def watched(self, progress: Progress) -> Progress:
+        """Return a `Progress` whose bars raise `Stopped` after a signal, at their next advance."""
+
+        def begin(
+            label: str, total: int, unit: str, *, done: int = 0, part: bool = False
+        ) -> "_WatchedBar":
+            return _WatchedBar(progress(label, total, unit, done=done, part=part), self)
+
+        return begin
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        again, self.requested = self.requested is not None, number
-        if again or not self._deferring:
-            raise Stopped(number, "stopped")
-        _log.info("stopping after this step; send the signal again to stop at once")
+        if self.requested is None:
+            self.requested = number
+            # In another thread, because this one may be in the middle of writing a message.
+            threading.Thread(
+                target=_log.info,
+                args=["stopping after this step; send the signal again to stop at once"],
+                daemon=True,
+            ).start()
+            return
+        before = self._before[number]
+        if callable(before):
+            before(number, frame)
+        else:
+            signal.signal(number, before)
+            signal.raise_signal(number)
+
+
+def handled_signals() -> list[int]:
+    """Return the numbers of the signals that stop work: all that the process does not ignore."""
+    # None stands for a handler that was not installed from Python and cannot be restored.
+    return [n for n in SIGNALS if signal.getsignal(n) not in (signal.SIG_IGN, None)]
+
+
+class _WatchedBar:
+    """A bar that raises `Stopped` when it advances after a signal."""
+
+    def __init__(self, bar: Bar, stop: StopSignals):
+        self._bar, self._stop = bar, stop
+
+    def __enter__(self) -> Self:
+        self._bar.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bar.__exit__(kind, error, trace)
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        self._bar.advance(count, note)
+        if self._stop.requested is not None:
+            raise Stopped(self._stop.requested, "stopped")
+
+    def drop(self, count: int) -> None:
+        self._bar.drop(count)
+
+    def close(self) -> None:
+        self._bar.close()

@@ -5,14 +5,18 @@ A saved folder holds `arrays/` (written by Orbax), one JSON file that describes 
 checksums are verified before anything is loaded.
 """
 
+import contextlib
+import errno
 import hashlib
 import json
+import logging
 import os
+import re
 import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from flax import nnx
@@ -20,8 +24,14 @@ from orbax.checkpoint import v1 as orbax
 
 from softprompt.errors import UserError
 from softprompt.files.json_files import read_json
+from softprompt.files.reading import open_file, read_text
+from softprompt.runtime.finite import require_finite
+from softprompt.runtime.memory import available_memory, gibibytes
 
 _SUMS = "SHA256SUMS"
+
+Result = TypeVar("Result")
+
 # The trials of a sweep save from several threads, and Orbax mixes up concurrent saves.
 _ORBAX_LOCK = threading.Lock()
 
@@ -40,13 +50,18 @@ def save_arrays(folder: Path, arrays: Any, description: Mapping[str, Any], file:
       arrays: a pytree of arrays; NNX states lose their variable types.
       description: content of the JSON file.
       file: name of the JSON file.
+
+    Raises:
+      NotFiniteError: if an array holds infinity or NaN. Nothing is written then.
+      OSError: if the folder cannot be written or the disk is full.
     """
+    require_finite(arrays, f"{folder}: not saved")
     new, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
     shutil.rmtree(new, ignore_errors=True)
+    _require_space(folder.parent, arrays)
     new.mkdir()  # fails at once; Orbax would retry for a minute
     if jax.tree.leaves(arrays):
-        with _ORBAX_LOCK:
-            orbax.save(new.absolute() / "arrays", nnx.as_pure(arrays))
+        _save(new.absolute() / "arrays", nnx.as_pure(arrays))
     (new / file).write_text(json.dumps(description, indent=2, ensure_ascii=False) + "\n")
     sums = [f"{_sha256(path)}  {path.relative_to(new)}\n" for path in _files(new)]
     (new / _SUMS).write_text("".join(sums))
@@ -58,6 +73,50 @@ def save_arrays(folder: Path, arrays: Any, description: Mapping[str, Any], file:
     new.rename(folder)
     _flush_to_disk(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _require_space(folder: Path, arrays: Any) -> None:
+    """Check that the disk has space for arrays.
+
+    If the disk became full while Orbax writes, its threads would print tracebacks.
+
+    Raises:
+      OSError: if there is too little.
+    """
+    leaves = jax.tree.leaves(arrays)
+    needed = sum(leaf.nbytes for leaf in leaves) + len(leaves) * 2**12 + 2**18
+    if shutil.disk_usage(folder).free < needed:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+
+
+def _save(path: Path, arrays: Any) -> None:
+    """Save a pytree of arrays with Orbax.
+
+    Raises:
+      OSError: if it cannot be written.
+    """
+    try:
+        with _alone_and_quiet():
+            orbax.save(path, arrays)
+    except Exception as error:  # of many types; TensorStore names the system's error
+        number = re.search(r"os_error_code='(\d+)'", str(error))
+        if number is None:
+            raise
+        code = int(number[1])
+        raise OSError(code, os.strerror(code), str(path)) from None
+
+
+@contextlib.contextmanager
+def _alone_and_quiet() -> Iterator[None]:
+    """Use Orbax in one thread at a time, and without its log, which has what it raises too."""
+    log = logging.getLogger("absl")
+    with _ORBAX_LOCK:
+        level = log.level
+        log.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            log.setLevel(level)
 
 
 def load_description(folder: Path, file: str) -> dict[str, Any]:
@@ -73,26 +132,36 @@ def load_description(folder: Path, file: str) -> dict[str, Any]:
     if not folder.is_dir():
         raise DamagedError(f"{folder}: no such folder")
     try:
-        *lines, end = (folder / _SUMS).read_text().split("\n")
-        sums = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
-        if end:
-            raise ValueError("truncated")
-    except FileNotFoundError:
-        raise DamagedError(f"{folder / _SUMS}: missing") from None
-    except ValueError:
-        raise DamagedError(f"{folder / _SUMS}: damaged") from None
-    present = {str(path.relative_to(folder)): path for path in _files(folder)}
-    for name, digest in sums.items():
-        if name not in present:
-            raise DamagedError(f"{folder / name}: missing")
-        if _sha256(present[name]) != digest:
-            raise DamagedError(f"{folder / name}: damaged (its SHA-256 does not match {_SUMS})")
-    if file not in sums:
-        raise DamagedError(f"{folder / file}: missing")
-    try:
+        sums = _read_sums(folder / _SUMS)
+        present = {str(path.relative_to(folder)): path for path in _files(folder)}
+        for name, digest in sums.items():
+            if name not in present:  # names that lead out of the folder are not in it either
+                raise DamagedError(f"{folder / name}: missing")
+            if _sha256(present[name]) != digest:
+                raise DamagedError(f"{folder / name}: damaged (its SHA-256 does not match {_SUMS})")
+        for name in present:  # Orbax reads whatever is in `arrays/`
+            if name.startswith("arrays/") and name not in sums:
+                raise DamagedError(f"{folder / name}: not listed in {_SUMS}; remove it")
+        if file not in sums:
+            raise DamagedError(f"{folder / file}: missing")
         return read_json(folder / file)
+    except DamagedError:
+        raise
     except UserError as error:
         raise DamagedError(str(error)) from None
+    except OSError as error:
+        raise DamagedError(f"{folder}: cannot be read ({error.strerror})") from None
+
+
+def _read_sums(path: Path) -> dict[str, str]:
+    """Read the checksums by the names of the files."""
+    if not path.exists():
+        raise DamagedError(f"{path}: missing")
+    *lines, end = read_text(path).split("\n")
+    pairs = [line.split("  ", 1) for line in lines]
+    if end or not all(len(pair) == 2 for pair in pairs):
+        raise DamagedError(f"{path}: damaged")
+    return {name: digest for digest, name in pairs}
 
 
 def load_arrays(folder: Path, like: Any) -> Any:
@@ -107,24 +176,45 @@ def load_arrays(folder: Path, like: Any) -> Any:
 
     Raises:
       DamagedError: if the saved arrays have another structure, shape or dtype.
+      NotFiniteError: if a saved array holds infinity or NaN.
     """
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), nnx.as_pure(like)
     )
-    path = folder.absolute() / "arrays"
-    if not jax.tree.leaves(like) and not path.exists():
+    path, leaves = folder.absolute() / "arrays", jax.tree.leaves(abstract)
+    if not leaves and not path.exists():
         return like
-    saved, expected = _shapes(orbax.metadata(path).metadata), _shapes(abstract)
+    expected = _shapes(abstract)
+    saved = _read(path, lambda: _shapes(orbax.metadata(path).metadata))
     for name in sorted(saved.keys() | expected.keys()):
         if saved.get(name) != expected.get(name):
             raise DamagedError(
                 f"{folder}: unexpected arrays ({name} is {saved.get(name, 'missing')}, "
                 f"expected {expected.get(name, 'no such array')})"
             )
-    with _ORBAX_LOCK:
-        loaded = orbax.load(path, abstract)
+    needed, available = sum(x.size * x.dtype.itemsize for x in leaves), available_memory()
+    if needed > available:
+        raise DamagedError(
+            f"{path}: needs {gibibytes(needed)}, but {gibibytes(available)} are available"
+        )
+    loaded = _read(path, lambda: orbax.load(path, abstract))
+    require_finite(loaded, str(path))
     return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(loaded))
+
+
+def _read(path: Path, reading: Callable[[], Result]) -> Result:
+    """Return what Orbax reads.
+
+    Raises:
+      DamagedError: if it fails.
+    """
+    try:
+        with _alone_and_quiet():
+            return reading()
+    except Exception as error:  # of many types, as the files decide what is called
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise DamagedError(f"{path}: cannot be read ({reason})") from error
 
 
 def _shapes(tree: Any) -> dict[str, str]:
@@ -141,7 +231,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
+    with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

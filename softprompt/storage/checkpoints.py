@@ -1,8 +1,9 @@
 """The checkpoints of a run, written in the background."""
 
 import shutil
+import threading
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,6 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int):
         self._folder, self._keep = folder, keep
-        self._worker = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in folder.glob(".*"):
@@ -52,7 +52,20 @@ class Checkpoints:
         """
         self.wait()
         host = jax.tree.map(np.array, nnx.as_pure(arrays))
-        self._pending = self._worker.submit(self._write, step, host, dict(description), best)
+        pending: Future[None] = Future()
+
+        def write() -> None:
+            try:
+                self._write(step, host, dict(description), best)
+            except BaseException as error:  # `wait` raises it
+                pending.set_exception(error)
+            else:
+                pending.set_result(None)
+
+        self._pending = pending
+        # A daemon, so that an exit without `wait`, as after a second Ctrl-C, does not wait for it
+        # either. Orbax cannot finish then, because the interpreter starts no more threads.
+        threading.Thread(target=write, name="checkpoint", daemon=True).start()
 
     def wait(self) -> None:
         """Wait until the last `save` is on disk, and raise its error if it failed."""

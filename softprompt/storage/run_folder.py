@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pydantic
-import tensorboardX
 
 from softprompt.errors import FolderError, UserError
 from softprompt.experiment.reading import differences, dump_experiment, load_experiment
@@ -17,6 +16,7 @@ from softprompt.files.json_files import checked, read_json
 from softprompt.files.json_lines import parse_json_lines
 from softprompt.files.reading import MEBIBYTE, read_bytes
 from softprompt.files.writing import write_file
+from softprompt.storage.events import Events
 from softprompt.storage.locks import locked_folder
 
 _log = logging.getLogger(__name__)
@@ -142,20 +142,21 @@ class MetricsLog:
         write_file(folder / _METRICS, "".join(json.dumps(record) + "\n" for record in kept))
         self.records = records
         self._file = (folder / _METRICS).open("a", encoding="utf-8")
-        self._board = tensorboardX.SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        self._events = Events(folder / "tensorboard", step + 1)
 
     def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
         """Append one record: the values measured on a split at a step."""
         self._file.write(json.dumps({"step": step, "split": split, **values}) + "\n")
         self._file.flush()
         self.records += 1
-        for key, value in values.items():
-            self._board.add_scalar(f"{split}/{key}", value, step)
+        self._events.write(step, {f"{split}/{key}": value for key, value in values.items()})
 
     def close(self) -> None:
         """Close both files."""
-        self._file.close()
-        self._board.close()
+        try:
+            self._file.close()
+        finally:
+            self._events.close()
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -32,10 +32,11 @@ def sweep(space: Space, *, progress: Progress = silent) -> list[Trial]:
 
     Raises:
       UserError: if the folder belongs to another sweep, or another process works on it.
-      Stopped: on SIGTERM or Ctrl-C, after every trial is saved.
+      Stopped: on Ctrl-C, SIGTERM or SIGHUP, after every trial is saved. A second signal has its
+        usual effect.
     """
     settings = space.sweep
-    with StopSignals() as stop, stop.deferred(), open_sweep(space):
+    with open_sweep(space), StopSignals() as stop:
         if settings.how == "tpe":
             from softprompt.sweep.study import Study
 

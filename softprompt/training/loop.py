@@ -5,13 +5,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from softprompt.data.records import Rows
 from softprompt.errors import Stopped, UserError
 from softprompt.experiment.schema import Experiment
 from softprompt.methods.saved import read_description
+from softprompt.runtime.memory import is_out_of_memory
 from softprompt.runtime.progress import Progress, silent
 from softprompt.runtime.signals import StopSignals
 from softprompt.storage.run_folder import open_run, read_summary
+from softprompt.training.forecast import Forecast
 from softprompt.training.preparation import Preparation
 from softprompt.training.session import Session
 from softprompt.training.step import train_step
@@ -43,7 +47,8 @@ def train(
     Raises:
       UserError: if the experiment, its data or its base model is invalid, if the folder
         holds another run, or if the loss is not finite.
-      Stopped: on SIGTERM or Ctrl-C, after the state is saved.
+      Stopped: on Ctrl-C, SIGTERM or SIGHUP while it trains, after the state is saved. A second
+        signal has its usual effect.
 
     Examples:
       >>> experiment = load_experiment("experiments/sentiment.yaml", ["training.steps=20"])
@@ -51,13 +56,25 @@ def train(
       >>> summary["test"]["accuracy"]
     """
     folder = Path(folder)
-    with StopSignals() as stop, open_run(folder, experiment) as experiment:
+    with open_run(folder, experiment) as experiment:
         if summary := finished_summary(folder):
             _log.info(f"{folder}: this run is finished; choose another folder to train again")
             return summary
         prepared = Preparation(progress).prepare(experiment, records)
-        with Session(experiment, folder, prepared, stop, progress=progress) as session:
-            _make_steps(session, stop, progress)
+        with (
+            StopSignals() as stop,
+            Session(experiment, folder, prepared, stop, progress=progress) as session,
+        ):
+            try:
+                _make_steps(session, stop, progress)
+            except jax.errors.JaxRuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise UserError(
+                    f"step {session.run.step + 1}: the device runs out of memory; set a smaller "
+                    "training.batch_size, and raise training.accumulate to keep the number of "
+                    "examples per step"
+                ) from None
         if stop.requested:
             raise Stopped(
                 stop.requested,
@@ -68,13 +85,15 @@ def train(
 
 def _make_steps(session: Session, stop: StopSignals, progress: Progress) -> None:
     """Make all steps, or save the state when a signal stops the work."""
-    done = session.run.step
-    with stop.deferred(), progress("train", session.steps, "steps", done=done) as bar:
+    done, forecast = session.run.step, Forecast(session)
+    with progress("train", session.steps, "steps", done=done) as bar:
         while not stop.requested and session.run_due_work() and not stop.requested:
             batch, key = session.next_inputs()
+            forecast.before_step(batch, key)
             results = train_step(*session.state.arrays, batch, key, **session.state.program)
             session.accept(*results, padding=batch.padding)
             bar.advance(note=session.reporter.note)
+            forecast.after_step()
         if stop.requested:
             session.save()
 

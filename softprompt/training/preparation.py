@@ -18,6 +18,7 @@ from softprompt.experiment.schema import Experiment
 from softprompt.inference.prompt import load_prompt
 from softprompt.methods.method import Method
 from softprompt.runtime.progress import Progress, silent
+from softprompt.training.requirements import require_memory
 
 _log = logging.getLogger(__name__)
 
@@ -88,6 +89,7 @@ class Preparation:
         if not task.labels and experiment.evaluation.samples:
             task.for_generation(experiment.generation.max_new_tokens, before + len(task.opening))
         trained = [_vectors_of(path, base) for path in kind.initial_prompts(experiment)]
+        require_memory(experiment, base, task.opening, trained)
         method = kind.build(experiment, base, task.opening, trained)
         return Prepared(base, task, examples, method, time.monotonic() - began)
 

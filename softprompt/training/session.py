@@ -8,12 +8,13 @@ number, and a checkpoint holds everything else.
 import dataclasses
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import jax
+import pydantic
 from flax import nnx
 
 from softprompt.backbones.batch import Batch
@@ -27,6 +28,7 @@ from softprompt.experiment.schema import Experiment
 from softprompt.inference.prompt import load_prompt
 from softprompt.methods.saved import SavedPrompt, read_description, save_prompt
 from softprompt.metrics.named import is_better
+from softprompt.runtime.finite import NotFiniteError
 from softprompt.runtime.progress import Progress, silent
 from softprompt.runtime.signals import StopSignals
 from softprompt.storage.arrays import DamagedError
@@ -35,6 +37,8 @@ from softprompt.storage.run_folder import write_config
 from softprompt.training.preparation import Prepared
 from softprompt.training.reporting import Reporter, log_message
 from softprompt.training.state import RunState, TrainState
+
+_RUN_STATE = pydantic.TypeAdapter(RunState)
 
 
 class Session:
@@ -47,7 +51,7 @@ class Session:
       experiment: what to train.
       folder: the run folder, opened by `open_run`.
       prepared: the base model, the data and the method.
-      stop: its signals can interrupt an evaluation.
+      stop: a signal ends an evaluation early.
       padded_length: see `TrainState`.
       name: put before log messages; empty for none.
       progress: shows evaluations.
@@ -100,6 +104,11 @@ class Session:
         self._checkpoints = Checkpoints(folder / "checkpoints", experiment.checkpoints.keep)
         self.run = RunState(self.base.fingerprint, data_digest(self.examples))
         self._resume()
+        if names := self.state.names_not_finite():
+            raise NotFiniteError(
+                f"the initial values of {names[0]} are infinite or NaN; change the settings of "
+                f"method {experiment.method}, such as its initialization"
+            )
         self.reporter = Reporter(experiment, folder, self.run, name)
         self._saved_step = self.run.step
         self._pending: tuple[dict[str, jax.Array], float] | None = None  # measured, padding
@@ -176,8 +185,8 @@ class Session:
         if self._saved_step == run.step:
             return
         self._finish_step()
-        if not self.state.is_finite():
-            raise self._not_finite("the update made trainable parameters infinite or NaN")
+        if names := self.state.names_not_finite():
+            raise self._not_finite(f"the update made {names[0]} infinite or NaN")
         run.data = self._iterator.get_state()
         run.records = self.reporter.records
         run.seconds = time.monotonic() - self._began
@@ -187,14 +196,16 @@ class Session:
 
     def close(self) -> None:
         """Close the metrics, and wait until everything saved is on disk."""
-        self.reporter.close()
-        self._checkpoints.wait()
+        try:
+            self.reporter.close()
+        finally:
+            self._checkpoints.wait()
 
     def finish(self) -> dict[str, Any]:
         """Evaluate the best prompt on the test data, if any; write and return the summary."""
         test = None
         if "test" in self.examples:
-            test = self._measure(*self._best_model(), "test")
+            test = self._measure(*self._best_model(), "test", self._progress)
         return self.reporter.summary(self.state, time.monotonic() - self._began, test)
 
     def _resume(self) -> None:
@@ -204,26 +215,29 @@ class Session:
         for step, description in found.items():
             if isinstance(description, DamagedError):
                 log_message(self.name, f"{description}; not using this checkpoint")
-            else:
-                intact[step] = description
+                continue
+            try:
+                intact[step] = _RUN_STATE.validate_python(description)
+            except pydantic.ValidationError:
+                log_message(self.name, f"checkpoint {step}: not of this version; not using it")
         best_prompts = {0, *intact, self._saved_prompt_step()}
-        for step, description in intact.items():
-            self._require_unchanged(description)
-            if description["best_step"] in best_prompts:
+        for step, run in intact.items():
+            self._require_unchanged(run)
+            if run.best_step in best_prompts:
                 self.state.restore(self._checkpoints.load(step, self.state.saved_shapes()))
-                self.run = RunState(**description)
+                self.run = run
                 self._iterator.set_state(self.run.data)
                 log_message(self.name, f"resuming from step {step}")
                 return
         if found:
             log_message(self.name, "no checkpoint can be used: starting from the beginning")
 
-    def _require_unchanged(self, description: dict[str, Any]) -> None:
+    def _require_unchanged(self, run: RunState) -> None:
         """Check that a checkpoint belongs to this base model and this data."""
         changed = None
-        if description["base"] != self.base.fingerprint:
+        if run.base != self.base.fingerprint:
             changed = "base model"
-        elif not same_data(description["examples"], self.examples):
+        elif not same_data(run.examples, self.examples):
             changed = "data"
         if changed:
             raise FolderError(
@@ -238,9 +252,7 @@ class Session:
         arrays, padding = self._pending
         self._pending = None
         measured = {name: float(value) for name, value in arrays.items()}
-        loss, norm = measured["loss"], measured["gradient_norm"]
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise self._not_finite(f"the loss is {loss} and the gradient norm is {norm}")
+        self._require_finite(measured)
         now = time.monotonic()
         seconds = (now - self._last_step_ended) / self._parallel_runs
         self._last_step_ended = now
@@ -250,14 +262,15 @@ class Session:
         """Evaluate the current prompt, save the state, and keep the prompt if it is the best."""
         self._finish_step()
         try:
-            with self._stop.deferred(False):
-                result = self._measure(*prepare_model(*self.state.model()), "validation")
+            model = prepare_model(*self.state.model())
+            result = self._measure(*model, "validation", self._stop.watched(self._progress))
         except Stopped:
             return
+        except NotFiniteError as error:
+            raise self._not_finite(f"validation: {error}") from None
         run, metric = self.run, self.experiment.evaluation.metric
         metrics = result.values()
-        if not math.isfinite(metrics["loss"]):
-            raise self._not_finite(f"the validation loss is {metrics['loss']}")
+        self._require_finite(metrics, "validation ")
         is_best = not run.best_metrics or is_better(metrics, run.best_metrics, metric)
         if is_best:
             run.best_step, run.best_metrics = run.step, metrics
@@ -270,7 +283,9 @@ class Session:
             self._save_prompt(self.state.trainable)
         self._last_step_ended = time.monotonic()
 
-    def _measure(self, backbone: Backbone, prefix: Any, split: str) -> EvaluationResult:
+    def _measure(
+        self, backbone: Backbone, prefix: Any, split: str, progress: Progress
+    ) -> EvaluationResult:
         settings = self.experiment.evaluation
         examples: Sequence[Example] = self.examples[split]
         generated: int | None = settings.samples
@@ -286,7 +301,7 @@ class Session:
             self.experiment,
             f"{self.name}: {split}" if self.name else split,
             max_generated=generated,
-            progress=self._progress,
+            progress=progress,
         )
 
     def _save_prompt(self, trainable: nnx.State) -> None:
@@ -324,12 +339,27 @@ class Session:
         method, _ = SavedPrompt.read(folder).method(self.base, self.task.opening)
         return prepare_model(method.padded(self.state.padded_length), self.base.backbone)
 
-    def _not_finite(self, what: str) -> UserError:
+    def _require_finite(self, values: Mapping[str, float], kind: str = "") -> None:
+        wrong = [
+            f"the {kind}{name.replace('_', ' ')} is {value}"
+            for name, value in values.items()
+            if not math.isfinite(value)
+        ]
+        if wrong:
+            raise self._not_finite(" and ".join(wrong))
+
+    def _not_finite(self, what: str) -> NotFiniteError:
+        """The error about a value after a step, with what to change."""
         self._checkpoints.wait()
         newest = self._checkpoints.steps[-1:]
         kept = f"checkpoint {self._checkpoints.path(newest[0])} is kept" if newest else ""
         where = "" if self.name else " and train in another folder"
-        return UserError(
-            f"step {self.run.step}: {what}; lower optimizer.learning_rate{where}; "
-            f"{kept or 'there is no checkpoint yet'}"
+        optimizer = self.experiment.optimizer
+        advice = f"lower optimizer.learning_rate (now {optimizer.learning_rate:g})"
+        if optimizer.clip_norm is None:
+            advice += " or set optimizer.clip_norm"
+        if self.run.step <= 1:  # measured before the first update
+            advice = f"change the settings of method {self.experiment.method}, or {advice}"
+        return NotFiniteError(
+            f"step {self.run.step}: {what}; {advice}{where}; {kept or 'there is no checkpoint yet'}"
         )

@@ -12,6 +12,7 @@ from softprompt.backbones.loading import Backbone
 from softprompt.experiment.schema import Experiment
 from softprompt.methods.method import Method
 from softprompt.objectives.cross_entropy import cross_entropy
+from softprompt.runtime.finite import names_not_finite
 from softprompt.training.optimizers import UpdateRule, hyperparameters, learning_rate
 from softprompt.training.step import Frozen, split
 
@@ -111,9 +112,11 @@ class TrainState:
         """The learning rate of a step, counted from 0."""
         return float(learning_rate(self._optimizer.schedule, self._hyperparameters, step))
 
-    def is_finite(self) -> bool:
-        """Whether all trainable parameters are finite."""
-        return all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(self.trainable))
+    def names_not_finite(self) -> list[str]:
+        """The paths of the trainable arrays and of the optimizer's arrays with infinity or NaN."""
+        names = ("method", "backbone")  # what `split` divided
+        trainable = {names[number]: part for number, part in nnx.as_pure(self.trainable).items()}
+        return names_not_finite({**trainable, "optimizer": self.opt_state})
 
     def model(self) -> tuple[Method, Backbone]:
         """The method and the backbone as they are now, padded as in training."""

@@ -1,0 +1,37 @@
+"""Infinity and NaN: they are neither saved nor loaded nor shown as results."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from softprompt.errors import UserError
+
+
+class NotFiniteError(UserError):
+    """A value that must be a number is infinite or NaN."""
+
+
+def names_not_finite(arrays: Any) -> list[str]:
+    """Return the paths of the arrays in a pytree that hold infinity or NaN."""
+    return [
+        jax.tree_util.keystr(path, simple=True, separator=".")
+        for path, leaf in jax.tree_util.tree_leaves_with_path(arrays)
+        if jnp.issubdtype(leaf.dtype, jnp.floating) and not np.isfinite(leaf).all()
+    ]
+
+
+def require_finite(arrays: Any, where: str) -> None:
+    """Check that all arrays of a pytree are finite.
+
+    Args:
+      arrays: the pytree. Arrays of integers are always finite.
+      where: the place of the arrays, for the error message.
+
+    Raises:
+      NotFiniteError: with the paths of the arrays that are not.
+    """
+    if names := names_not_finite(arrays):
+        more = f" and {len(names) - 3} more" if names[3:] else ""
+        raise NotFiniteError(f"{where}: infinite or NaN values in {', '.join(names[:3])}{more}")

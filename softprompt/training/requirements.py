@@ -1,0 +1,50 @@
+"""The memory that a method needs in training, checked before anything is allocated."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from flax import nnx
+
+from softprompt.backbones.loading import Base
+from softprompt.errors import UserError
+from softprompt.experiment.methods import method_class
+from softprompt.experiment.schema import Experiment
+from softprompt.runtime.memory import available_memory, gibibytes
+from softprompt.training.optimizers import UpdateRule, hyperparameters
+from softprompt.training.step import split
+
+
+def require_memory(
+    experiment: Experiment, base: Base, opening: Sequence[int], trained: Sequence[jax.Array]
+) -> None:
+    """Check, without allocating it, that what the method trains fits into memory.
+
+    Counted are the arrays of the method, their gradient and the state of the optimizer.
+
+    Args:
+      experiment, base, opening, trained: the arguments of `Method.build`.
+
+    Raises:
+      UserError: if they need more memory than is available.
+    """
+    kind, settings = method_class(experiment.method), experiment.optimizer
+
+    def arrays() -> tuple[Any, Any, Any]:
+        method = kind.build(experiment, base, opening, trained)
+        _, trainable, _ = split(method, base.backbone)
+        numbers = hyperparameters(settings, 1, kind.offsets_learning_rate(experiment))
+        return nnx.state(method), trainable, UpdateRule.of(settings).init(trainable, numbers)
+
+    needed, available = _bytes(jax.eval_shape(arrays)), available_memory()
+    if needed > available:
+        names = [*kind.size_settings, "method"]
+        raise UserError(
+            f"method {experiment.method}: its parameters, gradient and optimizer state need "
+            f"{gibibytes(needed)}, but {gibibytes(available)} are available; "
+            f"change {' or '.join(names)}"
+        )
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
