@@ -19,6 +19,7 @@ from softprompt.errors import UserError
 from softprompt.experiment.methods import method_class
 from softprompt.experiment.schema import GenerationSettings, ScoringSettings, TemplateSettings
 from softprompt.files.json_files import checked
+from softprompt.files.reading import MEBIBYTE
 from softprompt.methods.backbone_arrays import parameter_count
 from softprompt.methods.method import Method
 from softprompt.methods.prompt_file import PromptFile
@@ -26,6 +27,7 @@ from softprompt.storage.arrays import load_arrays, load_description, save_arrays
 
 _FILE = "prompt.json"
 _FORMAT = 2
+_LARGEST_FILE = 4 * MEBIBYTE  # its texts are tokenized, which takes seconds for a mebibyte
 _ALWAYS_ALLOWED = 2**26  # learned values of a prompt, however small its base model is
 
 
@@ -240,6 +242,8 @@ def read_description(folder: Path) -> dict[str, Any]:
     description = load_description(folder, _FILE)
     if description.get("format") != _FORMAT:
         raise UserError(f"{folder / _FILE}: has a format that this version cannot read")
+    if (folder / _FILE).stat().st_size > _LARGEST_FILE:
+        raise UserError(f"{folder / _FILE}: larger than {_LARGEST_FILE // MEBIBYTE} MiB")
     checked(PromptFile, description, str(folder / _FILE))
     return description
 
