@@ -6,6 +6,7 @@ process that is forked has not computed anything, so it has no threads.
 
 import multiprocessing
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -64,5 +65,7 @@ def _run(code: str, arguments: Sequence[str], errors: str) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     sys.stderr = os.fdopen(2, "w", buffering=1)
     sys.argv[1:] = arguments
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for `command &`
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and `nohup` ignores this
     compile_quickly()
     exec(compile(code, "<test>", "exec"), {"__name__": "__main__"})

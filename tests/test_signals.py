@@ -63,6 +63,7 @@ def test_a_signal_ends_any_command_with_one_line(number):
 import signal, sys
 from softprompt.cli import inspect
 from softprompt.cli.main import main
+signal.signal({int(number)}, signal.SIG_DFL)  # the process may have inherited that it is ignored
 inspect.run = lambda options: signal.raise_signal({int(number)})
 sys.argv[1:] = ["inspect", "run"]
 sys.exit(main())
