@@ -1,10 +1,21 @@
 """Exceptions for mistakes of a user and for work that a signal stopped, and their messages."""
 
+from typing import Any
+
 
 def shown(text: str, limit: int = 100) -> str:
     """Return a text for an error message: one line, and only the beginning of a long text."""
     text = text if len(text) <= limit else f"{text[: limit - 3]}..."
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def shortened(value: Any, limit: int = 60) -> str:
+    """Return the representation of a value for an error message, cut to `limit` characters."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of too many digits, or deep nesting
+        return f"a {type(value).__name__} that is too long to show"
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 class UserError(Exception):

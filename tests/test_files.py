@@ -8,8 +8,8 @@ import pydantic
 import pytest
 from safetensors.numpy import save_file
 
-from softprompt.errors import UserError
-from softprompt.files.json_files import checked, parse_json, read_json, shortened
+from softprompt.errors import UserError, shortened
+from softprompt.files.json_files import checked, parse_json, read_json
 from softprompt.files.reading import open_file, read_bytes, read_text
 from softprompt.files.tensors import SafetensorsFile, read_npy
 from softprompt.files.writing import require_writable, write_errors, write_file

@@ -12,8 +12,7 @@ from softprompt.backbones.architecture import Architecture, LayerKind
 from softprompt.backbones.formats import names as named
 from softprompt.backbones.rope import make_rope
 from softprompt.backbones.t5 import T5Architecture
-from softprompt.errors import UserError
-from softprompt.files.json_files import shortened
+from softprompt.errors import UserError, shortened
 
 Config = dict[str, Any]
 

@@ -19,9 +19,8 @@ from softprompt.backbones.flash import choose_attention
 from softprompt.backbones.formats.directory import ModelDirectory, ModelFile
 from softprompt.backbones.formats.gguf import GGUFFile
 from softprompt.backbones.formats.weights import load_weights
-from softprompt.errors import UserError
+from softprompt.errors import UserError, shortened
 from softprompt.experiment.schema import ComputeSettings
-from softprompt.files.json_files import shortened
 from softprompt.runtime.compilation import use_compilation_cache
 
 Prefix = prefix.Prefix | prefix.T5Prefix

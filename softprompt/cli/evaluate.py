@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from softprompt.cli.arguments import add_base, add_batch_size, add_command, add_scoring
 from softprompt.cli.inputs import with_scoring
 from softprompt.cli.progress import Bar
+from softprompt.cli.tables import print_table
 from softprompt.errors import UserError
 
 if TYPE_CHECKING:
@@ -124,7 +125,6 @@ def _print_result(about: Mapping[str, Any], scores: "Mapping[str, Scores]") -> N
     """Print one line of JSON. On a terminal, a confusion matrix is printed as a table after it."""
     from softprompt.metrics.labels import confusion_rows
     from softprompt.metrics.scores import all_values
-    from softprompt.report.tables import table
 
     tables = {name: one for name, one in scores.items() if name == "confusion"}
     if not sys.stdout.isatty():
@@ -132,7 +132,7 @@ def _print_result(about: Mapping[str, Any], scores: "Mapping[str, Scores]") -> N
     flat = {name: one for name, one in scores.items() if name not in tables}
     print(json.dumps({**about, **all_values(flat)}))
     for one in tables.values():
-        print(table(confusion_rows(one.values()), "text"))
+        print_table(confusion_rows(one.values()), "a pipe or a file gets all values as JSON")
 
 
 def _evaluate_several(options: argparse.Namespace, data: str) -> None:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar, get_args
 
 import pydantic
 
-from softprompt.errors import UserError, shown
+from softprompt.errors import UserError, shortened, shown
 from softprompt.experiment.schema import Experiment
 from softprompt.experiment.yaml_tree import (
     Origin,
@@ -26,7 +26,6 @@ from softprompt.experiment.yaml_tree import (
     set_value,
 )
 from softprompt.experiment.yaml_values import Key, dump_yaml
-from softprompt.files.json_files import shortened
 
 Settings = TypeVar("Settings", bound=pydantic.BaseModel)
 

@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal, Self
 import pydantic
 from pydantic import Field
 
+from softprompt.errors import shortened
 from softprompt.experiment.metric_names import metric_values
 from softprompt.experiment.templates import template_fields, template_pieces
-from softprompt.files.json_files import shortened
 
 
 class Section(pydantic.BaseModel):

@@ -11,9 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from softprompt.errors import UserError, shown
+from softprompt.errors import UserError, shortened, shown
 from softprompt.experiment.yaml_values import MAX_DEPTH, InvalidYAML, Key, parse_yaml
-from softprompt.files.json_files import shortened
 from softprompt.files.reading import MEBIBYTE, read_text
 
 Tree = dict[str, Any]

@@ -10,8 +10,7 @@ from typing import Any
 
 import yaml
 
-from softprompt.errors import shown
-from softprompt.files.json_files import shortened
+from softprompt.errors import shortened, shown
 
 Key = tuple[str, ...]
 """A key with the sections that contain it."""

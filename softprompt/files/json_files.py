@@ -7,7 +7,7 @@ from typing import Any, NoReturn, TypeVar
 
 import pydantic
 
-from softprompt.errors import UserError
+from softprompt.errors import UserError, shortened
 from softprompt.files.reading import MEBIBYTE, read_text
 
 Schema = TypeVar("Schema", bound=pydantic.BaseModel)
@@ -87,15 +87,6 @@ def _name(key: str | int) -> str:
     """Return one key of a field's place. Keys come from the file too, so they may be anything."""
     text = str(key)
     return text if text.isprintable() and len(text) <= 100 else shortened(text)
-
-
-def shortened(value: Any, limit: int = 60) -> str:
-    """Return the representation of a value for an error message, cut to `limit` characters."""
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # an integer of too many digits, or deep nesting
-        return f"a {type(value).__name__} that is too long to show"
-    return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 def _finite(number: str) -> float:

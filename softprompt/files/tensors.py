@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from softprompt.errors import UserError
-from softprompt.files.json_files import shortened
+from softprompt.errors import UserError, shortened
 from softprompt.files.reading import MEBIBYTE, open_file
 
 _TYPES = ("F64", "F32", "F16", "BF16")
@@ -64,9 +63,9 @@ class SafetensorsFile:
           UserError: if it is stored in an unsupported type, such as integers or float8.
         """
         tensor = self._file.get_slice(name)
-        if tensor.get_dtype() not in _TYPES:
+        if (kind := tensor.get_dtype()) not in _TYPES:
             raise UserError(
-                f"{self.path}: {shortened(name)} is stored as {tensor.get_dtype()}, which is not "
+                f"{self.path}: tensor {shortened(name)} is stored as {kind}, which is not "
                 f"supported (supported: {', '.join(_TYPES)})"
             )
         return tuple(tensor.get_shape())
@@ -111,14 +110,6 @@ def _npy_header(file: Any, path: Path) -> tuple[tuple[int, ...], bool, np.dtype[
         if version == (1, 0):
             return np.lib.format.read_array_header_1_0(file)
         return np.lib.format.read_array_header_2_0(file)
-    except (
-        ValueError,
-        TypeError,
-        SyntaxError,
-        RecursionError,
-        MemoryError,
-        tokenize.TokenError,
-    ) as e:
-        # NumPy evaluates the header as a Python literal, and lets many errors through.
-        reason = (str(e).splitlines() or [type(e).__name__])[0][:200]
+    except _LITERAL_ERRORS as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise UserError(f"{path}: not an array of numbers ({reason})") from None

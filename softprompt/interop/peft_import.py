@@ -15,8 +15,8 @@ import pydantic
 
 from softprompt.backbones.formats.names import WHOLE
 from softprompt.backbones.loading import Base
-from softprompt.errors import UserError
-from softprompt.files.json_files import checked, read_json, shortened
+from softprompt.errors import UserError, shortened
+from softprompt.files.json_files import checked, read_json
 from softprompt.files.tensors import SafetensorsFile, read_npy
 from softprompt.methods.backbone_arrays import matrices_of
 from softprompt.methods.peft_layout import peft_embedding_scale, stored_modules

@@ -16,9 +16,8 @@ from flax import nnx
 
 from softprompt.backbones.layers import LowRankAddition
 from softprompt.backbones.loading import Backbone, Base, Prefix
-from softprompt.errors import UserError
+from softprompt.errors import UserError, shortened
 from softprompt.experiment.schema import Experiment
-from softprompt.files.json_files import shortened
 from softprompt.methods.backbone_arrays import copied, matrices_of
 from softprompt.methods.method import Adapter, Axes, Method
 from softprompt.methods.peft_layout import stored_modules

@@ -17,9 +17,8 @@ import numpy as np
 from flax import nnx
 
 from softprompt.backbones.loading import Backbone, Base, Prefix
-from softprompt.errors import UserError
+from softprompt.errors import UserError, shortened
 from softprompt.experiment.schema import Experiment
-from softprompt.files.json_files import shortened
 
 Axes = Sequence[int | str]
 Adapter = tuple[dict[str, np.ndarray], dict[str, Any]]  # tensors, and keys of adapter_config.json

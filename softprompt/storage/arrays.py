@@ -133,6 +133,7 @@ def load_description(folder: Path, file: str) -> dict[str, Any]:
         raise DamagedError(f"{folder}: no such folder")
     try:
         sums = _read_sums(folder / _SUMS)
+        _require_files_and_folders(folder)
         present = {str(path.relative_to(folder)): path for path in _files(folder)}
         for name, digest in sums.items():
             if name not in present:  # names that lead out of the folder are not in it either
@@ -151,6 +152,13 @@ def load_description(folder: Path, file: str) -> dict[str, Any]:
         raise DamagedError(str(error)) from None
     except OSError as error:
         raise DamagedError(f"{folder}: cannot be read ({error.strerror})") from None
+
+
+def _require_files_and_folders(folder: Path) -> None:
+    """Check that a folder holds nothing else. Orbax would wait forever for a pipe's writer."""
+    for path in folder.rglob("*"):
+        if not (path.is_file() or path.is_dir()):
+            raise DamagedError(f"{path}: neither a file nor a folder")
 
 
 def _read_sums(path: Path) -> dict[str, str]:

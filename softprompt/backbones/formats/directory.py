@@ -6,16 +6,12 @@ from typing import Any, Protocol
 
 import numpy as np
 import pydantic
-from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedTokenizerFast
 
 from softprompt.backbones.formats.tokenizer_files import read_tokenizer_files
-from softprompt.errors import UserError
-from softprompt.files.json_files import checked, read_json, shortened
-from softprompt.files.reading import MEBIBYTE, open_file
-
-_SUPPORTED_TYPES = ("F64", "F32", "F16", "BF16")
-_MAX_HEADER = 16 * MEBIBYTE
+from softprompt.errors import UserError, shortened
+from softprompt.files.json_files import checked, read_json
+from softprompt.files.tensors import SafetensorsFile
 
 
 class _Index(pydantic.BaseModel):
@@ -66,13 +62,14 @@ class ModelDirectory:
         if not os.path.exists(config):
             raise UserError(f"{path}: contains no config.json")
         self.config = read_json(config)
-        self._file_of: dict[str, Any] = {}
-        for file in self._files():
-            opened = _open_safetensors(file)
-            for name in opened.keys():  # noqa: SIM118 (not a dict)
+        self._file_of: dict[str, SafetensorsFile] = {}
+        for file in map(SafetensorsFile, self._files()):
+            for name in file.names:
                 if name in self._file_of:
-                    raise UserError(f"{file}: tensor {shortened(name)} is in another file as well")
-                self._file_of[name] = opened
+                    raise UserError(
+                        f"{file.path}: tensor {shortened(name)} is in another file as well"
+                    )
+                self._file_of[name] = file
 
     @property
     def names(self) -> set[str]:
@@ -81,17 +78,11 @@ class ModelDirectory:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor that can be read."""
-        tensor = self._file_of[name].get_slice(name)
-        if tensor.get_dtype() not in _SUPPORTED_TYPES:
-            raise UserError(
-                f"{self.path}: tensor {name} is stored as {tensor.get_dtype()}, which is not "
-                f"supported (supported: {', '.join(_SUPPORTED_TYPES)})"
-            )
-        return tuple(tensor.get_shape())
+        return self._file_of[name].shape(name)
 
     def read(self, name: str) -> np.ndarray:
         """Read a tensor in its stored dtype, but float64 as float32."""
-        return np.asarray(self._file_of[name].get_tensor(name))
+        return self._file_of[name].read(name)
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """Make the tokenizer from `tokenizer.json` and the files next to it."""
@@ -111,16 +102,3 @@ class ModelDirectory:
                     "because unpickling can run any code: convert them to safetensors"
                 )
         return sorted(self.path / shard for shard in shards)
-
-
-def _open_safetensors(file: Path) -> Any:
-    """Open a safetensors file after a check of the size of its header."""
-    with open_file(file) as content:
-        header = int.from_bytes(content.read(8), "little")
-    if header > _MAX_HEADER:
-        raise UserError(f"{file}: not a readable safetensors file (a header of {header} bytes)")
-    try:
-        return safe_open(file, framework="flax")
-    except (SafetensorError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]  # it can contain the name of a tensor
-        raise UserError(f"{file}: not a readable safetensors file ({reason})") from None

@@ -11,8 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from softprompt.backbones.formats.gguf_header import parse_header
 from softprompt.backbones.formats.gguf_tokenizer import read_tokenizer
 from softprompt.backbones.formats.tokenizer import GuardedTokenizer, library_errors
-from softprompt.errors import UserError
-from softprompt.files.json_files import shortened
+from softprompt.errors import UserError, shortened
 from softprompt.files.reading import open_file
 
 _MODEL_TYPES = {"gemma3": "gemma3_text"}  # the model types whose GGUF names differ

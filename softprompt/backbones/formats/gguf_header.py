@@ -16,7 +16,7 @@ from typing import Any
 import gguf
 import numpy as np
 
-from softprompt.files.json_files import shortened
+from softprompt.errors import shortened
 from softprompt.files.reading import MEBIBYTE
 
 _SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))

@@ -21,8 +21,8 @@ from tokenizers import (
 )
 
 from softprompt.backbones.formats.tokenizer_limits import LONGEST_TOKEN
-from softprompt.errors import UserError
-from softprompt.files.json_files import checked, shortened
+from softprompt.errors import UserError, shortened
+from softprompt.files.json_files import checked
 
 _UNKNOWN, _CONTROL, _USER_DEFINED = (
     2,

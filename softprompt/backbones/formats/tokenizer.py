@@ -7,8 +7,7 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from softprompt.errors import Stopped, UserError
-from softprompt.files.json_files import shortened
+from softprompt.errors import Stopped, UserError, shortened
 
 LONGEST_TEXT = 2**25
 """The most characters of a text, after the tokenizer's own steps may have made it longer."""

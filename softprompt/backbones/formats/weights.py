@@ -11,8 +11,7 @@ from flax import nnx
 
 from softprompt.backbones.formats.directory import ModelFile
 from softprompt.backbones.formats.names import Names, Stored, module_and_suffix
-from softprompt.errors import UserError
-from softprompt.files.json_files import shortened
+from softprompt.errors import UserError, shortened
 
 # Suffixes of tensors that old versions of transformers saved and that are not needed.
 _UNUSED = (
