@@ -7,6 +7,7 @@ checksums are verified before anything is loaded.
 
 import contextlib
 import errno
+import gc
 import hashlib
 import json
 import logging
@@ -108,15 +109,18 @@ def _save(path: Path, arrays: Any) -> None:
 
 @contextlib.contextmanager
 def _alone_and_quiet() -> Iterator[None]:
-    """Use Orbax in one thread at a time, and without its log, which has what it raises too."""
-    log = logging.getLogger("absl")
+    """Use Orbax in one thread at a time, and without logs, which repeat what it raises."""
+    logs = [logging.getLogger(name) for name in ("absl", "asyncio")]
     with _ORBAX_LOCK:
-        level = log.level
-        log.setLevel(logging.CRITICAL)
+        levels = [log.level for log in logs]
+        for log in logs:
+            log.setLevel(logging.CRITICAL)
         try:
             yield
         finally:
-            log.setLevel(level)
+            gc.collect()  # asyncio logs the errors of tasks when these are freed
+            for log, level in zip(logs, levels, strict=True):
+                log.setLevel(level)
 
 
 def load_description(folder: Path, file: str) -> dict[str, Any]:

@@ -260,8 +260,13 @@ def _prompt(kind: str, good: Path) -> st.SearchStrategy[Case]:
     @st.composite
     def case(draw: st.DrawFn) -> Case:
         run = f"runs/{draw(st.sampled_from(['labels', 'lora', 'text']))}"
-        name = f"{run}/prompt/prompt.json"
-        content = draw(damaged_json(json.loads((good / name).read_text())))
+        if draw(st.integers(0, 3)):
+            name = f"{run}/prompt/prompt.json"
+            content = draw(damaged_json(json.loads((good / name).read_text())))
+        else:
+            files = sorted(p for p in (good / run / "prompt/arrays").rglob("*") if p.is_file())
+            path = draw(st.sampled_from(files))
+            name, content = str(path.relative_to(good)), draw(damaged_bytes(path.read_bytes()))
         commands = [
             ("predict", run, "aaaaa"),
             ("generate", run, "aaaaa", "--max-new-tokens", "2"),
@@ -391,7 +396,7 @@ KINDS: Mapping[str, Callable[[str, Path], st.SearchStrategy[Case]]] = {
     "GGUF": _gguf,
     "adapter": _adapter,
     "npy": _array,
-    "prompt.json": _prompt,
+    "prompt": _prompt,
     "run folder": _runs,
     "predictions": _predictions,
     "arguments": _arguments,

@@ -74,9 +74,9 @@ def damaged_value(draw: st.DrawFn, value: Any) -> Any:
         container, key = draw(_place(value))
         change = draw(st.sampled_from(["extreme", "extreme", "extreme", "any", "remove", "rename"]))
         if change == "extreme":
-            container[key] = draw(st.sampled_from(EXTREMES))
+            container[key] = copy.deepcopy(draw(st.sampled_from(EXTREMES)))
         elif change == "any":
-            container[key] = draw(_small_json)
+            container[key] = copy.deepcopy(draw(_small_json))
         elif change == "remove":
             del container[key]
         elif isinstance(container, dict):

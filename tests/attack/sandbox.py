@@ -110,8 +110,8 @@ class Sandbox:
             path = self.folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
-        for prompt in {Path(name).parent for name in files if Path(name).name == "prompt.json"}:
-            _write_sums(self.folder / prompt)
+        for prompt in self.folder.glob("runs/*/prompt"):
+            _write_sums(prompt)
         (self.folder / "out").mkdir()
         self._before = self._content()
 
