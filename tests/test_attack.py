@@ -53,7 +53,7 @@ def test_good_input_is_accepted(good, worker, tmp_path):
         sandbox.prepare({})
         outcome = worker.run(arguments, sandbox.folder)
         assert outcome.status == 0, outcome.errors
-        assert judge(Case("arguments", arguments), outcome, sandbox.changes()) is None
+        assert judge(Case("arguments", arguments), outcome, sandbox.changes(arguments)) is None
 
 
 @pytest.mark.parametrize(
@@ -84,10 +84,12 @@ def test_a_changed_file_outside_of_the_output_is_found(good, tmp_path):
     sandbox = Sandbox(good, tmp_path / "place")
     sandbox.prepare({})
     (sandbox.folder / "out" / "result").write_text("new")
-    assert sandbox.changes() == []
+    (sandbox.folder / "new").mkdir()
+    (sandbox.folder / "new" / "result").write_text("new")
+    assert sandbox.changes(["train", "new"]) == []
     (sandbox.folder / "train.jsonl").write_text("changed")
     (tmp_path / "place" / "escaped").write_text("new")
-    assert sandbox.changes() == ["escaped", "work/train.jsonl"]
+    assert sandbox.changes(["train", "new"]) == ["escaped", "work/train.jsonl"]
 
 
 def test_a_command_that_takes_its_process_down_is_an_abort(worker, tmp_path, monkeypatch):

@@ -135,7 +135,7 @@ def test_the_seeds_that_finish_count_if_others_fail(folder):
         (["--seeds", "5000000000"], "seed: "),
         (["--seeds", ",".join(map(str, range(10**6)))], "at most 1000 runs"),
         (["--folder", "letters.yaml"], "letters.yaml: not a folder; choose another folder with"),
-        (["--folder", "a\0b"], "choose another folder with --folder"),
+        (["--folder", "a\0b"], "not valid text"),
     ],
 )
 def test_mistakes_are_found_before_anything_runs(folder, capsys, monkeypatch, options, message):

@@ -1,6 +1,7 @@
 """Memory and time: checked and announced before training."""
 
 import logging
+import re
 from types import SimpleNamespace
 
 import jax
@@ -53,7 +54,8 @@ def test_training_announces_its_memory_and_compiles_only_once(tmp_path, capsys, 
     experiment = load_experiment(write_experiment(tmp_path, 5, 5), ["training.steps=3"])
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
         train(experiment, tmp_path / "run")
-    assert "\ntraining 96 parameters, about 0." in capsys.readouterr().err
+    announced = r"\ntraining 96 parameters, about \d\.\d\d GiB of memory at the peak\n"
+    assert re.search(announced, capsys.readouterr().err)
     compiled = [r for r in caplog.records if r.getMessage().startswith("Compiling jit(update)")]
     assert len(compiled) == 1
 

@@ -142,6 +142,6 @@ def test_invalid_arguments_are_rejected(call, file, tmp_path):
     assert "not allowed with argument" in call(file, "--each", "--against", file)[2]
     assert "no metric 'rogue'; known: rouge, bleu" in call("--metrics", "rogue", file)[2]
     assert "predictions are read from a .jsonl file" in call(tmp_path / "x.txt")[2]
-    assert "cannot be read" in call(tmp_path / "none.jsonl")[2]
+    assert "none.jsonl: no such file" in call(tmp_path / "none.jsonl")[2]
     other = write(tmp_path / "other.jsonl", ANSWERS[::-1])
     assert "do not have the same references" in call(file, "--against", other)[2]

@@ -197,7 +197,7 @@ def test_a_failed_trial_is_recorded_and_the_others_continue(space, capsys):
     assert "3 of 4 trials failed, the first: trial 1" in captured.err
     outcomes = [Outcome.read(trial.folder) for trial in found.trials()]
     assert [end.state for end in outcomes] == ["finished", "failed", "failed", "failed"]
-    assert "too short for the" in outcomes[1].error
+    assert "too short for 300 virtual tokens" in outcomes[1].error
     assert "lower optimizer.learning_rate" in outcomes[2].error
     assert captured.out.splitlines()[1].split()[:3] == ["0", "0.1", "2"]
     assert main(command) == 1

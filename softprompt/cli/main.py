@@ -29,6 +29,8 @@ _COMMANDS = (
     "import_",
 )
 
+_LONGEST_LINE = 3000  # characters of an error message
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
@@ -52,7 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if sys.stdout is not None:
             sys.stdout.flush()  # here, an error can still be reported
     except UserError as error:
-        print(error, file=sys.stderr)
+        for line in str(error).splitlines():
+            print(shown(line, _LONGEST_LINE), file=sys.stderr)
         return 1
     except Stopped as stopped:
         print(stopped, file=sys.stderr)

@@ -231,8 +231,8 @@ class GenerationSettings(Section):
     )
     repetition_penalty: float | None = Field(
         default=None,
-        ge=1e-3,
-        le=1000,
+        ge=1e-6,
+        le=1e6,
         description="A value above 1 makes tokens of the input and of the generated text less "
         "probable; with an encoder-decoder, those of the generated text.",
     )

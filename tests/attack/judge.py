@@ -13,7 +13,7 @@ from attack.cases import Case, cases
 from attack.sandbox import Sandbox
 from attack.worker import LIMIT_BYTES, LIMIT_SECONDS, Outcome, Worker
 
-_MAX_LINE = 3000  # characters of an error message
+_LONGEST_LINE = 3000  # characters of an error message
 # Experiments report all their mistakes together, one line each.
 _SEVERAL_LINES = ("experiment", "overrides", "sweep")
 
@@ -72,7 +72,7 @@ def attack(
     def one(case: Case) -> None:
         sandbox.prepare(case.files)
         outcome = worker.run(case.arguments, sandbox.folder)
-        done(case, outcome, judge(case, outcome, sandbox.changes()))
+        done(case, outcome, judge(case, outcome, sandbox.changes(case.arguments)))
 
     one()
 
@@ -103,7 +103,7 @@ def judge(case: Case, outcome: Outcome, changes: list[str]) -> Fault | None:
         return Fault(case, "silence", "status 1 without a message")
     if outcome.status == 1 and len(lines) > 1 and case.kind not in _SEVERAL_LINES:
         return Fault(case, "several lines", end)
-    if any(len(line) > _MAX_LINE for line in lines):
+    if any(len(line) > _LONGEST_LINE for line in lines):
         return Fault(case, "long line", end[:500])
     if changes:
         return Fault(case, "changed files", ", ".join(changes[:10]))

@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import gguf
@@ -115,13 +115,21 @@ class Sandbox:
         (self.folder / "out").mkdir()
         self._before = self._content()
 
-    def changes(self) -> list[str]:
-        """Return the files outside of `out` that changed since `prepare`."""
-        now = self._content()
+    def changes(self, arguments: Sequence[str]) -> list[str]:
+        """Return the files that changed since `prepare` although nobody asked for it.
+
+        A command may write to `out`, and create files in any folder that its arguments name.
+
+        Args:
+          arguments: the words of the command line.
+        """
+        now, work = self._content(), self.folder.relative_to(self._place)
+        named = tuple(str(work / word) for word in arguments if word not in ("", ".", "/"))
         return [
             name
             for name in sorted(self._before.keys() | now.keys())
             if self._before.get(name) != now.get(name)
+            and (name in self._before or not name.startswith(named))
         ]
 
     def _content(self) -> dict[str, str]:
