@@ -74,7 +74,7 @@ def test_a_folder_from_outside_cannot_mislead_the_reader(saved):
     about = (saved / "about.json").read_bytes()
     (saved / "about.json").unlink()
     os.mkfifo(saved / "about.json")
-    with pytest.raises(DamagedError, match=r"about.json: missing"):
+    with pytest.raises(DamagedError, match=r"about.json: neither a file nor a folder"):
         load_description(saved, "about.json")
     (saved / "about.json").unlink()
     (saved / "about.json").write_bytes(about)

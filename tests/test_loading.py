@@ -273,7 +273,7 @@ def change_header(path, **changes):
 def test_tensors_of_unsupported_types_are_named(model, dtype):
     name = "model.norm.weight"  # 32 float32 values
     change_header(model / "model.safetensors", **{name: {"dtype": dtype, "shape": [128]}})
-    with pytest.raises(UserError, match=f"{name} is stored as {dtype}, which is not supported"):
+    with pytest.raises(UserError, match=f"'{name}' is stored as {dtype}, which is not supported"):
         load_base(str(model))
 
 

@@ -29,7 +29,7 @@ _COMMANDS = (
     "import_",
 )
 
-_LONGEST_LINE = 3000  # characters of an error message
+_LONGEST_LINE = 2000  # characters of an error message
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.stdout.flush()  # here, an error can still be reported
     except UserError as error:
         for line in str(error).splitlines():
-            print(shown(line, _LONGEST_LINE), file=sys.stderr)
+            print(_without_middle(line), file=sys.stderr)
         return 1
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
@@ -72,6 +72,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout = None  # perhaps it is what cannot be written
         return 1
     return 0
+
+
+def _without_middle(line: str) -> str:
+    """Return a line that a terminal can show. A long line loses its middle, such as a long path."""
+    half = _LONGEST_LINE // 2
+    if len(line) > _LONGEST_LINE:
+        line = f"{line[:half]} ... {line[-half:]}"
+    return shown(line, len(line))
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
