@@ -3,7 +3,8 @@
 # make model-gemma3   install Gemma 3 270M, for base=gemma3-270m
 # make test        every test (minutes)
 # make test-fast   without the tests that train, generate or compare model families
-# make attack      5,000 bad inputs, and kills at random moments (an hour)
+# make attack      5,000 damaged inputs for every command and format (half an hour)
+# make attack-runs kills, signals, flipped bits and full disks in training (a quarter of an hour)
 # make wheel-test  install the wheel in a fresh environment and try it
 # make lint | format | docs | wheel | clean
 
@@ -12,7 +13,7 @@ EXP ?= sentiment
 RUN ?= runs/$(EXP)
 BIN := .venv/bin
 
-.PHONY: install train sweep model-gemma3 test test-fast attack lint format docs wheel wheel-test clean
+.PHONY: install train sweep model-gemma3 test test-fast attack attack-runs lint format docs wheel wheel-test clean
 
 install: .venv/installed
 
@@ -42,9 +43,13 @@ test: install
 test-fast: install
 	$(BIN)/pytest -m 'not slow'
 
-# The table, and each fault, are printed. See docs/reliability.md.
+# Both attacks are described in docs/reliability.md.
 attack: install
 	cd tests && ../$(BIN)/python -m attack $(ARGS)
+
+KILLS ?= --kills 100 --doubled 100 --flips 200 --full-disk 10
+attack-runs: install
+	$(BIN)/python tests/attack/kill_loop.py $(KILLS)
 
 lint: install
 	$(BIN)/ruff check .

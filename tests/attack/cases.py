@@ -358,7 +358,7 @@ _COMMANDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "inspect": (("runs/labels",), ("--nearest", "--base")),
     "runs": (("runs",), ("--sort", "--reverse", "--where", "--json")),
     "report": (("runs", "--output", "out/report.html"), ("--output",)),
-    "export": (("runs/labels", "out/export"), ("--merged", "--base")),
+    "export": (("runs/labels", "out/export"), ("--format", "--push", "--base")),
     "import": (("adapters/labels", "out/prompt", "--base", "base"), ("--base",)),
 }
 
