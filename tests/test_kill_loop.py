@@ -21,7 +21,7 @@ def test_stopped_runs_end_as_if_they_had_not_been_stopped(attack, doubled):
 
 
 def test_flipped_bits_are_found(attack):
-    attack.flip(10)
+    attack.flip(4)
 
 
 def test_a_run_on_a_full_disk_resumes_when_there_is_space(attack):
