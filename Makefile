@@ -3,7 +3,8 @@
 # make model-gemma3   install Gemma 3 270M, for base=gemma3-270m
 # make test        every test (minutes)
 # make test-fast   without the tests that train, generate or compare model families
-# make attack      5,000 bad inputs, and kills at random moments (an hour)
+# make attack      5,000 bad inputs (an hour)
+# make attack-kills   runs stopped at random moments, and flipped bits
 # make wheel-test  install the wheel in a fresh environment and try it
 # make lint | format | docs | wheel | clean
 
@@ -12,7 +13,7 @@ EXP ?= sentiment
 RUN ?= runs/$(EXP)
 BIN := .venv/bin
 
-.PHONY: install train sweep model-gemma3 test test-fast attack lint format docs wheel wheel-test clean
+.PHONY: install train sweep model-gemma3 test test-fast attack attack-kills lint format docs wheel wheel-test clean
 
 install: .venv/installed
 
@@ -45,6 +46,9 @@ test-fast: install
 # The table, and each fault, are printed. See docs/reliability.md.
 attack: install
 	cd tests && ../$(BIN)/python -m attack $(ARGS)
+
+attack-kills: install
+	$(BIN)/python tests/attack/kill_loop.py $(or $(ARGS),--kills 100 --doubled 100 --flips 200)
 
 lint: install
 	$(BIN)/ruff check .
