@@ -3,10 +3,14 @@
 from typing import Any
 
 
+def printable(text: str) -> str:
+    """Return a text on one line: characters that a terminal would not print are escaped."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 def shown(text: str, limit: int = 100) -> str:
     """Return a text for an error message: one line, and only the beginning of a long text."""
-    text = text if len(text) <= limit else f"{text[: limit - 3]}..."
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    return printable(text if len(text) <= limit else f"{text[: limit - 3]}...")
 
 
 def shortened(value: Any, limit: int = 60) -> str:
@@ -16,6 +20,12 @@ def shortened(value: Any, limit: int = 60) -> str:
     except (ValueError, RecursionError):  # an integer of too many digits, or deep nesting
         return f"a {type(value).__name__} that is too long to show"
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+def reason_of(error: BaseException) -> str:
+    """Return the first line of an error's message for another message, or the error's type."""
+    lines = str(error).strip().splitlines()
+    return shown(lines[0], 300) if lines else type(error).__name__
 
 
 class UserError(Exception):

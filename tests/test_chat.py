@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from softprompt import TemplateSettings, UserError, make_task
 from softprompt.data import chat
 from softprompt.data.chat import ChatRenderer
+from softprompt.files.confined import ConfinedProcess
 
 CHATML = """\
 {%- if tools %}{{ '<|im_start|>system\\n# Tools' }}{% endif %}
@@ -163,6 +164,16 @@ def test_endless_templates_and_templates_that_take_all_memory_are_stopped(monkey
             renderer._template = good.chat_template  # the process starts again
             assert renderer.render(MESSAGES) == MESSAGES[0]["content"]
     assert time.monotonic() - begin < 20
+
+
+def test_a_worker_that_does_not_start_is_one_line(tmp_path):
+    worker = tmp_path / "worker.py"
+    worker.write_text("import a_module_that_does_not_exist")
+    with (
+        ConfinedProcess(worker, 2**30, 5) as process,
+        pytest.raises(UserError, match=r"^the file: the process that runs it does not start$"),
+    ):
+        process.ask("a", "the file")
 
 
 @pytest.mark.parametrize("template", [None, 5, {"tool_use": "a"}])

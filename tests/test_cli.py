@@ -209,7 +209,7 @@ def test_inputs_come_from_pipes_but_not_without_limit(call, run, tmp_path, monke
     status, out, _ = call("predict", run, "--input", pipe)
     writer.join()
     assert (status, len(out.splitlines())) == (0, 2)
-    monkeypatch.setattr("softprompt.cli.inputs._MOST_BYTES", 2**20)
+    monkeypatch.setattr("softprompt.cli.inputs._LARGEST_INPUT", 2**20)
     status, out, err = call("predict", run, "--input", "/dev/zero")
     assert (status, out, err) == (1, "", "/dev/zero: larger than 1 MiB; split it\n")
 

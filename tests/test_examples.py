@@ -113,7 +113,7 @@ def test_a_pipe_is_read_once(tmp_path):
 
 
 def test_an_endless_line_is_rejected(tmp_path, monkeypatch):
-    monkeypatch.setattr(records, "_LONGEST_LINE", 10)
+    monkeypatch.setattr(records, "LONGEST_LINE", 10)
     (tmp_path / "a.jsonl").write_text("{}\n" + " " * 11)
     with pytest.raises(UserError, match=r"a\.jsonl:2: longer than"):
         read_records(str(tmp_path / "a.jsonl"))
@@ -269,7 +269,7 @@ def test_double_braces_are_literal_braces(tiny):
         ({"title": "t", "text": " ", "label": "good"}, "field 'text' is empty"),
         (
             {"title": "t", "text": "\ud800", "label": "good"},
-            "field 'text' contains an unpaired surrogate",
+            "field 'text' has half of a surrogate pair",
         ),
         ({"title": "t", "text": None, "label": "good"}, "field 'text' is NoneType, not text"),
         ({"title": "t", "text": ["x"], "label": "good"}, "field 'text' is list, not text"),

@@ -118,8 +118,8 @@ def test_field_names_of_any_form_stay_on_one_line():
     with pytest.raises(UserError) as raised:
         checked(Numbers, {"numbers": {"a\nb": "x", "c" * 10_000: "x"}}, "a.json")
     message = str(raised.value)
-    assert r"a.json: numbers.'a\nb': Input should be a valid integer" in message
-    assert "numbers.'ccc" in message
+    assert r"a.json: numbers.a\nb: Input should be a valid integer" in message
+    assert "numbers.ccc" in message
     assert "\n" not in message
     assert len(message) < 500
 

@@ -9,6 +9,7 @@ import pytest
 from conftest import write_experiment
 
 from softprompt import UserError, load_experiment, train
+from softprompt.runtime import memory
 from softprompt.runtime.memory import available_memory, memory_in_use
 from softprompt.training import forecast, requirements
 from softprompt.training.requirements import require_memory
@@ -47,6 +48,29 @@ def test_the_check_of_memory_allocates_nothing(experiment_file, tiny):
 def test_memory_is_measured_in_bytes():
     assert 2**26 < memory_in_use() < 2**37
     assert 2**26 < available_memory() < 2**50
+
+
+@pytest.mark.parametrize(
+    ("folder", "limit", "used", "prefix"),
+    [
+        (".", "memory.max", "memory.current", ""),
+        ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+    ],
+)
+def test_cached_files_count_as_available_in_a_container(
+    tmp_path, monkeypatch, folder, limit, used, prefix
+):
+    monkeypatch.setattr(memory, "_CGROUPS", tmp_path)
+    group = tmp_path / folder
+    group.mkdir(exist_ok=True)
+    (group / limit).write_text("9000000\n")
+    (group / used).write_text("8500000\n")
+    (group / "memory.stat").write_text(
+        f"anon 500000\n{prefix}inactive_file 6000000\n{prefix}active_file 2000000\n"
+    )
+    assert available_memory() == 8_500_000
+    (group / limit).write_text("max\n")
+    assert available_memory() > 2**26
 
 
 def test_training_announces_its_memory_and_compiles_only_once(tmp_path, capsys, caplog):

@@ -86,7 +86,7 @@ def test_other_keys_are_allowed(saved, tiny, name):
         (b'{"format": 2, "step": 1e999}', "too large"),
         (b"{}", "has a format that this version cannot read"),
         (b'{"format": 2}', "method: Field required"),
-        (b" " * 2**25, "larger than 16 MiB"),
+        (b" " * 2**25, "larger than 4 MiB"),
         (b'{"format": 2}' + b" " * 2**23, "larger than 4 MiB"),
     ],
 )

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from softprompt.backbones.attention import Source, attend, causal_mask
-from softprompt.errors import UserError
+from softprompt.errors import UserError, reason_of
 
 ATTENTIONS = ("auto", "xla", "cudnn")
 
@@ -137,7 +137,7 @@ def compare_with_xla(arch, implementation: Literal["cudnn", "xla"]) -> str | Non
     try:
         results = list(zip(run(flash), run(plain), strict=True))
     except Exception as error:  # compiler and driver raise many types
-        return f"a test run failed ({str(error).splitlines()[0]})"
+        return f"a test run failed ({reason_of(error)})"
     for ours, theirs in results:
         ours, theirs = ours.astype(np.float32), theirs.astype(np.float32)
         if not np.abs(ours - theirs).max() < 0.03 * np.abs(theirs).max():

@@ -19,7 +19,7 @@ from softprompt.backbones.flash import choose_attention
 from softprompt.backbones.formats.directory import ModelDirectory, ModelFile
 from softprompt.backbones.formats.gguf import GGUFFile
 from softprompt.backbones.formats.weights import load_weights
-from softprompt.errors import UserError, shortened
+from softprompt.errors import UserError, reason_of, shortened
 from softprompt.experiment.schema import ComputeSettings
 from softprompt.runtime.compilation import use_compilation_cache
 
@@ -291,10 +291,5 @@ def _download(name: str) -> Path:
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise UserError(
-            f"base {name!r}: not a local path, and not available from the hub "
-            f"({_first_line(error)})"
+            f"base {name!r}: not a local path, and not available from the hub ({reason_of(error)})"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]

@@ -18,14 +18,14 @@ from softprompt.cli.progress import Bar, printed_log
 from softprompt.cli.tables import print_table
 from softprompt.errors import Stopped, UserError
 from softprompt.experiment.methods import METHODS
+from softprompt.runtime.signals import SIGNALS, handled_signals
 
 if TYPE_CHECKING:
     from softprompt.sweep.comparison import Row
 
 _TRAIN = "from softprompt.cli.compare import train_alone; train_alone()"
-_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
 _STOPPED = {  # exit statuses of a process that a signal stopped, before or while it trained
-    status: number for number in _SIGNALS for status in (-number, 128 + number)
+    status: number for number in SIGNALS for status in (-number, 128 + number)
 }
 _MAX_CELL = 300  # characters, in compare.md
 
@@ -80,7 +80,7 @@ def run(options: argparse.Namespace) -> None:
     Raises:
       UserError: if a run failed, after the table is printed.
     """
-    from softprompt.files.writing import write_file
+    from softprompt.files.writing import write_errors, write_file
     from softprompt.report.tables import table
     from softprompt.sweep.comparison import compare
 
@@ -96,12 +96,10 @@ def run(options: argparse.Namespace) -> None:
         keep={rows[0].metric, "error"},
         left={"error"},
     )
-    try:
+    with write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         write_file(folder / "compare.md", table(cells, "markdown", width=_MAX_CELL) + "\n")
         write_file(folder / "compare.csv", table(_csv_rows(rows), "csv") + "\n")
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror})") from None
     failed = [row for row in rows if row.error]
     if failed:
         raise UserError(
@@ -155,9 +153,7 @@ def _signals_passed_on() -> Iterator[tuple[list[int], list[subprocess.Popen[byte
         for process in receivers:
             process.terminate()
 
-    # A signal that this process ignores, as after `nohup`, stays ignored.
-    handled = [n for n in _SIGNALS if signal.getsignal(n) not in (signal.SIG_IGN, None)]
-    before = {number: signal.signal(number, pass_on) for number in handled}
+    before = {number: signal.signal(number, pass_on) for number in handled_signals()}
     try:
         yield received, receivers
     finally:

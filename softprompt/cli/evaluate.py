@@ -126,13 +126,12 @@ def _print_result(about: Mapping[str, Any], scores: "Mapping[str, Scores]") -> N
     from softprompt.metrics.labels import confusion_rows
     from softprompt.metrics.scores import all_values
 
-    tables = {name: one for name, one in scores.items() if name == "confusion"}
-    if not sys.stdout.isatty():
-        tables = {}
-    flat = {name: one for name, one in scores.items() if name not in tables}
-    print(json.dumps({**about, **all_values(flat)}))
-    for one in tables.values():
-        print_table(confusion_rows(one.values()), "a pipe or a file gets all values as JSON")
+    in_line = dict(scores)
+    confusion = in_line.pop("confusion", None) if sys.stdout.isatty() else None
+    print(json.dumps({**about, **all_values(in_line)}))
+    if confusion:
+        rows = confusion_rows(confusion.values())
+        print_table(rows, "a pipe or a file gets all values as JSON")
 
 
 def _evaluate_several(options: argparse.Namespace, data: str) -> None:

@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from softprompt.errors import UserError
+from softprompt.files.reading import MEBIBYTE
 
 if TYPE_CHECKING:
     from softprompt.data.records import Record
     from softprompt.inference.prompt import TrainedPrompt
 
-_MOST_BYTES = 512 * 2**20
+_LARGEST_INPUT = 512 * MEBIBYTE
 
 
 def load_prompt(options: argparse.Namespace) -> "TrainedPrompt":
@@ -69,9 +70,9 @@ def _read_inputs(prompt: "TrainedPrompt", name: str, jsonl: bool) -> "Iterator[R
     try:
         # Unlike other files, inputs may come from a pipe.
         with contextlib.nullcontext(sys.stdin.buffer) if name == "-" else open(name, "rb") as file:
-            content = file.read(_MOST_BYTES + 1)
-        if len(content) > _MOST_BYTES:
-            raise UserError(f"{where}: larger than {_MOST_BYTES >> 20} MiB; split it")
+            content = file.read(_LARGEST_INPUT + 1)
+        if len(content) > _LARGEST_INPUT:
+            raise UserError(f"{where}: larger than {_LARGEST_INPUT // MEBIBYTE} MiB; split it")
         lines = content.decode("utf-8-sig").split("\n")
     except OSError as error:
         raise UserError(f"{where}: cannot be read ({error.strerror})") from None

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from softprompt.cli.progress import printed_log
 from softprompt.cli.signals import end_on_signals
-from softprompt.errors import Stopped, UserError, shown
+from softprompt.errors import Stopped, UserError, printable, shown
 
 # The modules of the commands in this package, in the order in which the help lists them.
 # Each has `add_to(subparsers)`, which declares its arguments, and `run(options)`.
@@ -79,7 +79,7 @@ def _without_middle(line: str) -> str:
     half = _LONGEST_LINE // 2
     if len(line) > _LONGEST_LINE:
         line = f"{line[:half]} ... {line[-half:]}"
-    return shown(line, len(line))
+    return printable(line)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -10,6 +10,8 @@ from typing import Self
 
 from tqdm import tqdm
 
+from softprompt.runtime.progress import duration
+
 _INTERVAL = 10.0  # seconds between progress lines where there is no terminal
 
 
@@ -38,11 +40,6 @@ def printed_log() -> Iterator[None]:
 class _LineHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         print_line(record.getMessage())
-
-
-def duration(seconds: float) -> str:
-    """Format a time as minutes and seconds, with hours if there are any: `04:34`."""
-    return tqdm.format_interval(seconds)
 
 
 class Bar:

@@ -30,8 +30,8 @@ bootstrap); both files must answer the same examples in the same order.
 Metrics of texts: rouge (1, 2, L, Lsum), rouge1 to rouge9, rougeL, rougeLsum, bleu, chrf, ter,
 exact_match, token_f1. Metrics of labels: accuracy, precision, recall, macro_f1, micro_f1,
 matthews, confusion (a table: a row per reference, a column per prediction).
-A text may have 500,000 characters; for rougeL and rougeLsum, 50,000 words; for ter, 500
-words, which takes seconds.
+A text may have at most 500,000 characters. Some metrics take a long time for long texts, so
+rougeL and rougeLsum accept at most 50,000 words, and ter at most 500.
 
 examples:
   softprompt score --metrics rouge,bleu predictions.jsonl

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from softprompt.cli.arguments import add_command, add_experiment, folder_option
-from softprompt.cli.progress import Bar, duration
+from softprompt.cli.progress import Bar
 from softprompt.cli.tables import print_table
 from softprompt.errors import UserError
+from softprompt.runtime.progress import duration
 
 if TYPE_CHECKING:
     from softprompt.sweep.plan import Plan

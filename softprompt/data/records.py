@@ -8,11 +8,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
-from softprompt.errors import UserError
+from softprompt.errors import UserError, reason_of
 from softprompt.files.json_lines import parse_json_lines
 from softprompt.files.reading import MEBIBYTE, missing_file
 
-_LONGEST_LINE = 64 * MEBIBYTE
+LONGEST_LINE = 64 * MEBIBYTE
+"""The most bytes of a line of a file."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Record:
         if not isinstance(value, str):
             raise UserError(f"{self.where}: field {field!r} is {type(value).__name__}, not text")
         if any("\ud800" <= character <= "\udfff" for character in value):
-            raise UserError(f"{self.where}: field {field!r} contains an unpaired surrogate")
+            raise UserError(f"{self.where}: field {field!r} has half of a surrogate pair")
         if not value.strip():
             raise UserError(f"{self.where}: field {field!r} is empty")
         return value
@@ -148,10 +149,10 @@ def _lines(path: Path) -> Iterator[str]:
         raise UserError(f"{str(path)!r}: cannot be read ({error})") from None
     with file:
         number = 0
-        while line := file.readline(_LONGEST_LINE + 1):
+        while line := file.readline(LONGEST_LINE + 1):
             number += 1
-            if len(line) > _LONGEST_LINE:
-                raise UserError(f"{path}:{number}: longer than {_LONGEST_LINE // MEBIBYTE} MiB")
+            if len(line) > LONGEST_LINE:
+                raise UserError(f"{path}:{number}: longer than {LONGEST_LINE // MEBIBYTE} MiB")
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError:
@@ -189,6 +190,5 @@ def _read_hub(source: str) -> Sequence[Record]:
     try:
         rows = datasets.load_dataset(name, split=split)
     except Exception as error:  # the package raises errors of a dozen unrelated kinds
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"{source}: cannot be loaded ({reason})") from error
+        raise UserError(f"{source}: cannot be loaded ({reason_of(error)})") from error
     return as_records(rows, f"{source} row")

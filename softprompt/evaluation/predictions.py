@@ -4,10 +4,9 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from softprompt.data.records import read_records
+from softprompt.data.records import LONGEST_LINE, read_records
 from softprompt.errors import UserError
 from softprompt.files.json_lines import parse_json_lines
-from softprompt.files.reading import MEBIBYTE
 from softprompt.files.writing import require_writable
 from softprompt.metrics.named import measure
 from softprompt.metrics.scores import Difference, Scores, paired_test
@@ -69,7 +68,7 @@ def require_output(path: Path) -> None:
 
 def _holds_predictions(path: Path) -> bool:
     with path.open("rb") as file:
-        line = file.readline(MEBIBYTE).decode(errors="replace")
+        line = file.readline(LONGEST_LINE).decode(errors="replace")
     try:
         return all("prediction" in fields for _, fields in parse_json_lines([line], str(path)))
     except UserError:

@@ -16,7 +16,7 @@ from softprompt.data.batches import evaluation_batches
 from softprompt.data.examples import Example
 from softprompt.data.task import Task
 from softprompt.experiment.schema import ScoringSettings
-from softprompt.runtime.finite import NotFiniteError
+from softprompt.runtime.finite import model_not_finite
 
 
 @jax.jit
@@ -80,10 +80,7 @@ def checked_scores(scores: np.ndarray) -> np.ndarray:
       NotFiniteError: if one is infinite or NaN.
     """
     if not np.isfinite(scores).all():
-        raise NotFiniteError(
-            "the model gives infinite or NaN scores: the learned values or the base model's "
-            "weights are too large"
-        )
+        raise model_not_finite("scores")
     return scores
 
 

@@ -34,7 +34,7 @@ def _require_folder_name(name: str) -> str:
     if not plain or name.startswith(".") or not 0 < len(name.encode()) <= 200:
         raise ValueError(
             "must be the name of a folder: at most 200 bytes of printable characters, "
-            "without slashes, and without a dot or a space at the beginning"
+            "without slashes, a leading dot, or spaces at either end"
         )
     return name
 

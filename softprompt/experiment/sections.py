@@ -25,9 +25,9 @@ LARGEST_FLOAT32 = 3.4e38
 
 
 def _require_path(path: str) -> str:
-    """Reject text that cannot be a path. `reading` has replaced the `~` of known users."""
+    """Reject text that cannot be a path. `reading` has already expanded the `~` of known users."""
     if "\0" in path:
-        raise ValueError("a path cannot contain a NUL character")
+        raise ValueError("a path cannot contain NUL")
     if path.startswith("~"):
         raise ValueError("the home folder of this user is unknown; write the whole path")
     return path
@@ -232,7 +232,7 @@ class GenerationSettings(Section):
     repetition_penalty: float | None = Field(
         default=None,
         ge=1e-6,
-        le=1e6,
+        le=1_000_000,
         description="A value above 1 makes tokens of the input and of the generated text less "
         "probable; with an encoder-decoder, those of the generated text.",
     )

@@ -16,7 +16,7 @@ Key = tuple[str, ...]
 """A key with the sections that contain it."""
 
 MAX_DEPTH = 10  # nested levels; a YAML alias that contains itself would never end
-_MAX_VALUES = 30_000
+_MAX_VALUES = 100_000  # the points of a large sweep; reading so many takes three seconds
 _MAX_DIGITS = 1000  # characters of a number; converting a longer one may take minutes
 
 _PREFIX = "tag:yaml.org,2002:"

@@ -1,7 +1,7 @@
 """Run code that a file from outside controls in a process of its own, with limits.
 
 Chat templates are programs, and a tokenizer can need unlimited time and memory or abort its
-process. In a child process, all of that is only an answer that does not come.
+process. In a child process, the worst that can happen is that no answer arrives.
 """
 
 import json
@@ -31,7 +31,7 @@ class ConfinedProcess:
     Args:
       worker: the file of a Python module with a function `answer(request)`. The child does not
         import `softprompt`, so that it starts in a tenth of a second.
-      memory: the most bytes of address space. Windows does not limit it.
+      memory: the most bytes of address space. macOS does not always enforce it.
       seconds: the most time for a request.
     """
 
@@ -69,7 +69,9 @@ class ConfinedProcess:
         """
         if self._process is None:
             self._process = self._start()
-            self._receive(None, _STARTING, f"{where}: the process for it does not start")
+            failed = f"{where}: the process that runs it does not start"
+            if not self._receive(None, _STARTING, failed):
+                raise UserError(failed)
         line = json.dumps(request).encode() + b"\n"
         late = f"{where}: takes more than {self._seconds} seconds"
         answer = json.loads(self._receive(line, self._seconds, late) or b"{}")
@@ -98,7 +100,7 @@ class ConfinedProcess:
             line = process.stdout.readline()
         except BrokenPipeError:
             line = b""
-        except BaseException:  # such as Ctrl-C: nobody may read this answer as another one
+        except BaseException:  # such as Ctrl-C: the next request must not receive this answer
             self.close()
             raise
         finally:

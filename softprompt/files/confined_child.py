@@ -4,6 +4,7 @@ This file runs as a program of its own. It imports nothing but the standard libr
 """
 
 import json
+import resource
 import runpy
 import signal
 import sys
@@ -11,15 +12,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-try:
-    import resource
-except ImportError:  # Windows; the parent limits the time
-    resource = None  # type: ignore[assignment]
-
 LONGEST_ANSWER = 16 * 2**20
 """The most characters of an answer, written as JSON."""
 
-OUT_OF_TIME = getattr(signal, "SIGXCPU", signal.SIGTERM)
+OUT_OF_TIME = signal.SIGXCPU
 """The signal that ends a process after its CPU time."""
 
 
@@ -29,14 +25,14 @@ def main(worker: str, memory: int, seconds: int) -> None:
     Args:
       worker: the file of a module with a function `answer(request)`.
       memory: the most bytes of address space.
-      seconds: the most CPU time per request. It stops a child without a parent.
+      seconds: the most CPU time per request. This also stops a child whose parent has died.
     """
     answer = runpy.run_path(worker)["answer"]
-    _limit("RLIMIT_AS", memory)
-    _limit("RLIMIT_CORE", 0)
+    _limit(resource.RLIMIT_AS, memory)
+    _limit(resource.RLIMIT_CORE, 0)
     _write({})  # the parent starts its clock
     for line in sys.stdin.buffer:
-        _limit("RLIMIT_CPU", int(time.process_time()) + seconds + 1)
+        _limit(resource.RLIMIT_CPU, int(time.process_time()) + seconds + 1)
         _write(_outcome(answer, json.loads(line)))
 
 
@@ -55,16 +51,13 @@ def _outcome(answer: Callable[[Any], Any], request: Any) -> dict[str, Any]:
         return {"error": "needs too much memory"}
     except RecursionError:
         return {"error": "is nested too deeply"}
-    except BaseException as error:  # the file may raise anything, and Rust panics are no Exceptions
+    except BaseException as error:  # the file may raise anything; a Rust panic is no `Exception`
         reason = str(error).strip().split("\n")[0][:300]
         return {"error": reason or type(error).__name__}
 
 
-def _limit(name: str, value: int) -> None:
-    """Set the soft limit of a resource, where the system has such a limit."""
-    kind = getattr(resource, name, None)
-    if kind is None:
-        return
+def _limit(kind: int, value: int) -> None:
+    """Set the soft limit of a resource."""
     hard = resource.getrlimit(kind)[1]
     try:
         resource.setrlimit(kind, (value if hard < 0 else min(value, hard), hard))

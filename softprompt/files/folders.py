@@ -18,7 +18,7 @@ def require_usable(folder: Path) -> None:
       FolderError: if the path or one of its parents is a file, or cannot be written.
     """
     if "\0" in str(folder):
-        raise FolderError(f"{str(folder)!r}: a path has no NUL; choose another folder")
+        raise FolderError(f"{str(folder)!r}: a path cannot contain NUL; choose another folder")
     try:
         absolute = folder.absolute()
         existing = next(path for path in (absolute, *absolute.parents) if path.exists())

@@ -7,7 +7,7 @@ from typing import Any, NoReturn, TypeVar
 
 import pydantic
 
-from softprompt.errors import UserError, shortened
+from softprompt.errors import UserError, shortened, shown
 from softprompt.files.reading import MEBIBYTE, read_text
 
 Schema = TypeVar("Schema", bound=pydantic.BaseModel)
@@ -77,16 +77,10 @@ def checked(schema: type[Schema], value: Any, where: str) -> Schema:
 
 def _problem(error: Any) -> str:
     """Describe one of pydantic's errors: the field, what is wrong, and the value if it is short."""
-    field = ".".join(map(_name, error["loc"]))
+    field = ".".join(shown(str(key)) for key in error["loc"])
     message = str(error["msg"]).removeprefix("Value error, ")
-    shown = "" if error["type"] == "missing" else f", not {shortened(error['input'])}"
-    return f"{field}: {message}{shown}" if field else f"{message}{shown}"
-
-
-def _name(key: str | int) -> str:
-    """Return one key of a field's place. Keys come from the file too, so they may be anything."""
-    text = str(key)
-    return text if text.isprintable() and len(text) <= 100 else shortened(text)
+    given = "" if error["type"] == "missing" else f", not {shortened(error['input'])}"
+    return f"{field}: {message}{given}" if field else f"{message}{given}"
 
 
 def _finite(number: str) -> float:

@@ -15,7 +15,7 @@ from pathlib import Path
 from softprompt.errors import UserError
 
 MEBIBYTE = 2**20
-_MAX_NAMES = 1000  # in a folder, among which a similar one is looked for
+_MAX_NAMES = 1000  # of a folder that are compared with a missing name
 
 
 def missing_file(path: Path) -> UserError:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from softprompt.errors import UserError, shortened
+from softprompt.errors import UserError, reason_of, shortened, shown
 from softprompt.files.reading import MEBIBYTE, open_file
 
 _TYPES = ("F64", "F32", "F16", "BF16")
@@ -51,7 +51,7 @@ class SafetensorsFile:
         try:
             self._file: Any = safe_open(path, framework="flax")
         except (SafetensorError, OSError) as error:
-            reason = " ".join(str(error).split())[:200]  # it can contain the name of a tensor
+            reason = shown(str(error), 200)  # it can contain the name of a tensor
             raise UserError(f"{path}: not a readable safetensors file ({reason})") from None
         self.path = path
         self.names: list[str] = list(self._file.keys())
@@ -111,5 +111,4 @@ def _npy_header(file: Any, path: Path) -> tuple[tuple[int, ...], bool, np.dtype[
             return np.lib.format.read_array_header_1_0(file)
         return np.lib.format.read_array_header_2_0(file)
     except _LITERAL_ERRORS as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise UserError(f"{path}: not an array of numbers ({reason})") from None
+        raise UserError(f"{path}: not an array of numbers ({reason_of(error)})") from None

@@ -39,8 +39,10 @@ def write_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
-    except ValueError as error:  # a NUL in the path
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
+    except ValueError as error:
+        if "\0" not in str(path):
+            raise
         raise UserError(f"{str(path)!r}: cannot be written ({error})") from None
 
 

@@ -22,7 +22,7 @@ from softprompt.errors import UserError
 from softprompt.experiment.schema import GenerationSettings
 from softprompt.generation import beams, decoding
 from softprompt.generation.sampling import Sampling
-from softprompt.runtime.finite import NotFiniteError
+from softprompt.runtime.finite import model_not_finite
 from softprompt.runtime.memory import run_batches
 from softprompt.runtime.progress import Progress, silent
 
@@ -240,7 +240,7 @@ class Engine:
             self._backbone, prefix and prefix.repeated(settings.beams), state, *arguments
         )
         if np.isnan([state.running.scores, state.finished.scores]).any():
-            raise _not_finite()
+            raise model_not_finite("logits")
         ids, counts = np.asarray(state.finished.tokens), np.asarray(state.finished.lengths)
         return [
             self._text(ids[row, i, : counts[row, i]].tolist())
@@ -252,7 +252,7 @@ class Engine:
         """The generated ids of each row."""
         tokens, lengths = np.asarray(state.tokens), np.asarray(state.lengths)
         if (tokens < 0).any():
-            raise _not_finite()
+            raise model_not_finite("logits")
         return [ids[:length].tolist() for ids, length in zip(tokens, lengths, strict=True)]
 
     def _text(self, ids: Sequence[int]) -> tuple[str, bool]:
@@ -294,13 +294,6 @@ class Engine:
             for row, request in zip(seen, requests, strict=False):
                 row[[token for token in (*request.opening, *request.tokens) if token >= 0]] = True
         return seen.repeat(copies, axis=0)
-
-
-def _not_finite() -> NotFiniteError:
-    return NotFiniteError(
-        "the model gives infinite or NaN logits: the learned values or the base model's weights "
-        "are too large"
-    )
 
 
 def _mixable_groups(requests: Sequence[Request]) -> Iterator[list[int]]:

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import huggingface_hub
 
-from softprompt.errors import UserError
+from softprompt.errors import UserError, reason_of
+from softprompt.files.writing import write_errors
 from softprompt.inference.prompt import TrainedPrompt
 from softprompt.interop.card import adapter_card, merged_card
 from softprompt.interop.merged import export_merged
@@ -25,14 +26,13 @@ def export(prompt: TrainedPrompt, folder: Path, format: str) -> None:
     """
     make_folder(folder)
     try:
-        if format == "merged":
-            card = merged_card(prompt, export_merged(prompt, folder))
-        else:
-            export_adapter(prompt, folder, as_prefix=format == "peft-prefix")
-            card = adapter_card(prompt)
-        (folder / "README.md").write_text(card, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror})") from error
+        with write_errors(folder):
+            if format == "merged":
+                card = merged_card(prompt, export_merged(prompt, folder))
+            else:
+                export_adapter(prompt, folder, as_prefix=format == "peft-prefix")
+                card = adapter_card(prompt)
+            (folder / "README.md").write_text(card, encoding="utf-8")
     except UserError:
         if not any(folder.iterdir()):
             folder.rmdir()
@@ -68,6 +68,5 @@ def push(folder: Path, repository: str) -> str:
             repo_id=repository, folder_path=folder, commit_message="Upload by softprompt"
         )
     except Exception as error:  # the client of the hub raises unrelated types
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"{repository}: cannot be uploaded ({reason})") from error
+        raise UserError(f"{repository}: cannot be uploaded ({reason_of(error)})") from error
     return str(done.commit_url)

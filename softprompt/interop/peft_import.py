@@ -15,7 +15,7 @@ import pydantic
 
 from softprompt.backbones.formats.names import WHOLE
 from softprompt.backbones.loading import Base
-from softprompt.errors import UserError, shortened
+from softprompt.errors import UserError, shortened, shown
 from softprompt.files.json_files import checked, read_json
 from softprompt.files.tensors import SafetensorsFile, read_npy
 from softprompt.methods.backbone_arrays import matrices_of
@@ -296,5 +296,5 @@ def _scale(config: _Config, module: str, pair) -> float:
 
 def _listed(tensors: Mapping[str, Any]) -> str:
     names = sorted(tensors)
-    shown = [n if n.isprintable() and len(n) < 200 else shortened(n) for n in names[:3]]
-    return ", ".join(shown) + (f" and {len(names) - 3} more" if names[3:] else "")
+    first = ", ".join(shown(name, 200) for name in names[:3])
+    return first + (f" and {len(names) - 3} more" if names[3:] else "")

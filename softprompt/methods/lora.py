@@ -18,6 +18,7 @@ from softprompt.backbones.layers import LowRankAddition
 from softprompt.backbones.loading import Backbone, Base, Prefix
 from softprompt.errors import UserError, shortened
 from softprompt.experiment.schema import Experiment
+from softprompt.experiment.sections import LARGEST_FLOAT32
 from softprompt.methods.backbone_arrays import copied, matrices_of
 from softprompt.methods.method import Adapter, Axes, Method
 from softprompt.methods.peft_layout import stored_modules
@@ -219,7 +220,7 @@ class LoRA(Method):
 
 def _is_float32(value: Any) -> bool:
     """Whether a value from a file is a number in the range of float32."""
-    return type(value) in (int, float) and abs(value) <= float(np.finfo(np.float32).max)
+    return type(value) in (int, float) and abs(value) <= LARGEST_FLOAT32
 
 
 def find_targets(backbone: Backbone, patterns: Sequence[str]) -> list[str]:

@@ -239,11 +239,9 @@ def read_description(folder: Path) -> dict[str, Any]:
     Raises:
       UserError: if a file is damaged or malformed, or has the format of another version.
     """
-    description = load_description(folder, _FILE)
+    description = load_description(folder, _FILE, _LARGEST_FILE)
     if description.get("format") != _FORMAT:
         raise UserError(f"{folder / _FILE}: has a format that this version cannot read")
-    if (folder / _FILE).stat().st_size > _LARGEST_FILE:
-        raise UserError(f"{folder / _FILE}: larger than {_LARGEST_FILE // MEBIBYTE} MiB")
     checked(PromptFile, description, str(folder / _FILE))
     return description
 

@@ -17,7 +17,7 @@ from softprompt.runtime.progress import Progress, silent
 
 MOST_WORDS = 50_000  # of a text, for the longest common subsequence
 _MOST_LINE_STEPS = 10_000_000  # of ROUGE-Lsum, which compares every line with every line
-_LONGEST_STEM = 100  # letters; longer ones are no English words, and take the stemmer long
+_LONGEST_STEM = 100  # letters; longer words are not English, and the stemmer is slow on them
 
 # Every ideograph or kana is a word. Otherwise a word is a run of letters, marks and digits.
 _WORD = regex.compile(
@@ -68,8 +68,8 @@ def rouge(
       several references, the one with the highest F1 counts.
 
     Raises:
-      UserError: if a text is too long. `rougeL` and `rougeLsum` need time that grows with the
-        product of two texts, and accept 50,000 words.
+      UserError: if a text is too long. `rougeL` and `rougeLsum` accept 50,000 words, because
+        their time grows with the product of the two lengths.
     """
     tokenizer = UnicodeTokenizer(stem)
     of_ngrams = [kind for kind in types if kind not in _BY_SUBSEQUENCE]

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from softprompt.errors import UserError
+from softprompt.errors import UserError, reason_of
 from softprompt.experiment.reading import flattened, load_experiment
 from softprompt.metrics.named import merit
 from softprompt.storage.run_folder import read_metrics, read_summary
@@ -88,7 +88,7 @@ def collect(paths: Iterable[Path]) -> list[RunRecord]:
         try:
             records.append(_read(folder))
         except (UserError, OSError) as error:
-            _log.warning(f"{folder}: skipped ({str(error).splitlines()[0]})")
+            _log.warning(f"{folder}: skipped ({reason_of(error)})")
     if not records:
         raise UserError("none of the runs can be read")
     finished = [record for record in records if record.state == "finished"]

@@ -16,7 +16,7 @@ from softprompt.experiment.methods import method_class
 from softprompt.experiment.reading import load_experiment
 from softprompt.files.folders import require_usable
 from softprompt.files.reading import read_text
-from softprompt.files.writing import write_file
+from softprompt.files.writing import write_errors, write_file
 from softprompt.inference.inspect import nearest_tokens
 from softprompt.inference.prompt import TrainedPrompt, load_prompt
 from softprompt.report import figures
@@ -78,7 +78,7 @@ def write_report(paths: Sequence[Path], folder: Path, rerun_command: Callable[[P
         failures={row["run"]: row["error"] for row in rows if row.get("error")},
         best=_best_run(records, keys, rerun_command),
     )
-    try:
+    with write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for name, of_table in tables.items():
             if of_table:
@@ -86,8 +86,6 @@ def write_report(paths: Sequence[Path], folder: Path, rerun_command: Callable[[P
                     text = table(of_table, form, left={"error"}, paths=PATH_COLUMNS)
                     write_file(folder / f"{name}.{end}", text + "\n")
         write_file(folder / _PAGE, page)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror})") from None
     return folder / _PAGE
 
 

@@ -6,6 +6,8 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from softprompt.errors import printable
+
 Row = dict[str, Any]
 """Cells by column name. All rows of a table have the same columns."""
 
@@ -118,9 +120,7 @@ def shorten(text: str, width: int | None = _WIDTH) -> str:
 
     Characters that a terminal would not print are escaped.
     """
-    line = text if width is None else text[: width + 1]
-    if not line.isprintable():
-        line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+    line = printable(text if width is None else text[: width + 1])
     return line if width is None or len(line) <= width else f"{line[: width - 1]}…"
 
 

@@ -13,6 +13,14 @@ class NotFiniteError(UserError):
     """A value that must be a number is infinite or NaN."""
 
 
+def model_not_finite(what: str) -> NotFiniteError:
+    """Return the error for infinite or NaN results of a model, such as `logits`."""
+    return NotFiniteError(
+        f"the model gives infinite or NaN {what}: the learned values or the base model's weights "
+        "are too large"
+    )
+
+
 def names_not_finite(arrays: Any) -> list[str]:
     """Return the paths of the arrays in a pytree that hold infinity or NaN."""
     return [
@@ -30,7 +38,7 @@ def require_finite(arrays: Any, where: str) -> None:
       where: the place of the arrays, for the error message.
 
     Raises:
-      NotFiniteError: with the paths of the arrays that are not.
+      NotFiniteError: names the arrays that are not.
     """
     if names := names_not_finite(arrays):
         more = f" and {len(names) - 3} more" if names[3:] else ""

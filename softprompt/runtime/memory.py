@@ -16,6 +16,8 @@ _log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
+_CGROUPS = Path("/sys/fs/cgroup")
+
 
 def peak_memory() -> int:
     """Return the peak memory use in bytes: of the accelerator, or on a CPU of this process."""
@@ -57,15 +59,18 @@ def available_memory() -> int:
 
 def _container_limits() -> Iterator[int]:
     """The bytes that the container (cgroup version 2 or 1) may still allocate, if limited."""
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    for folder, limit, used, prefix in (
+        (_CGROUPS, "memory.max", "memory.current", ""),
+        (_CGROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
     ):
         try:
-            numbers = [int((Path("/sys/fs/cgroup") / name).read_text()) for name in (limit, used)]
-        except (OSError, ValueError):  # no such file, or "max"
+            most, now = (int((folder / name).read_text()) for name in (limit, used))
+            statistics = dict(map(str.split, (folder / "memory.stat").read_text().splitlines()))
+            # The system frees cached files when a process needs their memory.
+            cached = sum(int(statistics[f"{prefix}{age}_file"]) for age in ("active", "inactive"))
+        except (OSError, ValueError, KeyError):  # no such file, or "max"
             continue
-        yield max(0, numbers[0] - numbers[1])
+        yield max(0, most - now + cached)
 
 
 def gibibytes(count: float) -> str:

@@ -50,6 +50,13 @@ class Progress(Protocol):
         """
 
 
+def duration(seconds: float) -> str:
+    """Format a time as minutes and seconds, with hours if there are any: `04:34`."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return (f"{hours}:" if hours else "") + f"{minute:02}:{second:02}"
+
+
 class _SilentBar:
     def __enter__(self) -> Self:
         return self

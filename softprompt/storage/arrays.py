@@ -23,9 +23,9 @@ import jax
 from flax import nnx
 from orbax.checkpoint import v1 as orbax
 
-from softprompt.errors import UserError
+from softprompt.errors import UserError, reason_of
 from softprompt.files.json_files import read_json
-from softprompt.files.reading import open_file, read_text
+from softprompt.files.reading import MEBIBYTE, open_file, read_text
 from softprompt.runtime.finite import require_finite
 from softprompt.runtime.memory import available_memory, gibibytes
 
@@ -123,15 +123,16 @@ def _alone_and_quiet() -> Iterator[None]:
                 log.setLevel(level)
 
 
-def load_description(folder: Path, file: str) -> dict[str, Any]:
+def load_description(folder: Path, file: str, limit: int = 16 * MEBIBYTE) -> dict[str, Any]:
     """Verify the checksum of every file of a saved folder, and read the description.
 
     Args:
       folder: the saved folder.
       file: name of the JSON file.
+      limit: the largest size of the JSON file, in bytes.
 
     Raises:
-      DamagedError: if a file is missing or altered; the message names it.
+      DamagedError: if a file is missing, altered or too large; the message names it.
     """
     if not folder.is_dir():
         raise DamagedError(f"{folder}: no such folder")
@@ -149,7 +150,7 @@ def load_description(folder: Path, file: str) -> dict[str, Any]:
                 raise DamagedError(f"{folder / name}: not listed in {_SUMS}; remove it")
         if file not in sums:
             raise DamagedError(f"{folder / file}: missing")
-        return read_json(folder / file)
+        return read_json(folder / file, limit)
     except DamagedError:
         raise
     except UserError as error:
@@ -189,6 +190,7 @@ def load_arrays(folder: Path, like: Any) -> Any:
     Raises:
       DamagedError: if the saved arrays have another structure, shape or dtype.
       NotFiniteError: if a saved array holds infinity or NaN.
+      UserError: if the arrays need more memory than is available.
     """
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = jax.tree.map(
@@ -207,8 +209,8 @@ def load_arrays(folder: Path, like: Any) -> Any:
             )
     needed, available = sum(x.size * x.dtype.itemsize for x in leaves), available_memory()
     if needed > available:
-        raise DamagedError(
-            f"{path}: needs {gibibytes(needed)}, but {gibibytes(available)} are available"
+        raise UserError(
+            f"{path}: needs {gibibytes(needed)} of memory, but {gibibytes(available)} are available"
         )
     loaded = _read(path, lambda: orbax.load(path, abstract))
     require_finite(loaded, str(path))
@@ -225,8 +227,7 @@ def _read(path: Path, reading: Callable[[], Result]) -> Result:
         with _alone_and_quiet():
             return reading()
     except Exception as error:  # of many types, as the files decide what is called
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise DamagedError(f"{path}: cannot be read ({reason})") from error
+        raise DamagedError(f"{path}: cannot be read ({reason_of(error)})") from error
 
 
 def _shapes(tree: Any) -> dict[str, str]:

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from softprompt.errors import UserError
+from softprompt.files.writing import write_errors
 from softprompt.storage.arrays import DamagedError, load_arrays, load_description, save_arrays
 
 
@@ -63,8 +63,8 @@ class Checkpoints:
                 pending.set_result(None)
 
         self._pending = pending
-        # A daemon, so that an exit without `wait`, as after a second Ctrl-C, does not wait for it
-        # either. Orbax cannot finish then, because the interpreter starts no more threads.
+        # A daemon thread, so that an exit without `wait`, as after a second Ctrl-C, does not block:
+        # Orbax could not finish, because an interpreter that exits starts no new threads.
         threading.Thread(target=write, name="checkpoint", daemon=True).start()
 
     def wait(self) -> None:
@@ -86,11 +86,8 @@ class Checkpoints:
         return load_arrays(self.path(step), like)
 
     def _write(self, step: int, arrays: Any, description: dict[str, Any], best: int) -> None:
-        try:
+        with write_errors(self.path(step)):
             save_arrays(self.path(step), arrays, description, self._FILE)
-        except OSError as error:
-            reason = error.strerror or str(error)
-            raise UserError(f"{self.path(step)}: cannot be written ({reason})") from error
         # Later checkpoints are leftovers: the run has since resumed at an earlier step.
         kept = {*[s for s in self.steps if s <= step][-self._keep :], best}
         for other in self.steps:

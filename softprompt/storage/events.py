@@ -37,7 +37,7 @@ class Events:
         self._writer.flush()
 
     def close(self) -> None:
-        """Close the file, unless it is closed."""
+        """Close the file. Closing it again has no effect."""
         if not self._closed:
             self._closed = True
             self._writer.close()

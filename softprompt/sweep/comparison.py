@@ -26,7 +26,7 @@ Train = Callable[[Path, Sequence[str], Path], None]
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One method, over its seeds. Without a finished run, only the texts have values.
+    """One method, over its seeds. Without a finished run, all numbers are missing.
 
     Attributes:
       method: name of the method.

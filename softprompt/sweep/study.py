@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from softprompt.errors import UserError
+from softprompt.errors import UserError, reason_of
 from softprompt.experiment.metric_names import lower_is_better
 from softprompt.files.reading import read_text
 from softprompt.files.writing import write_file
@@ -152,8 +152,7 @@ class Study:
                 return optuna.storages.RDBStorage(url)
             except Exception as error:  # the database's driver decides what it raises
                 if last:
-                    reason = (str(error).splitlines() or [type(error).__name__])[0]
-                    raise UserError(f"sweep.storage: {url}: {reason}") from None
+                    raise UserError(f"sweep.storage: {url}: {reason_of(error)}") from None
                 time.sleep(1)  # another sweep may be creating the same database
 
     def _exclusive(self) -> contextlib.AbstractContextManager[None]:

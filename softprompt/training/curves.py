@@ -41,7 +41,7 @@ def step_ticks(steps: Iterable[int]) -> list[int]:
       steps: the steps with a measurement, in any order.
 
     Returns:
-      As many of the steps, in ascending order, as have place for their labels.
+      As many of the steps as there is room for, in ascending order.
     """
     found = sorted(set(steps))
     if not found:

@@ -8,17 +8,18 @@ import jax
 
 from softprompt.backbones.batch import Batch
 from softprompt.runtime.memory import available_memory, gibibytes, memory_in_use
+from softprompt.runtime.progress import duration
 from softprompt.training.session import Session
 from softprompt.training.step import train_step
 
 _log = logging.getLogger(__name__)
 
 _TIMED_STEPS = 3
-_SHORT = 10.0  # seconds; the time left is not worth a message if it is less
+_SHORT = 10.0  # seconds; a shorter time left is not worth a message
 
 
 class Forecast:
-    """Tells once how much memory training needs, and once how much time is left.
+    """Logs once how much memory training needs, and once how much time is left.
 
     Args:
       session: the run.
@@ -39,7 +40,7 @@ class Forecast:
         text = f"training {state.trainable_parameters:,} parameters"
         compiled = train_step.lower(*state.arrays, batch, key, **state.program).compile()
         analysis, available = compiled.memory_analysis(), available_memory()
-        if analysis is None:  # the device does not tell
+        if analysis is None:  # not every device reports it
             _log.info(text)
             return
         # Temporary arrays grow with the size of the batch, and later ones may be larger.
@@ -64,11 +65,4 @@ class Forecast:
             steps = self._session.steps - self._session.run.step
             left = steps * statistics.median(end - begin for begin, end in ends)
             if left >= _SHORT:
-                _log.info(f"about {_clock(left)} left, plus evaluations")
-
-
-def _clock(seconds: float) -> str:
-    """Format a time as `04:30`, with hours if there are any."""
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return (f"{hours}:" if hours else "") + f"{minute:02}:{second:02}"
+                _log.info(f"about {duration(left)} left, plus evaluations")

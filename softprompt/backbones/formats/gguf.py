@@ -47,7 +47,7 @@ class GGUFFile:
         if value is None:
             return default
         if type(value) not in (int, float) or not value >= 0:
-            raise ValueError(f"metadata {key}: {shortened(value)} is not a number from 0")
+            raise ValueError(f"metadata {key}: {shortened(value)} is not a number of at least 0")
         return value
 
     def _text(self, key: str) -> str | None:

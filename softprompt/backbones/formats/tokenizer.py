@@ -7,7 +7,7 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from softprompt.errors import Stopped, UserError, shortened
+from softprompt.errors import Stopped, UserError, reason_of, shortened
 
 LONGEST_TEXT = 2**25
 """The most characters of a text, after the tokenizer's own steps may have made it longer."""
@@ -61,8 +61,7 @@ def library_errors(what: str) -> Iterator[None]:
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        reason = str(error).strip().split("\n")[0][:300] or type(error).__name__
-        raise UserError(f"{what} ({reason})") from error
+        raise UserError(f"{what} ({reason_of(error)})") from error
 
 
 def _texts(value: Any) -> Iterator[str]:

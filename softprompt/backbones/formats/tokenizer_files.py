@@ -90,7 +90,7 @@ class _Config(pydantic.BaseModel):
     extra_special_tokens: _Specials | None = None
     added_tokens_decoder: dict[int, _Token] | None = None
     chat_template: Annotated[str | None, pydantic.BeforeValidator(_default_template)] = None
-    model_max_length: int | None = None
+    model_max_length: int | float | None = None
     clean_up_tokenization_spaces: bool | None = None
     split_special_tokens: bool | None = None
     padding_side: Literal["left", "right"] | None = None

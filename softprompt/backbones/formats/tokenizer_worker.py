@@ -8,7 +8,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-# Long runs of one kind of character are what slow patterns are slow at.
+# Slow patterns are slowest on long runs of one kind of character.
 _SENTENCES = (
     "The film's \"plot\" (2,345.60 pages!) isn't new;\n\n\tI'd see it again, twice... </s>\r\n",
     "Les élèves naïfs, καλημέρα, привет, שלום, سلام ﷺ, नमस्ते, สวัสดี, こんにちは 世界。한국어 ",

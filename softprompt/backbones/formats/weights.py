@@ -11,7 +11,7 @@ from flax import nnx
 
 from softprompt.backbones.formats.directory import ModelFile
 from softprompt.backbones.formats.names import Names, Stored, module_and_suffix
-from softprompt.errors import UserError, shortened
+from softprompt.errors import UserError, shortened, shown
 
 # Suffixes of tensors that old versions of transformers saved and that are not needed.
 _UNUSED = (
@@ -207,19 +207,13 @@ class _Reader:
         more = len(problems) - _MAX_PROBLEMS
         if len(self.problems) < _MAX_COUNTED_PROBLEMS:
             unused = [n for n in sorted(self._stored - self.used) if not n.endswith(_UNUSED)]
-            problems += [f"{_shown(name)} is not used" for name in unused]
+            problems += [f"{shown(name, 200) or repr(name)} is not used" for name in unused]
             more = len(problems) - _MAX_PROBLEMS
         if more > 0:
             problems = [*problems[:_MAX_PROBLEMS], f"and {more} more"]
         if problems:
             listed = "; ".join(problems)
             raise UserError(f"{self._file.path}: the weights do not fit the config: {listed}")
-
-
-def _shown(name: str) -> str:
-    """Return the name of any tensor for an error message."""
-    plain = name.isprintable() and 0 < len(name) <= 200
-    return name if plain else shortened(name)
 
 
 def _is_finite(array: np.ndarray) -> bool:
