@@ -164,7 +164,7 @@ def test_a_failed_write_keeps_the_old_content_and_names_the_file(tmp_path, monke
 
 def test_a_link_in_the_place_of_the_temporary_file_is_not_followed(tmp_path):
     (tmp_path / "mine").write_text("mine")
-    (tmp_path / ".a.new").symlink_to(tmp_path / "mine")
+    (tmp_path / f".a.{os.getpid()}.new").symlink_to(tmp_path / "mine")
     write_file(tmp_path / "a", "text")
     assert (tmp_path / "mine").read_text() == "mine"
     assert (tmp_path / "a").read_text() == "text"

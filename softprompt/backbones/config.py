@@ -25,6 +25,7 @@ Width = Annotated[int, Field(ge=1, le=2**17)]
 InnerWidth = Annotated[int, Field(ge=1, le=2**20)]
 Vocabulary = Annotated[int, Field(ge=1, le=2**24)]
 Positions = Annotated[int, Field(ge=1, le=2**30)]
+Length = Annotated[float, Field(ge=1, le=2**30)]  # some files have 8192.0
 Epsilon = Annotated[float, Field(ge=1e-12, le=1)]
 Theta = Annotated[float, Field(gt=1, le=1e15)]
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -53,7 +54,7 @@ class RopeFields(_Fields):
     type: Name | None = None
     rope_theta: Theta | None = None
     partial_rotary_factor: Share | None = None
-    original_max_position_embeddings: Positions | None = None
+    original_max_position_embeddings: Length | None = None
     factor: Factor | None = None
     attention_factor: Factor | None = None
     low_freq_factor: Factor | None = None

@@ -15,7 +15,7 @@ RENDERING_MEMORY = 1024 * MEBIBYTE
 """The most memory for the process that renders a chat template."""
 
 RENDERING_SECONDS = 5
-"""The most time for one conversation."""
+"""The most CPU time for one conversation."""
 
 _WORKER = Path(__file__).with_name("chat_worker.py")
 

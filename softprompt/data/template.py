@@ -138,7 +138,7 @@ def _apply_chat_template(
     roles.append("user")
     # A private-use character takes the place of each message, because chat templates may trim or
     # otherwise change ordinary text.
-    marks = [chr(0xE000 + i) for i in range(len(contents))]
+    marks = [chr(0xF0000 + i) for i in range(len(contents))]
     messages = [{"role": r, "content": m} for r, m in zip(roles, marks, strict=True)]
     try:
         with ChatRenderer(tokenizer) as renderer:

@@ -20,6 +20,7 @@ from softprompt.files.confined_child import OUT_OF_TIME
 from softprompt.files.reading import MEBIBYTE
 
 _STARTING = 20  # seconds that the interpreter and its imports may take on a busy machine
+_PATIENCE = 4  # seconds to wait for a second of CPU time on a busy machine
 
 
 class ConfinedProcess:
@@ -32,7 +33,8 @@ class ConfinedProcess:
       worker: the file of a Python module with a function `answer(request)`. The child does not
         import `softprompt`, so that it starts in a tenth of a second.
       memory: the most bytes of address space. macOS does not always enforce it.
-      seconds: the most time for a request.
+      seconds: the most CPU time for a request. The child may take four times as long by the
+        clock, because other processes may keep the machine busy.
     """
 
     def __init__(self, worker: Path, memory: int, seconds: int):
@@ -73,8 +75,8 @@ class ConfinedProcess:
             if not self._receive(None, _STARTING, failed):
                 raise UserError(failed)
         line = json.dumps(request).encode() + b"\n"
-        late = f"{where}: takes more than {self._seconds} seconds"
-        answer = json.loads(self._receive(line, self._seconds, late) or b"{}")
+        late = f"{where}: takes more than {self._seconds} seconds of CPU time"
+        answer = json.loads(self._receive(line, self._seconds * _PATIENCE, late) or b"{}")
         if "value" in answer:
             return answer["value"]
         ended = f"ends its process; it may need more than {self._memory // MEBIBYTE} MiB"

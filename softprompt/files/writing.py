@@ -64,9 +64,10 @@ def require_writable(path: Path) -> None:
 def _temporary(path: Path) -> Path:
     """Return the path of the temporary file, where nothing exists.
 
-    What a killed process left there is removed, and so is a link or a pipe, which would send
-    the text elsewhere.
+    The name contains the number of the process, because several may write the same file. What a
+    killed process left there is removed, and so is a link or a pipe, which would send the text
+    elsewhere.
     """
-    new = path.parent / f".{path.name}.new"
+    new = path.parent / f".{path.name}.{os.getpid()}.new"
     new.unlink(missing_ok=True)
     return new

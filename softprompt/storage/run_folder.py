@@ -66,7 +66,9 @@ class _Summary(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(strict=True, allow_inf_nan=False)
 
     steps: int = pydantic.Field(ge=0, lt=2**63)
+    trainable_parameters: int = pydantic.Field(ge=0, lt=2**63)
     train_seconds: float = pydantic.Field(ge=0)
+    examples_per_second: float = pydantic.Field(ge=0)
     peak_memory_bytes: int = pydantic.Field(ge=0, lt=2**63)
     validation: Mapping[str, float]
     test: Mapping[str, float]

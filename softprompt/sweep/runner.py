@@ -148,6 +148,10 @@ def require_same(space: Space) -> None:
       FolderError: if the folder belongs to another sweep.
     """
     folder, path = space.folder, space.folder / _FILE
+    try:
+        now = parse_yaml(_describe(space))[0]
+    except InvalidYAML as error:
+        raise UserError(f"{space.file.path}: the sweep is too large ({error})") from None
     begun = path.is_file() and any(p.name[0] != "." and p != path for p in folder.iterdir())
     if not begun:
         return
@@ -155,7 +159,7 @@ def require_same(space: Space) -> None:
     with contextlib.suppress(UserError, InvalidYAML):
         old, _ = parse_yaml(read_text(path))
         if isinstance(old, dict) and "sweep" in old:
-            changed = "; ".join(differences(old, parse_yaml(_describe(space))[0]))
+            changed = "; ".join(differences(old, now))
     if not changed:
         return
     raise FolderError(f"{folder}: holds another sweep ({changed}); choose another folder")

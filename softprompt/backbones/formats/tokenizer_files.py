@@ -22,8 +22,8 @@ _LARGEST_FILE = 64 * MEBIBYTE  # twice the largest of the families that can be l
 TRIAL_MEMORY = 2048 * MEBIBYTE
 """The most memory for the process that tries a tokenizer."""
 
-TRIAL_SECONDS = 15
-"""The most time for trying a tokenizer."""
+TRIAL_SECONDS = 8
+"""The most CPU time for trying a tokenizer."""
 
 _WORKER = Path(__file__).with_name("tokenizer_worker.py")
 _NAMED = tuple(GuardedTokenizer.SPECIAL_TOKENS_ATTRIBUTES)  # bos_token, eos_token, and so on
