@@ -29,6 +29,7 @@ def write_run(tmp_path):
         write_config(folder, load_experiment(file, overrides))
         measured = {"loss": 1.0, "accuracy": accuracy}
         summary = {"steps": 30, "train_seconds": 1.0, "peak_memory_bytes": 1, "test": measured}
+        summary |= {"trainable_parameters": 1, "examples_per_second": 1.0}
         write_summary(folder, {**summary, "validation": measured})
         (folder / "metrics.jsonl").write_text("".join(f"{line}\n" for line in metrics))
         return folder

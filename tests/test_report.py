@@ -24,6 +24,7 @@ from softprompt.report.tables import table
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 STRINGS_FOR_NUMBERS = """{"steps": 1, "train_seconds": 1.0, "peak_memory_bytes": 1, "test": {},
+    "trainable_parameters": 1, "examples_per_second": 1.0,
     "validation": {"accuracy": "0.5", "loss": "1"}}"""
 SWEEP = """\
 sweep:
