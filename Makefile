@@ -5,6 +5,7 @@
 # make test-fast   without the tests that train, generate or compare model families
 # make attack      5,000 damaged inputs for every command and format (half an hour)
 # make attack-runs kills, signals, flipped bits and full disks in training (a quarter of an hour)
+# make transformers4-test   read merged exports with transformers 4.57
 # make wheel-test  install the wheel in a fresh environment and try it
 # make lint | format | docs | wheel | clean
 
@@ -13,7 +14,7 @@ EXP ?= sentiment
 RUN ?= runs/$(EXP)
 BIN := .venv/bin
 
-.PHONY: install train sweep model-gemma3 test test-fast attack attack-runs lint format docs wheel wheel-test clean
+.PHONY: install train sweep model-gemma3 test test-fast attack attack-runs transformers4-test lint format docs wheel wheel-test clean
 
 install: .venv/installed
 
@@ -75,6 +76,15 @@ wheel: install
 
 wheel-test: wheel
 	tests/try_wheel.sh $(PYTHON)
+
+.venv/transformers4: .venv/installed
+	$(PYTHON) -m venv $@
+	$@/bin/pip install --quiet --disable-pip-version-check transformers==4.57.1
+
+transformers4-test: .venv/transformers4
+	rm -rf .venv/merged
+	$(BIN)/python tests/golden/merged_in_transformers4.py export .venv/merged
+	.venv/transformers4/bin/python tests/golden/merged_in_transformers4.py check .venv/merged
 
 clean:
 	rm -rf .venv site dist

@@ -137,9 +137,7 @@ FAILING = {
 def test_a_failing_template_is_one_line(template, tiny):
     with (
         ChatRenderer(tokenizer_with(template)) as renderer,
-        pytest.raises(
-            UserError, match=f"^the base model's chat template: .*{FAILING[template]}"
-        ) as error,
+        pytest.raises(UserError, match=f"^the chat template of .*: .*{FAILING[template]}") as error,
     ):
         renderer.render(MESSAGES)
     assert "\n" not in str(error.value)

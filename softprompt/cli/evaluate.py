@@ -74,7 +74,10 @@ def run(options: argparse.Namespace) -> None:
     experiment = _load_experiment(config, options)
     data = experiment.data.model_dump(exclude_none=True)
     if options.split not in data:
-        raise UserError(f"{config}: has no data.{options.split}")
+        raise UserError(
+            f"{config}: has no data.{options.split}; choose another --split ({', '.join(data)}), "
+            f"or train with data.{options.split}=FILE"
+        )
     if others:
         _evaluate_several(options, data[options.split])
     else:

@@ -40,6 +40,7 @@ class ChatRenderer:
         if not isinstance(template, str):
             raise UserError("the base model has no chat template")
         self._template, self._special = template, tokenizer.special_tokens_map
+        self._where = f"the chat template of {tokenizer.name_or_path or 'the base model'}"
         self._process = ConfinedProcess(_WORKER, RENDERING_MEMORY, RENDERING_SECONDS)
 
     def __enter__(self) -> Self:
@@ -74,4 +75,4 @@ class ChatRenderer:
             "add_generation_prompt": True,
         }
         request = {"template": self._template, "variables": variables}
-        return str(self._process.ask(request, "the base model's chat template"))
+        return str(self._process.ask(request, self._where))

@@ -38,10 +38,15 @@ PATH_KEYS: Sequence[Key] = (
     ("prefix", "init_prompts"),
 )
 
+SPLIT_ADVICE = (
+    "split the data, for example: "
+    "head -n 100 all.jsonl > validation.jsonl; tail -n +101 all.jsonl > train.jsonl"
+)
+"""What to do without validation data."""
+
 _ADVICE = {  # for a required key that is missing
     "base": "; for the default base model, add base: smollm2-135m-instruct",
-    "data.validation": "; split the data, for example: "
-    "head -n 100 all.jsonl > validation.jsonl; tail -n +101 all.jsonl > train.jsonl",
+    "data.validation": f"; {SPLIT_ADVICE}",
 }
 _SWEEP: Key = ("sweep",)
 _MAX_LINES = 20  # mistakes that are listed

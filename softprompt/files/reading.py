@@ -19,14 +19,19 @@ _MAX_NAMES = 1000  # of a folder that are compared with a missing name
 
 
 def missing_file(path: Path) -> UserError:
-    """Return the error for a file that does not exist; it proposes a file with a similar name."""
+    """Return the error for a file that does not exist; it proposes one with a similar name.
+
+    Only a typing mistake is similar: files of other splits must not be proposed.
+    """
     if not path.parent.is_dir():
         return UserError(f"{path}: no such file; there is no folder {path.parent}")
     names: list[str] = []
     with contextlib.suppress(OSError), os.scandir(path.parent) as entries:
-        names += (entry.name for entry in itertools.islice(entries, _MAX_NAMES))
-    close = difflib.get_close_matches(path.name, names, 1)
-    return UserError(f"{path}: no such file{f'; did you mean {close[0]!r}?' if close else ''}")
+        listed = itertools.islice(entries, _MAX_NAMES)
+        names += (e.name for e in listed if Path(e.name).suffix == path.suffix)
+    close = difflib.get_close_matches(path.stem, [Path(name).stem for name in names], 1, 0.75)
+    hint = f"; did you mean {close[0] + path.suffix!r}?" if close else ""
+    return UserError(f"{path}: no such file{hint}")
 
 
 def open_file(path: Path) -> io.BufferedReader:

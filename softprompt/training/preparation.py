@@ -2,8 +2,10 @@
 
 import dataclasses
 import logging
+import os
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import jax
 
@@ -14,13 +16,17 @@ from softprompt.data.task import Task, make_examples, make_task
 from softprompt.data.template import draw_demonstrations
 from softprompt.errors import UserError
 from softprompt.experiment.methods import method_class
+from softprompt.experiment.reading import SPLIT_ADVICE
 from softprompt.experiment.schema import Experiment
+from softprompt.files.reading import missing_file
 from softprompt.inference.prompt import load_prompt
 from softprompt.methods.method import Method
 from softprompt.runtime.progress import Progress, silent
 from softprompt.training.requirements import require_memory
 
 _log = logging.getLogger(__name__)
+
+_ADVICE = {"validation": SPLIT_ADVICE, "test": "for a run without test data, set data.test=null"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +108,8 @@ class Preparation:
             raise UserError(f"records: {min(unknown)!r} is not one of {', '.join(names)}")
         sources = experiment.data.model_dump(exclude_none=True, exclude=set(given))
         self._records = {
-            source: self._records.get(source) or read_records(source) for source in sources.values()
+            source: self._records.get(source) or _read(source, split)
+            for split, source in sources.items()
         }
         splits = {split: self._records[source] for split, source in sources.items()}
         splits |= {split: read_records(rows, f"{split} row") for split, rows in given.items()}
@@ -135,6 +142,13 @@ class Preparation:
         examples = make_examples(task, records, split, self._progress)
         self._examples[split] = key, records, examples
         return examples
+
+
+def _read(source: str, split: str) -> Sequence[Record]:
+    """Read the records of a split; a missing file of another split than `train` gets advice."""
+    if split in _ADVICE and not source.startswith("hub:") and not os.path.lexists(source):
+        raise UserError(f"{missing_file(Path(source))}; {_ADVICE[split]}")
+    return read_records(source)
 
 
 def _fit(examples: Dataset, task: Task) -> bool:

@@ -14,7 +14,8 @@ from attack.sandbox import Sandbox
 from attack.worker import LIMIT_BYTES, LIMIT_SECONDS, Outcome, Worker
 
 _LONGEST_LINE = 3000  # characters of an error message
-# Experiments report all their mistakes together, one line each.
+_MOST_LINES = 21
+# An experiment reports all its mistakes together, one line each, and the first 20 of many.
 _SEVERAL_LINES = ("experiment", "overrides", "sweep")
 
 
@@ -101,7 +102,7 @@ def judge(case: Case, outcome: Outcome, changes: list[str]) -> Fault | None:
         return Fault(case, "NaN", outcome.output[:500])
     if outcome.status == 1 and not lines:
         return Fault(case, "silence", "status 1 without a message")
-    if outcome.status == 1 and len(lines) > 1 and case.kind not in _SEVERAL_LINES:
+    if outcome.status == 1 and len(lines) > (_MOST_LINES if case.kind in _SEVERAL_LINES else 1):
         return Fault(case, "several lines", end)
     if any(len(line) > _LONGEST_LINE for line in lines):
         return Fault(case, "long line", end[:500])

@@ -190,7 +190,7 @@ class Attack:
             return
         subprocess.run(["umount", str(disk)], check=True)
         for number in range(1, count + 1):
-            kilobytes = self.random.randrange(24, 700)
+            kilobytes = self.random.randrange(24, 450)
             subprocess.run(mount(disk, kilobytes), check=True)
             try:
                 status, errors = self.finish(self.start(disk / "run"))

@@ -162,4 +162,4 @@ class GGUFFile:
                 inner, special = read_tokenizer(self._get)
             except UserError as error:
                 raise UserError(f"{self.path}: {error}") from None
-            return GuardedTokenizer(inner, **special)
+            return GuardedTokenizer(inner, name_or_path=str(self.path), **special)

@@ -27,12 +27,17 @@ class GuardedTokenizer(PreTrainedTokenizerFast):
         super().__init__(**kwargs)
         self._growth = growth
 
+    @property
+    def _named(self) -> str:
+        """The tokenizer with its file, for error messages."""
+        return f"the tokenizer of {self.name_or_path}" if self.name_or_path else "the tokenizer"
+
     def _encode_plus(self, text: Any, *args: Any, **kwargs: Any) -> Any:
         longest = max(map(len, _texts(text)), default=0)
         if longest * self._growth > LONGEST_TEXT:
             raise UserError(f"a text of {longest} characters is too long for the tokenizer")
         kwargs["verbose"] = False  # no warning about the length, which the task limits
-        with library_errors("the tokenizer cannot encode this text"):
+        with library_errors(f"{self._named} cannot encode this text"):
             try:
                 return super()._encode_plus(text, *args, **kwargs)
             except TypeError:
@@ -40,7 +45,7 @@ class GuardedTokenizer(PreTrainedTokenizerFast):
                 raise
 
     def _decode(self, *args: Any, **kwargs: Any) -> Any:
-        with library_errors("the tokenizer cannot decode these tokens"):
+        with library_errors(f"{self._named} cannot decode these tokens"):
             return super()._decode(*args, **kwargs)
 
 

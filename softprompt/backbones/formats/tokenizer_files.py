@@ -122,7 +122,9 @@ def read_tokenizer_files(folder: Path) -> GuardedTokenizer:
         inner.no_padding()
         if config.added_tokens_decoder is None:
             added |= inner.get_added_tokens_decoder()
-        return GuardedTokenizer(inner, growth=growth, **_arguments(config, added))
+        return GuardedTokenizer(
+            inner, growth=growth, name_or_path=str(folder), **_arguments(config, added)
+        )
 
 
 def _read_config(folder: Path) -> tuple[_Config, dict[int, AddedToken]]:
