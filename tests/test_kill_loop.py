@@ -17,11 +17,11 @@ def attack(tmp_path_factory):
 
 @pytest.mark.parametrize("doubled", [False, True])
 def test_stopped_runs_end_as_if_they_had_not_been_stopped(attack, doubled):
-    attack.kill(3, doubled=doubled)
+    attack.kill(2, doubled=doubled)
 
 
 def test_flipped_bits_are_found(attack):
-    attack.flip(4)
+    attack.flip(2)
 
 
 def test_a_run_on_a_full_disk_resumes_when_there_is_space(attack):

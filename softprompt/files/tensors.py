@@ -6,6 +6,7 @@ Sizes are checked against the file's length before memory is allocated.
 import math
 import os
 import tokenize
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -106,9 +107,11 @@ def read_npy(path: Path) -> np.ndarray:
 def _npy_header(file: Any, path: Path) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     """Read the header: the shape, whether the order is Fortran's, and the dtype."""
     try:
-        version = np.lib.format.read_magic(file)
-        if version == (1, 0):
-            return np.lib.format.read_array_header_1_0(file)
-        return np.lib.format.read_array_header_2_0(file)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about headers that Python 2 wrote
+            version = np.lib.format.read_magic(file)
+            if version == (1, 0):
+                return np.lib.format.read_array_header_1_0(file)
+            return np.lib.format.read_array_header_2_0(file)
     except _LITERAL_ERRORS as error:
         raise UserError(f"{path}: not an array of numbers ({reason_of(error)})") from None
