@@ -44,7 +44,7 @@ def test_a_missing_file_is_named_with_a_similar_one_in_its_folder(tmp_path):
     with pytest.raises(UserError, match=r"trian.jsonl: no such file; did you mean 'train.jsonl'\?"):
         open_file(tmp_path / "trian.jsonl")
     for name in ("validation.jsonl", "test.jsonl", "training.csv"):  # not a typing mistake
-        with pytest.raises(UserError, match="no such file$"):
+        with pytest.raises(UserError, match=r"no such file$"):
             open_file(tmp_path / name)
     with pytest.raises(UserError, match=r"no such file; there is no folder .*nowhere$"):
         open_file(tmp_path / "nowhere" / "train.jsonl")
