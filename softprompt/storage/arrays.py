@@ -9,12 +9,15 @@ import contextlib
 import errno
 import gc
 import hashlib
+import io
 import json
 import logging
 import os
 import re
 import shutil
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,6 +33,7 @@ from softprompt.runtime.finite import require_finite
 from softprompt.runtime.memory import available_memory, gibibytes
 
 _SUMS = "SHA256SUMS"
+_STRAGGLERS = 0.3  # seconds until reads that go on after an error have ended
 
 Result = TypeVar("Result")
 
@@ -118,7 +122,6 @@ def _alone_and_quiet() -> Iterator[None]:
         try:
             yield
         finally:
-            gc.collect()  # asyncio logs the errors of tasks when these are freed
             for log, level in zip(logs, levels, strict=True):
                 log.setLevel(level)
 
@@ -224,10 +227,29 @@ def _read(path: Path, reading: Callable[[], Result]) -> Result:
       DamagedError: if it fails.
     """
     try:
-        with _alone_and_quiet():
+        with _alone_and_quiet(), _first_error_only():
             return reading()
     except Exception as error:  # of many types, as the files decide what is called
         raise DamagedError(f"{path}: cannot be read ({reason_of(error)})") from error
+
+
+@contextlib.contextmanager
+def _first_error_only() -> Iterator[None]:
+    """Drop what is printed about further errors after one that is raised.
+
+    Orbax reads arrays at the same time. If one fails, the others end later, in threads of
+    TensorStore that print tracebacks, or when their tasks are freed.
+    """
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    with contextlib.redirect_stderr(io.StringIO()):
+        try:
+            yield
+        except Exception:
+            time.sleep(_STRAGGLERS)
+            gc.collect()
+            raise
+        finally:
+            sys.unraisablehook = hook
 
 
 def _shapes(tree: Any) -> dict[str, str]:

@@ -16,7 +16,7 @@ from attack.worker import LIMIT_BYTES, LIMIT_SECONDS, Outcome, Worker
 _LONGEST_LINE = 3000  # characters of an error message
 _MOST_LINES = 21
 # An experiment reports all its mistakes together, one line each, and the first 20 of many.
-_SEVERAL_LINES = ("experiment", "overrides", "sweep")
+_SEVERAL_LINES = ("experiment", "overrides", "sweep", "run folder")
 
 
 @dataclasses.dataclass(frozen=True)
