@@ -54,8 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if sys.stdout is not None:
             sys.stdout.flush()  # here, an error can still be reported
     except UserError as error:
-        for line in str(error).splitlines():
-            print(_without_middle(line), file=sys.stderr)
+        _print_error(str(error))
         return 1
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
@@ -68,18 +67,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        print(f"{where}cannot be read or written ({error.strerror or error})", file=sys.stderr)
-        sys.stdout = None  # perhaps it is what cannot be written
+        _print_error(f"{where}cannot be read or written ({error.strerror or error})")
+        if not where:
+            sys.stdout = None  # it is what cannot be written
         return 1
     return 0
 
 
-def _without_middle(line: str) -> str:
-    """Return a line that a terminal can show. A long line loses its middle, such as a long path."""
+def _print_error(message: str) -> None:
+    """Print the lines of a message. A long line loses its middle, such as that of a long path."""
     half = _LONGEST_LINE // 2
-    if len(line) > _LONGEST_LINE:
-        line = f"{line[:half]} ... {line[-half:]}"
-    return printable(line)
+    for line in message.splitlines():
+        if len(line) > _LONGEST_LINE:
+            line = f"{line[:half]} ... {line[-half:]}"
+        print(printable(line), file=sys.stderr)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -123,13 +123,17 @@ class Sandbox:
         Args:
           arguments: the words of the command line.
         """
-        now, work = self._content(), self.folder.relative_to(self._place)
-        named = tuple(str(work / word) for word in arguments if word not in ("", ".", "/"))
+        now = self._content()
+        named = {os.path.normpath(self.folder / word) for word in arguments if "\0" not in word}
+
+        def is_asked_for(name: str) -> bool:
+            path = self._place / name
+            return name not in self._before and any(str(p) in named for p in (path, *path.parents))
+
         return [
             name
             for name in sorted(self._before.keys() | now.keys())
-            if self._before.get(name) != now.get(name)
-            and (name in self._before or not name.startswith(named))
+            if self._before.get(name) != now.get(name) and not is_asked_for(name)
         ]
 
     def _content(self) -> dict[str, str]:

@@ -134,8 +134,9 @@ def _call(main: Any, arguments: list[str], folder: str) -> dict[str, Any]:
         except BaseException:
             traceback.print_exc()
             status = 1
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:  # a command without a reader has closed its output
+                stream.flush()
     os.chdir("/")
     peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     return {
