@@ -4,6 +4,7 @@ Importing JAX and the package takes three seconds, which each process would pay 
 process that is forked has not computed anything, so it has no threads.
 """
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -43,9 +44,10 @@ class ForkedProcess:
         return self._process.exitcode
 
     def send_signal(self, number: int) -> None:
-        """Send a signal."""
+        """Send a signal, unless the process has ended."""
         assert self._process.pid is not None
-        os.kill(self._process.pid, number)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self._process.pid, number)
 
     def kill(self) -> None:
         """Send SIGKILL."""
