@@ -18,6 +18,7 @@ import shutil
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -202,14 +203,7 @@ def load_arrays(folder: Path, like: Any) -> Any:
     path, leaves = folder.absolute() / "arrays", jax.tree.leaves(abstract)
     if not leaves and not path.exists():
         return like
-    expected = _shapes(abstract)
-    saved = _read(path, lambda: _shapes(orbax.metadata(path).metadata))
-    for name in sorted(saved.keys() | expected.keys()):
-        if saved.get(name) != expected.get(name):
-            raise DamagedError(
-                f"{folder}: unexpected arrays ({name} is {saved.get(name, 'missing')}, "
-                f"expected {expected.get(name, 'no such array')})"
-            )
+    _read(path, lambda: _require_shapes(folder, orbax.metadata(path).metadata, abstract))
     needed, available = sum(x.size * x.dtype.itemsize for x in leaves), available_memory()
     if needed > available:
         raise UserError(
@@ -229,8 +223,21 @@ def _read(path: Path, reading: Callable[[], Result]) -> Result:
     try:
         with _alone_and_quiet(), _first_error_only():
             return reading()
+    except DamagedError:
+        raise
     except Exception as error:  # of many types, as the files decide what is called
         raise DamagedError(f"{path}: cannot be read ({reason_of(error)})") from error
+
+
+def _require_shapes(folder: Path, saved_arrays: Any, expected_arrays: Any) -> None:
+    """Check that the arrays of a folder have the expected names, dtypes and shapes."""
+    saved, expected = _shapes(saved_arrays), _shapes(expected_arrays)
+    for name in sorted(saved.keys() | expected.keys()):
+        if saved.get(name) != expected.get(name):
+            raise DamagedError(
+                f"{folder}: unexpected arrays ({name} is {saved.get(name, 'missing')}, "
+                f"expected {expected.get(name, 'no such array')})"
+            )
 
 
 @contextlib.contextmanager
@@ -244,8 +251,12 @@ def _first_error_only() -> Iterator[None]:
     with contextlib.redirect_stderr(io.StringIO()):
         try:
             yield
-        except Exception:
+        except Exception as error:
             time.sleep(_STRAGGLERS)
+            cause: BaseException | None = error
+            while cause is not None:
+                traceback.clear_frames(cause.__traceback__)  # they hold tasks
+                cause = cause.__cause__ or cause.__context__
             gc.collect()
             raise
         finally:
