@@ -1,5 +1,6 @@
 """Chat templates: rendered as by transformers, and never more than one line of error."""
 
+import contextlib
 import dataclasses
 import time
 
@@ -98,7 +99,7 @@ def tokenizer_with(template) -> PreTrainedTokenizerFast:
 def test_conversations_are_rendered_as_by_transformers(template, first):
     tokenizer, messages = tokenizer_with(template), MESSAGES[first:]
     expected = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    with ChatRenderer(tokenizer) as renderer:
+    with contextlib.closing(ChatRenderer(tokenizer)) as renderer:
         assert renderer.render(messages) == expected
         assert renderer.render(messages[-1:]) != expected
 
@@ -107,7 +108,7 @@ def test_the_template_of_the_default_base_model_is_rendered_as_by_transformers(s
     expected = smollm2.tokenizer.apply_chat_template(
         MESSAGES, tokenize=False, add_generation_prompt=True
     )
-    with ChatRenderer(smollm2.tokenizer) as renderer:
+    with contextlib.closing(ChatRenderer(smollm2.tokenizer)) as renderer:
         assert renderer.render(MESSAGES) == expected
 
 
@@ -136,7 +137,7 @@ FAILING = {
 @pytest.mark.parametrize("template", FAILING, ids=lambda template: template[:40])
 def test_a_failing_template_is_one_line(template, tiny):
     with (
-        ChatRenderer(tokenizer_with(template)) as renderer,
+        contextlib.closing(ChatRenderer(tokenizer_with(template))) as renderer,
         pytest.raises(UserError, match=f"^the chat template of .*: .*{FAILING[template]}") as error,
     ):
         renderer.render(MESSAGES)
@@ -156,7 +157,7 @@ def test_endless_templates_and_templates_that_take_all_memory_are_stopped(monkey
         (loop, "takes more than 1 seconds"),
         (doubling, "memory|MiB|more than 1 sec"),
     ):
-        with ChatRenderer(tokenizer_with(template)) as renderer:
+        with contextlib.closing(ChatRenderer(tokenizer_with(template))) as renderer:
             with pytest.raises(UserError, match=message):
                 renderer.render(MESSAGES)
             renderer._template = good.chat_template  # the process starts again
@@ -168,7 +169,7 @@ def test_a_worker_that_does_not_start_is_one_line(tmp_path):
     worker = tmp_path / "worker.py"
     worker.write_text("import a_module_that_does_not_exist")
     with (
-        ConfinedProcess(worker, 2**30, 5) as process,
+        contextlib.closing(ConfinedProcess(worker, 2**30, 5)) as process,
         pytest.raises(UserError, match=r"^the file: the process that runs it does not start$"),
     ):
         process.ask("a", "the file")
@@ -186,7 +187,7 @@ def test_modules_in_the_current_folder_are_not_imported(tmp_path, monkeypatch):
     for name in ("jinja2", "json", "resource"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit")
     monkeypatch.chdir(tmp_path)
-    with ChatRenderer(tokenizer_with("{{ messages[0].role }}")) as renderer:
+    with contextlib.closing(ChatRenderer(tokenizer_with("{{ messages[0].role }}"))) as renderer:
         assert renderer.render(MESSAGES) == "system"
 
 

@@ -1,8 +1,8 @@
 """The check of a config, and the architecture that it describes.
 
 A config comes from outside. The types and ranges of its fields are checked before anything is
-computed from them or allocated. The largest sizes are far above those of existing models, and
-small enough that the number of elements of every parameter fits in 63 bits.
+computed from them or allocated. No existing model comes near the largest sizes. They are small
+enough that the number of elements of every parameter fits in 63 bits.
 """
 
 from collections.abc import Collection

@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _print_error(message: str) -> None:
-    """Print the lines of a message. A long line loses its middle, such as that of a long path."""
+    """Print the lines of a message. A long line, such as one with a long path, is shortened."""
     half = _LONGEST_LINE // 2
     for line in message.splitlines():
         if len(line) > _LONGEST_LINE:

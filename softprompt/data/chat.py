@@ -2,8 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from transformers import PreTrainedTokenizerFast
 
@@ -24,7 +22,7 @@ class ChatRenderer:
     """Renders conversations with the chat template of a tokenizer.
 
     The template runs in a process of its own, which starts with the first conversation. Close
-    it, or use it as a context manager.
+    it after use, for example with `contextlib.closing`.
 
     Args:
       tokenizer: the base model's.
@@ -42,17 +40,6 @@ class ChatRenderer:
         self._template, self._special = template, tokenizer.special_tokens_map
         self._where = f"the chat template of {tokenizer.name_or_path or 'the base model'}"
         self._process = ConfinedProcess(_WORKER, RENDERING_MEMORY, RENDERING_SECONDS)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """End the process."""

@@ -3,6 +3,7 @@
 A piece is text with fields to fill in, special tokens, or the place of the virtual tokens.
 """
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from string import Formatter
 
@@ -141,7 +142,7 @@ def _apply_chat_template(
     marks = [chr(0xF0000 + i) for i in range(len(contents))]
     messages = [{"role": r, "content": m} for r, m in zip(roles, marks, strict=True)]
     try:
-        with ChatRenderer(tokenizer) as renderer:
+        with contextlib.closing(ChatRenderer(tokenizer)) as renderer:
             text = _escape(renderer.render(messages))
     except UserError as error:
         raise UserError(f"template.chat: {error}") from None

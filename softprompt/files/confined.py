@@ -11,8 +11,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from softprompt.errors import UserError
 from softprompt.files import confined_child
@@ -27,7 +26,7 @@ class ConfinedProcess:
     """A child process that answers requests one by one, within limits.
 
     It starts with the first request, and again after a request that went over a limit. Close
-    it, or use it as a context manager.
+    it after use, for example with `contextlib.closing`.
 
     Args:
       worker: the file of a Python module with a function `answer(request)`. The child does not
@@ -40,17 +39,6 @@ class ConfinedProcess:
     def __init__(self, worker: Path, memory: int, seconds: int):
         self._worker, self._memory, self._seconds = worker, memory, seconds
         self._process: subprocess.Popen[bytes] | None = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """End the process."""

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from compilation import compile_quickly
 
-from attack.cases import KINDS, Case
+from attack.cases import KINDS
 from attack.judge import Fault, attack
 from attack.sandbox import Sandbox, make_good_input
-from attack.worker import Outcome, Worker
+from attack.worker import Worker
 
 
 def run() -> int:
@@ -33,20 +33,14 @@ def run() -> int:
         row = "{:22} {:>6} {:>8} {:>7} {:>7} {:>9} {:>9}"
         print(row.format("kind", "cases", "accepted", "refused", "faults", "slowest", "memory"))
         for kind in kinds:
-            outcomes: list[Outcome] = []
-            found: list[Fault] = []
-
-            def done(case: Case, outcome: Outcome, fault: Fault | None) -> None:
-                outcomes.append(outcome)  # noqa: B023
-                if fault:
-                    found.append(fault)  # noqa: B023
-                    print(f"\n{fault}\n", file=sys.stderr, flush=True)
-                    if options.keep:
-                        place = options.keep / f"{len(faults) + len(found)}"  # noqa: B023
-                        Sandbox(good, place).prepare(case.files)
-
-            place = Path(folder) / "place"
-            attack(kind, -(-options.count // len(kinds)), options.seed, good, place, worker, done)
+            count, place = -(-options.count // len(kinds)), Path(folder) / "place"
+            results = attack(kind, count, options.seed, good, place, worker)
+            outcomes = [outcome for outcome, _ in results]
+            found = [fault for _, fault in results if fault]
+            for number, fault in enumerate(found, len(faults) + 1):
+                print(f"\n{fault}\n", file=sys.stderr, flush=True)
+                if options.keep:
+                    Sandbox(good, options.keep / f"{number}").prepare(fault.case.files)
             counts = collections.Counter(outcome.status for outcome in outcomes)
             slowest = max(outcome.seconds for outcome in outcomes)
             memory = max(outcome.peak for outcome in outcomes) / 2**30

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from attack.mutations import (
     FRAGMENTS,
     damaged_bytes,
     damaged_json,
+    damaged_safetensors,
     damaged_text,
     damaged_value,
     dump,
@@ -187,30 +187,6 @@ def _chat(kind: str, good: Path) -> st.SearchStrategy[Case]:
 def _safetensors(kind: str, good: Path) -> st.SearchStrategy[Case]:
     content = damaged_safetensors((good / "base/model.safetensors").read_bytes())
     return content.map(lambda c: Case(kind, _TRAIN, {"base/model.safetensors": c}))
-
-
-@st.composite
-def damaged_safetensors(draw: st.DrawFn, content: bytes) -> bytes:
-    """A safetensors file with a damaged header, other types, or values that are not finite."""
-    (length,) = struct.unpack_from("<Q", content)
-    header, data = json.loads(content[8 : 8 + length]), bytearray(content[8 + length :])
-    change = draw(st.sampled_from(["bytes", "header", "type", "values"]))
-    if change == "bytes":
-        return draw(damaged_bytes(content, header=8 + length))
-    if change == "values":
-        place = 4 * draw(st.integers(0, len(data) // 4 - 1))
-        number = draw(st.sampled_from([math.inf, -math.inf, math.nan, 1e38, -1e38, 1e-40]))
-        data[place : place + 4] = struct.pack("<f", number)
-    elif change == "type":
-        kinds = ["F8_E4M3", "F8_E5M2", "F64", "F16", "BF16", "I8", "I64", "BOOL", "U8", "X", "F4"]
-        kind = draw(st.sampled_from(kinds))
-        for name in draw(st.lists(st.sampled_from(sorted(header)), min_size=1, max_size=3)):
-            if name != "__metadata__":
-                header[name]["dtype"] = kind
-    else:
-        header = draw(damaged_value(header))
-    text = dump(header).encode()
-    return struct.pack("<Q", len(text)) + text + bytes(data)
 
 
 def _gguf(kind: str, good: Path) -> st.SearchStrategy[Case]:

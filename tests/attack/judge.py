@@ -3,7 +3,6 @@
 import dataclasses
 import re
 import shlex
-from collections.abc import Callable
 from pathlib import Path
 
 import hypothesis
@@ -46,9 +45,8 @@ def attack(
     good: Path,
     place: Path,
     worker: Worker,
-    done: Callable[[Case, Outcome, Fault | None], None],
-) -> None:
-    """Run `count` cases of one kind.
+) -> list[tuple[Outcome, Fault | None]]:
+    """Run `count` cases of one kind, and return what happened to each.
 
     Args:
       kind: a key of `KINDS`.
@@ -57,9 +55,9 @@ def attack(
       good: the folder of the good input.
       place: a folder to work in; its content is replaced.
       worker: runs the commands.
-      done: is told of each case.
     """
     sandbox = Sandbox(good, place)
+    results: list[tuple[Outcome, Fault | None]] = []
 
     @hypothesis.seed(seed)
     @settings(
@@ -73,9 +71,10 @@ def attack(
     def one(case: Case) -> None:
         sandbox.prepare(case.files)
         outcome = worker.run(case.arguments, sandbox.folder)
-        done(case, outcome, judge(case, outcome, sandbox.changes(case.arguments)))
+        results.append((outcome, judge(case, outcome, sandbox.changes(case.arguments))))
 
     one()
+    return results
 
 
 def judge(case: Case, outcome: Outcome, changes: list[str]) -> Fault | None:

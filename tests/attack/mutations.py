@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import struct
 from typing import Any
 
@@ -127,6 +128,30 @@ def damaged_bytes(draw: st.DrawFn, content: bytes, header: int = 4096) -> bytes:
         elif change == "remove":
             del data[place : place + draw(st.integers(1, 100))]
     return bytes(data)
+
+
+@st.composite
+def damaged_safetensors(draw: st.DrawFn, content: bytes) -> bytes:
+    """A safetensors file with a damaged header, other types, or values that are not finite."""
+    (length,) = struct.unpack_from("<Q", content)
+    header, data = json.loads(content[8 : 8 + length]), bytearray(content[8 + length :])
+    change = draw(st.sampled_from(["bytes", "header", "type", "values"]))
+    if change == "bytes":
+        return draw(damaged_bytes(content, header=8 + length))
+    if change == "values":
+        place = 4 * draw(st.integers(0, len(data) // 4 - 1))
+        number = draw(st.sampled_from([math.inf, -math.inf, math.nan, 1e38, -1e38, 1e-40]))
+        data[place : place + 4] = struct.pack("<f", number)
+    elif change == "type":
+        kinds = ["F8_E4M3", "F8_E5M2", "F64", "F16", "BF16", "I8", "I64", "BOOL", "U8", "X", "F4"]
+        kind = draw(st.sampled_from(kinds))
+        for name in draw(st.lists(st.sampled_from(sorted(header)), min_size=1, max_size=3)):
+            if name != "__metadata__":
+                header[name]["dtype"] = kind
+    else:
+        header = draw(damaged_value(header))
+    text = dump(header).encode()
+    return struct.pack("<Q", len(text)) + text + bytes(data)
 
 
 @st.composite

@@ -21,7 +21,7 @@ from softprompt.files.reading import MEBIBYTE
 
 _SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
 _STRING, _ARRAY = 8, 9
-# Limits far above those of existing models, such that no header takes seconds or a gigabyte.
+# No existing model comes near these limits. They keep the parsing of a header below a gigabyte.
 _MAX_HEADER = 64 * MEBIBYTE
 _MAX_ITEMS = 2**22  # in all arrays together
 _MAX_FIELDS = 2**16

@@ -4,6 +4,7 @@ The result equals the one of `PreTrainedTokenizerFast.from_pretrained`, which a 
 files are read here because transformers trusts them. No class that they name is loaded.
 """
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -114,7 +115,7 @@ def read_tokenizer_files(folder: Path) -> GuardedTokenizer:
         raise UserError(f"{path}: not a JSON object")
     growth = require_bounded(content, str(path))
     config, added = _read_config(folder)
-    with ConfinedProcess(_WORKER, TRIAL_MEMORY, TRIAL_SECONDS) as process:
+    with contextlib.closing(ConfinedProcess(_WORKER, TRIAL_MEMORY, TRIAL_SECONDS)) as process:
         process.ask(str(path), f"{path}: the tokenizer cannot be used")
     with library_errors(f"{folder}: its tokenizer cannot be loaded"):
         inner = Tokenizer.from_str(text)
