@@ -143,9 +143,9 @@ def test_the_comparison_finds_wrong_and_failing_implementations(monkeypatch):
 
 def test_attention_is_chosen_by_device():
     arch = golden_backbone("llama-biased").arch
-    assert choose_attention("auto", arch, "bfloat16") == "xla"
-    assert choose_attention("xla", arch, "bfloat16") == "xla"
+    assert choose_attention("auto", arch, "bfloat16", None) == "xla"
+    assert choose_attention("xla", arch, "bfloat16", None) == "xla"
     with pytest.raises(UserError, match=r"attention cudnn: it needs an NVIDIA GPU.*auto or xla"):
-        choose_attention("cudnn", arch, "bfloat16")
+        choose_attention("cudnn", arch, "bfloat16", None)
     with pytest.raises(UserError, match="attention 'fast' is not one of auto, xla, cudnn"):
-        choose_attention("fast", arch, "bfloat16")
+        choose_attention("fast", arch, "bfloat16", None)

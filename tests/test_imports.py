@@ -26,6 +26,7 @@ LAYERS = [
     "storage",
     "experiment",
     "files",
+    "parallel",
     "runtime",
 ]
 

@@ -10,6 +10,7 @@ h head size, V vocabulary, M target positions.
 from typing import Any, Literal, Protocol, TypeVar
 
 import jax
+from jax.sharding import Mesh
 
 from softprompt.backbones.batch import Batch
 from softprompt.backbones.layers import Embedding
@@ -41,6 +42,11 @@ class Backbone(Protocol[PrefixType, CacheType]):
     @property
     def attention(self) -> Literal["xla", "cudnn"]:
         """The implementation that computes attention."""
+        ...
+
+    @property
+    def mesh(self) -> Mesh | None:
+        """The devices that the parameters are divided over; None for one device."""
         ...
 
     @property

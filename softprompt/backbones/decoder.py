@@ -10,6 +10,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from softprompt.backbones.architecture import Architecture, LayerKind
 from softprompt.backbones.attention import Source, attend, causal_mask, same_sequence
@@ -25,15 +26,18 @@ from softprompt.backbones.layers import (
     RMSNorm,
     heads,
     join_heads,
+    vocabulary_logits,
 )
 from softprompt.backbones.prefix import Cache, Prefix, positions_within
 from softprompt.backbones.rope import angles, rotate
+from softprompt.parallel.mesh import ROWS, divide
+from softprompt.parallel.sharding import gather_layer
 
 
 class Block(nnx.Module):
     """A decoder layer: attention and a feed-forward layer with norms and residual connections."""
 
-    def __init__(self, arch: Architecture, int8: bool):
+    def __init__(self, arch: Architecture, int8: bool, mesh: Mesh | None):
         self.arch = arch
         width = arch.head_size if arch.query_key_norm == "head" else None
         norm = partial(LayerNorm if arch.norm == "layer" else RMSNorm, epsilon=arch.norm_epsilon)
@@ -65,6 +69,7 @@ class Block(nnx.Module):
                 num_experts=arch.num_experts,
                 experts_per_token=arch.experts_per_token,
                 normalized=arch.normalized_experts,
+                mesh=mesh,
             )
         else:
             self.feed_forward = FeedForward(
@@ -127,6 +132,7 @@ class Decoder(nnx.Module):
       arch: the architecture.
       int8: whether the weight matrices are int8.
       attention: the implementation of attention.
+      mesh: the devices that the parameters are divided over; None for one device.
     """
 
     separate_targets = False
@@ -136,17 +142,22 @@ class Decoder(nnx.Module):
     decoder_start_token: int | None = None
 
     def __init__(
-        self, arch: Architecture, *, int8: bool = False, attention: Literal["xla", "cudnn"] = "xla"
+        self,
+        arch: Architecture,
+        *,
+        int8: bool = False,
+        attention: Literal["xla", "cudnn"] = "xla",
+        mesh: Mesh | None = None,
     ):
-        self.arch, self.attention = arch, attention
+        self.arch, self.attention, self.mesh = arch, attention, mesh
         self.embedding = Embedding(arch.vocab_size, arch.hidden_size, arch.embedding_scale)
         if arch.learned_positions:
             self.positions = nnx.Param(jnp.zeros((arch.context_length, arch.hidden_size)))
-        self.layers = nnx.vmap(lambda _: Block(arch, int8))(jnp.arange(len(arch.layers)))
+        self.layers = nnx.vmap(lambda _: Block(arch, int8, mesh))(jnp.arange(len(arch.layers)))
         norm = LayerNorm if arch.norm == "layer" else RMSNorm
         self.norm = norm(arch.hidden_size, arch.norm_epsilon)
-        if not arch.tied_head:
-            self.head = Linear(arch.hidden_size, arch.vocab_size, int8=int8)
+        sizes = arch.hidden_size, arch.vocab_size
+        self.head = None if arch.tied_head else Linear(*sizes, int8=int8)
 
     def __repr__(self) -> str:
         arch = self.arch
@@ -214,11 +225,7 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Map hidden states `[..., D]` to float32 logits `[..., V]`."""
-        if self.arch.tied_head:
-            table = self.embedding.table[...]
-            logits = jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
-        else:
-            logits = self.head(hidden).astype(jnp.float32)
+        logits = vocabulary_logits(hidden, self.embedding, self.head, self.mesh)
         logits = logits * self.arch.logit_scale
         if cap := self.arch.logit_softcap:
             logits = cap * jnp.tanh(logits / cap)
@@ -306,6 +313,7 @@ class Decoder(nnx.Module):
         )
         def layer(x, inputs):
             block, kind, from_prefix, from_cache = inputs
+            block, x = gather_layer(block, self.mesh), divide(x, self.mesh, ROWS)
             rotary, own_mask, prefix_mask, cache_mask = jax.tree.map(lambda a: a[kind], by_kind)
 
             def attention(queries, keys, values):

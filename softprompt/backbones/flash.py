@@ -11,6 +11,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from softprompt.backbones.attention import Source, attend, causal_mask
 from softprompt.errors import UserError, reason_of
@@ -61,13 +62,16 @@ def flash_attend(
     return mixed[:, virtual:]
 
 
-def choose_attention(requested: str, arch, dtype: str) -> Literal["xla", "cudnn"]:
+def choose_attention(
+    requested: str, arch, dtype: str, mesh: Mesh | None
+) -> Literal["xla", "cudnn"]:
     """Choose the implementation of attention.
 
     Args:
       requested: `xla`, `cudnn`, or `auto`, which takes cuDNN if it can be used here.
       arch: the architecture of the backbone.
       dtype: the dtype of parameters and activations.
+      mesh: the mesh, or None.
 
     Raises:
       UserError: if `requested` is unknown, or is `cudnn` and cuDNN cannot be used here.
@@ -76,14 +80,16 @@ def choose_attention(requested: str, arch, dtype: str) -> Literal["xla", "cudnn"
         raise UserError(f"attention {requested!r} is not one of {', '.join(ATTENTIONS)}")
     if requested == "xla":
         return "xla"
-    reason = _reason_against_cudnn(arch, dtype)
+    reason = _reason_against_cudnn(arch, dtype, mesh)
     if reason and requested == "cudnn":
         raise UserError(f"attention cudnn: {reason}; use auto or xla")
     return "xla" if reason else "cudnn"
 
 
-def _reason_against_cudnn(arch, dtype: str) -> str | None:
+def _reason_against_cudnn(arch, dtype: str, mesh: Mesh | None) -> str | None:
     """Return why cuDNN's attention cannot be used, or None if it can."""
+    if mesh is not None:
+        return "it cannot be divided over compute.mesh"
     device = jax.devices()[0]
     if device.platform != "gpu" or "NVIDIA" not in device.device_kind.upper():
         return f"it needs an NVIDIA GPU, and the device here is {device.device_kind!r}"

@@ -15,6 +15,10 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
+
+from softprompt.parallel.mesh import VOCABULARY, divide, on_each_device
+from softprompt.parallel.sharding import axes_when_gathered
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -141,6 +145,26 @@ class Linear(nnx.Module):
         return y if self.bias is None else y + self.bias[...]
 
 
+def vocabulary_logits(
+    hidden: jax.Array, embedding: Embedding, head: Linear | None, mesh: Mesh | None
+) -> jax.Array:
+    """Map hidden states `[B, ..., D]` to float32 logits `[B, ..., V]`.
+
+    Args:
+      hidden: the hidden states.
+      embedding: the input embeddings; their table is the head if `head` is None.
+      head: the output head.
+      mesh: the mesh, or None. It divides the vocabulary.
+    """
+    hidden = divide(hidden, mesh, "data")
+    if head is None:
+        table = embedding.table[...]
+        logits = jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
+    else:
+        logits = head(hidden).astype(jnp.float32)
+    return divide(logits, mesh, "data", *[None] * (logits.ndim - 2), VOCABULARY)
+
+
 class RMSNorm(nnx.Module):
     """Root-mean-square normalization in float32 (Zhang & Sennrich 2019, arXiv:1910.07467)."""
 
@@ -247,7 +271,9 @@ class Experts(nnx.Module):
         num_experts: int,
         experts_per_token: int,
         normalized: bool,
+        mesh: Mesh | None = None,
     ):
+        self.mesh = mesh
         self.router = Linear(hidden_size, num_experts)
         self.experts = FeedForward(
             hidden_size, size, activation=activation, gated=gated, int8=int8, experts=num_experts
@@ -256,6 +282,17 @@ class Experts(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map `[B, T, D]` to `[B, T, D]`."""
+        graphdef, weights = nnx.split(self)
+        return on_each_device(
+            lambda weights, x: nnx.merge(graphdef, weights).mix(x),
+            self.mesh,
+            weights,
+            axes_when_gathered,
+            x,
+        )
+
+    def mix(self, x: jax.Array) -> jax.Array:
+        """Map `[B, T, D]` to `[B, T, D]` on one device."""
         tokens = x.reshape(-1, x.shape[-1])  # [N, D]
         weights = jax.nn.softmax(self.router(tokens).astype(jnp.float32))  # [N, E]
         weights, chosen = jax.lax.top_k(weights, self.experts_per_token)

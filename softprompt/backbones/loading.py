@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flax import nnx
+from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerFast
 
 from softprompt.backbones import decoder, prefix, t5
@@ -21,6 +22,7 @@ from softprompt.backbones.formats.gguf import GGUFFile
 from softprompt.backbones.formats.weights import load_weights
 from softprompt.errors import UserError, reason_of, shortened
 from softprompt.experiment.schema import ComputeSettings
+from softprompt.parallel.sharding import require_divisible
 from softprompt.runtime.compilation import use_compilation_cache
 
 Prefix = prefix.Prefix | prefix.T5Prefix
@@ -102,6 +104,7 @@ def load_base(
     dtype: Literal["float32", "bfloat16"] = "float32",
     int8: bool = False,
     attention: str = "auto",
+    mesh: Mesh | None = None,
 ) -> Base:
     """Load a frozen language model and its tokenizer.
 
@@ -115,6 +118,7 @@ def load_base(
         and loss are always computed in float32.
       int8: whether to quantize the kernels to int8, with one scale per output channel.
       attention: `auto`, `xla` or `cudnn`; see `flash.choose_attention`.
+      mesh: the devices that the model is divided over, see `make_mesh`; None for one device.
 
     Raises:
       UserError: if the model does not exist or is not supported, or if its weights do not fit
@@ -127,7 +131,8 @@ def load_base(
     use_compilation_cache()
     path = find_model(name)
     file: ModelFile = ModelDirectory(path) if path.is_dir() else GGUFFile(path)
-    backbone, weights = load_backbone(file, dtype=dtype, int8=int8, attention=attention)
+    options: dict[str, Any] = {"dtype": dtype, "int8": int8, "attention": attention, "mesh": mesh}
+    backbone, weights = load_backbone(file, **options)
     compute = ComputeSettings(dtype=dtype, int8=int8, attention=backbone.attention)
     tokenizer, size = file.tokenizer(), backbone.arch.vocab_size
     added = tokenizer.added_tokens_decoder  # these may exceed the embeddings
@@ -146,12 +151,13 @@ def load_backbone(
     dtype: Literal["float32", "bfloat16"] = "float32",
     int8: bool = False,
     attention: str = "auto",
+    mesh: Mesh | None = None,
 ) -> tuple[Backbone, str]:
     """Load the backbone of a file.
 
     Args:
       file: an opened model file.
-      dtype, int8, attention: as in `load_base`.
+      dtype, int8, attention, mesh: as in `load_base`.
 
     Returns:
       The backbone and the SHA-256 of its stored weights.
@@ -179,15 +185,16 @@ def load_backbone(
         )
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"dtype {dtype!r} is neither float32 nor bfloat16")
-    attention = choose_attention(attention, arch, dtype)
+    require_divisible(arch, mesh)
+    attention = choose_attention(attention, arch, dtype, mesh)
 
     def build() -> Backbone:
         if isinstance(arch, t5.T5Architecture):
-            return t5.T5(arch, int8=int8)
-        return decoder.Decoder(arch, int8=int8, attention=attention)
+            return t5.T5(arch, int8=int8, mesh=mesh)
+        return decoder.Decoder(arch, int8=int8, attention=attention, mesh=mesh)
 
     graphdef, state = nnx.split(nnx.eval_shape(build))
-    weights = load_weights(state, file, names, arch, dtype)
+    weights = load_weights(state, file, names, arch, dtype, mesh)
     return nnx.merge(graphdef, state), weights
 
 

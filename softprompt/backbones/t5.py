@@ -12,6 +12,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from softprompt.backbones.attention import Source, attend, causal_mask, same_sequence
 from softprompt.backbones.batch import Batch
@@ -24,8 +25,11 @@ from softprompt.backbones.layers import (
     RMSNorm,
     heads,
     join_heads,
+    vocabulary_logits,
 )
 from softprompt.backbones.prefix import T5Cache, T5Prefix, positions_within
+from softprompt.parallel.mesh import ROWS, divide
+from softprompt.parallel.sharding import gather_layer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,6 +157,7 @@ class T5(nnx.Module):
     Args:
       arch: the architecture.
       int8: whether the kernels are int8.
+      mesh: the devices that the parameters are divided over; None for one device.
     """
 
     separate_targets = True
@@ -160,8 +165,8 @@ class T5(nnx.Module):
     auto_class = "AutoModelForSeq2SeqLM"
     attention: Literal["xla"] = "xla"
 
-    def __init__(self, arch: T5Architecture, *, int8: bool = False):
-        self.arch = arch
+    def __init__(self, arch: T5Architecture, *, int8: bool = False, mesh: Mesh | None = None):
+        self.arch, self.mesh = arch, mesh
         self.embedding = Embedding(arch.vocab_size, arch.hidden_size)
         buckets = (arch.num_buckets, arch.num_heads)
         norm = partial(RMSNorm, arch.hidden_size, arch.norm_epsilon)
@@ -175,8 +180,8 @@ class T5(nnx.Module):
             jnp.arange(arch.num_decoder_layers)
         )
         self.decoder_norm = norm()
-        if not arch.tied_head:
-            self.head = Linear(arch.hidden_size, arch.vocab_size, int8=int8)
+        sizes = arch.hidden_size, arch.vocab_size
+        self.head = None if arch.tied_head else Linear(*sizes, int8=int8)
 
     def __repr__(self) -> str:
         arch = self.arch
@@ -255,6 +260,7 @@ class T5(nnx.Module):
 
         @partial(jax.checkpoint, prevent_cse=False)
         def layer(x, block):
+            block, x = gather_layer(block, self.mesh), divide(x, self.mesh, ROWS)
             return block(x, mask[:, None], bias), None
 
         hidden, _ = jax.lax.scan(layer, embeddings, self.encoder)
@@ -285,6 +291,7 @@ class T5(nnx.Module):
         @partial(jax.checkpoint, prevent_cse=False)
         def layer(x, inputs):
             block, from_prefix = inputs
+            block, x = gather_layer(block, self.mesh), divide(x, self.mesh, ROWS)
 
             def sources(keys, values):
                 own = Source(keys, values, visible, bias)
@@ -299,12 +306,7 @@ class T5(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Map hidden states `[..., D]` to float32 logits `[..., V]`."""
-        if self.arch.tied_head:
-            table = self.embedding.table[...]
-            logits = jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
-        else:
-            logits = self.head(hidden).astype(jnp.float32)
-        return logits * self.head_scale
+        return vocabulary_logits(hidden, self.embedding, self.head, self.mesh) * self.head_scale
 
     def start(
         self, tokens: jax.Array, lengths: jax.Array, prefix: T5Prefix | None, capacity: int
@@ -323,7 +325,9 @@ class T5(nnx.Module):
         arch, rows = self.arch, len(tokens)
         encoded, mask = self.encode(self.embedding.with_offsets(tokens), lengths, prefix)
         _, (keys, values) = jax.lax.scan(
-            lambda _, block: (None, block.read(encoded)), None, self.decoder
+            lambda _, block: (None, gather_layer(block, self.mesh).read(encoded)),
+            None,
+            self.decoder,
         )
         shape = (arch.num_decoder_layers, rows, capacity + 1, arch.num_heads, arch.head_size)
         empty = jnp.zeros(shape, encoded.dtype)
@@ -343,6 +347,7 @@ class T5(nnx.Module):
 
         def layer(x, block_and_sources):
             block, from_prefix, read, inputs = block_and_sources
+            block, x = gather_layer(block, self.mesh), divide(x, self.mesh, ROWS)
 
             def sources(keys, values):
                 own = Source(keys, values, bias=own_bias)

@@ -50,6 +50,8 @@ def run(options: argparse.Namespace) -> None:
     name = options.base or (experiment.base if experiment else None)
     if name is None:
         raise UserError("give the base model with --base, or an experiment that names it")
-    base = load_base(name, **(experiment.compute.model_dump() if experiment else {}))
+    base = load_base(
+        name, **(experiment.compute.model_dump(exclude={"mesh"}) if experiment else {})
+    )
     import_prompt(options.source, options.folder, base, experiment)
     print(options.folder)

@@ -103,6 +103,38 @@ class TemplateSettings(Section):
         return self
 
 
+class MeshSettings(Section):
+    """How many devices the work is divided over, along three axes.
+
+    One of them may be -1, for all remaining devices.
+    """
+
+    data: int = Field(default=1, ge=-1, le=100_000, description="Devices that divide the rows.")
+    fsdp: int = Field(
+        default=1,
+        ge=-1,
+        le=100_000,
+        description="Devices that divide the rows and the weights. Each layer gathers its weights "
+        "when it runs.",
+    )
+    model: int = Field(
+        default=1,
+        ge=-1,
+        le=100_000,
+        description="Devices that divide attention heads, feed-forward layers and the vocabulary.",
+    )
+
+    @pydantic.model_validator(mode="after")
+    def _check_sizes(self) -> Self:
+        sizes = dict(self)
+        for name, size in sizes.items():
+            if size == 0:
+                raise ValueError(f"{name}: must be 1 or more, or -1 for all remaining devices")
+        if [*sizes.values()].count(-1) > 1:
+            raise ValueError("only one axis can be -1")
+        return self
+
+
 class ComputeSettings(Section):
     """How the frozen base model is stored and run."""
 
@@ -118,7 +150,11 @@ class ComputeSettings(Section):
     attention: Literal["auto", "xla", "cudnn"] = Field(
         default="auto",
         description="Implementation of attention. `auto` selects `cudnn` where it is available "
-        "and `xla` elsewhere.",
+        "and `xla` elsewhere. With a mesh it is `xla`.",
+    )
+    mesh: MeshSettings | None = Field(
+        default=None,
+        description="The devices to use, such as `{data: 4, model: 2}`; `null` for one device.",
     )
 
 

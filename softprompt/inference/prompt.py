@@ -288,7 +288,7 @@ def load_prompt(path: str | Path, base: Base | str | None = None) -> TrainedProm
     content = saved.content
     if not isinstance(base, Base):
         stored = content.base
-        base = load_base(base or stored.name, **stored.compute.model_dump())
+        base = load_base(base or stored.name, **stored.compute.model_dump(exclude={"mesh"}))
     task = saved.task(base)
     method, arrays = saved.method(base, task.opening)
     backbone, prefix = prepare_model(method, method.restore(base.backbone, arrays))

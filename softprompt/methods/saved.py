@@ -112,7 +112,7 @@ def describe(
         "base": {
             "name": base.name,
             "fingerprint": base.fingerprint,
-            "compute": base.compute.model_dump(exclude={"attention"}),
+            "compute": base.compute.model_dump(exclude={"attention", "mesh"}),
         },
         "embedding_scale": base.backbone.embedding.scale,
         "template": task.template.model_dump(),

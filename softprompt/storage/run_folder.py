@@ -46,7 +46,10 @@ def open_run(folder: Path, experiment: Experiment) -> Iterator[Experiment]:
         if any(folder.glob("checkpoints/*")):  # without checkpoints, nothing can be mixed up
             stopped = load_experiment(config)
             experiment = experiment.continuing(stopped)
-            changed = differences(stopped.model_dump(), experiment.model_dump())
+            free = {"compute": {"mesh"}}  # a run may resume on other devices
+            changed = differences(
+                stopped.model_dump(exclude=free), experiment.model_dump(exclude=free)
+            )
             if changed:
                 raise FolderError(
                     f"{folder}: holds a run with other settings ({'; '.join(changed)}); "

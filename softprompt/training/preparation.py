@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
+from jax.sharding import Mesh
 
 from softprompt.backbones.loading import Base, load_base
 from softprompt.data.examples import Dataset
@@ -21,6 +22,8 @@ from softprompt.experiment.schema import Experiment
 from softprompt.files.reading import missing_file
 from softprompt.inference.prompt import load_prompt
 from softprompt.methods.method import Method
+from softprompt.parallel.mesh import make_mesh
+from softprompt.parallel.sharding import require_rows
 from softprompt.runtime.progress import Progress, silent
 from softprompt.training.requirements import require_memory
 
@@ -121,7 +124,8 @@ class Preparation:
             self._bases.clear()  # free the memory before loading another one
             self._examples.clear()
             began = time.monotonic()
-            base = load_base(experiment.base, **experiment.compute.model_dump())
+            settings = experiment.compute.model_dump(exclude={"mesh"})
+            base = load_base(experiment.base, **settings, mesh=self._mesh(experiment))
             _log.info(
                 f"base {base.name}: loaded in {time.monotonic() - began:.1f} s, "
                 f"{base.compute.dtype}{', int8 matrices' if base.compute.int8 else ''}, "
@@ -129,6 +133,14 @@ class Preparation:
             )
             self._bases[wanted] = base
         return self._bases[wanted]
+
+    def _mesh(self, experiment: Experiment) -> Mesh | None:
+        """Return the mesh of an experiment; None for one device."""
+        if experiment.compute.mesh is None:
+            return None
+        mesh = make_mesh(dict(experiment.compute.mesh))
+        require_rows(experiment.training.batch_size, mesh)
+        return mesh
 
     def _examples_of(self, task: Task, records: Sequence[Record], split: str) -> Dataset:
         """Encode the examples of a split, or reuse the examples of the last experiment."""

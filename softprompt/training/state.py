@@ -12,6 +12,7 @@ from softprompt.backbones.loading import Backbone
 from softprompt.experiment.schema import Experiment
 from softprompt.methods.method import Method
 from softprompt.objectives.cross_entropy import cross_entropy
+from softprompt.parallel.sharding import place
 from softprompt.runtime.finite import names_not_finite
 from softprompt.training.optimizers import UpdateRule, hyperparameters, learning_rate
 from softprompt.training.step import Frozen, split
@@ -88,8 +89,10 @@ class TrainState:
         if padded_length is not None and method.can_be_padded(backbone):
             self.padded_length = padded_length
             graphdef, trainable, frozen = split(method.padded(padded_length), backbone)
-        self.trainable, self.frozen = trainable, frozen
-        self.opt_state = self._optimizer.init(trainable, self._hyperparameters)
+        self._mesh = backbone.mesh
+        self.trainable, self.frozen = place(trainable, self._mesh), frozen
+        opt_state = self._optimizer.init(self.trainable, self._hyperparameters)
+        self.opt_state = place(opt_state, self._mesh)
         self.key = jax.random.key(experiment.seed)
         self.program: dict[str, Any] = {
             "graphdef": graphdef,
@@ -143,7 +146,8 @@ class TrainState:
 
     def restore(self, saved: tuple[nnx.State, Any]) -> None:
         """Restore what `saved_arrays` returned."""
-        self.trainable, self.opt_state = resize(saved, (self.trainable, self.opt_state))
+        resized = resize(saved, (self.trainable, self.opt_state))
+        self.trainable, self.opt_state = place(resized, self._mesh)
 
 
 def resize(tree: Any, like: Any) -> Any:

@@ -16,6 +16,8 @@ from flax import nnx
 from softprompt.backbones.batch import Batch
 from softprompt.methods.method import Constant, Method
 from softprompt.objectives.model import Model, Objective
+from softprompt.parallel.mesh import sum_over_data
+from softprompt.parallel.sharding import keep_divided
 from softprompt.training.optimizers import UpdateRule
 
 Frozen = tuple[nnx.State, nnx.State]  # the method's constants; the backbone
@@ -93,27 +95,31 @@ def update(
       ['gradient_norm', 'loss']
       >>> prompt, backbone = nnx.merge(graphdef, trainable, *frozen)
     """
+    mesh = Model(*nnx.merge(graphdef, trainable, *frozen)).backbone.mesh
 
-    def loss_sum(trainable: nnx.State, batch: Batch, key: jax.Array):
+    def loss_sum(trainable: nnx.State, frozen: Frozen, batch: Batch, key: jax.Array):
         model = Model(*nnx.merge(graphdef, trainable, *frozen))
         total, weight, metrics = objective(model, batch, key)
         return total, (weight, metrics)
 
-    def one_pass(batch: Batch, key: jax.Array):
-        return jax.value_and_grad(loss_sum, has_aux=True)(trainable, batch, key)
+    def sums(arrays: tuple[nnx.State, Frozen], batch: Batch, key: jax.Array):
+        return jax.value_and_grad(loss_sum, has_aux=True)(*arrays, batch, key)
 
     def add_pass(total, batch_and_key):
-        return jax.tree.map(jnp.add, total, one_pass(*batch_and_key)), None
+        one_pass = sum_over_data(sums, mesh)((trainable, frozen), *batch_and_key)
+        return jax.tree.map(jnp.add, total, one_pass), None
 
-    passes = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
+    # A pass takes every `accumulate`-th row, so that each device can keep its rows.
+    passes = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
     inputs = passes, jax.random.split(key, accumulate)
-    sums = jax.eval_shape(loss_sum, trainable, *jax.tree.map(lambda x: x[0], inputs))
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (sums, trainable))
+    shapes = jax.eval_shape(sums, (trainable, frozen), *jax.tree.map(lambda x: x[0], inputs))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     ((total, (weight, metrics)), gradients), _ = jax.lax.scan(add_pass, zeros, inputs)
     loss, gradients, metrics = jax.tree.map(lambda x: x / weight, (total, gradients, metrics))
     updates, opt_state = optimizer.update(gradients, opt_state, trainable)
+    trainable = optax.apply_updates(trainable, updates)
     measured = {"loss": loss, "gradient_norm": optax.tree.norm(gradients), **metrics}
-    return optax.apply_updates(trainable, updates), opt_state, measured
+    return *keep_divided((trainable, opt_state), mesh), measured
 
 
 PROGRAM = ("graphdef", "optimizer", "objective", "accumulate")  # static arguments of `update`

@@ -8,10 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from softprompt.backbones.formats.directory import ModelFile
 from softprompt.backbones.formats.names import Names, Stored, module_and_suffix
 from softprompt.errors import UserError, shortened, shown
+from softprompt.parallel.sharding import sharding_of
 
 # Suffixes of tensors that old versions of transformers saved and that are not needed.
 _UNUSED = (
@@ -27,7 +29,9 @@ _MAX_PROBLEMS = 20  # in one message
 _MAX_COUNTED_PROBLEMS = 1000
 
 
-def load_weights(state: nnx.State, file: ModelFile, names: Names, arch: Any, dtype: str) -> str:
+def load_weights(
+    state: nnx.State, file: ModelFile, names: Names, arch: Any, dtype: str, mesh: Mesh | None
+) -> str:
     """Read all parameters of a backbone from a file.
 
     The shapes of all tensors are checked before memory for any is allocated. Tensors are then read
@@ -41,6 +45,7 @@ def load_weights(state: nnx.State, file: ModelFile, names: Names, arch: Any, dty
       names: the table of tensor names of the family.
       arch: the architecture of the backbone.
       dtype: the dtype of parameters, except of norms (float32) and int8 kernels.
+      mesh: the devices that the parameters are divided over; None for one device.
 
     Returns:
       The SHA-256 of all stored values. It does not depend on `dtype`.
@@ -50,6 +55,7 @@ def load_weights(state: nnx.State, file: ModelFile, names: Names, arch: Any, dty
         values are not finite.
     """
     flat = dict(nnx.to_flat_state(state))
+    divided = {path: sharding_of(path, p.ndim, mesh) for path, p in flat.items()}
     reader = _Reader(file, names, arch)
     read = {  # without the scales of kernels, which are set together with the kernels
         path: parameter
@@ -67,9 +73,10 @@ def load_weights(state: nnx.State, file: ModelFile, names: Names, arch: Any, dty
         stored_dtype = np.float32 if is_norm else np.int8 if quantized else jnp.dtype(dtype)
         values, scales = reader.parameter(path, parameter.shape, stored_dtype)
         # `jnp.asarray` would compile a program for each shape.
-        parameter.set_value(jax.device_put(values))
+        parameter.set_value(jax.device_put(values, divided[path]))
         if quantized:
-            flat[*path[:-1], "scale"].set_value(jax.device_put(scales))
+            scale = *path[:-1], "scale"
+            flat[scale].set_value(jax.device_put(scales, divided[scale]))
     return reader.digest.hexdigest()
 
 

@@ -1,0 +1,1 @@
+"""Many devices and several hosts: the mesh, and how arrays are divided over it."""
