@@ -128,6 +128,23 @@ def sum_over_data(function: Callable[..., Any], mesh: Mesh | None) -> Callable[.
     )
 
 
+def on_own_rows(function: Callable[[jax.Array], Any], mesh: Mesh | None, array: jax.Array) -> Any:
+    """Call a function on the rows that each device holds.
+
+    It is for functions for which the compiler would gather all rows, such as `jax.lax.top_k`.
+
+    Args:
+      function: takes `[B, ...]` and returns arrays `[B, ...]`. Rows have no effect on each other.
+      mesh: the mesh, or None.
+      array: `[B, ...]`. If the mesh does not divide B, every device works on all rows.
+    """
+    if mesh is None or len(array) % axis_size(mesh, ROWS):
+        return function(array)
+    rows = PartitionSpec(ROWS)
+    divided = jax.shard_map(function, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)
+    return divided(array)
+
+
 def on_each_device(
     function: Callable[[Any, jax.Array], jax.Array],
     mesh: Mesh | None,
