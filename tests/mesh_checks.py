@@ -111,26 +111,41 @@ def measured(family, sizes):
     trainable = place(trainable, mesh)
     before = np.array(jax.tree.leaves(trainable)[0])
     import time
-    t=time.time()
+
+    t = time.time()
     new, _, m = train_step(
-        trainable, optimizer.init(trainable), frozen, batch, jax.random.key(0),
-        graphdef=graphdef, optimizer=optimizer, objective=cross_entropy,
+        trainable,
+        optimizer.init(trainable),
+        frozen,
+        batch,
+        jax.random.key(0),
+        graphdef=graphdef,
+        optimizer=optimizer,
+        objective=cross_entropy,
     )
     loss = float(m["loss"])
-    t1=time.time()
+    t1 = time.time()
     gradient = before - np.array(jax.tree.leaves(new)[0])
     prompt = prompt_of(backbone)
     adapted, prefix = prompt.apply(backbone)
-    t2=time.time()
+    t2 = time.time()
     scores = np.asarray(candidate_scores(backbone, prefix, batch, 2))
-    t3=time.time()
-    tokens = greedy(backbone, prefix, batch.tokens[:, :11], np.minimum(batch.lengths, 11), 1, count=6)
-    t4=time.time()
-    print(family, sizes, f"step {t1-t:.2f} prefix {t2-t1:.2f} score {t3-t2:.2f} generate {t4-t3:.2f}")
+    t3 = time.time()
+    tokens = greedy(
+        backbone, prefix, batch.tokens[:, :11], np.minimum(batch.lengths, 11), 1, count=6
+    )
+    t4 = time.time()
+    print(
+        family,
+        sizes,
+        f"step {t1 - t:.2f} prefix {t2 - t1:.2f} score {t3 - t2:.2f} generate {t4 - t3:.2f}",
+    )
     return loss, gradient, scores, tokens
+
 
 if __name__ == "__main__":
     import sys
+
     for family in sys.argv[1:] or FAMILIES:
         ref = measured(family, None)
         for sizes in MESHES:

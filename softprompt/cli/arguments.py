@@ -56,9 +56,17 @@ def add_prompt(command: argparse.ArgumentParser) -> None:
 
 
 def add_base(command: argparse.ArgumentParser) -> None:
-    """Add the base model of a trained prompt."""
+    """Add the base model of a trained prompt, and the devices to load it on."""
     command.add_argument(
         "--base", metavar="NAME", help="base model (default: the one recorded in the prompt)"
+    )
+    command.add_argument(
+        "--mesh",
+        type=mesh_sizes,
+        metavar="AXIS=N,...",
+        help="the devices to use, such as data=4,model=2; the axes are data, fsdp and model, and "
+        "-1 is all remaining devices (default: one device, whatever mesh the prompt was trained "
+        "on)",
     )
 
 
@@ -173,6 +181,17 @@ def names(text: str) -> list[str]:
     if not all(parts):
         raise argparse.ArgumentTypeError("must be names separated by commas")
     return parts
+
+
+def mesh_sizes(text: str) -> dict[str, int]:
+    """Parse the sizes of a mesh by axis, such as `data=4,model=2`."""
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        axis, _, size = part.strip().partition("=")
+        if axis not in ("data", "fsdp", "model") or axis in sizes:
+            raise argparse.ArgumentTypeError("each axis must be one of data, fsdp, model, once")
+        sizes[axis] = -1 if size == "-1" else positive_integer(size)
+    return sizes
 
 
 def positive_integer(text: str) -> int:
