@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from softprompt.errors import FolderError, UserError
 
 _MAX_DIGITS = 18  # of a whole number that an option takes
+_MESH_AXIS = r"(?:data|fsdp|model)=(?:[1-9]\d{0,5}|-1)"
 
 
 def add_command(
@@ -185,12 +187,13 @@ def names(text: str) -> list[str]:
 
 def mesh_sizes(text: str) -> dict[str, int]:
     """Parse the sizes of a mesh by axis, such as `data=4,model=2`."""
-    sizes: dict[str, int] = {}
-    for part in text.split(","):
-        axis, _, size = part.strip().partition("=")
-        if axis not in ("data", "fsdp", "model") or axis in sizes:
-            raise argparse.ArgumentTypeError("each axis must be one of data, fsdp, model, once")
-        sizes[axis] = -1 if size == "-1" else positive_integer(size)
+    parts = re.fullmatch(rf"{_MESH_AXIS}(?:,{_MESH_AXIS})*", text) and text.split(",")
+    sizes = {axis: int(size) for axis, size in (part.split("=") for part in parts or ())}
+    if not parts or len(sizes) < len(parts):
+        raise argparse.ArgumentTypeError(
+            "must be sizes by axis, such as data=4,model=2 (axes: data, fsdp and model, each once; "
+            "sizes: 1 or more, or -1)"
+        )
     return sizes
 
 

@@ -74,8 +74,8 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
         fixed = -math.prod(shape)
         if len(devices) % fixed:
             raise UserError(
-                f"mesh {name}: the {_count(devices)} cannot be divided by {fixed}, "
-                "the product of the other sizes"
+                f"mesh {name}: the number of devices ({len(devices)}) is not a multiple of "
+                f"{fixed}, the product of the other sizes"
             )
         shape[shape.index(-1)] = len(devices) // fixed
     needed = math.prod(shape)
@@ -85,10 +85,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
         if devices[0].platform == "cpu":
             flag = f"--xla_force_host_platform_device_count={needed}"
             hint = f"; to try it on a CPU, set XLA_FLAGS={flag}"
-        verb = "is" if len(devices) == 1 else "are"
-        raise UserError(
-            f"mesh {name}: needs {needed} devices, but there {verb} {_count(devices)}{hint}"
-        )
+        raise UserError(f"mesh {name}: needs {needed} devices, but there are {len(devices)}{hint}")
     kinds = (AxisType.Auto,) * len(AXES)
     return jax.make_mesh(shape, AXES, axis_types=kinds, devices=devices[:needed])
 
@@ -96,10 +93,6 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
 def mesh_name(sizes: Mapping[str, int]) -> str:
     """Return the sizes of a mesh as an experiment has them, without those that are 1."""
     return "{" + ", ".join(f"{axis}: {size}" for axis, size in sizes.items() if size != 1) + "}"
-
-
-def _count(devices: Sequence[jax.Device]) -> str:
-    return f"{len(devices)} device{'' if len(devices) == 1 else 's'}"
 
 
 def axis_size(mesh: Mesh | None, axes: Axes) -> int:
