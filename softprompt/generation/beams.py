@@ -164,9 +164,8 @@ def _extend(
         log_probabilities = penalize(log_probabilities, state.seen, repetition_penalty)
     total = log_probabilities.reshape(rows, beams, -1) + running.scores[..., None]
     each = min(2 * beams, total.shape[-1])
-    of_beam, token = on_own_rows(
-        lambda total: jax.lax.top_k(total, each), mesh, total
-    )  # [B, K, 2K]
+    # [B, K, 2K]
+    of_beam, token = on_own_rows(lambda total: jax.lax.top_k(total, each), mesh, total)
     scores, place = jax.lax.top_k(of_beam.reshape(rows, -1), 2 * beams)  # [B, 2K]
     parent = place // each
     token = jnp.take_along_axis(token.reshape(rows, -1), place, axis=1)

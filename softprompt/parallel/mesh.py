@@ -35,7 +35,7 @@ AXES = ("trials", "data", "fsdp", "model")
 """
 
 ROWS = ("trials", "data", "fsdp")  # the axes that divide rows
-ROWS_OF_LOGITS = ("trials", "data")
+ROWS_OF_LOGITS = ("trials", "data")  # there, `fsdp` divides the vocabulary
 VOCABULARY = ("model", "fsdp")  # the axes that divide the embedding table and the head
 
 Axes = str | Sequence[str] | None  # the mesh axes that divide one axis of an array
