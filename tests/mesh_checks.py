@@ -53,7 +53,7 @@ SIZES = {
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama-biased", SIZES),
     "gemma3": ("gemma3_text-pattern", SIZES),
-    "qwen3_moe": ("qwen3_moe-normed", SIZES | {"moe_intermediate_size": 88}),
+    "qwen3_moe": ("qwen3_moe-normed", SIZES | {"moe_intermediate_size": 104}),
     "gpt_neox": ("gpt_neox-quarter", SIZES | {"hidden_size": 96}),
     "t5": ("t5-gated", {"vocab_size": 264, "d_model": 24, "d_ff": 88, "num_heads": 12, "d_kv": 10}),
 }
