@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from softprompt.methods.soft_prompt import PromptParam, SoftPrompt
     from softprompt.objectives.cross_entropy import cross_entropy
     from softprompt.objectives.model import Model
+    from softprompt.parallel.mesh import make_mesh
     from softprompt.training.loop import train
     from softprompt.training.step import split, train_step
 
@@ -62,6 +63,7 @@ _MODULES = {
     "load_experiment": "experiment.reading",
     "load_prompt": "inference.prompt",
     "make_examples": "data.task",
+    "make_mesh": "parallel.mesh",
     "make_task": "data.task",
     "save_prompt": "methods.saved",
     "split": "training.step",
@@ -93,6 +95,7 @@ __all__ = [
     "load_experiment",
     "load_prompt",
     "make_examples",
+    "make_mesh",
     "make_task",
     "save_prompt",
     "split",

@@ -250,7 +250,8 @@ class Decoder(nnx.Module):
         hidden, (keys, values) = self._run(embeddings, prefix=prefix)
         free = [(0, 0), (0, 0), (0, capacity), (0, 0), (0, 0)]
         cache = Cache(jnp.pad(keys, free), jnp.pad(values, free), lengths)
-        return hidden[jnp.arange(len(tokens)), lengths - 1], cache
+        last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+        return last, cache
 
     def decode(
         self, tokens: jax.Array, cache: Cache, prefix: Prefix | None

@@ -290,9 +290,21 @@ class Cache:
             lengths=self.lengths + 1,
         )
 
+    def repeated(self, count: int) -> "Cache":
+        """Return a cache in which each row is repeated `count` times."""
+        return Cache(
+            jnp.repeat(self.keys, count, axis=1),
+            jnp.repeat(self.values, count, axis=1),
+            jnp.repeat(self.lengths, count),
+        )
+
     def take(self, rows: jax.Array) -> "Cache":
-        """Return a cache of the rows with these indices."""
-        return Cache(self.keys[:, rows], self.values[:, rows], self.lengths[rows])
+        """Take rows of each group, see `take_rows`."""
+        return Cache(
+            take_rows(self.keys, rows, axis=1),
+            take_rows(self.values, rows, axis=1),
+            take_rows(self.lengths, rows),
+        )
 
 
 @jax.tree_util.register_dataclass
@@ -328,22 +340,60 @@ class T5Cache:
             lengths=self.lengths + 1,
         )
 
-    def take(self, rows: jax.Array) -> "T5Cache":
-        """Return a cache of the rows with these indices."""
+    def repeated(self, count: int) -> "T5Cache":
+        """Return a cache in which each row is repeated `count` times."""
         return T5Cache(
-            self.keys[:, rows],
-            self.values[:, rows],
-            self.lengths[rows],
-            self.input_keys[:, rows],
-            self.input_values[:, rows],
-            self.input_mask[rows],
+            jnp.repeat(self.keys, count, axis=1),
+            jnp.repeat(self.values, count, axis=1),
+            jnp.repeat(self.lengths, count),
+            jnp.repeat(self.input_keys, count, axis=1),
+            jnp.repeat(self.input_values, count, axis=1),
+            jnp.repeat(self.input_mask, count, axis=0),
         )
+
+    def take(self, rows: jax.Array) -> "T5Cache":
+        """Take rows of each group, see `take_rows`."""
+        return T5Cache(
+            take_rows(self.keys, rows, axis=1),
+            take_rows(self.values, rows, axis=1),
+            take_rows(self.lengths, rows),
+            take_rows(self.input_keys, rows, axis=1),
+            take_rows(self.input_values, rows, axis=1),
+            take_rows(self.input_mask, rows),
+        )
+
+
+def take_rows(array: jax.Array, rows: jax.Array, axis: int = 0) -> jax.Array:
+    """Take rows of each of B groups of consecutive rows, such as the beams of each input.
+
+    On a mesh, the rows of a group are on one device, and no other device needs them.
+
+    Args:
+      array: its axis `axis` has B groups of n rows.
+      rows: `[B, n]`, the indices of the rows to take, counted from the first row of the group.
+      axis: the axis of the rows.
+    """
+    grouped = array.reshape(*array.shape[:axis], *rows.shape, *array.shape[axis + 1 :])
+    after = range(axis + 2, grouped.ndim)
+    indices = jnp.expand_dims(rows, (*range(axis), *after))
+    return jnp.take_along_axis(grouped, indices, axis=axis + 1).reshape(array.shape)
+
+
+_SLOT_OF_EACH_ROW = jax.lax.ScatterDimensionNumbers(
+    update_window_dims=(0, 2, 3),
+    inserted_window_dims=(2,),
+    scatter_dims_to_operand_dims=(2,),
+    operand_batching_dims=(1,),
+    scatter_indices_batching_dims=(0,),
+)
 
 
 def _append(cached: jax.Array, new: jax.Array, slots: jax.Array) -> jax.Array:
     """Write `[L, B, 1, K, h]` into `[L, B, S, K, h]`, each row at its own slot.
 
-    XLA does this in place inside a loop. (A vmapped `dynamic_update_slice` would copy.)
+    XLA does this in place inside a loop, and on a mesh each device writes its own rows. (A vmapped
+    `dynamic_update_slice` would copy, and `cached.at[:, rows, slots]` would gather new rows.)
     """
-    rows = jnp.arange(len(slots))
-    return cached.at[:, rows, slots].set(new[:, :, 0], mode="drop", unique_indices=True)
+    return jax.lax.scatter(
+        cached, slots[:, None], new[:, :, 0], _SLOT_OF_EACH_ROW, mode="drop", unique_indices=True
+    )

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from softprompt.errors import FolderError, UserError
 
 _MAX_DIGITS = 18  # of a whole number that an option takes
+_MESH_AXIS = r"(?:data|fsdp|model)=(?:[1-9]\d{0,5}|-1)"
 
 
 def add_command(
@@ -56,9 +58,17 @@ def add_prompt(command: argparse.ArgumentParser) -> None:
 
 
 def add_base(command: argparse.ArgumentParser) -> None:
-    """Add the base model of a trained prompt."""
+    """Add the base model of a trained prompt, and the devices to load it on."""
     command.add_argument(
         "--base", metavar="NAME", help="base model (default: the one recorded in the prompt)"
+    )
+    command.add_argument(
+        "--mesh",
+        type=mesh_sizes,
+        metavar="AXIS=N,...",
+        help="the devices to use, such as data=4,model=2; the axes are data, fsdp and model, and "
+        "-1 is all remaining devices (default: one device, whatever mesh the prompt was trained "
+        "on)",
     )
 
 
@@ -173,6 +183,18 @@ def names(text: str) -> list[str]:
     if not all(parts):
         raise argparse.ArgumentTypeError("must be names separated by commas")
     return parts
+
+
+def mesh_sizes(text: str) -> dict[str, int]:
+    """Parse the sizes of a mesh by axis, such as `data=4,model=2`."""
+    parts = re.fullmatch(rf"{_MESH_AXIS}(?:,{_MESH_AXIS})*", text) and text.split(",")
+    sizes = {axis: int(size) for axis, size in (part.split("=") for part in parts or ())}
+    if not parts or len(sizes) < len(parts):
+        raise argparse.ArgumentTypeError(
+            "must be sizes by axis, such as data=4,model=2 (axes: data, fsdp and model, each once; "
+            "sizes: 1 or more, or -1)"
+        )
+    return sizes
 
 
 def positive_integer(text: str) -> int:

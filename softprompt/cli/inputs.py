@@ -11,6 +11,8 @@ from softprompt.errors import UserError
 from softprompt.files.reading import MEBIBYTE
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from softprompt.data.records import Record
     from softprompt.inference.prompt import TrainedPrompt
 
@@ -21,7 +23,14 @@ def load_prompt(options: argparse.Namespace) -> "TrainedPrompt":
     """Load the prompt that `add_prompt` declares."""
     from softprompt.inference.prompt import load_prompt
 
-    return load_prompt(options.run, options.base)
+    return load_prompt(options.run, options.base, mesh=chosen_mesh(options))
+
+
+def chosen_mesh(options: argparse.Namespace) -> "Mesh | None":
+    """Return the mesh that `add_base` declares; None for one device."""
+    from softprompt.parallel.mesh import make_mesh
+
+    return None if options.mesh is None else make_mesh(options.mesh)
 
 
 def load_prompt_and_inputs(

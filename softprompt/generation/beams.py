@@ -15,8 +15,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
+from softprompt.backbones.prefix import take_rows
 from softprompt.generation.sampling import penalize
+from softprompt.parallel.mesh import on_own_rows
 
 _EXCLUDED = -jnp.inf  # the score of a text that must not be chosen
 
@@ -97,7 +100,6 @@ def start(
     """
     hidden, cache = backbone.start(tokens, lengths, prefix, capacity)
     rows = len(tokens)
-    inputs = jnp.repeat(jnp.arange(rows), beams)
     empty = Texts(
         jnp.zeros((rows, beams, capacity), jnp.int32),
         jnp.zeros((rows, beams), jnp.int32),
@@ -107,14 +109,14 @@ def start(
     first = jnp.zeros_like(empty.scores).at[:, 1:].set(_EXCLUDED)
     state = State(
         count=jnp.array(0),
-        cache=cache.take(inputs),
+        cache=cache.repeated(beams),
         running=dataclasses.replace(empty, scores=first),
         finished=empty,
         open=lengths > 0,
         seen=seen,
     )
-    logits = backbone.logits(hidden)[inputs]
-    return _extend(state, logits, repetition_penalty, ends, length_penalty, until)
+    logits = jnp.repeat(backbone.logits(hidden), beams, axis=0)
+    return _extend(backbone.mesh, state, logits, repetition_penalty, ends, length_penalty, until)
 
 
 @partial(jax.jit, donate_argnames="state")
@@ -138,13 +140,21 @@ def continue_search(
         hidden, cache = backbone.decode(last, state.cache, prefix)
         state = dataclasses.replace(state, cache=cache)
         logits = backbone.logits(hidden)
-        return _extend(state, logits, repetition_penalty, ends, length_penalty, until)
+        return _extend(
+            backbone.mesh, state, logits, repetition_penalty, ends, length_penalty, until
+        )
 
     return jax.lax.while_loop(unfinished, step, state)
 
 
 def _extend(
-    state: State, logits: jax.Array, repetition_penalty, ends, length_penalty, until
+    mesh: Mesh | None,
+    state: State,
+    logits: jax.Array,
+    repetition_penalty,
+    ends,
+    length_penalty,
+    until,
 ) -> State:
     """Add one token to each running beam, from logits `[B * K, V]`."""
     running, finished = state.running, state.finished
@@ -154,7 +164,8 @@ def _extend(
         log_probabilities = penalize(log_probabilities, state.seen, repetition_penalty)
     total = log_probabilities.reshape(rows, beams, -1) + running.scores[..., None]
     each = min(2 * beams, total.shape[-1])
-    of_beam, token = jax.lax.top_k(total, each)  # [B, K, 2K]
+    # [B, K, 2K]
+    of_beam, token = on_own_rows(lambda total: jax.lax.top_k(total, each), mesh, total)
     scores, place = jax.lax.top_k(of_beam.reshape(rows, -1), 2 * beams)  # [B, 2K]
     parent = place // each
     token = jnp.take_along_axis(token.reshape(rows, -1), place, axis=1)
@@ -175,17 +186,16 @@ def _extend(
     kept = dataclasses.replace(continued, scores=jnp.where(ended, _EXCLUDED, scores))
     running, indices = kept.best(beams)
     parent = jnp.take_along_axis(parent, indices, axis=1)  # [B, K]
-    flat = (jnp.arange(rows)[:, None] * beams + parent).reshape(-1)
     seen = state.seen
     if seen is not None:
         last = jnp.take_along_axis(token, indices, axis=1).reshape(-1)
-        seen = seen[flat].at[jnp.arange(len(flat)), last].set(True)
+        seen = take_rows(seen, parent).at[jnp.arange(len(last)), last].set(True)
 
     best_to_come = running.scores[:, 0] / count**length_penalty
     worst = finished.scores.min(axis=1)  # `_EXCLUDED` while there are fewer than K
     return State(
         count=count,
-        cache=state.cache.take(flat),
+        cache=state.cache.take(parent),
         running=running,
         finished=finished,
         open=state.open & (best_to_come > worst),

@@ -75,19 +75,19 @@ def start(
       samples: the number of consecutive rows that continue each input.
     """
     hidden, cache = backbone.start(tokens, lengths, prefix, capacity)
-    inputs = jnp.repeat(jnp.arange(len(tokens)), samples)  # [B], the input of each row
-    active = lengths[inputs] > 0
+    rows = len(tokens) * samples
+    active = jnp.repeat(lengths > 0, samples)
     state = State(
-        cache=cache if samples == 1 else cache.take(inputs),
-        tokens=jnp.zeros((len(inputs), capacity), jnp.int32),
-        lengths=jnp.zeros(len(inputs), jnp.int32),
+        cache=cache.repeated(samples),
+        tokens=jnp.zeros((rows, capacity), jnp.int32),
+        lengths=jnp.zeros(rows, jnp.int32),
         done=~active,
         keys=jax.vmap(jax.random.key)(seeds),
         sampling=sampling,
         ends=ends,
         seen=seen,
     )
-    return _append(state, backbone.logits(hidden)[inputs], active)
+    return _append(state, jnp.repeat(backbone.logits(hidden), samples, axis=0), active)
 
 
 @partial(jax.jit, donate_argnames="state")

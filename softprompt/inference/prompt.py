@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pydantic
+from jax.sharding import Mesh
 
 from softprompt.backbones.loading import Backbone, Base, Prefix, load_base
 from softprompt.data.records import Record
@@ -268,13 +269,17 @@ def _explained(error: Any) -> str:
     return f"{name}: {message}, not {error['input']!r}" if name else message
 
 
-def load_prompt(path: str | Path, base: Base | str | None = None) -> TrainedPrompt:
+def load_prompt(
+    path: str | Path, base: Base | str | None = None, *, mesh: Mesh | None = None
+) -> TrainedPrompt:
     """Load a trained prompt, ready for use.
 
     Args:
       path: the folder of a run, or of a saved prompt.
       base: the base model or its name. By default the one that the prompt names, with the
         `dtype` and `int8` of training.
+      mesh: the devices that the base model is divided over, see `make_mesh`; None for one device.
+        A `Base` already has its mesh.
 
     Raises:
       UserError: if a file is damaged, or the prompt was trained on another base model.
@@ -288,7 +293,10 @@ def load_prompt(path: str | Path, base: Base | str | None = None) -> TrainedProm
     content = saved.content
     if not isinstance(base, Base):
         stored = content.base
-        base = load_base(base or stored.name, **stored.compute.model_dump(exclude={"mesh"}))
+        settings = stored.compute.model_dump(exclude={"mesh"})
+        base = load_base(base or stored.name, **settings, mesh=mesh)
+    elif mesh is not None:
+        raise UserError("mesh: the base model is loaded already; give the mesh to load_base")
     task = saved.task(base)
     method, arrays = saved.method(base, task.opening)
     backbone, prefix = prepare_model(method, method.restore(base.backbone, arrays))

@@ -81,7 +81,9 @@ def random_vectors(
 
     Their standard deviation is `scale` times the table's, also per dimension.
     """
-    table = base.backbone.embedding(jnp.arange(base.backbone.arch.vocab_size)).astype(jnp.float32)
+    embedding = base.backbone.embedding
+    # Not by looking up all ids: on a mesh, every device would then hold the whole table.
+    table = (embedding.table[...] * embedding.scale).astype(jnp.float32)
     drawn = jnp.asarray(random.standard_normal((length, table.shape[1])), jnp.float32)
     mean, spread = table.mean(axis=0, keepdims=True), table.std(axis=0, keepdims=True)
     return mean + scale * spread * drawn

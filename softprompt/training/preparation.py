@@ -139,7 +139,8 @@ class Preparation:
         if experiment.compute.mesh is None:
             return None
         mesh = make_mesh(dict(experiment.compute.mesh))
-        require_rows(experiment.training.batch_size, mesh)
+        training = experiment.training
+        require_rows(training.batch_size, mesh, training.accumulate)
         return mesh
 
     def _examples_of(self, task: Task, records: Sequence[Record], split: str) -> Dataset:

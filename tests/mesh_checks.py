@@ -1,0 +1,372 @@
+"""Tests that need eight devices. `test_mesh` runs this file in a process with eight virtual ones.
+
+The environment variable ALL_MESHES=1 adds every combination of family, mesh and method.
+
+Axis letters: B batch, T tokens, P virtual tokens, D hidden, M target positions, V vocabulary,
+H heads, K key-value heads, h head size.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import FAMILIES_GOLDEN, example_of, greedy
+from flax import nnx
+from programs import Program
+
+from softprompt.backbones import decoder, t5
+from softprompt.backbones.config import architecture_of
+from softprompt.backbones.prefix import Prefix
+from softprompt.data.batches import Layout
+from softprompt.evaluation.scoring import candidate_scores, prepare_model
+from softprompt.experiment.schema import GenerationSettings
+from softprompt.generation import beams, decoding
+from softprompt.generation.sampling import Sampling
+from softprompt.methods.dept import DecomposedPrompt
+from softprompt.methods.full import FullFineTuning
+from softprompt.methods.lora import LoRA, find_targets, initial_matrices
+from softprompt.methods.prefix_tuning import PrefixTuning
+from softprompt.methods.soft_prompt import SoftPrompt
+from softprompt.objectives.cross_entropy import cross_entropy
+from softprompt.parallel.mesh import axis_size, make_mesh
+from softprompt.parallel.sharding import axes_of, place
+from softprompt.training.step import split, train_step
+
+# The sizes, and their parts on each mesh, differ from each other. A shape in a compiled program
+# therefore says what the array is.
+SIZES = {
+    "vocab_size": 264,
+    "hidden_size": 24,
+    "intermediate_size": 88,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 4,
+    "head_dim": 10,
+    "sliding_window": 9,
+}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama-biased", SIZES),
+    "gemma3": ("gemma3_text-pattern", SIZES),
+    "qwen3_moe": ("qwen3_moe-normed", SIZES | {"moe_intermediate_size": 104}),
+    "gpt_neox": ("gpt_neox-quarter", SIZES | {"hidden_size": 96}),
+    "t5": ("t5-gated", {"vocab_size": 264, "d_model": 24, "d_ff": 88, "num_heads": 12, "d_kv": 10}),
+}
+MESHES = {
+    "data": {"data": 8},
+    "fsdp": {"fsdp": 8},
+    "model": {"model": 4},  # as many as there are key-value heads
+    "all": {"data": 2, "fsdp": 2, "model": 2},
+}
+METHODS = ["prefix", "lora", "dept", "full"]
+VIRTUAL, COUNT, END = 5, 6, 1  # P, the number of generated tokens, and an id that ends a text
+
+EVERYTHING = bool(os.environ.get("ALL_MESHES"))
+SOME = [("llama", "data"), ("llama", "fsdp"), *((f, "all") for f in ("llama", "qwen3_moe", "t5"))]
+CASES = [(f, m) for f in FAMILIES for m in MESHES] if EVERYTHING else SOME
+more = pytest.mark.skipif(not EVERYTHING, reason="set ALL_MESHES=1 to run it")
+
+
+@functools.cache
+def backbone_of(family: str, mesh: str | None, dtype: str = "float32", int8: bool = False):
+    """Return a backbone with random weights. They do not depend on the mesh."""
+    variant, changes = FAMILIES[family]
+    config = json.loads((FAMILIES_GOLDEN / variant / "config.json").read_text()) | changes
+    names = set() if config.get("tie_word_embeddings") else {"lm_head.weight"}
+    arch, devices = architecture_of(config, names), mesh_of(mesh)
+    kind: Any = t5.T5 if isinstance(arch, t5.T5Architecture) else decoder.Decoder
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: kind(arch, int8=int8, mesh=devices)))
+    random = np.random.default_rng(0)
+
+    def values(path, parameter):
+        name = jax.tree_util.keystr(path)
+        if parameter.dtype == jnp.int8:
+            return random.integers(-127, 128, parameter.shape).astype(np.int8)
+        drawn = random.normal(size=parameter.shape) * 0.2
+        if "norm" in name and "scale" in name:
+            return (1 + drawn).astype(np.float32)
+        return jnp.asarray(abs(drawn) / 100 if "scale" in name else drawn, dtype)
+
+    state = jax.tree_util.tree_map_with_path(values, state)
+    return nnx.merge(graphdef, place(jax.tree.map(jnp.asarray, state), devices))
+
+
+def mesh_of(name: str | None):
+    return None if name is None else make_mesh(MESHES[name])
+
+
+@functools.cache
+def batch_of(separate_targets: bool):
+    """Return a batch of eight rows with two candidates each."""
+    random = np.random.default_rng(1)
+
+    def tokens(count):
+        return random.integers(3, 260, count).tolist()
+
+    examples = [
+        example_of(tokens(length), [tokens(4), tokens(3)], 0)
+        for length in (11, 9, 11, 4, 7, 11, 10, 8)
+    ]
+    return Layout.of(examples, separate_targets).batch(examples, 8)
+
+
+def method_of(name: str, backbone):
+    random = np.random.default_rng(2)
+
+    def normal(*shape):
+        return jnp.asarray(random.normal(size=shape) * 0.5, jnp.float32)
+
+    size = backbone.arch.hidden_size
+    if name == "prompt":
+        return SoftPrompt(normal(VIRTUAL, size))
+    if name == "prefix":
+        shape = backbone.prefix_shape(VIRTUAL)
+        return PrefixTuning(normal(*shape), normal(*shape))
+    if name == "dept":
+        opening = ~jnp.arange(VIRTUAL)
+        return DecomposedPrompt(normal(VIRTUAL, size), normal(9, 2), normal(2, size), opening)
+    if name == "lora":
+        paths = find_targets(backbone, ["*"])
+        matrices = initial_matrices(backbone, paths, 2, jax.random.key(0))
+        matrices = {path: (down, normal(*up.shape)) for path, (down, up) in matrices.items()}
+        return LoRA(matrices, dict.fromkeys(paths, 0.5))
+    return FullFineTuning()
+
+
+# Updates nothing. The gradient becomes the state of the optimizer.
+RECORDER = optax.GradientTransformation(
+    lambda params: jax.tree.map(jnp.zeros_like, params),
+    lambda gradient, _, params: (jax.tree.map(jnp.zeros_like, gradient), gradient),
+)
+
+
+@dataclasses.dataclass
+class Step:
+    """A training step: its loss, the gradient of each array, and the compiled program."""
+
+    loss: float
+    gradient: list[np.ndarray]
+    program: Program
+
+
+@functools.cache
+def step_of(family: str, mesh: str | None, method: str = "prompt", accumulate=1, **compute) -> Step:
+    backbone = backbone_of(family, mesh, **compute)
+    graphdef, trainable, frozen = split(method_of(method, backbone), backbone)
+    trainable = jax.tree.map(jnp.copy, place(trainable, backbone.mesh))  # it is donated
+    arguments = (
+        trainable,
+        place(RECORDER.init(trainable), backbone.mesh),
+        frozen,
+        batch_of(backbone.separate_targets),
+        jax.random.key(0),
+    )
+    static = {"graphdef": graphdef, "optimizer": RECORDER, "objective": cross_entropy}
+    compiled = train_step.lower(*arguments, **static, accumulate=accumulate).compile()
+    new, gradient, measured = compiled(*arguments)
+    for array in jax.tree.leaves(new) if mesh else ():  # what is learned stays as it was placed
+        assert array.sharding.is_fully_replicated or method == "full"
+    gradient = [np.asarray(array, np.float32) for array in jax.tree.leaves(gradient)]
+    return Step(float(measured["loss"]), gradient, Program.of(compiled))
+
+
+def assert_equal_steps(step: Step, expected: Step, tolerance: float = 1e-5) -> None:
+    """Loss and gradient are equal, relative to the largest element of each array."""
+    assert expected.loss > 0
+    assert abs(step.loss - expected.loss) <= tolerance * expected.loss
+    for gradient, wanted in zip(step.gradient, expected.gradient, strict=True):
+        largest = abs(wanted).max()
+        assert largest > 0
+        assert abs(gradient - wanted).max() <= tolerance * largest
+
+
+@pytest.mark.parametrize(("family", "mesh"), CASES)
+def test_loss_and_gradient_are_those_of_one_device(family, mesh):
+    assert_equal_steps(step_of(family, mesh), step_of(family, None))
+
+
+@pytest.mark.parametrize(("family", "mesh"), CASES)
+def test_a_step_holds_no_whole_weight_and_moves_little(family, mesh):
+    backbone, program = backbone_of(family, mesh), step_of(family, mesh).program
+    batch = batch_of(backbone.separate_targets)
+    assert_weights_stay_divided(program, backbone)
+    size, (rows, length) = backbone.arch.hidden_size, batch.tokens.shape
+    if mesh == "data":  # the gradient, the loss and its weight, once
+        (moved,) = program.collectives
+        assert moved.elements == VIRTUAL * size + 2
+        return
+    rows //= axis_size(backbone.mesh, "data")
+    activations = rows * (length + VIRTUAL * backbone.separate_targets) * size
+    assert_moves_at_most(activations, program, backbone)
+
+
+def assert_moves_at_most(elements: int, program: Program, backbone) -> None:
+    """No collective moves a larger array, except for the weights that a layer gathers."""
+    for moved in program.collectives:
+        if moved.opcode == "all-gather" and moved.in_inner_loop:
+            assert moved.shapes <= gathered_weights(backbone)
+        else:
+            assert moved.largest <= elements
+
+
+def assert_weights_stay_divided(program: Program, backbone) -> None:
+    """No array of a program is a divided matrix in one piece, in or outside of a loop.
+
+    The matrices that `fsdp` divides are gathered only inside the loops over layers.
+    """
+    whole = {
+        tuple(sorted(parameter.shape[first:]))
+        for parameter, axes in matrices_of(backbone)
+        for first in range(parameter.ndim - 1)  # with and without layers and experts in front
+        if axis_size(backbone.mesh, [a for each in axes for a in flat(each) if a == "model"]) > 1
+        or (first == 0 and parameter.addressable_shards[0].data.shape != parameter.shape)
+    }
+    assert whole or axis_size(backbone.mesh, ("fsdp", "model")) == 1
+    assert not program.shapes & whole
+    gathered = {shape for shape in gathered_weights(backbone) if len(shape) > 1}
+    assert not program.shapes_outside_inner_loops & gathered
+
+
+def gathered_weights(backbone) -> set[tuple[int, ...]]:
+    """Return the shapes of one layer's weights after they are gathered over `fsdp`."""
+    shapes = set()
+    for parameter, axes in matrices_of(backbone, everything=True):
+        if "fsdp" in axes:
+            shape = [
+                size // axis_size(backbone.mesh, [a for a in flat(each) if a == "model"])
+                for size, each in zip(parameter.shape[1:], axes[1:], strict=True)
+            ]
+            shapes.add(tuple(sorted(shape)))
+    return shapes if axis_size(backbone.mesh, "fsdp") > 1 else set()
+
+
+def matrices_of(backbone, everything: bool = False):
+    """Yield the matrices that the mesh divides, and the axes that divide them."""
+    for path, parameter in nnx.to_flat_state(nnx.state(backbone, nnx.Param)):
+        axes = axes_of(".".join(map(str, path)), parameter.ndim)
+        is_matrix = path[-1] in ("kernel", "table")
+        if any(axes) and (is_matrix or (everything and parameter.ndim > 1)):
+            yield parameter[...], axes
+
+
+def flat(axes):
+    return [axes] if isinstance(axes, str) else axes or []
+
+
+@pytest.mark.parametrize(("family", "mesh"), CASES if EVERYTHING else [("llama", "all")])
+def test_scores_and_generated_tokens_are_those_of_one_device(family, mesh):
+    answers, expected = answers_of(family, mesh), answers_of(family, None)
+    np.testing.assert_allclose(answers.scores, expected.scores, rtol=1e-5)
+    assert (answers.scores.argmax(axis=1) == expected.scores.argmax(axis=1)).all()
+    assert len(np.unique(expected.tokens)) > 4
+    np.testing.assert_array_equal(answers.tokens, expected.tokens)
+
+
+@pytest.mark.parametrize(("family", "mesh"), CASES if EVERYTHING else [("llama", "all")])
+def test_decoding_keeps_weights_and_cache_divided(family, mesh):
+    backbone, answers = backbone_of(family, mesh), answers_of(family, mesh)
+    rows, size, vocabulary = 8, backbone.arch.hidden_size, backbone.arch.vocab_size
+    heads = getattr(backbone.arch, "num_kv_heads", backbone.arch.num_heads)
+    parts = axis_size(backbone.mesh, ("data", "fsdp")), axis_size(backbone.mesh, "model")
+    assert answers.cache_shard == (rows // parts[0], heads // parts[1])
+    assert_weights_stay_divided(answers.decode, backbone)
+    # Hidden states of one token in each row, and a device's part of the logits.
+    part = vocabulary // axis_size(backbone.mesh, ("model", "fsdp"))
+    rows //= axis_size(backbone.mesh, "data")
+    assert_moves_at_most(rows * max(size, part), answers.decode, backbone)
+
+
+@dataclasses.dataclass
+class Answers:
+    """What a model answers to the rows of `batch_of`.
+
+    Attributes:
+      scores: of the candidates, `[B, 2]`.
+      tokens: decoded greedily, `[B, COUNT]`.
+      decode: the program that decodes.
+      cache_shard: how many rows and key-value heads of the cache a device holds.
+    """
+
+    scores: np.ndarray
+    tokens: np.ndarray
+    decode: Program
+    cache_shard: tuple[int, int]
+
+
+@functools.cache
+def answers_of(family: str, mesh: str | None) -> Answers:
+    backbone = backbone_of(family, mesh)
+    batch = batch_of(backbone.separate_targets)
+    adapted, prefix = prepare_model(method_of("prompt", backbone), backbone)
+    scores = np.asarray(candidate_scores(adapted, prefix, batch, 2))
+    rows, sampling = len(batch.tokens), Sampling.from_settings(GenerationSettings(), 8)
+    lengths, seeds = np.minimum(batch.lengths, 11), np.zeros(rows, np.uint32)
+    inputs = backbone, prefix, batch.tokens[:, :11], lengths, seeds, None, sampling
+    state = decoding.start(*inputs, np.full((rows, 1), END), capacity=COUNT)
+    keys = state.cache.keys
+    shard = keys.sharding.shard_shape(keys.shape)
+    until = np.full(rows, COUNT)
+    decode = decoding.continue_decoding.lower(backbone, prefix, state, until).compile()
+    tokens = np.asarray(decode(backbone, prefix, state, until).tokens)
+    return Answers(scores, tokens, Program.of(decode), (shard[1], shard[3]))
+
+
+@more
+def test_three_rows_with_prompts_of_their_own_on_a_mesh_that_does_not_divide_them():
+    def tokens(mesh):
+        backbone = backbone_of("llama", mesh)
+        prefixes = [
+            prepare_model(SoftPrompt(method_of("prompt", backbone).vectors[...][:n]), backbone)[1]
+            for n in (VIRTUAL, 2)
+        ]
+        prefix = Prefix.packed(prefixes, [1, None, 0])
+        batch = batch_of(False)
+        rows = batch.tokens[:3, :11], np.minimum(batch.lengths[:3], 11)
+        return greedy(backbone, prefix, *rows, END, count=COUNT)
+
+    np.testing.assert_array_equal(tokens("all"), tokens(None))
+
+
+@more
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_beam_search_finds_the_texts_of_one_device_and_keeps_the_cache_divided(family):
+    def search(mesh):
+        backbone = backbone_of(family, mesh)
+        tokens = batch_of(backbone.separate_targets).tokens[:, :11]
+        rows, length = tokens.shape
+        one = np.float32(1)
+        rest = np.ones(rows * 2, np.float32), np.full((rows, 1), END), one, np.array(COUNT)
+        lengths = np.full(rows, length)
+        state = beams.start(backbone, None, tokens, lengths, None, *rest, capacity=COUNT, beams=2)
+        compiled = beams.continue_search.lower(backbone, None, state, *rest).compile()
+        return compiled(backbone, None, state, *rest).finished, Program.of(compiled)
+
+    (expected, _), (texts, program) = search(None), search("all")
+    np.testing.assert_array_equal(texts.tokens, expected.tokens)
+    np.testing.assert_allclose(texts.scores, expected.scores, rtol=1e-5)
+    logits = 8 // 4 * 2 * 264  # of the two beams of a device's rows
+    assert_moves_at_most(logits, program, backbone_of(family, "all"))
+
+
+@more
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "t5"])
+def test_other_methods_learn_the_same(family, method):
+    step, expected = (step_of(family, mesh, method, accumulate=2) for mesh in ("all", None))
+    assert_equal_steps(step, expected)
+    assert_weights_stay_divided(step.program, backbone_of(family, "all"))
+
+
+@more
+@pytest.mark.parametrize("family", ["llama", "t5"])
+@pytest.mark.parametrize(
+    ("compute", "tolerance"), [({"int8": True}, 1e-5), ({"dtype": "bfloat16"}, 0.05)], ids=str
+)
+def test_other_types_of_weights_learn_the_same(family, compute, tolerance):
+    step, expected = (step_of(family, mesh, **compute) for mesh in ("all", None))
+    assert_equal_steps(step, expected, tolerance)
