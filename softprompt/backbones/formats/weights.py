@@ -87,6 +87,7 @@ def load_weights(
         if quantized:
             scale = *path[:-1], "scale"
             flat[scale].set_value(parts.assembled(flat[scale].shape, divided[scale], scales))
+        del values, scales  # before memory for the next parameter is allocated
     if digest is None:
         digest = reader.digest()
         remembered.write(digest)
