@@ -11,7 +11,7 @@ belongs to the package's installer, which would leave an unknown file behind.
 
 A record is valid as long as the names, sizes and modification times of all files are the same. A
 record that is damaged or does not match is ignored and replaced. It is trusted as the files beside
-it are: whoever can write it can also change the weights.
+it are: whoever can write it can also change the weights. Small models have no record.
 """
 
 import contextlib
@@ -87,8 +87,7 @@ class RememberedDigest:
         modification time. The digest of such a file is not remembered. It is not an error if no
         folder can be written.
         """
-        modified = max(modified for *_, modified in self._files)
-        if modified / 1e9 > self._latest or _described(self._paths) != self._files:
+        if not self._unchanged():
             return
         text = self._record(digest).model_dump_json(indent=1) + "\n"
         for place in self._places():
@@ -97,6 +96,13 @@ class RememberedDigest:
                     place.parent.mkdir(parents=True, exist_ok=True)
                 write_file(place, text)
                 return
+
+    def _unchanged(self) -> bool:
+        modified = max(modified for *_, modified in self._files)
+        try:
+            return modified / 1e9 <= self._latest and _described(self._paths) == self._files
+        except OSError:  # a file was removed meanwhile
+            return False
 
     def _record(self, digest: str) -> _Record:
         return _Record(version=_VERSION, model=self._model, files=self._files, digest=digest)
