@@ -136,7 +136,7 @@ def compare_on_meshes(folder: Path) -> dict[str, list[str]]:
     for variant in VARIANTS:
         (folder / variant).mkdir()
         file = write_directory(variant, folder / variant)
-        found[variant] = differences(file, meshes()[:3])
+        found[variant] = differences(file, meshes()[1:3])
         if variant in ("gpt_neox-quarter", "phi3-window", "qwen3_moe-plain"):
             found[variant] += differences(file, meshes(), int8=True)
             found[variant] += differences(file, meshes()[-2:], dtype="bfloat16")

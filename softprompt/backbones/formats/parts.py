@@ -37,7 +37,7 @@ def local_parts(shape: Sequence[int], sharding: NamedSharding | None) -> list[Pa
 
 
 def covering(parts: Sequence[Part]) -> list[Part]:
-    """Return few parts that cover the same values: their bounding box if they fill it.
+    """Return the bounding box of parts if they fill it, and else the different parts.
 
     Args:
       parts: parts that do not overlap. Some may be equal.

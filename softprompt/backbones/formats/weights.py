@@ -63,10 +63,11 @@ def load_weights(
     """
     flat = dict(nnx.to_flat_state(state))
     divided = {path: sharding_of(path, p.ndim, mesh) for path, p in flat.items()}
-    needs_digest = mesh is None or is_main()
     remembered = RememberedDigest(file, arch)
-    digest = remembered.read() if needs_digest else ""
-    reader = _Reader(file, names, arch, None if digest is not None else hashlib.sha256())
+    # With several processes, the main one alone knows the digest and sends it to the others.
+    digest = remembered.read() if mesh is None or is_main() else ""
+    hasher: Any = hashlib.sha256() if digest is None else None
+    reader = _Reader(file, names, arch, hasher)
     read = {  # without the scales of kernels, which are set together with the kernels
         path: parameter
         for path, parameter in flat.items()
@@ -89,7 +90,7 @@ def load_weights(
             flat[scale].set_value(parts.assembled(flat[scale].shape, divided[scale], scales))
         del values, scales  # before memory for the next parameter is allocated
     if digest is None:
-        digest = reader.digest()
+        digest = hasher.hexdigest()
         remembered.write(digest)
     return digest if mesh is None else text_of_main(digest)
 
@@ -111,7 +112,7 @@ def quantize(kernel: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclasses.dataclass(frozen=True)
 class _Tensor:
-    """A tensor of a parameter: that of one layer and expert.
+    """The tensor of one layer and expert of a parameter.
 
     Attributes:
       index: the layer and the expert, as an index of the parameter.
@@ -131,7 +132,7 @@ class _Tensor:
 class _Reader:
     """Reads parameters and records which tensors are used and which do not fit.
 
-    With a `hasher`, all tensors are read whole, and it receives their values.
+    If there is a hasher, all tensors are read whole, and the hasher receives their values.
     """
 
     def __init__(self, file: ModelFile, names: Names, arch: Any, hasher: Any):
@@ -177,14 +178,10 @@ class _Reader:
                     scales[outputs[stacked[part]]][tensor.index] = scale
         return values, scales
 
-    def digest(self) -> str:
-        """Return the SHA-256 of all values that were read."""
-        return str(self._hasher.hexdigest())
-
     def _parts(
         self, tensor: _Tensor, wanted: list[Part], quantized: bool
     ) -> Iterator[tuple[Part, np.ndarray, np.ndarray | None]]:
-        """Yield parts of a tensor in the parameter's order of axes; no value is read twice.
+        """Yield parts of a tensor, with axes in the parameter's order. No value is read twice.
 
         Yields:
           One of the wanted parts, its values, and the scales of its outputs if it is quantized.
@@ -251,7 +248,7 @@ class _Reader:
         return entry.form.split(array, self._arch)[entry.part]
 
     def _read(self, tensor: _Tensor, block: Part) -> np.ndarray:
-        """Read a block of a tensor; its axes have the parameter's order."""
+        """Read a block of a tensor, with axes in the parameter's order."""
         index = parts.slices(block[::-1] if tensor.is_kernel else block)
         if entry := tensor.entry:
             # Conversions move rows, so they need all of them.
@@ -275,8 +272,8 @@ class _Reader:
     def check_tied_head(self) -> None:
         """Check that a tied head, if the file stores it, equals the embedding.
 
-        The values are compared only if there is a hasher: the digest of a model whose values
-        differ is never remembered.
+        The values are compared only if there is a hasher, because a digest that is remembered
+        belongs to a model that was checked.
         """
         head, embedding = (
             f"{self._names[module]}.weight".removeprefix(self._left_out)
