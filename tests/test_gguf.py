@@ -47,9 +47,9 @@ def test_transformers_reads_the_config_as_we_do(path, tmp_path):
         assert theirs[key] == config[key]
 
 
-def write_tensor(path, kind):
+def write_tensor(path, kind, rows=2, columns=256):
     writer = gguf.GGUFWriter(path, "llama")
-    array = np.linspace(-1, 1, 512, dtype=np.float32).reshape(2, 256)
+    array = np.linspace(-1, 1, rows * columns, dtype=np.float32).reshape(rows, columns)
     writer.add_tensor("x", gguf.quants.quantize(array, kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -64,6 +64,28 @@ def test_stored_types_are_read(tmp_path, kind):
     read = GGUFFile(tmp_path / "x.gguf").read("x")
     assert read.dtype == np.float32
     np.testing.assert_allclose(read, array, atol=0.08)
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_1"])
+def test_only_the_blocks_of_a_part_are_dequantized(tmp_path, monkeypatch, kind):
+    kind = gguf.GGMLQuantizationType[kind]
+    write_tensor(tmp_path / "x.gguf", kind, 6, 256)
+    file = GGUFFile(tmp_path / "x.gguf")
+    whole = file.read("x")
+    dequantize, sizes = gguf.quants.dequantize, []
+
+    def counting(data, kind):
+        values = dequantize(data, kind)
+        sizes.append(values.shape)
+        return values
+
+    monkeypatch.setattr(gguf.quants, "dequantize", counting)
+    block = gguf.GGML_QUANT_SIZES[kind][0]
+    for rows in (slice(0, 6), slice(2, 5)):
+        for columns in (slice(0, 256), slice(64, 128), slice(40, 70), slice(250, 256)):
+            np.testing.assert_array_equal(file.read("x", (rows, columns)), whole[rows, columns])
+            first, end = columns.start // block, -(-columns.stop // block)
+            assert sizes.pop() == (rows.stop - rows.start, (end - first) * block)
 
 
 def test_an_unsupported_storage_type_is_named(tmp_path):

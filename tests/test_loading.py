@@ -221,7 +221,7 @@ def test_a_pipe_in_place_of_a_file_does_not_block(model, file):
 
 
 def test_nothing_is_read_before_all_shapes_are_known_to_fit(model, monkeypatch):
-    def read(self, name):
+    def read(self, name, part=()):
         raise AssertionError(f"{name} is read")
 
     monkeypatch.setattr(ModelDirectory, "read", read)

@@ -50,7 +50,7 @@ class SafetensorsFile:
         if header > _MAX_HEADER:
             raise UserError(f"{path}: not a readable safetensors file (a header of {header} bytes)")
         try:
-            self._file: Any = safe_open(path, framework="flax")
+            self._file: Any = safe_open(path, framework="numpy")
         except (SafetensorError, OSError) as error:
             reason = shown(str(error), 200)  # it can contain the name of a tensor
             raise UserError(f"{path}: not a readable safetensors file ({reason})") from None
@@ -71,14 +71,21 @@ class SafetensorsFile:
             )
         return tuple(tensor.get_shape())
 
-    def read(self, name: str) -> np.ndarray:
-        """Read a tensor in its stored dtype, but float64 as float32.
+    def read(self, name: str, part: tuple[slice, ...] = ()) -> np.ndarray:
+        """Read a tensor, or a part of it, in its stored dtype, but float64 as float32.
+
+        Args:
+          name: the name of the tensor.
+          part: the slice of each axis, without steps. By default, the whole tensor is read.
 
         Raises:
           UserError: as `shape`.
         """
         self.shape(name)
-        return np.asarray(self._file.get_tensor(name))
+        file = self._file
+        array = file.get_slice(name)[part] if part else file.get_tensor(name)
+        with np.errstate(over="ignore"):  # infinite values are found later
+            return array.astype(np.float32) if array.dtype == np.float64 else array
 
 
 def read_npy(path: Path) -> np.ndarray:

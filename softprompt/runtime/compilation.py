@@ -1,9 +1,10 @@
 """The cache of compiled programs on disk."""
 
 import os
-from pathlib import Path
 
 import jax
+
+from softprompt.runtime.cache import cache_folder
 
 
 def use_compilation_cache() -> None:
@@ -21,7 +22,6 @@ def use_compilation_cache() -> None:
         return
     # JAX opens the cache when it compiles the first program for which a folder is configured.
     # Programs compiled before this call therefore do not prevent its use.
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    jax.config.update("jax_compilation_cache_dir", str(cache / "softprompt" / "jax"))
+    jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "jax"))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

@@ -32,6 +32,10 @@ class ModelFile(Protocol):
         """The content of `config.json`, or what it would be."""
 
     @property
+    def weight_files(self) -> list[Path]:
+        """The files that hold the tensors."""
+
+    @property
     def names(self) -> set[str]:
         """The names of all tensors."""
 
@@ -42,8 +46,13 @@ class ModelFile(Protocol):
           UserError: if the tensor is stored in an unsupported type.
         """
 
-    def read(self, name: str) -> np.ndarray:
-        """Read a tensor, with its axes in PyTorch's order (`[out, in]` for a matrix)."""
+    def read(self, name: str, part: tuple[slice, ...] = ()) -> np.ndarray:
+        """Read a tensor, with its axes in PyTorch's order (`[out, in]` for a matrix).
+
+        Args:
+          name: the name of the tensor.
+          part: the slice of each axis, without steps. By default, the whole tensor is read.
+        """
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """Make the tokenizer."""
@@ -62,8 +71,9 @@ class ModelDirectory:
         if not os.path.exists(config):
             raise UserError(f"{path}: contains no config.json")
         self.config = read_json(config)
+        self.weight_files = self._files()
         self._file_of: dict[str, SafetensorsFile] = {}
-        for file in map(SafetensorsFile, self._files()):
+        for file in map(SafetensorsFile, self.weight_files):
             for name in file.names:
                 if name in self._file_of:
                     raise UserError(
@@ -80,9 +90,9 @@ class ModelDirectory:
         """Return the shape of a tensor that can be read."""
         return self._file_of[name].shape(name)
 
-    def read(self, name: str) -> np.ndarray:
-        """Read a tensor in its stored dtype, but float64 as float32."""
-        return self._file_of[name].read(name)
+    def read(self, name: str, part: tuple[slice, ...] = ()) -> np.ndarray:
+        """Read a tensor, or a part of it, in its stored dtype, but float64 as float32."""
+        return self._file_of[name].read(name, part)
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """Make the tokenizer from `tokenizer.json` and the files next to it."""

@@ -28,6 +28,7 @@ class GGUFFile:
 
     def __init__(self, path: Path):
         self.path = path
+        self.weight_files = [path]
         try:
             with open_file(path) as file:
                 self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -148,12 +149,26 @@ class GGUFFile:
             )
         return tensor.shape
 
-    def read(self, name: str) -> np.ndarray:
-        """Read a tensor in float32, with its axes in PyTorch's order (`[out, in]` for a matrix)."""
+    def read(self, name: str, part: tuple[slice, ...] = ()) -> np.ndarray:
+        """Read a tensor, or a part of it, in float32, with its axes in PyTorch's order.
+
+        Only the rows of the part are dequantized, and of these only the blocks that it touches.
+
+        Args:
+          name: the name of the tensor.
+          part: the slice of each axis, without steps. By default, the whole tensor is read.
+        """
         tensor, shape = self._tensors[name], self.shape(name)
         data = np.frombuffer(self._data, np.uint8, tensor.size, tensor.offset)
+        *rows, columns = part or [slice(None)] * len(shape)
+        start, end, _ = columns.indices(shape[-1])
+        block, block_size = gguf.GGML_QUANT_SIZES[tensor.kind]
+        first, last = start // block, -(-end // block)
+        blocks = slice(first * block_size, last * block_size)
         with np.errstate(all="ignore"):  # values that are not finite are found later
-            return gguf.quants.dequantize(data.reshape(*shape[:-1], -1), tensor.kind)
+            stored = data.reshape(*shape[:-1], -1)[*rows, blocks]
+            values = gguf.quants.dequantize(stored, tensor.kind)
+        return values[..., start - first * block : end - first * block]
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """Make the tokenizer that the metadata describe."""

@@ -1,18 +1,22 @@
 """Reading: from the tensors of a file to the parameters of a backbone."""
 
+import dataclasses
 import hashlib
 from collections.abc import Iterator
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from softprompt.backbones.formats import parts
+from softprompt.backbones.formats.digest import RememberedDigest
 from softprompt.backbones.formats.directory import ModelFile
-from softprompt.backbones.formats.names import Names, Stored, module_and_suffix
+from softprompt.backbones.formats.names import WHOLE, Names, Stored, module_and_suffix
+from softprompt.backbones.formats.parts import Part
 from softprompt.errors import UserError, shortened, shown
+from softprompt.parallel.hosts import is_main, text_of_main
 from softprompt.parallel.sharding import sharding_of
 
 # Suffixes of tensors that old versions of transformers saved and that are not needed.
@@ -35,7 +39,9 @@ def load_weights(
     """Read all parameters of a backbone from a file.
 
     The shapes of all tensors are checked before memory for any is allocated. Tensors are then read
-    one at a time, so memory use stays close to the size of the model.
+    one at a time. A process reads only those parts that its devices hold, and needs memory for
+    these parts and one tensor. If the digest of the weights is not known from an earlier start,
+    the main process also reads the rest of each tensor to compute it.
 
     Args:
       state: the shapes and dtypes of the parameters. This function replaces them by arrays.
@@ -45,10 +51,11 @@ def load_weights(
       names: the table of tensor names of the family.
       arch: the architecture of the backbone.
       dtype: the dtype of parameters, except of norms (float32) and int8 kernels.
-      mesh: the devices that the parameters are divided over; None for one device.
+      mesh: the devices that the parameters are divided over; None for one device. With a mesh, all
+        processes call this function together.
 
     Returns:
-      The SHA-256 of all stored values. It does not depend on `dtype`.
+      The digest: the SHA-256 of all stored values. It does not depend on `dtype` or `mesh`.
 
     Raises:
       UserError: names the tensors that are missing, unused or of the wrong shape, or one whose
@@ -56,7 +63,11 @@ def load_weights(
     """
     flat = dict(nnx.to_flat_state(state))
     divided = {path: sharding_of(path, p.ndim, mesh) for path, p in flat.items()}
-    reader = _Reader(file, names, arch)
+    remembered = RememberedDigest(file, arch)
+    # With several processes, the main one alone knows the digest and sends it to the others.
+    digest = remembered.read() if mesh is None or is_main() else ""
+    hasher: Any = hashlib.sha256() if digest is None else None
+    reader = _Reader(file, names, arch, hasher)
     read = {  # without the scales of kernels, which are set together with the kernels
         path: parameter
         for path, parameter in flat.items()
@@ -71,13 +82,17 @@ def load_weights(
         quantized = parameter.dtype == jnp.int8
         is_norm = "norm" in str(path[-2:-1])
         stored_dtype = np.float32 if is_norm else np.int8 if quantized else jnp.dtype(dtype)
-        values, scales = reader.parameter(path, parameter.shape, stored_dtype)
-        # `jnp.asarray` would compile a program for each shape.
-        parameter.set_value(jax.device_put(values, divided[path]))
+        held = parts.local_parts(parameter.shape, divided[path])
+        values, scales = reader.parameter(path, parameter.shape, stored_dtype, held)
+        parameter.set_value(parts.assembled(parameter.shape, divided[path], values))
         if quantized:
             scale = *path[:-1], "scale"
-            flat[scale].set_value(jax.device_put(scales, divided[scale]))
-    return reader.digest.hexdigest()
+            flat[scale].set_value(parts.assembled(flat[scale].shape, divided[scale], scales))
+        del values, scales  # before memory for the next parameter is allocated
+    if digest is None:
+        digest = hasher.hexdigest()
+        remembered.write(digest)
+    return digest if mesh is None else text_of_main(digest)
 
 
 def quantize(kernel: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -95,59 +110,110 @@ def quantize(kernel: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.rint(kernel / scales).astype(np.int8), scales
 
 
-class _Reader:
-    """Reads parameters and records which tensors are used and which do not fit."""
+@dataclasses.dataclass(frozen=True)
+class _Tensor:
+    """The tensor of one layer and expert of a parameter.
 
-    def __init__(self, file: ModelFile, names: Names, arch: Any):
-        self._file, self._names, self._arch = file, names, arch
+    Attributes:
+      index: the layer and the expert, as an index of the parameter.
+      name: the name in the file.
+      entry: the conversion, if any.
+      shape: in the file, after the conversion.
+      is_kernel: whether the axes of the parameter have the other order.
+    """
+
+    index: tuple[int, ...]
+    name: str
+    entry: Stored | None
+    shape: tuple[int, ...]
+    is_kernel: bool
+
+
+class _Reader:
+    """Reads parameters and records which tensors are used and which do not fit.
+
+    If there is a hasher, all tensors are read whole, and the hasher receives their values.
+    """
+
+    def __init__(self, file: ModelFile, names: Names, arch: Any, hasher: Any):
+        self._file, self._names, self._arch, self._hasher = file, names, arch, hasher
         self._stored = file.names
         # Some files leave out the first part of all names, such as "model.".
         first = str(names["embedding"]).split(".")[0] + "."
         has_first = any(name.startswith(first) for name in self._stored)
         self._left_out = "" if has_first else first
-        self.digest = hashlib.sha256()
         self.used: set[str] = set()
         self.problems: list[str] = []
 
     def check(self, path: tuple[Any, ...], shape: tuple[int, ...]) -> None:
         """Check that the file has the tensors of a parameter, for all layers and experts."""
-        for _, name, entry, wanted in self._tensors(path, shape):
+        for tensor in self._tensors(path, shape):
             if len(self.problems) >= _MAX_COUNTED_PROBLEMS:
                 return
-            self._check_tensor(name, entry, wanted)
+            self._check_tensor(tensor)
 
     def parameter(
-        self, path: tuple[Any, ...], shape: tuple[int, ...], dtype: Any
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Read a parameter for all layers and experts; also its scales if `dtype` is int8."""
-        values = np.empty(shape, dtype)
-        scales = np.empty((*shape[:-2], shape[-1]), np.float32)
-        for index, name, entry, wanted in self._tensors(path, shape):
-            array = self._read(name, entry, wanted)
-            if path[-1] == "kernel":
-                array = array.T
-            if dtype == np.int8:
-                array, scales[index] = quantize(array)
-            values[index] = array
+        self, path: tuple[Any, ...], shape: tuple[int, ...], dtype: Any, held: list[Part]
+    ) -> tuple[dict[Part, np.ndarray], dict[Part, np.ndarray]]:
+        """Read parts of a parameter for all layers and experts.
+
+        Args:
+          path: the path of the parameter in the backbone.
+          shape: the shape of the whole parameter.
+          dtype: the dtype of the result.
+          held: the parts. Each contains all layers and experts.
+
+        Returns:
+          The values of each part. If `dtype` is int8, also the scales, which have no input axis.
+        """
+        quantized = dtype == np.int8
+        values = {part: np.empty(parts.shape_of(part), dtype) for part in held}
+        outputs = {part: (*part[:-2], part[-1]) for part in held} if quantized else {}
+        scales = {part: np.empty(parts.shape_of(part), np.float32) for part in outputs.values()}
+        for tensor in self._tensors(path, shape):
+            stacked = {part[len(tensor.index) :]: part for part in held}
+            for part, array, scale in self._parts(tensor, list(stacked), quantized):
+                values[stacked[part]][tensor.index] = array
+                if quantized:
+                    scales[outputs[stacked[part]]][tensor.index] = scale
         return values, scales
 
-    def _tensors(
-        self, path: tuple[Any, ...], shape: tuple[int, ...]
-    ) -> Iterator[tuple[tuple[int, ...], str, Stored | None, tuple[int, ...]]]:
-        """Yield the tensors of a parameter, one for each layer and expert.
+    def _parts(
+        self, tensor: _Tensor, wanted: list[Part], quantized: bool
+    ) -> Iterator[tuple[Part, np.ndarray, np.ndarray | None]]:
+        """Yield parts of a tensor, with axes in the parameter's order. No value is read twice.
 
         Yields:
-          The index in the parameter, and the tensor's name, conversion, and shape in the file
-          after the conversion.
+          One of the wanted parts, its values, and the scales of its outputs if it is quantized.
         """
+        shape = tensor.shape[::-1] if tensor.is_kernel else tensor.shape
+        if self._hasher:
+            blocks = [parts.whole(shape)]
+        elif quantized:  # a scale depends on all inputs
+            blocks = parts.covering([((0, shape[0]), outputs) for _, outputs in wanted])
+        else:
+            blocks = parts.covering(wanted)
+        for block in blocks:
+            array, scale = self._read(tensor, block), None
+            if quantized:
+                array, scale = quantize(array)
+            for part in wanted:
+                if parts.contains(block, part):
+                    inside = parts.slices(part, block)
+                    yield part, array[inside], None if scale is None else scale[inside[-1]]
+
+    def _tensors(self, path: tuple[Any, ...], shape: tuple[int, ...]) -> Iterator[_Tensor]:
+        """Yield the tensors of a parameter, one for each layer and expert."""
         module, suffix = module_and_suffix(path)
         name, entry = self._tensor_of(module)
         name += suffix
         axes = [axis for axis in ("layer", "expert") if f"{{{axis}}}" in name]
         stack, one = shape[: len(axes)], shape[len(axes) :]
-        wanted = one[::-1] if path[-1] == "kernel" else one
+        is_kernel = path[-1] == "kernel"
+        wanted = one[::-1] if is_kernel else one
         for index in np.ndindex(stack):
-            yield index, name.format(**dict(zip(axes, index, strict=True))), entry, wanted
+            numbered = name.format(**dict(zip(axes, index, strict=True)))
+            yield _Tensor(index, numbered, entry, wanted, is_kernel)
 
     def _tensor_of(self, module: str) -> tuple[str, Stored | None]:
         """Return the name of a module's tensors without suffix, and their conversion if any."""
@@ -159,7 +225,8 @@ class _Reader:
         present = (c for c in choices if f"{c}.weight".format(layer=0, expert=0) in self._stored)
         return next(present, choices[0]), None
 
-    def _check_tensor(self, name: str, entry: Stored | None, wanted: tuple[int, ...]) -> None:
+    def _check_tensor(self, tensor: _Tensor) -> None:
+        name, entry = tensor.name, tensor.entry
         self.used.add(name)
         if name not in self._stored:
             self.problems.append(f"{name} is missing")
@@ -172,29 +239,42 @@ class _Reader:
                 found = self._converted(np.broadcast_to(np.float32(0), stored), entry).shape
             except ValueError:
                 found = None
-        if found != wanted:
-            wrong = f"from which {wanted} cannot be taken" if entry else f"not {wanted}"
+        if found != tensor.shape:
+            wrong = f"from which {tensor.shape} cannot be taken" if entry else f"not {tensor.shape}"
             self.problems.append(f"{name} has shape {shortened(stored)}, {wrong}")
 
     def _converted(self, array: np.ndarray, entry: Stored) -> np.ndarray:
         array = np.atleast_1d(array.T if entry.transposed else array)
         return entry.form.split(array, self._arch)[entry.part]
 
-    def _read(self, name: str, entry: Stored | None, shape: tuple[int, ...]) -> np.ndarray:
-        array = self._file.read(name)
-        if entry:
-            array = self._converted(array, entry)
+    def _read(self, tensor: _Tensor, block: Part) -> np.ndarray:
+        """Read a block of a tensor, with axes in the parameter's order."""
+        index = parts.slices(block[::-1] if tensor.is_kernel else block)
+        if entry := tensor.entry:
+            # Conversions move rows, so they need all of them.
+            first = index[0] if entry.form is WHOLE else slice(None)
+            stored = (first, *index[1:])
+            stored = stored[::-1] if entry.transposed else stored
+            array = self._converted(self._file.read(tensor.name, stored), entry)
+            array = array if entry.form is WHOLE else array[index[0]]
+        else:
+            array = self._file.read(tensor.name, index)
         if not _is_finite(array):
             raise UserError(
-                f"{self._file.path}: tensor {name} has values that are not finite (NaN or "
+                f"{self._file.path}: tensor {tensor.name} has values that are not finite (NaN or "
                 "infinity); use a base model without them"
             )
-        self.digest.update(f"{name} {shape}".encode())
-        self.digest.update(np.ascontiguousarray(array).view(np.uint8).data)
-        return array
+        if self._hasher:
+            self._hasher.update(f"{tensor.name} {array.shape}".encode())
+            self._hasher.update(np.ascontiguousarray(array).view(np.uint8).data)
+        return array.T if tensor.is_kernel else array
 
     def check_tied_head(self) -> None:
-        """Check that a tied head, if the file stores it, equals the embedding."""
+        """Check that a tied head, if the file stores it, equals the embedding.
+
+        The values are compared only if there is a hasher, because a digest that is remembered
+        belongs to a model that was checked.
+        """
         head, embedding = (
             f"{self._names[module]}.weight".removeprefix(self._left_out)
             for module in ("head", "embedding")
@@ -203,6 +283,8 @@ class _Reader:
         if self.problems or head not in self._stored:
             return
         fits = self._file.shape(head) == self._file.shape(embedding)
+        if fits and not self._hasher:
+            return
         if not fits or not np.array_equal(self._file.read(head), self._file.read(embedding)):
             self.problems.append(
                 f"{head} differs from {embedding}, but the config says that the two are tied"
