@@ -16,7 +16,13 @@ from pathlib import Path
 from compilation import compile_quickly
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["softprompt.cli.main", "softprompt.training.loop", "optuna"])
+_CONTEXT.set_forkserver_preload(
+    [
+        *("softprompt.cli.main", "softprompt.cli.train", "softprompt.cli.sweep"),
+        *("softprompt.training.loop", "softprompt.methods.soft_prompt"),
+        *("optuna", "matplotlib.figure", "matplotlib.backends.backend_agg"),
+    ]
+)
 
 
 class ForkedProcess:

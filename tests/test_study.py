@@ -72,18 +72,18 @@ def test_optuna_chooses_trials_and_receives_their_results(space):
 def test_two_processes_share_a_study_and_one_is_killed(space, storage, tmp_path):
     """The other process takes over its trial, and every trial runs once."""
     url = storage and f"sqlite:///{tmp_path / 'study.db'}"
-    found = space(STUDY + (f"  storage: {url}\n" if url else ""))
+    found = space(STUDY + (f"  storage: {url}\n" if url else ""), "sweep.trials=3")
     dead = tmp_path / "dead"
     dies = f"if slots[0].session.run.step == 6: Path({str(dead)!r}).touch(); os._exit(9)"
     waits = f"while not Path({str(dead)!r}).exists(): time.sleep(0.05)"
-    workers = [sweep_process(found, before) for before in (dies, waits)]
+    workers = [sweep_process(found, before, "sweep.trials=3") for before in (dies, waits)]
     errors = [worker.communicate()[1] for worker in workers]
     assert [worker.returncode for worker in workers] == [9, 0], errors
     assert "resuming from step 4" in errors[1]
     known = known_trials(found.folder, url)
-    assert [trial.state.name for trial in known] == ["COMPLETE"] * 6
+    assert [trial.state.name for trial in known] == ["COMPLETE"] * 3
     folders = sorted((found.folder / "trials").iterdir())
-    assert [folder.name for folder in folders] == [f"{i:03d}" for i in range(6)]
+    assert [folder.name for folder in folders] == [f"{i:03d}" for i in range(3)]
     for folder, stored in zip(folders, known, strict=True):
         records = [r["step"] for r in read_metrics(folder) if r["split"] == "validation"]
         assert records == [4, 8, 12]
