@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from softprompt.parallel.mesh import VOCABULARY, divide, on_each_device
+from softprompt.parallel.mesh import ROWS_OF_LOGITS, VOCABULARY, divide, on_each_device
 from softprompt.parallel.sharding import axes_when_gathered
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -156,13 +156,13 @@ def vocabulary_logits(
       head: the output head.
       mesh: the mesh, or None. It divides the vocabulary.
     """
-    hidden = divide(hidden, mesh, "data")
+    hidden = divide(hidden, mesh, ROWS_OF_LOGITS)
     if head is None:
         table = embedding.table[...]
         logits = jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
     else:
         logits = head(hidden).astype(jnp.float32)
-    return divide(logits, mesh, "data", *[None] * (logits.ndim - 2), VOCABULARY)
+    return divide(logits, mesh, ROWS_OF_LOGITS, *[None] * (logits.ndim - 2), VOCABULARY)
 
 
 class RMSNorm(nnx.Module):

@@ -10,19 +10,20 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from softprompt.errors import UserError
 
 AXES = ("trials", "data", "fsdp", "model")
 """The axes of every mesh.
 
-`trials` divides the trials of a sweep, and `data` the rows of a batch. `fsdp` divides rows and
-weights; each layer gathers its weights when it runs. `model` divides attention heads, feed-forward
-layers and the vocabulary.
+`trials` divides the trials of a sweep, and the rows of its evaluations. `data` divides the rows of
+a batch. `fsdp` divides rows and weights; each layer gathers its weights when it runs. `model` divides
+attention heads, feed-forward layers and the vocabulary.
 """
 
-ROWS = ("data", "fsdp")  # the axes that divide the rows of a batch
+ROWS = ("trials", "data", "fsdp")  # the axes that divide rows
+ROWS_OF_LOGITS = ("trials", "data")
 VOCABULARY = ("model", "fsdp")  # the axes that divide the embedding table and the head
 
 Axes = str | Sequence[str] | None  # the mesh axes that divide one axis of an array
@@ -87,16 +88,14 @@ def divide(array: jax.Array, mesh: Mesh | None, *axes: Axes) -> jax.Array:
     Args:
       array: an intermediate array of a compiled function.
       mesh: the mesh, or None.
-      axes: for each of the first axes of the array the mesh axes that divide it. An axis whose
-        size they do not divide stays whole, as do all further axes.
+      axes: for each of the first axes of the array the mesh axes that divide it. If they do not
+        divide its size, only the last of them do. All further axes stay whole.
     """
     if mesh is None:
         return array
-    context = jax.sharding.get_abstract_mesh()
-    manual = context.manual_axes  # inside `sum_over_data`
-    spec = _spec(array.shape, mesh, axes, manual)
-    sharding = NamedSharding(context if manual else mesh, spec)
-    return jax.lax.with_sharding_constraint(array, sharding)
+    current = _current(mesh)
+    spec = _spec(array.shape, mesh, axes, current.manual_axes)
+    return jax.lax.with_sharding_constraint(array, NamedSharding(current, spec))
 
 
 def sum_over_data(function: Callable[..., Any], mesh: Mesh | None) -> Callable[..., Any]:
@@ -120,12 +119,39 @@ def sum_over_data(function: Callable[..., Any], mesh: Mesh | None) -> Callable[.
     rows, whole = PartitionSpec("data"), PartitionSpec()
     return jax.shard_map(
         part,
-        mesh=mesh,
+        mesh=_current(mesh),
         in_specs=(whole, rows, whole),
         out_specs=whole,
         axis_names={"data"},
         check_vma=False,
     )
+
+
+def divide_trials(function: Callable[..., Any], mesh: Mesh | None) -> Callable[..., Any]:
+    """Return a function that runs on the trials of each part of the axis `trials`.
+
+    The parts do not exchange anything while the function runs.
+
+    Args:
+      function: takes a pytree that all trials share, and pytrees of arrays with a first axis N. It
+        returns such a pytree.
+      mesh: the mesh, or None. Its axis `trials` divides N.
+    """
+    if axis_size(mesh, "trials") == 1:
+        return function
+
+    def divided(shared: Any, *arrays: Any) -> Any:
+        each, whole = PartitionSpec("trials"), PartitionSpec()
+        return jax.shard_map(
+            function,
+            mesh=mesh,
+            in_specs=(whole, *[each] * len(arrays)),
+            out_specs=each,
+            axis_names={"trials"},
+            check_vma=False,
+        )(shared, *arrays)
+
+    return divided
 
 
 def on_each_device(
@@ -149,24 +175,30 @@ def on_each_device(
     """
     if mesh is None:
         return function(weights, x)
-    context = jax.sharding.get_abstract_mesh()
-    axes = {*AXES[1:]} - {*context.manual_axes}
+    current = _current(mesh)
+    manual = current.manual_axes
 
     def spec(array: jax.Array, names: Sequence[Axes]) -> PartitionSpec:
-        return _spec(array.shape, mesh, names, context.manual_axes)
+        return _spec(array.shape, mesh, names, manual)
 
     rows = spec(x, (ROWS,))
     return jax.shard_map(
         lambda weights, x: jax.lax.psum(function(weights, x), "model"),
-        mesh=context if context.manual_axes else mesh,
+        mesh=current,
         in_specs=(
             jax.tree_util.tree_map_with_path(lambda p, w: spec(w, axes_of_weight(p, w)), weights),
             rows,
         ),
         out_specs=rows,
-        axis_names=axes,
+        axis_names={*AXES} - {*manual},
         check_vma=False,
     )(weights, x)
+
+
+def _current(mesh: Mesh) -> Mesh | AbstractMesh:
+    """Return the mesh as it is inside `sum_over_data` or `divide_trials`, or the mesh itself."""
+    context = jax.sharding.get_abstract_mesh()
+    return context if context.manual_axes else mesh
 
 
 def _spec(
@@ -177,6 +209,8 @@ def _spec(
     def left(size: int, names: Axes) -> Axes:
         names = [names] if isinstance(names, str) else names or []
         names = tuple(name for name in names if name not in manual)
-        return names if names and size % axis_size(mesh, names) == 0 else None
+        while size % axis_size(mesh, names):
+            names = names[1:]
+        return names or None
 
     return PartitionSpec(*map(left, shape, axes))

@@ -9,7 +9,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from softprompt.errors import UserError
-from softprompt.parallel.mesh import AXES, ROWS, VOCABULARY, Axes, axis_size, divide
+from softprompt.parallel.mesh import AXES, VOCABULARY, Axes, axis_size, divide
 
 # The mesh axes that divide the inputs and the outputs of a kernel, by the names of its module and
 # of the module around it. Arrays that are not in this table are small and stay whole.
@@ -140,7 +140,7 @@ def require_rows(rows: int, mesh: Mesh | None) -> None:
     Raises:
       UserError: names the closest batch sizes that work.
     """
-    if rows % (parts := axis_size(mesh, ROWS)):
+    if rows % (parts := axis_size(mesh, ("data", "fsdp"))):
         raise UserError(
             f"training.batch_size {rows}: not divisible by compute.mesh data x fsdp = {parts}; "
             f"use a multiple of {parts}, such as {-(-rows // parts) * parts}"

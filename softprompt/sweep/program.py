@@ -17,6 +17,9 @@ from softprompt.backbones.batch import Batch
 from softprompt.data.batches import side_by_side
 from softprompt.experiment.methods import method_class
 from softprompt.experiment.schema import Experiment
+from softprompt.objectives.model import Model
+from softprompt.parallel.mesh import divide_trials
+from softprompt.parallel.sharding import keep_divided
 from softprompt.training.session import Session
 from softprompt.training.step import PROGRAM, update
 
@@ -56,13 +59,15 @@ def train_steps(
       For each trial what `update` returns.
     """
 
-    def one_trial(arrays: Any, batch: Batch) -> Any:
+    def one_trial(backbone: nnx.State, arrays: Any, batch: Batch) -> Any:
         trainable, opt_state, constants, key = arrays
         return update(trainable, opt_state, (constants, backbone), batch, key, **program)
 
+    mesh = Model(*nnx.merge(program["graphdef"], trainable[0], constants[0], backbone)).backbone.mesh
     trials = zip(trainable, opt_state, constants, keys, strict=True)
-    stacked: Any = jax.tree.map(lambda *arrays: jnp.stack(arrays), *trials)
-    results = jax.vmap(one_trial)(stacked, batch)
+    stacked: Any = keep_divided(jax.tree.map(lambda *arrays: jnp.stack(arrays), *trials), mesh)
+    all_trials = divide_trials(jax.vmap(one_trial, in_axes=(None, 0, 0)), mesh)
+    results = keep_divided(all_trials(backbone, stacked, batch), mesh)
     return [jax.tree.map(itemgetter(i), results) for i in range(len(keys))]
 
 
