@@ -103,7 +103,7 @@ def test_each_trial_matches_a_single_run(space):
 
 @pytest.mark.parametrize(("budget", "at_once"), [(0, 1), (1e12, 4)])
 def test_memory_limits_how_many_trials_train_at_once(space, monkeypatch, capsys, budget, at_once):
-    monkeypatch.setattr("softprompt.sweep.program._memory_budget", lambda _: budget)
+    monkeypatch.setattr("softprompt.sweep.program._memory_budget", lambda *_: budget)
     sweep(space("  seed: [0, 1, 2, 3, 4]\n", "training.steps=1"))
     assert f"{at_once} of 5 trials at once" in capsys.readouterr().err
 

@@ -18,8 +18,8 @@ AXES = ("trials", "data", "fsdp", "model")
 """The axes of every mesh.
 
 `trials` divides the trials of a sweep, and the rows of its evaluations. `data` divides the rows of
-a batch. `fsdp` divides rows and weights; each layer gathers its weights when it runs. `model` divides
-attention heads, feed-forward layers and the vocabulary.
+a batch. `fsdp` divides rows and weights; each layer gathers its weights when it runs. `model`
+divides attention heads, feed-forward layers and the vocabulary.
 """
 
 ROWS = ("trials", "data", "fsdp")  # the axes that divide rows
@@ -42,13 +42,14 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
       UserError: if the number of devices does not match.
     """
     devices = jax.devices() if devices is None else devices
+    where = "compute.mesh" if sizes.get("trials", 1) == 1 else "sweep.devices"
     shape = [sizes.get(axis, 1) for axis in AXES]
     fixed = math.prod(size for size in shape if size != -1)
     if -1 in shape:
         rest, left = divmod(len(devices), fixed)
         if left or not rest:
             raise UserError(
-                f"compute.mesh: {_product(sizes)} does not divide {_count(devices)}; "
+                f"{where}: {_product(sizes)} does not divide {_count(devices)}; "
                 f"the other axes must have a product that divides {len(devices)}"
             )
         shape[shape.index(-1)] = rest
@@ -60,8 +61,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
             flag = f"--xla_force_host_platform_device_count={needed}"
             hint = f"; to try it on a CPU, set XLA_FLAGS={flag}"
         raise UserError(
-            f"compute.mesh: {_product(sizes)} needs {needed} devices, but there are "
-            f"{len(devices)}{hint}"
+            f"{where}: {_product(sizes)} needs {needed} devices, but there are {len(devices)}{hint}"
         )
     kinds = (AxisType.Auto,) * len(AXES)
     return jax.make_mesh(shape, AXES, axis_types=kinds, devices=devices[:needed])
@@ -109,7 +109,7 @@ def sum_over_data(function: Callable[..., Any], mesh: Mesh | None) -> Callable[.
         random key. It returns a pytree of sums over the rows of the batch.
       mesh: the mesh, or None.
     """
-    if axis_size(mesh, "data") == 1:
+    if mesh is None or axis_size(mesh, "data") == 1:
         return function
 
     def part(shared: Any, batch: Any, key: jax.Array) -> Any:
