@@ -26,15 +26,18 @@ TRIALS = """\
 sweep:
   points:
     - {prompt.length: 2, optimizer.learning_rate: 0.03, seed: 1}
-    - {prompt.length: 5, optimizer.weight_decay: 0.1, training.steps: 4}
+    - {prompt.length: 5, optimizer.weight_decay: 0.1, training.steps: 2}
     - {prompt.length: 3, prompt.init: random, optimizer.warmup_steps: 0}
     - {prompt.length: 4, seed: 2}
     - {prompt.length: 1, seed: 3}
-  at_once: 5
+    - {optimizer.learning_rate: 0.03, seed: 4}
+    - {optimizer.learning_rate: 0.01, seed: 5}
+    - {optimizer.learning_rate: 0.003, seed: 6}
+  at_once: 8
 """
 ON = {  # the overrides of each case
     "one": [],
-    "four": ["sweep.devices=4"],  # two trials on each device, and three places are left
+    "four": ["sweep.devices=4", "sweep.at_once=5"],  # two places on each device, three left over
     "eight": ["sweep.devices=-1"],
     "mesh": ["sweep.devices=2", "compute.mesh={data: 2, model: 2}"],
 }
@@ -71,7 +74,7 @@ assert sweep("dry-run", "sweep.devices=4", "--dry-run") == 0
 assert sweep("too-many", "sweep.devices=9") == 1
 step = scheduler.Scheduler._step
 def die(self, slots):
-    if slots[0].session.run.step == 4:
+    if slots[0].session.run.step == 3:
         sys.stdout.flush()
         os._exit(9)
     step(self, slots)
@@ -87,8 +90,9 @@ def ran(tmp_path_factory):
     base = _divisible_model(folder / "model")
     file = write_experiment(folder, 5, 5)
     text = file.read_text().replace(str(GOLDEN / "llama-grouped"), str(base))
-    text = text.replace("steps: 12,", "steps: 6,").replace("every: 4,", "every: 2,")
-    file.write_text(text + TRIALS)
+    text = text.replace("steps: 12,", "steps: 4,")
+    text = text.replace(", test: test.jsonl", "")
+    file.write_text(f"{text}checkpoints: {{every: 2}}\n{TRIALS}")
     cases = {name: overrides for name, overrides in ON.items() if name != "one"}
     process = ForkedProcess(_PROCESS, [str(file), str(folder), json.dumps(cases)])
     trials = sweep(Space(ExperimentFile(file), folder / "one"))
@@ -129,14 +133,15 @@ def test_each_trial_matches_the_trial_on_one_device(ran, case):
 
 def test_a_killed_sweep_resumes_on_one_device(ran):
     killed = Space(ExperimentFile(ran.file), ran.folder / "killed")
-    assert [Outcome.read(trial.folder) is None for trial in killed.trials()] == [True] * 5
+    assert [Outcome.read(trial.folder) is None for trial in killed.trials()] == [
+        n != 1 for n in range(8)
+    ]
     require_same_results(ran.trials, [trial.folder for trial in sweep(killed)])
 
 
 def test_a_dry_run_shows_the_devices(ran):
-    assert (
-        "5 trials to run, 5 at once on 4 devices, about" in (ran.folder / "dry-run.txt").read_text()
-    )
+    printed = (ran.folder / "dry-run.txt").read_text()
+    assert "8 trials to run, 8 at once on 4 devices, about" in printed
 
 
 def test_too_many_devices_are_rejected_before_anything_is_written(ran):
@@ -156,8 +161,7 @@ def test_only_results_travel_between_trials(ran, case, devices, trials):
         for size, groups in collectives(text)
         if any(len({*part_of_device[group]}) > 1 for group in groups)
     )
-    count = -(-5 // trials) * trials
-    assert 0 < travelled <= count * 4 * (3 * 5 * 32 + 10)
+    assert 0 < travelled <= 8 * 4 * (3 * 5 * 32 + 10)
 
 
 def test_the_base_is_not_copied_for_each_trial(ran):
@@ -170,7 +174,7 @@ def test_the_base_is_not_copied_for_each_trial(ran):
 def test_evaluations_divide_rows_over_the_devices_of_the_trials(ran):
     """There are 9 examples in 16 rows."""
     text = (ran.folder / "eight.candidate_scores").read_text()
-    assert "f32[2,8,32]" in text
+    assert "f32[2,16,32]" in text
     assert not re.search(r"f32\[16,\d+,(32|260)\]", text)
 
 
