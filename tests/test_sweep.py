@@ -3,7 +3,6 @@
 import errno
 import json
 import shutil
-from functools import partial
 from types import SimpleNamespace
 
 import jax
@@ -24,7 +23,7 @@ from softprompt.sweep.program import shared_settings, step_group, step_groups, t
 from softprompt.sweep.runner import program_groups, sweep
 from softprompt.sweep.scheduler import Scheduler
 from softprompt.training.optimizers import UpdateRule, hyperparameters
-from softprompt.training.step import split, train_step, update
+from softprompt.training.step import PROGRAM, split, train_step, update
 
 
 def test_a_padded_prompt_trains_like_an_unpadded_one(tiny):
@@ -145,13 +144,14 @@ def test_trials_of_a_mixture_of_experts_match_single_steps():
     examples = [example_of([5, 6, 7, 8], [[20, 21]], 0), example_of([9, 10], [[23]], 0)]
     batch = Layout.of(examples).lay_out(examples, 2, 8, 2)
     vectors = np.random.default_rng(0).normal(size=(2, 3, backbone.arch.hidden_size))
-    optimizer, trials, alone = optax.sgd(0.1), [], []
+    optimizer, one_step = optax.sgd(0.1), jax.jit(update, static_argnames=PROGRAM)
+    trials, alone = [], []
     for start in vectors:
         graphdef, trainable, frozen = split(SoftPrompt(jnp.array(start, jnp.float32)), backbone)
         program = {"graphdef": graphdef, "optimizer": optimizer, "objective": cross_entropy}
         state, key = optimizer.init(trainable), jax.random.key(0)
         trials.append((trainable, state, frozen[0], key))
-        alone.append(jax.jit(partial(update, **program))(trainable, state, frozen, batch, key))
+        alone.append(one_step(trainable, state, frozen, batch, key, **program))
     trainable, states, constants, keys = zip(*trials, strict=True)
     batches = side_by_side([batch, batch])
     together = train_steps(trainable, states, constants, frozen[1], batches, keys, **program)
