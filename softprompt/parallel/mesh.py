@@ -23,7 +23,7 @@ divides attention heads, feed-forward layers and the vocabulary.
 """
 
 ROWS = ("trials", "data", "fsdp")  # the axes that divide rows
-ROWS_OF_LOGITS = ("trials", "data")
+ROWS_OF_LOGITS = ("trials", "data")  # `fsdp` divides their vocabulary
 VOCABULARY = ("model", "fsdp")  # the axes that divide the embedding table and the head
 
 Axes = str | Sequence[str] | None  # the mesh axes that divide one axis of an array
@@ -88,8 +88,9 @@ def divide(array: jax.Array, mesh: Mesh | None, *axes: Axes) -> jax.Array:
     Args:
       array: an intermediate array of a compiled function.
       mesh: the mesh, or None.
-      axes: for each of the first axes of the array the mesh axes that divide it. If they do not
-        divide its size, only the last of them do. All further axes stay whole.
+      axes: for each of the first axes of the array the mesh axes that divide it. If the size is
+        not a multiple of all of them together, the first ones are left out. All further axes stay
+        whole.
     """
     if mesh is None:
         return array

@@ -102,10 +102,10 @@ def plan(space: Space, *, progress: Progress = silent) -> Plan:
             state = outcome.state if outcome else "waiting"
             planned.append(PlannedTrial(trial.number, trial.parameters, number, state))
         waiting = [trial for trial, end in zip(members, outcomes, strict=True) if end is None]
+        group = PlannedGroup(0, 0, 0, 0.0)
         try:
-            group = (
-                _plan_group(space, waiting, preparation) if waiting else PlannedGroup(0, 0, 0, 0.0)
-            )
+            if waiting:
+                group = _plan_group(space, waiting, preparation)
         except UserError as error:
             group = PlannedGroup(len(waiting), 0, 0, 0.0, str(error))
         groups.append(group)

@@ -50,8 +50,8 @@ def train_steps(
 ) -> list[tuple[nnx.State, Any, dict[str, jax.Array]]]:
     """Make one `update` of N trials in one program. The trials share the backbone.
 
-    The trials of one device make it side by side. With a mixture of experts, they make it one
-    after another, because JAX has no `vmap` of `ragged_dot` with shared weights.
+    The trials of one device run side by side. With a mixture of experts they run one after
+    another, because JAX has no `vmap` of `ragged_dot` with shared weights.
 
     Args:
       trainable, opt_state, constants, keys: one per trial. `(constants, backbone)` is the
@@ -128,8 +128,8 @@ def step_groups(sessions: Sequence[Session], max_group: int) -> list[list[Sessio
     """Divide trials into groups that make a step together.
 
     The trials of a group share a program. On each device their number is a power of two, so that
-    few programs are compiled while trials start and end. The group has at most `max_group` trials,
-    but at least one on each device.
+    few programs are compiled while trials start and end. A group has at most `max_group` trials, or
+    one on each device if that is more.
     """
     groups: list[list[Session]] = []
     left = list(sessions)

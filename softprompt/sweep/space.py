@@ -228,12 +228,12 @@ class Space:
           UserError: if they are not valid for the experiment.
         """
         experiment = self.file.experiment(parameters)
-        halving, every = self.sweep.halving, experiment.evaluation.every
         if self.sweep.devices == -1 and -1 in dict(experiment.compute.mesh or {}).values():
             raise UserError(
                 f"{self.file.where('devices')}: sweep.devices: an axis of compute.mesh is -1, too; "
                 "set one of them to a number"
             )
+        halving, every = self.sweep.halving, experiment.evaluation.every
         for rung in halving.rungs if halving else ():
             if rung % every or rung >= experiment.training.steps:
                 raise UserError(
