@@ -48,6 +48,7 @@ SLOW = [
     "test_generation",
     "test_experiments",
     "test_sweep",
+    "test_sweep_devices",
     "test_generator",
     "test_study",
     "test_export",

@@ -35,8 +35,7 @@ sweep:
     - {optimizer.learning_rate: 0.003, seed: 6}
   at_once: 8
 """
-ON = {  # the overrides of each case
-    "one": [],
+CASES = {  # the overrides of each case
     "four": ["sweep.devices=4", "sweep.at_once=5"],  # two places on each device, three left over
     "eight": ["sweep.devices=-1"],
     "mesh": ["sweep.devices=2", "compute.mesh={data: 2, model: 2}"],
@@ -90,11 +89,9 @@ def ran(tmp_path_factory):
     base = _divisible_model(folder / "model")
     file = write_experiment(folder, 5, 5)
     text = file.read_text().replace(str(GOLDEN / "llama-grouped"), str(base))
-    text = text.replace("steps: 12,", "steps: 4,")
-    text = text.replace(", test: test.jsonl", "")
+    text = text.replace("steps: 12,", "steps: 4,").replace(", test: test.jsonl", "")
     file.write_text(f"{text}checkpoints: {{every: 2}}\n{TRIALS}")
-    cases = {name: overrides for name, overrides in ON.items() if name != "one"}
-    process = ForkedProcess(_PROCESS, [str(file), str(folder), json.dumps(cases)])
+    process = ForkedProcess(_PROCESS, [str(file), str(folder), json.dumps(CASES)])
     trials = sweep(Space(ExperimentFile(file), folder / "one"))
     errors = process.communicate()[1]
     assert process.returncode == 9, errors
@@ -125,7 +122,7 @@ def require_same_results(trials, others):
         np.testing.assert_allclose(*vectors, atol=1e-5)
 
 
-@pytest.mark.parametrize("case", ["four", "eight", "mesh"])
+@pytest.mark.parametrize("case", CASES)
 def test_each_trial_matches_the_trial_on_one_device(ran, case):
     require_same_results(ran.trials, sorted((ran.folder / case / "trials").iterdir()))
     assert "devices" not in (ran.folder / case / "trials" / "000" / "config.yaml").read_text()
@@ -133,9 +130,8 @@ def test_each_trial_matches_the_trial_on_one_device(ran, case):
 
 def test_a_killed_sweep_resumes_on_one_device(ran):
     killed = Space(ExperimentFile(ran.file), ran.folder / "killed")
-    assert [Outcome.read(trial.folder) is None for trial in killed.trials()] == [
-        n != 1 for n in range(8)
-    ]
+    ended = [trial.number for trial in killed.trials() if Outcome.read(trial.folder)]
+    assert ended == [1]
     require_same_results(ran.trials, [trial.folder for trial in sweep(killed)])
 
 
