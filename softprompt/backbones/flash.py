@@ -89,7 +89,7 @@ def choose_attention(
 def _reason_against_cudnn(arch, dtype: str, mesh: Mesh | None) -> str | None:
     """Return why cuDNN's attention cannot be used, or None if it can."""
     if mesh is not None:
-        return "it cannot be divided over several devices"
+        return "it cannot be divided over a mesh"
     device = jax.devices()[0]
     if device.platform != "gpu" or "NVIDIA" not in device.device_kind.upper():
         return f"it needs an NVIDIA GPU, and the device here is {device.device_kind!r}"

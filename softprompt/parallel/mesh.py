@@ -1,12 +1,21 @@
 """The mesh: the devices as a grid with named axes.
 
-JAX's compiler (GSPMD) divides a program over the devices. It needs to know how the arguments are
-divided (see `sharding`) and, at a few places, how intermediate arrays are. A backbone has its mesh
-in the attribute `mesh`, which is None for one device. The functions here then have no effect.
+A program for one device is written as usual. JAX's compiler (GSPMD) divides it over the devices of
+a mesh and adds the communication. It needs to know three things:
+
+- how the parameters are divided. `sharding` has one table for all of them.
+- how a few intermediate arrays are divided, where its own choice is bad: `divide`.
+- which parts of the program are better divided by hand: `sum_over_data`, `on_own_rows` and
+  `on_each_device`.
+
+A backbone has its mesh in the attribute `mesh`, which is None for one device. The functions here
+then have no effect.
+
+Axis letters: B batch, P virtual tokens, D hidden.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,42 +26,58 @@ from softprompt.errors import UserError
 AXES = ("trials", "data", "fsdp", "model")
 """The axes of every mesh.
 
-`trials` divides the trials of a sweep, and the rows of its evaluations. `data` divides the rows of
-a batch. `fsdp` divides rows and weights; each layer gathers its weights when it runs. `model`
-divides attention heads, feed-forward layers and the vocabulary.
+- `trials` divides the trials of a sweep, and the rows of its evaluations.
+- `data` divides the rows of a batch. Every part has all weights.
+- `fsdp` (fully sharded data parallelism) divides the rows too, and the weights. Each layer gathers
+  its weights when it runs, and then forgets them.
+- `model` divides the weights of each layer for good: attention heads, feed-forward layers and the
+  vocabulary. Its parts add up their results, activations of all their rows, twice in a layer.
 """
 
 ROWS = ("trials", "data", "fsdp")  # the axes that divide rows
-ROWS_OF_LOGITS = ("trials", "data")  # `fsdp` divides their vocabulary
+ROWS_OF_LOGITS = ("trials", "data")
 VOCABULARY = ("model", "fsdp")  # the axes that divide the embedding table and the head
 
 Axes = str | Sequence[str] | None  # the mesh axes that divide one axis of an array
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Make a mesh.
+    """Arrange devices as a mesh, to load a base model on.
 
     Args:
-      sizes: the number of devices along each of `AXES`, 1 by default. One of them may be -1, for
-        all remaining devices.
+      sizes: the number of devices along each axis, 1 by default. The axes are `data`, which
+        divides the rows of a batch, `fsdp`, which divides rows and weights, and `model`, which
+        divides attention heads, feed-forward layers and the vocabulary. (`trials` is for sweeps.)
+        One size may be -1, for all remaining devices.
       devices: the devices to use, by default all devices of all processes. A single process may
         have more than the mesh needs. It then uses the first ones.
 
+    Returns:
+      A mesh of devices, for `load_base`.
+
     Raises:
-      UserError: if the number of devices does not match.
+      UserError: if an axis or a size is invalid, or the number of devices does not match.
+
+    Examples:
+      >>> mesh = make_mesh({"data": -1})
+      >>> base = load_base("smollm2-135m-instruct", mesh=mesh)
     """
     devices = jax.devices() if devices is None else devices
-    where = "compute.mesh" if sizes.get("trials", 1) == 1 else "sweep.devices"
-    shape = [sizes.get(axis, 1) for axis in AXES]
-    fixed = math.prod(size for size in shape if size != -1)
+    shape, name = [sizes.get(axis, 1) for axis in AXES], mesh_name(sizes)
+    if unknown := [axis for axis in sizes if axis not in AXES]:
+        raise UserError(f"mesh {name}: there is no axis {unknown[0]!r} (axes: data, fsdp, model)")
+    if any(type(size) is not int or size < -1 or size == 0 for size in shape):
+        raise UserError(f"mesh {name}: a size must be a whole number, 1 or more, or -1")
+    if shape.count(-1) > 1:
+        raise UserError(f"mesh {name}: only one size can be -1")
     if -1 in shape:
-        rest, left = divmod(len(devices), fixed)
-        if left or not rest:
+        fixed = -math.prod(shape)
+        if len(devices) % fixed:
             raise UserError(
-                f"{where}: {_product(sizes)} does not divide {_count(devices)}; "
-                f"the other axes must have a product that divides {len(devices)}"
+                f"mesh {name}: the number of devices ({len(devices)}) is not a multiple of "
+                f"{fixed}, the product of the other sizes"
             )
-        shape[shape.index(-1)] = rest
+        shape[shape.index(-1)] = len(devices) // fixed
     needed = math.prod(shape)
     several_hosts = len({device.process_index for device in devices}) > 1
     if needed > len(devices) or (several_hosts and needed < len(devices)):
@@ -60,19 +85,14 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
         if devices[0].platform == "cpu":
             flag = f"--xla_force_host_platform_device_count={needed}"
             hint = f"; to try it on a CPU, set XLA_FLAGS={flag}"
-        raise UserError(
-            f"{where}: {_product(sizes)} needs {needed} devices, but there are {len(devices)}{hint}"
-        )
+        raise UserError(f"mesh {name}: needs {needed} devices, but there are {len(devices)}{hint}")
     kinds = (AxisType.Auto,) * len(AXES)
     return jax.make_mesh(shape, AXES, axis_types=kinds, devices=devices[:needed])
 
 
-def _product(sizes: Mapping[str, int]) -> str:
-    return " x ".join(f"{axis} {sizes[axis]}" for axis in AXES if sizes.get(axis, 1) != 1) or "1"
-
-
-def _count(devices: Sequence[jax.Device]) -> str:
-    return f"{len(devices)} device{'s' if len(devices) > 1 else ''}"
+def mesh_name(sizes: Mapping[str, int]) -> str:
+    """Return the sizes of a mesh as an experiment has them, without those that are 1."""
+    return "{" + ", ".join(f"{axis}: {size}" for axis, size in sizes.items() if size != 1) + "}"
 
 
 def axis_size(mesh: Mesh | None, axes: Axes) -> int:
@@ -88,14 +108,13 @@ def divide(array: jax.Array, mesh: Mesh | None, *axes: Axes) -> jax.Array:
     Args:
       array: an intermediate array of a compiled function.
       mesh: the mesh, or None.
-      axes: for each of the first axes of the array the mesh axes that divide it. If the size is
-        not a multiple of all of them together, the first ones are left out. All further axes stay
-        whole.
+      axes: for each of the first axes of the array the mesh axes that divide it, see `spec_of`.
+        All further axes stay whole.
     """
     if mesh is None:
         return array
     current = _current(mesh)
-    spec = _spec(array.shape, mesh, axes, current.manual_axes)
+    spec = spec_of(array.shape, mesh, axes, current.manual_axes)
     return jax.lax.with_sharding_constraint(array, NamedSharding(current, spec))
 
 
@@ -155,6 +174,24 @@ def divide_trials(function: Callable[..., Any], mesh: Mesh | None) -> Callable[.
     return divided
 
 
+def on_own_rows(function: Callable[[jax.Array], Any], mesh: Mesh | None, x: jax.Array) -> Any:
+    """Call a function on the rows that each device holds.
+
+    It is for functions that the compiler runs on all rows at once, such as `jax.lax.top_k`.
+
+    Args:
+      function: takes rows `[B, ...]` and returns arrays `[B, ...]`. A row of its results depends on
+        the same row of `x` alone.
+      mesh: the mesh, or None.
+      x: rows `[B, ...]`.
+    """
+    if mesh is None:
+        return function(x)
+    rows = spec_of(x.shape, mesh, (ROWS,))
+    divided = jax.shard_map(function, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)
+    return divided(x)
+
+
 def on_each_device(
     function: Callable[[Any, jax.Array], jax.Array],
     mesh: Mesh | None,
@@ -180,7 +217,7 @@ def on_each_device(
     manual = current.manual_axes
 
     def spec(array: jax.Array, names: Sequence[Axes]) -> PartitionSpec:
-        return _spec(array.shape, mesh, names, manual)
+        return spec_of(array.shape, mesh, names, manual)
 
     rows = spec(x, (ROWS,))
     return jax.shard_map(
@@ -202,16 +239,24 @@ def _current(mesh: Mesh) -> Mesh | AbstractMesh:
     return context if context.manual_axes else mesh
 
 
-def _spec(
-    shape: Sequence[int], mesh: Mesh, axes: Sequence[Axes], manual: Sequence[str]
+def spec_of(
+    shape: Sequence[int], mesh: Mesh, axes: Sequence[Axes], manual: Collection[str] = ()
 ) -> PartitionSpec:
-    """Return how the axes of the mesh that are not manual divide an array, where they do."""
+    """Return how a mesh divides an array, as JAX writes it.
 
-    def left(size: int, names: Axes) -> Axes:
+    Args:
+      shape: the sizes of the array.
+      mesh: the mesh.
+      axes: for each of the first axes of the array the mesh axes that divide it. If they do not
+        divide its size, only the last of them do, or none.
+      manual: mesh axes that a surrounding `shard_map` has divided already.
+    """
+
+    def dividing(size: int, names: Axes) -> Axes:
         names = [names] if isinstance(names, str) else names or []
         names = tuple(name for name in names if name not in manual)
         while size % axis_size(mesh, names):
             names = names[1:]
         return names or None
 
-    return PartitionSpec(*map(left, shape, axes))
+    return PartitionSpec(*map(dividing, shape, axes))

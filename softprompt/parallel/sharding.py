@@ -1,33 +1,55 @@
-"""How the parameters of the backbones are divided over a mesh: one table, by module name."""
+"""How the parameters of the backbones are divided over a mesh: one table, by module name.
+
+`fsdp` and `model` divide different axes of a matrix. `model` divides the outputs of the first
+matrix of an attention or feed-forward layer and the inputs of its last one, so that each device
+computes some of the heads or of the inner features from beginning to end. `fsdp` divides the other
+axis, which has the hidden size.
+"""
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from softprompt.errors import UserError
-from softprompt.parallel.mesh import AXES, VOCABULARY, Axes, axis_size, divide
+from softprompt.parallel.mesh import (
+    AXES,
+    VOCABULARY,
+    Axes,
+    axis_size,
+    divide,
+    mesh_name,
+    spec_of,
+)
 
-# The mesh axes that divide the inputs and the outputs of a kernel, by the names of its module and
-# of the module around it. Arrays that are not in this table are small and stay whole.
-_KERNELS: dict[str, tuple[Axes, Axes]] = {
+_TABLE = (VOCABULARY, None)  # of the input embeddings, [V, D]
+
+_MATRICES: dict[str, tuple[Axes, Axes]] = {
     "attention.query": ("fsdp", "model"),
     "attention.key": ("fsdp", "model"),
     "attention.value": ("fsdp", "model"),
     "attention.output": ("model", "fsdp"),
+    "cross.query": ("fsdp", "model"),
+    "cross.key": ("fsdp", "model"),
+    "cross.value": ("fsdp", "model"),
+    "cross.output": ("model", "fsdp"),
     "feed_forward.gate": ("fsdp", "model"),
     "feed_forward.up": ("fsdp", "model"),
     "feed_forward.down": ("model", "fsdp"),
+    "experts.gate": ("fsdp", "model"),
+    "experts.up": ("fsdp", "model"),
+    "experts.down": ("model", "fsdp"),
+    "head": (None, VOCABULARY),
 }
-_KERNELS |= {
-    name.replace(module, other): axes
-    for name, axes in _KERNELS.items()
-    for module, other in (("attention", "cross"), ("feed_forward", "experts"))
-    if module in name
-}
+"""The mesh axes that divide the inputs and the outputs of a `Linear`, by the end of its path.
+
+All other parameters (norms, positions, relative position biases, the routers of experts, and what
+most methods learn) are small. Every device has all of them.
+"""
+
 _MOST_MESHES = 8  # named in an error message
 
 
@@ -35,32 +57,21 @@ def axes_of(name: str, ndim: int) -> tuple[Axes, ...]:
     """Return the mesh axes that divide each axis of a parameter, or of its optimizer state.
 
     Args:
-      name: the path of the parameter, such as `layers.attention.query.kernel`. Its beginning does
-        not matter.
+      name: the path of the parameter, such as `layers.attention.query.kernel`. It may have any
+        beginning: the same parameter has several paths in the pytrees that hold it.
       ndim: the number of axes of the array. Layers and experts are stacked in front.
     """
-    *_, parent, module, leaf = ("", "", *name.removesuffix(".value").split("."))
+    *_, around, module, leaf = ["", "", *name.removesuffix(".value").split(".")]
+    inputs, outputs = _MATRICES.get(f"{around}.{module}", _MATRICES.get(module, (None, None)))
     last: tuple[Axes, ...] = ()
     if (module, leaf) == ("embedding", "table"):
-        last = (VOCABULARY, None)
-    elif module == "head" or f"{parent}.{module}" in _KERNELS:
-        inputs, outputs = _KERNELS.get(f"{parent}.{module}", (None, VOCABULARY))
-        last = {"kernel": (inputs, outputs), "scale": (outputs,), "bias": (outputs,)}.get(leaf, ())
-    return (*[None] * (ndim - len(last)), *last) if ndim >= len(last) else (None,) * ndim
-
-
-def shardings(arrays: Any, mesh: Mesh) -> Any:
-    """Return the sharding of every array of a pytree, in a pytree of the same structure.
-
-    Args:
-      arrays: parameters of a backbone or a method, or optimizer state, with `shape`s.
-      mesh: the mesh.
-    """
-
-    def sharding(path: Any, array: Any) -> NamedSharding:
-        return NamedSharding(mesh, PartitionSpec(*axes_of(_name(path), len(array.shape))))
-
-    return jax.tree_util.tree_map_with_path(sharding, arrays)
+        last = _TABLE
+    elif leaf == "kernel":
+        last = inputs, outputs
+    elif leaf in ("scale", "bias"):
+        last = (outputs,)
+    last = last[-ndim:] if ndim else ()
+    return (*[None] * (ndim - len(last)), *last)
 
 
 def sharding_of(path: Sequence[Any], ndim: int, mesh: Mesh | None) -> NamedSharding | None:
@@ -69,11 +80,26 @@ def sharding_of(path: Sequence[Any], ndim: int, mesh: Mesh | None) -> NamedShard
     Args:
       path: the names of the modules around the parameter and its own name.
       ndim: the number of its axes.
-      mesh: the mesh, or None.
+      mesh: the mesh, or None. It divides the model, see `require_divisible`.
     """
     if mesh is None:
         return None
     return NamedSharding(mesh, PartitionSpec(*axes_of(".".join(map(str, path)), ndim)))
+
+
+def shardings(arrays: Any, mesh: Mesh) -> Any:
+    """Return the sharding of every array of a pytree, in a pytree of the same structure.
+
+    Args:
+      arrays: parameters of a backbone or of a method, or optimizer state, with `shape`s. An axis
+        whose size the mesh does not divide stays whole.
+      mesh: the mesh.
+    """
+
+    def sharding(array: Any, axes: Sequence[Axes]) -> NamedSharding:
+        return NamedSharding(mesh, spec_of(array.shape, mesh, axes))
+
+    return _map_with_axes(sharding, arrays)
 
 
 def place(arrays: Any, mesh: Mesh | None) -> Any:
@@ -85,9 +111,7 @@ def keep_divided(arrays: Any, mesh: Mesh | None) -> Any:
     """Tell the compiler to divide the arrays of a pytree as `shardings` says."""
     if mesh is None:
         return arrays
-    return jax.tree_util.tree_map_with_path(
-        lambda path, array: divide(array, mesh, *axes_of(_name(path), array.ndim)), arrays
-    )
+    return _map_with_axes(lambda array, axes: divide(array, mesh, *axes), arrays)
 
 
 def gather_layer(layer: Any, mesh: Mesh | None) -> Any:
@@ -99,15 +123,23 @@ def gather_layer(layer: Any, mesh: Mesh | None) -> Any:
     """
     if axis_size(mesh, "fsdp") == 1:
         return layer
-    return jax.tree_util.tree_map_with_path(
-        lambda path, array: divide(array, mesh, *axes_when_gathered(path, array)), layer
-    )
+    return _map_with_axes(lambda array, axes: divide(array, mesh, *_without_fsdp(axes)), layer)
 
 
 def axes_when_gathered(path: Any, array: jax.Array) -> list[Axes]:
     """Return the mesh axes that divide a weight after `gather_layer`, given its path."""
-    axes = axes_of(_name(path), array.ndim)
-    return [None if axis == "fsdp" else axis for axis in axes]
+    return _without_fsdp(axes_of(_name(path), array.ndim))
+
+
+def _without_fsdp(axes: Sequence[Axes]) -> list[Axes]:
+    return [None if names == "fsdp" else names for names in axes]
+
+
+def _map_with_axes(function: Callable[[Any, Sequence[Axes]], Any], arrays: Any) -> Any:
+    """Call a function with each array of a pytree and the mesh axes that divide it."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, array: function(array, axes_of(_name(path), len(array.shape))), arrays
+    )
 
 
 def _name(path: Any) -> str:
@@ -126,24 +158,37 @@ def require_divisible(arch: Any, mesh: Mesh | None) -> None:
     """
     if mesh is None:
         return
+    sizes = {axis: size for axis, size in mesh.shape.items() if axis != "trials"}
     for what, size, axes in _divided_sizes(arch):
         if size % axis_size(mesh, axes):
-            names = " x ".join(f"{axis} {mesh.shape[axis]}" for axis in axes)
+            parts = " x ".join(f"{axis} {sizes[axis]}" for axis in axes if sizes[axis] > 1)
+            devices = math.prod(sizes.values())
+            working = map(mesh_name, itertools.islice(meshes_of(arch, devices), _MOST_MESHES))
             raise UserError(
-                f"compute.mesh: {names} does not divide {what} ({size}); {_advice(arch, mesh)}"
+                f"mesh {mesh_name(sizes)}: the model has {size} {what}, which {parts} does not "
+                f"divide; meshes of {devices} devices that work: {', '.join(working)}"
             )
 
 
-def require_rows(rows: int, mesh: Mesh | None) -> None:
+def require_rows(rows: int, mesh: Mesh | None, accumulate: int = 1) -> None:
     """Check that a mesh divides the rows of a training batch.
 
+    Args:
+      rows: `training.batch_size`.
+      mesh: the mesh, or None.
+      accumulate: `training.accumulate`, the number of passes that share the rows.
+
     Raises:
-      UserError: names the closest batch sizes that work.
+      UserError: names a batch size that works.
     """
-    if rows % (parts := axis_size(mesh, ("data", "fsdp"))):
+    needed = axis_size(mesh, ("data", "fsdp")) * accumulate
+    if rows % needed:
+        product = "compute.mesh (data x fsdp)"
+        if accumulate > 1:
+            product += " x training.accumulate"
         raise UserError(
-            f"training.batch_size {rows}: not divisible by compute.mesh data x fsdp = {parts}; "
-            f"use a multiple of {parts}, such as {-(-rows // parts) * parts}"
+            f"training.batch_size {rows}: must be a multiple of {needed}, which is {product}; "
+            f"use {-(-rows // needed) * needed}"
         )
 
 
@@ -159,22 +204,12 @@ def meshes_of(arch: Any, devices: int) -> Iterator[dict[str, int]]:
             yield sizes
 
 
-def _advice(arch: Any, mesh: Mesh) -> str:
-    """Name the meshes with as many devices that divide a model."""
-    devices = mesh.size // mesh.shape["trials"]
-    listed = [
-        "{" + ", ".join(f"{axis}: {size}" for axis, size in sizes.items() if size > 1) + "}"
-        for sizes in itertools.islice(meshes_of(arch, devices), _MOST_MESHES)
-    ]
-    return f"meshes of {devices} devices that work: {', '.join(listed)}"
-
-
 def _divided_sizes(arch: Any) -> list[tuple[str, int, tuple[str, ...]]]:
     """List what a mesh divides in a model: its name, its size, and the axes of the mesh."""
     return [
-        ("the attention heads", arch.num_heads, ("model",)),
-        ("the key-value heads", getattr(arch, "num_kv_heads", arch.num_heads), ("model",)),
-        ("the feed-forward size", arch.feed_forward_size, ("model",)),
-        ("the vocabulary", arch.vocab_size, VOCABULARY),
-        ("the hidden size", arch.hidden_size, ("fsdp",)),
+        ("attention heads", arch.num_heads, ("model",)),
+        ("key-value heads", getattr(arch, "num_kv_heads", arch.num_heads), ("model",)),
+        ("feed-forward features", arch.feed_forward_size, ("model",)),
+        ("tokens in its vocabulary", arch.vocab_size, VOCABULARY),
+        ("hidden features", arch.hidden_size, ("fsdp",)),
     ]

@@ -161,11 +161,16 @@ def mesh_of(experiment: Experiment, trial_devices: int = 1) -> Mesh | None:
     Raises:
       UserError: if there are too few devices, or they do not divide the rows of a batch.
     """
-    sizes = experiment.compute.mesh
+    sizes, training = experiment.compute.mesh, experiment.training
     if sizes is None and trial_devices == 1:
         return None
-    mesh = make_mesh({"trials": trial_devices, **dict(sizes or {})})
-    require_rows(experiment.training.batch_size, mesh)
+    try:
+        mesh = make_mesh({"trials": trial_devices, **dict(sizes or {})})
+    except UserError as error:
+        if trial_devices == 1:
+            raise
+        raise UserError(f"sweep.devices: {error}") from None
+    require_rows(training.batch_size, mesh, training.accumulate)
     return mesh
 
 
