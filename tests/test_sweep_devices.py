@@ -48,7 +48,9 @@ jax.config.update("jax_num_cpu_devices", 8)
 from softprompt.cli.main import main
 from softprompt.evaluation import scoring
 from softprompt.sweep import program, scheduler
+from softprompt.training import reporting
 
+reporting.draw_curves = lambda *_: None
 file, folder, cases = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
 
 def sweep(name, *overrides):
@@ -80,6 +82,14 @@ def die(self, slots):
 scheduler.Scheduler._step = die
 sweep("killed", "sweep.devices=4")
 """
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_curves():
+    """Save the time of drawing the curves of each trial."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("softprompt.training.reporting.draw_curves", lambda *_: None)
+        yield
 
 
 @pytest.fixture(scope="module")
