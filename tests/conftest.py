@@ -45,6 +45,7 @@ SLOW = [
     "test_training",
     "test_methods",
     "test_sweep",
+    "test_sweep_devices",
     "test_generation",
     "test_compare",
     "test_generator",

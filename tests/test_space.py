@@ -102,6 +102,11 @@ def test_random_trials_stay_in_their_ranges_and_do_not_depend_on_the_number_of_t
             "  seed: [0]\n  at_once: 0\n",
             "sweep.at_once: Input should be greater than or equal to 1",
         ),
+        ("  seed: [0]\n  devices: 0\n", "must be 1 or more, or -1 for all devices"),
+        (
+            "  compute.mesh: [{data: 1}, {data: -1}]\n  devices: -1\n",
+            ":11: sweep.devices: an axis of compute.mesh is -1, too; set one of them to a number",
+        ),
     ],
 )
 def test_a_mistake_in_a_sweep_gives_one_line_with_its_position(space, section, message):

@@ -3,12 +3,14 @@
 import errno
 import json
 import shutil
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
-from conftest import example_of, sweep_process
+from conftest import example_of, golden_backbone, sweep_process
 
 from softprompt import SoftPrompt, UserError, load_prompt, train
 from softprompt.cli.main import main
@@ -17,10 +19,11 @@ from softprompt.experiment.schema import OptimizerSettings
 from softprompt.objectives.cross_entropy import cross_entropy
 from softprompt.storage.run_folder import MetricsLog, read_metrics
 from softprompt.sweep.outcome import Outcome, validation_at
-from softprompt.sweep.program import shared_settings, step_group
+from softprompt.sweep.program import shared_settings, step_group, step_groups, train_steps
 from softprompt.sweep.runner import program_groups, sweep
+from softprompt.sweep.scheduler import Scheduler
 from softprompt.training.optimizers import UpdateRule, hyperparameters
-from softprompt.training.step import split, train_step
+from softprompt.training.step import PROGRAM, split, train_step, update
 
 
 def test_a_padded_prompt_trains_like_an_unpadded_one(tiny):
@@ -103,7 +106,7 @@ def test_each_trial_matches_a_single_run(space):
 
 @pytest.mark.parametrize(("budget", "at_once"), [(0, 1), (1e12, 4)])
 def test_memory_limits_how_many_trials_train_at_once(space, monkeypatch, capsys, budget, at_once):
-    monkeypatch.setattr("softprompt.sweep.program._memory_budget", lambda _: budget)
+    monkeypatch.setattr("softprompt.sweep.program._memory_budget", lambda *_: budget)
     sweep(space("  seed: [0, 1, 2, 3, 4]\n", "training.steps=1"))
     assert f"{at_once} of 5 trials at once" in capsys.readouterr().err
 
@@ -133,6 +136,59 @@ def test_a_step_that_runs_out_of_memory_uses_fewer_trials(space, monkeypatch, ca
     monkeypatch.setattr("softprompt.sweep.scheduler.step_group", step_without_memory)
     with pytest.raises(UserError, match="out of memory with a single trial; set a smaller"):
         sweep(space(section, folder="none"))
+
+
+def test_trials_of_a_mixture_of_experts_match_single_steps():
+    """JAX has no `vmap` of their `ragged_dot`, so they run one after another."""
+    backbone = golden_backbone("qwen3_moe-normed")
+    examples = [example_of([5, 6, 7, 8], [[20, 21]], 0), example_of([9, 10], [[23]], 0)]
+    batch = Layout.of(examples).lay_out(examples, 2, 8, 2)
+    vectors = np.random.default_rng(0).normal(size=(2, 3, backbone.arch.hidden_size))
+    optimizer, one_step = optax.sgd(0.1), jax.jit(update, static_argnames=PROGRAM)
+    trials, alone = [], []
+    for start in vectors:
+        graphdef, trainable, frozen = split(SoftPrompt(jnp.array(start, jnp.float32)), backbone)
+        program = {"graphdef": graphdef, "optimizer": optimizer, "objective": cross_entropy}
+        state, key = optimizer.init(trainable), jax.random.key(0)
+        trials.append((trainable, state, frozen[0], key))
+        alone.append(one_step(trainable, state, frozen, batch, key, **program))
+    trainable, states, constants, keys = zip(*trials, strict=True)
+    batches = side_by_side([batch, batch])
+    together = train_steps(trainable, states, constants, frozen[1], batches, keys, **program)
+    for one, other in zip(together, alone, strict=True):
+        np.testing.assert_allclose(one[2]["loss"], other[2]["loss"], rtol=1e-5)
+        np.testing.assert_allclose(
+            *(jax.tree.leaves(each[0])[0] for each in (one, other)), atol=1e-5
+        )
+
+
+@pytest.mark.parametrize(
+    ("count", "devices", "most", "widths"),
+    [
+        (11, 1, 4, [4, 4, 2, 1]),
+        (5, 4, 64, [5]),  # two on each device
+        (9, 4, 64, [8, 1]),
+        (9, 4, 4, [4, 4, 1]),
+        (9, 4, 2, [4, 4, 1]),
+        (9, 16, 8, [9]),
+    ],
+)
+def test_a_group_fills_all_devices(count, devices, most, widths):
+    """Nine trials take the time of three on four devices, not of four."""
+    base = SimpleNamespace(
+        backbone=SimpleNamespace(mesh=SimpleNamespace(shape={"trials": devices}))
+    )
+    state = SimpleNamespace(trainable=(), opt_state=(), frozen=((),), program={})
+    session = SimpleNamespace(state=state, base=base, rows=4)
+    assert [len(group) for group in step_groups([session] * count, most)] == widths
+
+
+def test_memory_for_one_trial_on_each_device_is_the_least(space):
+    scheduler = Scheduler(space("  seed: [0]\n"), None, None)
+    scheduler._halve_groups(5, 4)
+    assert scheduler._max_group == 4
+    with pytest.raises(UserError, match="with a single trial"):
+        scheduler._halve_groups(4, 4)
 
 
 def test_trials_that_cannot_share_a_program_are_grouped(space):

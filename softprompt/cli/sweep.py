@@ -83,7 +83,8 @@ def _print_plan(planned: "Plan", *, as_json: bool) -> None:
         )
         print(f"trial {trial.number}: {parameters} (program {trial.group}, {trial.state})")
     for number, group in enumerate(planned.groups):
-        estimate = f"{group.at_once} at once, about {duration(group.seconds)}"
+        where = f" on {group.devices} devices" if group.devices > 1 else ""
+        estimate = f"{group.at_once} at once{where}, about {duration(group.seconds)}"
         print(f"program {number}: {group.waiting} trials to run, {group.error or estimate}")
     print(f"total: about {duration(planned.seconds)}")
 

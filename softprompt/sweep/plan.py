@@ -15,8 +15,8 @@ from softprompt.runtime.memory import peak_memory
 from softprompt.runtime.progress import Progress, silent
 from softprompt.runtime.signals import StopSignals
 from softprompt.sweep.outcome import Outcome
-from softprompt.sweep.program import step_group, trials_that_fit
-from softprompt.sweep.runner import program_groups, require_same
+from softprompt.sweep.program import device_count, step_group, trials_that_fit
+from softprompt.sweep.runner import program_groups, require_devices, require_same
 from softprompt.sweep.space import Space, Trial
 from softprompt.training.preparation import Preparation, Prepared
 from softprompt.training.session import Session
@@ -47,12 +47,14 @@ class PlannedGroup:
     Attributes:
       waiting: number of trials that have not ended.
       at_once: number of trials that train side by side.
+      devices: number of devices that they use.
       seconds: estimated duration.
       error: why there is no estimate; None if there is one.
     """
 
     waiting: int
     at_once: int
+    devices: int
     seconds: float
     error: str | None = None
 
@@ -84,14 +86,15 @@ def plan(space: Space, *, progress: Progress = silent) -> Plan:
       progress: shows progress; silent by default.
 
     Raises:
-      UserError: if the folder belongs to another sweep.
+      UserError: if the folder belongs to another sweep, or there are too few devices.
     """
     require_same(space)
+    require_devices(space)
     if space.sweep.how == "tpe":
         trials = [space.trial(number, {}) for number in range(space.sweep.trials or 0)]
     else:
         trials = space.trials()
-    preparation = Preparation(progress)
+    preparation = Preparation(progress, space.sweep.devices)
     planned, groups = [], []
     for number, members in enumerate(program_groups(trials)):
         outcomes = [Outcome.read(trial.folder) for trial in members]
@@ -99,10 +102,12 @@ def plan(space: Space, *, progress: Progress = silent) -> Plan:
             state = outcome.state if outcome else "waiting"
             planned.append(PlannedTrial(trial.number, trial.parameters, number, state))
         waiting = [trial for trial, end in zip(members, outcomes, strict=True) if end is None]
+        group = PlannedGroup(0, 0, 0, 0.0)
         try:
-            group = _plan_group(space, waiting, preparation) if waiting else PlannedGroup(0, 0, 0.0)
+            if waiting:
+                group = _plan_group(space, waiting, preparation)
         except UserError as error:
-            group = PlannedGroup(len(waiting), 0, 0.0, str(error))
+            group = PlannedGroup(len(waiting), 0, 0, 0.0, str(error))
         groups.append(group)
     seconds = round(sum(group.seconds for group in groups), 1)
     return Plan(sorted(planned, key=lambda trial: trial.number), groups, seconds)
@@ -141,7 +146,7 @@ def _plan_group(space: Space, trials: Sequence[Trial], preparation: Preparation)
         rows = len(prepared.examples["validation"][: evaluation.examples]) * evaluations
         rows += len(prepared.examples.get("test", ()))
         seconds += trial_steps * step_seconds + rows * row_seconds
-    return PlannedGroup(len(trials), at_once, round(seconds, 1))
+    return PlannedGroup(len(trials), at_once, device_count(session), round(seconds, 1))
 
 
 def _seconds_per_row(prepared: Prepared, batch_size: int) -> float:

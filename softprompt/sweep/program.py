@@ -1,5 +1,7 @@
 """One compiled program for many trials: `vmap` of the training step over them.
 
+On a mesh with an axis `trials`, each device or group of devices runs its part of the trials.
+
 Axis letters: N trials.
 """
 
@@ -17,6 +19,9 @@ from softprompt.backbones.batch import Batch
 from softprompt.data.batches import side_by_side
 from softprompt.experiment.methods import method_class
 from softprompt.experiment.schema import Experiment
+from softprompt.objectives.model import Model
+from softprompt.parallel.mesh import AXES, axis_size, divide_trials
+from softprompt.parallel.sharding import keep_divided
 from softprompt.training.session import Session
 from softprompt.training.step import PROGRAM, update
 
@@ -45,24 +50,34 @@ def train_steps(
 ) -> list[tuple[nnx.State, Any, dict[str, jax.Array]]]:
     """Make one `update` of N trials in one program. The trials share the backbone.
 
+    The trials of one device run side by side. With a mixture of experts they run one after
+    another, because JAX has no `vmap` of `ragged_dot` with shared weights.
+
     Args:
       trainable, opt_state, constants, keys: one per trial. `(constants, backbone)` is the
         `frozen` argument of `update`.
       backbone: the frozen backbone.
-      batch: the batches of the trials, with a leading axis N.
+      batch: the batches of the trials, with a leading axis N, which the axis `trials` of the mesh
+        must divide.
       program: the static arguments of `update`, the same for all trials.
 
     Returns:
       For each trial what `update` returns.
     """
+    model = Model(*nnx.merge(program["graphdef"], trainable[0], constants[0], backbone))
+    mesh, has_experts = model.backbone.mesh, getattr(model.backbone.arch, "num_experts", 0)
 
-    def one_trial(arrays: Any, batch: Batch) -> Any:
-        trainable, opt_state, constants, key = arrays
-        return update(trainable, opt_state, (constants, backbone), batch, key, **program)
+    def some_trials(backbone: nnx.State, arrays: Any, batch: Batch) -> Any:
+        def one_trial(inputs: Any) -> Any:
+            (trainable, opt_state, constants, key), batch = inputs
+            return update(trainable, opt_state, (constants, backbone), batch, key, **program)
+
+        inputs = arrays, batch
+        return jax.lax.map(one_trial, inputs) if has_experts else jax.vmap(one_trial)(inputs)
 
     trials = zip(trainable, opt_state, constants, keys, strict=True)
-    stacked: Any = jax.tree.map(lambda *arrays: jnp.stack(arrays), *trials)
-    results = jax.vmap(one_trial)(stacked, batch)
+    stacked: Any = keep_divided(jax.tree.map(lambda *arrays: jnp.stack(arrays), *trials), mesh)
+    results = keep_divided(divide_trials(some_trials, mesh)(backbone, stacked, batch), mesh)
     return [jax.tree.map(itemgetter(i), results) for i in range(len(keys))]
 
 
@@ -85,6 +100,8 @@ def step_group(
 ) -> list[tuple[nnx.State, Any, dict[str, jax.Array]]]:
     """Make one step of a group of trials; see `step_groups`.
 
+    Devices that are left without a trial repeat the first one.
+
     Args:
       sessions: the trials.
       inputs: for each trial what `Session.next_inputs` returned.
@@ -92,14 +109,27 @@ def step_group(
     Returns:
       For each trial the arguments of `Session.accept`.
     """
-    return train_steps(*_arguments(sessions, inputs), **sessions[0].state.program)
+    idle = -len(sessions) % trial_devices(sessions[0])
+    filled = [*sessions, *[sessions[0]] * idle], [*inputs, *[inputs[0]] * idle]
+    return train_steps(*_arguments(*filled), **sessions[0].state.program)[: len(sessions)]
+
+
+def trial_devices(session: Session) -> int:
+    """Return the number of devices, or groups of devices, that divide the trials of a step."""
+    return axis_size(session.base.backbone.mesh, "trials")
+
+
+def device_count(session: Session) -> int:
+    """Return the number of devices that a session uses."""
+    return axis_size(session.base.backbone.mesh, AXES)
 
 
 def step_groups(sessions: Sequence[Session], max_group: int) -> list[list[Session]]:
     """Divide trials into groups that make a step together.
 
-    The trials of a group share a program. Their number is a power of two and at most
-    `max_group`, so that few programs are compiled while trials start and end.
+    The trials of a group share a program. On each device their number is a power of two, so that
+    few programs are compiled while trials start and end. A group has at most `max_group` trials, or
+    one on each device if that is more.
     """
     groups: list[list[Session]] = []
     left = list(sessions)
@@ -107,19 +137,20 @@ def step_groups(sessions: Sequence[Session], max_group: int) -> list[list[Sessio
         program = _program_key(left[0])
         same = [session for session in left if _program_key(session) == program]
         left = [session for session in left if _program_key(session) != program]
+        devices = trial_devices(same[0])
         while same:
-            width = _largest_power_of_two(min(len(same), max_group))
+            width = devices * _trials_of_device(len(same), max_group, devices)
             groups.append(same[:width])
             same = same[width:]
     return groups
 
 
 def trials_that_fit(session: Session, count: int, memory_before: float) -> int:
-    """Return how many trials like this one fit into memory together, as a power of two.
+    """Return how many trials like this one fit into memory together.
 
-    On an accelerator, these are all that fit into its free memory. A CPU gains little from more
-    trials, so there they may need no more memory than the process uses already, and at most a
-    quarter of the machine's memory.
+    On each device, this is a power of two. An accelerator takes all that fit into its free memory.
+    A CPU gains little from more trials, so there they may need no more memory than the process uses
+    already, and at most a quarter of the machine's memory.
 
     Args:
       session: one of the trials.
@@ -127,18 +158,25 @@ def trials_that_fit(session: Session, count: int, memory_before: float) -> int:
       memory_before: bytes that the process used before the first trial's first step.
     """
     batch, key = session.batches.largest(), session.state.key
-    budget = _memory_budget(memory_before)
-    width = _largest_power_of_two(min(count, MAX_GROUP))
+    budget = _memory_budget(session, memory_before)
+    devices = trial_devices(session)
+    width = _trials_of_device(count, MAX_GROUP, devices)
     while width > 1:
-        arguments = _arguments([session] * width, [(batch, key)] * width)
+        arguments = _arguments([session] * width * devices, [(batch, key)] * width * devices)
         lowered = train_steps.lower(*arguments, **session.state.program)
         needed = lowered.compile().memory_analysis()
         if needed is None:
-            return 1
-        if needed.temp_size_in_bytes <= budget:
+            width = 1
+        elif needed.temp_size_in_bytes <= budget:
             break
-        width = _largest_power_of_two(width * budget / needed.temp_size_in_bytes)
-    return width
+        else:
+            width = _largest_power_of_two(width * budget / needed.temp_size_in_bytes)
+    return min(width * devices, count)
+
+
+def _trials_of_device(count: int, most: int, devices: int) -> int:
+    """Divide trials, of which at most `most` make a step together, over devices."""
+    return _largest_power_of_two(min(-(-count // devices), most // devices))
 
 
 def _largest_power_of_two(limit: float) -> int:
@@ -146,13 +184,14 @@ def _largest_power_of_two(limit: float) -> int:
     return 1 << (max(1, int(limit)).bit_length() - 1)
 
 
-def _memory_budget(memory_before: float) -> float:
-    """Bytes that the temporary arrays of a step may use."""
+def _memory_budget(session: Session, memory_before: float) -> float:
+    """Bytes that the temporary arrays of a step may use on each device."""
     statistics = jax.devices()[0].memory_stats()
     if statistics and "bytes_limit" in statistics:
         return 0.8 * (statistics["bytes_limit"] - statistics["bytes_in_use"])
     machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return min(memory_before, machine / 4)
+    # Several devices of a CPU are parts of one process.
+    return min(memory_before, machine / 4) / device_count(session)
 
 
 def _arguments(

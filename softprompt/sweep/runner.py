@@ -17,6 +17,7 @@ from softprompt.sweep.outcome import Outcome, validation_at
 from softprompt.sweep.program import shared_settings
 from softprompt.sweep.scheduler import OpenedTrial, Scheduler
 from softprompt.sweep.space import HalvingSettings, Space, Trial
+from softprompt.training.preparation import mesh_of
 
 _log = logging.getLogger(__name__)
 
@@ -31,11 +32,13 @@ def sweep(space: Space, *, progress: Progress = silent) -> list[Trial]:
       progress: shows progress; silent by default.
 
     Raises:
-      UserError: if the folder belongs to another sweep, or another process works on it.
+      UserError: if the folder belongs to another sweep, another process works on it, or there are
+        too few devices.
       Stopped: on Ctrl-C, SIGTERM or SIGHUP, after every trial is saved. A second signal has its
         usual effect.
     """
     settings = space.sweep
+    require_devices(space)
     with open_sweep(space), StopSignals() as stop:
         if settings.how == "tpe":
             from softprompt.sweep.study import Study
@@ -55,6 +58,16 @@ def sweep(space: Space, *, progress: Progress = silent) -> list[Trial]:
         if stop.requested:
             raise Stopped(stop.requested, "stopped, all saved; start it again to resume")
     return trials
+
+
+def require_devices(space: Space) -> None:
+    """Check that there are enough devices for all trials, before anything is loaded.
+
+    Raises:
+      UserError: if there are too few, or they do not divide the rows of a batch.
+    """
+    for trial in space.trials() if space.sweep.how != "tpe" else [space.trial(0, {})]:
+        mesh_of(trial.experiment, space.sweep.devices)
 
 
 def program_groups(trials: Sequence[Trial]) -> list[list[Trial]]:
@@ -166,7 +179,8 @@ def require_same(space: Space) -> None:
 
 
 def _describe(space: Space) -> str:
-    """The settings that identify a sweep. The number of trials and `at_once` may change."""
-    settings = space.sweep.model_dump(exclude={"at_once", "trials"}, exclude_none=True)
+    """The settings that identify a sweep, without those that may change when it resumes."""
+    free = {"at_once", "devices", "trials"}
+    settings = space.sweep.model_dump(exclude=free, exclude_none=True)
     experiment = dump_experiment(space.file.experiment(), space.folder)
     return experiment + dump_yaml({"sweep": settings})

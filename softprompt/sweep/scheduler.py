@@ -18,7 +18,14 @@ from softprompt.runtime.signals import StopSignals
 from softprompt.storage.locks import InUseError
 from softprompt.storage.run_folder import open_run, write_config
 from softprompt.sweep.outcome import Outcome, validation_at
-from softprompt.sweep.program import MAX_GROUP, step_group, step_groups, trials_that_fit
+from softprompt.sweep.program import (
+    MAX_GROUP,
+    device_count,
+    step_group,
+    step_groups,
+    trial_devices,
+    trials_that_fit,
+)
 from softprompt.sweep.space import Space, Trial
 from softprompt.training.loop import finished_summary
 from softprompt.training.preparation import Preparation
@@ -91,7 +98,7 @@ class Scheduler:
 
     def __init__(self, space: Space, stop: StopSignals, bar: Bar, progress: Progress = silent):
         self._space, self._stop, self._bar, self._progress = space, stop, bar, progress
-        self._preparation = Preparation(progress)
+        self._preparation = Preparation(progress, space.sweep.devices)
         self._memory_before = 0.0  # peak use in bytes before the first step
         self._max_group = MAX_GROUP
         self._counted: set[int] = set()  # trials whose earlier steps were dropped from the bar
@@ -124,7 +131,9 @@ class Scheduler:
                     if not width:
                         self._memory_before = self._memory_before or peak_memory()
                         width = trials_that_fit(slot.session, count, self._memory_before)
-                        _log.info(f"{width} of {count} trials at once")
+                        devices = device_count(slot.session)
+                        where = f" on {devices} devices" if devices > 1 else ""
+                        _log.info(f"{width} of {count} trials at once{where}")
                 if not slots:
                     return
                 if not self._stop.requested:
@@ -214,7 +223,7 @@ class Scheduler:
             except jax.errors.JaxRuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
-                self._halve_groups(len(group))
+                self._halve_groups(len(group), trial_devices(group[0]))
                 continue
             waiting = [session for session in waiting if session not in group]
             for session, result in zip(group, results, strict=True):
@@ -226,15 +235,15 @@ class Scheduler:
                 slot.bar.advance(note=session.reporter.quality or session.reporter.note)
                 self._bar.advance(note=f"{len(slots)} at once")
 
-    def _halve_groups(self, count: int) -> None:
+    def _halve_groups(self, count: int, devices: int) -> None:
         """Allow groups of half as many trials, because `count` do not fit into memory."""
-        if count == 1:
+        if count <= devices:
             raise UserError(
                 "the device runs out of memory with a single trial; set a smaller "
                 "training.batch_size, and raise training.accumulate to keep the number of "
                 "examples per step; everything done so far is kept"
             )
-        self._max_group = count // 2
+        self._max_group = max(count // 2, devices)
         _log.warning(f"out of memory: trying {self._max_group} instead of {count} trials at once")
 
     def _release(self, slot: _Slot, *, close: bool = True) -> None:

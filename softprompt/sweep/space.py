@@ -100,6 +100,8 @@ class SweepSettings(Section):
       trials: number of trials, for `random` and `tpe`.
       halving: successive halving, which stops poor trials early.
       at_once: number of trials that train side by side. By default as many as memory allows.
+      devices: number of devices that divide the trials; -1 for all. With `compute.mesh`, the number
+        of groups of devices, each with that mesh.
       storage: database URL of the study, for `tpe`. By default a file in the sweep folder.
     """
 
@@ -109,6 +111,7 @@ class SweepSettings(Section):
     trials: Annotated[int, Field(ge=1, le=MAX_TRIALS)] | None = None
     halving: HalvingSettings | None = None
     at_once: Annotated[int, Field(ge=1, le=MAX_TRIALS)] | None = None
+    devices: Annotated[int, Field(ge=-1, le=100_000)] = 1
     storage: str | None = None
 
     @property
@@ -142,6 +145,8 @@ class SweepSettings(Section):
             raise ValueError("how: zip needs the same number of values for every key")
         if self.storage and self.how != "tpe":
             raise ValueError("storage needs how: tpe")
+        if self.devices == 0:
+            raise ValueError("devices: must be 1 or more, or -1 for all devices")
         return self
 
 
@@ -223,6 +228,11 @@ class Space:
           UserError: if they are not valid for the experiment.
         """
         experiment = self.file.experiment(parameters)
+        if self.sweep.devices == -1 and -1 in dict(experiment.compute.mesh or {}).values():
+            raise UserError(
+                f"{self.file.where('devices')}: sweep.devices: an axis of compute.mesh is -1, too; "
+                "set one of them to a number"
+            )
         halving, every = self.sweep.halving, experiment.evaluation.every
         for rung in halving.rungs if halving else ():
             if rung % every or rung >= experiment.training.steps:

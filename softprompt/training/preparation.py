@@ -58,10 +58,11 @@ class Preparation:
 
     Args:
       progress: shows how many examples are tokenized.
+      trial_devices: see `mesh_of`.
     """
 
-    def __init__(self, progress: Progress = silent) -> None:
-        self._progress = progress
+    def __init__(self, progress: Progress = silent, trial_devices: int = 1) -> None:
+        self._progress, self._trial_devices = progress, trial_devices
         self._bases: dict[str, Base] = {}
         self._records: dict[str, Sequence[Record]] = {}
         self._examples: dict[str, tuple[Task, Sequence[Record], Dataset]] = {}
@@ -125,7 +126,8 @@ class Preparation:
             self._examples.clear()
             began = time.monotonic()
             settings = experiment.compute.model_dump(exclude={"mesh"})
-            base = load_base(experiment.base, **settings, mesh=self._mesh(experiment))
+            mesh = mesh_of(experiment, self._trial_devices)
+            base = load_base(experiment.base, **settings, mesh=mesh)
             _log.info(
                 f"base {base.name}: loaded in {time.monotonic() - began:.1f} s, "
                 f"{base.compute.dtype}{', int8 matrices' if base.compute.int8 else ''}, "
@@ -133,15 +135,6 @@ class Preparation:
             )
             self._bases[wanted] = base
         return self._bases[wanted]
-
-    def _mesh(self, experiment: Experiment) -> Mesh | None:
-        """Return the mesh of an experiment; None for one device."""
-        if experiment.compute.mesh is None:
-            return None
-        mesh = make_mesh(dict(experiment.compute.mesh))
-        training = experiment.training
-        require_rows(training.batch_size, mesh, training.accumulate)
-        return mesh
 
     def _examples_of(self, task: Task, records: Sequence[Record], split: str) -> Dataset:
         """Encode the examples of a split, or reuse the examples of the last experiment."""
@@ -155,6 +148,30 @@ class Preparation:
         examples = make_examples(task, records, split, self._progress)
         self._examples[split] = key, records, examples
         return examples
+
+
+def mesh_of(experiment: Experiment, trial_devices: int = 1) -> Mesh | None:
+    """Return the mesh of an experiment; None for one device.
+
+    Args:
+      experiment: the experiment.
+      trial_devices: the number of devices that divide the trials of a sweep; -1 for all. If the
+        experiment has a mesh, the number of groups of devices, each with that mesh.
+
+    Raises:
+      UserError: if there are too few devices, or they do not divide the rows of a batch.
+    """
+    sizes, training = experiment.compute.mesh, experiment.training
+    if sizes is None and trial_devices == 1:
+        return None
+    try:
+        mesh = make_mesh({"trials": trial_devices, **dict(sizes or {})})
+    except UserError as error:
+        if trial_devices == 1:
+            raise
+        raise UserError(f"sweep.devices: {error}") from None
+    require_rows(training.batch_size, mesh, training.accumulate)
+    return mesh
 
 
 def _read(source: str, split: str) -> Sequence[Record]:
