@@ -30,6 +30,7 @@ from orbax.checkpoint import v1 as orbax
 from softprompt.errors import UserError, reason_of
 from softprompt.files.json_files import read_json
 from softprompt.files.reading import MEBIBYTE, open_file, read_text
+from softprompt.parallel.hosts import bytes_here, is_divided_over_hosts, is_main, wait_for_all
 from softprompt.runtime.finite import require_finite
 from softprompt.runtime.memory import available_memory, gibibytes
 
@@ -51,6 +52,9 @@ def save_arrays(folder: Path, arrays: Any, description: Mapping[str, Any], file:
 
     An existing folder is replaced by two renames, between which it briefly does not exist.
 
+    If the arrays are divided over several processes, all of them call this together, and each
+    writes its part. Otherwise process 0 alone writes.
+
     Args:
       folder: the folder to create or replace.
       arrays: a pytree of arrays; NNX states lose their variable types.
@@ -62,12 +66,25 @@ def save_arrays(folder: Path, arrays: Any, description: Mapping[str, Any], file:
       OSError: if the folder cannot be written or the disk is full.
     """
     require_finite(arrays, f"{folder}: not saved")
-    new, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(new, ignore_errors=True)
-    _require_space(folder.parent, arrays)
-    new.mkdir()  # fails at once; Orbax would retry for a minute
-    if jax.tree.leaves(arrays):
+    new = folder.with_name(f".{folder.name}.new")
+    divided = is_divided_over_hosts(arrays)
+    if is_main():
+        shutil.rmtree(new, ignore_errors=True)
+        _require_space(folder.parent, arrays)
+        new.mkdir()  # fails at once; Orbax would retry for a minute
+    if divided:
+        wait_for_all(f"{new} is empty")
+    if jax.tree.leaves(arrays) and (divided or is_main()):
         _save(new.absolute() / "arrays", nnx.as_pure(arrays))
+    if is_main():
+        _complete(folder, new, description, file)
+    if divided:
+        wait_for_all(f"{folder} is complete")
+
+
+def _complete(folder: Path, new: Path, description: Mapping[str, Any], file: str) -> None:
+    """Add the description and the checksums to a new folder, and let it replace the old one."""
+    old = folder.with_name(f".{folder.name}.old")
     (new / file).write_text(json.dumps(description, indent=2, ensure_ascii=False) + "\n")
     sums = [f"{_sha256(path)}  {path.relative_to(new)}\n" for path in _files(new)]
     (new / _SUMS).write_text("".join(sums))
@@ -102,7 +119,7 @@ def _save(path: Path, arrays: Any) -> None:
       OSError: if it cannot be written.
     """
     try:
-        with _alone_and_quiet():
+        with _alone_and_quiet(), _processes(together=is_divided_over_hosts(arrays)):
             orbax.save(path, arrays)
     except Exception as error:  # of many types; TensorStore names the system's error
         number = re.search(r"os_error_code='(\d+)'", str(error))
@@ -110,6 +127,17 @@ def _save(path: Path, arrays: Any) -> None:
             raise
         code = int(number[1])
         raise OSError(code, os.strerror(code), str(path)) from None
+
+
+def _processes(*, together: bool) -> orbax.Context:
+    """Return the context in which Orbax works with all processes together, or with this one."""
+    options = orbax.options.MultiprocessingOptions()
+    if not together:
+        this = jax.process_index()
+        options = orbax.options.MultiprocessingOptions(
+            primary_host=this, active_processes={this}, barrier_sync_key_prefix=f"process {this}"
+        )
+    return orbax.Context(multiprocessing_options=options)
 
 
 @contextlib.contextmanager
@@ -186,42 +214,58 @@ def load_arrays(folder: Path, like: Any) -> Any:
 
     Args:
       folder: the saved folder.
-      like: a pytree of arrays or `jax.ShapeDtypeStruct`s with the expected structure.
+      like: a pytree of arrays or `jax.ShapeDtypeStruct`s with the expected structure. All
+        processes call this together if their shardings divide arrays over several processes.
 
     Returns:
-      The arrays, on the first device, in the structure of `like`.
+      The arrays in the structure of `like`: divided over devices as these are, otherwise on the
+      first device.
 
     Raises:
       DamagedError: if the saved arrays have another structure, shape or dtype.
       NotFiniteError: if a saved array holds infinity or NaN.
       UserError: if the arrays need more memory than is available.
     """
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), nnx.as_pure(like)
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_divided_or_first(x)),
+        nnx.as_pure(like),
     )
     path, leaves = folder.absolute() / "arrays", jax.tree.leaves(abstract)
     if not leaves and not path.exists():
         return like
-    _read(path, lambda: _require_shapes(folder, orbax.metadata(path).metadata, abstract))
-    needed, available = sum(x.size * x.dtype.itemsize for x in leaves), available_memory()
+    together = not all(x.sharding.is_fully_addressable for x in leaves)
+    _read(path, lambda: _require_shapes(folder, orbax.metadata(path).metadata, abstract), together)
+    needed, available = bytes_here(leaves), available_memory()
     if needed > available:
         raise UserError(
             f"{path}: needs {gibibytes(needed)} of memory, but {gibibytes(available)} are available"
         )
-    loaded = _read(path, lambda: orbax.load(path, abstract))
+    loaded = _read(path, lambda: orbax.load(path, abstract), together)
     require_finite(loaded, str(path))
     return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(loaded))
 
 
-def _read(path: Path, reading: Callable[[], Result]) -> Result:
+def _divided_or_first(array: Any) -> jax.sharding.Sharding:
+    """Return the sharding of an array if it has several devices, otherwise the first device."""
+    sharding = getattr(array, "sharding", None)
+    if sharding is not None and len(sharding.device_set) > 1:
+        return sharding
+    return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+
+def _read(path: Path, reading: Callable[[], Result], together: bool) -> Result:
     """Return what Orbax reads.
+
+    Args:
+      path: the folder, for error messages.
+      reading: reads it.
+      together: whether all processes read at the same time.
 
     Raises:
       DamagedError: if it fails.
     """
     try:
-        with _alone_and_quiet(), _first_error_only():
+        with _alone_and_quiet(), _first_error_only(), _processes(together=together):
             return reading()
     except DamagedError:
         raise

@@ -137,6 +137,11 @@ class Preparation:
     def _mesh(self, experiment: Experiment) -> Mesh | None:
         """Return the mesh of an experiment; None for one device."""
         if experiment.compute.mesh is None:
+            if (count := jax.process_count()) > 1:
+                raise UserError(
+                    f"{count} processes need a mesh of all their devices; set "
+                    "compute.mesh.data=-1, or see compute.mesh in docs/configuration.md"
+                )
             return None
         mesh = make_mesh(dict(experiment.compute.mesh))
         require_rows(experiment.training.batch_size, mesh)
