@@ -63,9 +63,9 @@ def cluster() -> Iterator[bool]:
     output.line_at_abort = lost
     atexit.register(_leave, output)
     log = logging.getLogger("softprompt")
-    log.info(f"{count} processes with {jax.device_count()} devices in all")
     if process:
         log.setLevel(logging.CRITICAL)
+    log.info(f"{count} processes with {jax.device_count()} devices in all")
     try:
         yield process == 0
     except Stopped as stopped:

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from softprompt.generation.sampling import penalize
+from softprompt.parallel.mesh import whole
 
 _EXCLUDED = -jnp.inf  # the score of a text that must not be chosen
 
@@ -140,7 +141,9 @@ def continue_search(
         logits = backbone.logits(hidden)
         return _extend(state, logits, repetition_penalty, ends, length_penalty, until)
 
-    return jax.lax.while_loop(unfinished, step, state)
+    state = jax.lax.while_loop(unfinished, step, state)
+    running, finished = whole((state.running, state.finished), backbone.mesh)
+    return dataclasses.replace(state, running=running, finished=finished)
 
 
 def _extend(

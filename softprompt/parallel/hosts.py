@@ -132,15 +132,6 @@ def global_array(array: Any, sharding: jax.sharding.Sharding) -> jax.Array:
     return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
 
 
-def is_divided_over_hosts(arrays: Any) -> bool:
-    """Return whether no process has all values of a pytree of arrays."""
-    return not all(
-        leaf.is_fully_addressable or leaf.is_fully_replicated
-        for leaf in jax.tree.leaves(arrays)
-        if isinstance(leaf, jax.Array)
-    )
-
-
 def bytes_here(arrays: Any) -> int:
     """Return how much memory arrays need on a device of this process, or on a CPU in all of it.
 

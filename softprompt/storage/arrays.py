@@ -30,7 +30,7 @@ from orbax.checkpoint import v1 as orbax
 from softprompt.errors import UserError, reason_of
 from softprompt.files.json_files import read_json
 from softprompt.files.reading import MEBIBYTE, open_file, read_text
-from softprompt.parallel.hosts import bytes_here, is_divided_over_hosts, is_main, wait_for_all
+from softprompt.parallel.hosts import bytes_here, is_main, wait_for_all
 from softprompt.runtime.finite import require_finite
 from softprompt.runtime.memory import available_memory, gibibytes
 
@@ -52,8 +52,8 @@ def save_arrays(folder: Path, arrays: Any, description: Mapping[str, Any], file:
 
     An existing folder is replaced by two renames, between which it briefly does not exist.
 
-    If the arrays are divided over several processes, all of them call this together, and each
-    writes its part. Otherwise process 0 alone writes.
+    In a run of several processes, all of them call this together. Each writes its part of arrays
+    that are divided over them, and process 0 writes everything else.
 
     Args:
       folder: the folder to create or replace.
@@ -67,19 +67,16 @@ def save_arrays(folder: Path, arrays: Any, description: Mapping[str, Any], file:
     """
     require_finite(arrays, f"{folder}: not saved")
     new = folder.with_name(f".{folder.name}.new")
-    divided = is_divided_over_hosts(arrays)
     if is_main():
         shutil.rmtree(new, ignore_errors=True)
         _require_space(folder.parent, arrays)
         new.mkdir()  # fails at once; Orbax would retry for a minute
-    if divided:
-        wait_for_all(f"{new} is empty")
-    if jax.tree.leaves(arrays) and (divided or is_main()):
+    wait_for_all("the new folder is empty")
+    if jax.tree.leaves(arrays):
         _save(new.absolute() / "arrays", nnx.as_pure(arrays))
     if is_main():
         _complete(folder, new, description, file)
-    if divided:
-        wait_for_all(f"{folder} is complete")
+    wait_for_all("the new folder is complete")
 
 
 def _complete(folder: Path, new: Path, description: Mapping[str, Any], file: str) -> None:
@@ -119,7 +116,7 @@ def _save(path: Path, arrays: Any) -> None:
       OSError: if it cannot be written.
     """
     try:
-        with _alone_and_quiet(), _processes(together=is_divided_over_hosts(arrays)):
+        with _alone_and_quiet():
             orbax.save(path, arrays)
     except Exception as error:  # of many types; TensorStore names the system's error
         number = re.search(r"os_error_code='(\d+)'", str(error))
@@ -127,17 +124,6 @@ def _save(path: Path, arrays: Any) -> None:
             raise
         code = int(number[1])
         raise OSError(code, os.strerror(code), str(path)) from None
-
-
-def _processes(*, together: bool) -> orbax.Context:
-    """Return the context in which Orbax works with all processes together, or with this one."""
-    options = orbax.options.MultiprocessingOptions()
-    if not together:
-        this = jax.process_index()
-        options = orbax.options.MultiprocessingOptions(
-            primary_host=this, active_processes={this}, barrier_sync_key_prefix=f"process {this}"
-        )
-    return orbax.Context(multiprocessing_options=options)
 
 
 @contextlib.contextmanager
@@ -214,8 +200,8 @@ def load_arrays(folder: Path, like: Any) -> Any:
 
     Args:
       folder: the saved folder.
-      like: a pytree of arrays or `jax.ShapeDtypeStruct`s with the expected structure. All
-        processes call this together if their shardings divide arrays over several processes.
+      like: a pytree of arrays or `jax.ShapeDtypeStruct`s with the expected structure. In
+        a run of several processes, all of them call this together.
 
     Returns:
       The arrays in the structure of `like`: divided over devices as these are, otherwise on the
@@ -233,14 +219,13 @@ def load_arrays(folder: Path, like: Any) -> Any:
     path, leaves = folder.absolute() / "arrays", jax.tree.leaves(abstract)
     if not leaves and not path.exists():
         return like
-    together = not all(x.sharding.is_fully_addressable for x in leaves)
-    _read(path, lambda: _require_shapes(folder, orbax.metadata(path).metadata, abstract), together)
+    _read(path, lambda: _require_shapes(folder, orbax.metadata(path).metadata, abstract))
     needed, available = bytes_here(leaves), available_memory()
     if needed > available:
         raise UserError(
             f"{path}: needs {gibibytes(needed)} of memory, but {gibibytes(available)} are available"
         )
-    loaded = _read(path, lambda: orbax.load(path, abstract), together)
+    loaded = _read(path, lambda: orbax.load(path, abstract))
     require_finite(loaded, str(path))
     return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(loaded))
 
@@ -253,19 +238,14 @@ def _divided_or_first(array: Any) -> jax.sharding.Sharding:
     return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
 
-def _read(path: Path, reading: Callable[[], Result], together: bool) -> Result:
+def _read(path: Path, reading: Callable[[], Result]) -> Result:
     """Return what Orbax reads.
-
-    Args:
-      path: the folder, for error messages.
-      reading: reads it.
-      together: whether all processes read at the same time.
 
     Raises:
       DamagedError: if it fails.
     """
     try:
-        with _alone_and_quiet(), _first_error_only(), _processes(together=together):
+        with _alone_and_quiet(), _first_error_only():
             return reading()
     except DamagedError:
         raise

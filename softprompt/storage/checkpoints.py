@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from softprompt.files.writing import write_errors
-from softprompt.parallel.hosts import is_divided_over_hosts, is_main
+from softprompt.parallel.hosts import is_main
 from softprompt.storage.arrays import DamagedError, load_arrays, load_description, save_arrays
 
 
@@ -23,8 +23,7 @@ class Checkpoints:
       folder: the folder of all checkpoints; it is created if necessary.
       keep: number of newest checkpoints to keep. The best one is always kept.
 
-    In a run of several processes, all of them call `save` and `load` together. Process 0 alone
-    writes, except for arrays that are divided over the processes.
+    In a run of several processes, all of them call `save` and `load` together.
     """
 
     _FILE = "checkpoint.json"
@@ -49,7 +48,7 @@ class Checkpoints:
     def save(self, step: int, arrays: Any, description: Mapping[str, Any], best: int) -> None:
         """Copy the arrays to the host, and write them in the background.
 
-        Arrays that are divided over several processes are written at once.
+        Several processes write them at once, because Orbax then needs all of them.
 
         Args:
           step: the step of the checkpoint.
@@ -58,10 +57,8 @@ class Checkpoints:
           best: a step whose checkpoint must not be deleted.
         """
         self.wait()
-        if is_divided_over_hosts(arrays):
+        if jax.process_count() > 1:
             self._write(step, arrays, dict(description), best)
-            return
-        if not is_main():
             return
         host = jax.tree.map(np.array, nnx.as_pure(arrays))
         pending: Future[None] = Future()

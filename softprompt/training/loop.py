@@ -12,7 +12,13 @@ from softprompt.data.records import Rows
 from softprompt.errors import Stopped, UserError
 from softprompt.experiment.schema import Experiment
 from softprompt.methods.saved import read_description
-from softprompt.parallel.hosts import Agreement, divide_rows, result_of_main, wait_for_all
+from softprompt.parallel.hosts import (
+    Agreement,
+    divide_rows,
+    is_main,
+    result_of_main,
+    wait_for_all,
+)
 from softprompt.runtime.memory import is_out_of_memory
 from softprompt.runtime.progress import Progress, silent
 from softprompt.runtime.signals import StopSignals
@@ -96,8 +102,8 @@ def _opened(folder: Path, experiment: Experiment) -> Iterator[Experiment]:
             experiment = stack.enter_context(open_run(folder, experiment))
             return experiment.evaluation.metric
 
-        metric_of_main = result_of_main(metric)
-        yield experiment.with_metric(metric_of_main)
+        decides = result_of_main(metric)
+        yield experiment if is_main() else experiment.with_metric(decides)
         wait_for_all("the run is complete")
 
 

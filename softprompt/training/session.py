@@ -28,7 +28,7 @@ from softprompt.experiment.schema import Experiment
 from softprompt.inference.prompt import load_prompt
 from softprompt.methods.saved import SavedPrompt, read_description, save_prompt
 from softprompt.metrics.named import is_better
-from softprompt.parallel.hosts import is_main, result_of_main, wait_for_all
+from softprompt.parallel.hosts import is_main, result_of_main
 from softprompt.runtime.finite import NotFiniteError
 from softprompt.runtime.progress import Progress, silent
 from softprompt.runtime.signals import StopSignals
@@ -328,7 +328,6 @@ class Session:
             scoring=self.experiment.scoring,
             generation=self.experiment.generation,
         )
-        wait_for_all("the prompt is saved")
 
     def _saved_prompt_step(self) -> int:
         """The step of the saved prompt; -1 if there is none or it is damaged."""
