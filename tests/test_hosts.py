@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import write_experiment
+from conftest import GOLDEN, write_experiment
 from processes import ForkedProcess
+from safetensors.numpy import load_file, save_file
 
-from softprompt import UserError, load_experiment, train
+from softprompt import UserError, load_experiment, load_prompt, train
 from softprompt.cli import cluster
-from softprompt.storage.arrays import load_arrays, load_description
 from softprompt.storage.run_folder import read_metrics
 
 _PROCESS = """\
@@ -35,7 +35,6 @@ sys.exit(main())
 """
 _VARIABLES = ["JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"]
 TIMES = {"examples_per_second", "seconds"}
-FULL = ["method=full", "optimizer.learning_rate=0.001"]
 
 
 def free_address():
@@ -75,19 +74,30 @@ def whole(file):
 
 
 @pytest.fixture(scope="module")
-def whole_full(file):
-    """The same for full fine-tuning."""
-    train(load_experiment(file, FULL), file.parent / "whole-full")
+def full(file):
+    """Settings that train all parameters of a model that four devices divide."""
+    base = file.parent / "base"
+    shutil.copytree(GOLDEN / "llama-grouped", base)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"vocab_size": 260}))
+    tensors = load_file(base / "model.safetensors")
+    for name, array in tensors.items():
+        if len(array) == config["vocab_size"]:
+            tensors[name] = np.concatenate([array, array[:1]])
+    save_file(tensors, base / "model.safetensors")
+    return [f"base={base}", "method=full", "optimizer.learning_rate=0.001"]
+
+
+@pytest.fixture(scope="module")
+def whole_full(file, full):
+    """The run folder of full fine-tuning with one device."""
+    train(load_experiment(file, full), file.parent / "whole-full")
     return file.parent / "whole-full"
 
 
 def arrays_of(folder):
-    description = load_description(folder / "prompt", "prompt.json")
-    expected = {
-        name: np.zeros(shape, np.float32)
-        for name, shape in description.get("arrays", {}).items()
-    }
-    return load_arrays(folder / "prompt", expected) if expected else {}
+    trained = load_prompt(folder)
+    return trained.method.arrays(trained.backbone)
 
 
 def assert_same(folder: Path, expected: Path) -> None:
@@ -138,9 +148,9 @@ def test_a_lost_process_ends_the_run_which_then_resumes(file, tmp_path, whole):
     assert_same(tmp_path / "run", whole)
 
 
-def test_a_divided_state_is_saved_and_restored(file, tmp_path, whole_full):
+def test_a_divided_state_is_saved_and_restored(file, full, tmp_path, whole_full):
     run, one = tmp_path / "run", tmp_path / "one"
-    pair = Pair(file, run, *FULL, "compute.mesh.fsdp=-1", pause=0.3)
+    pair = Pair(file, run, *full, "compute.mesh.fsdp=-1", pause=0.3)
     wait_for_checkpoint(run, 4, pair)
     pair.processes[1].send_signal(signal.SIGTERM)  # one of them is enough
     statuses, (printed, _) = pair.end()
@@ -149,9 +159,9 @@ def test_a_divided_state_is_saved_and_restored(file, tmp_path, whole_full):
     stopped = max(int(path.name) for path in (run / "checkpoints").iterdir())
     assert 4 <= stopped < 12
     shutil.copytree(run, one)
-    train(load_experiment(file, FULL), one)  # on one process and one device
+    train(load_experiment(file, full), one)  # on one process and one device
     assert_same(one, whole_full)
-    statuses, printed = Pair(file, run, *FULL, "compute.mesh.fsdp=-1").end()
+    statuses, printed = Pair(file, run, *full, "compute.mesh.fsdp=-1").end()
     assert statuses == [0, 0], printed
     assert f"resuming from step {stopped}" in printed[0]
     assert_same(run, whole_full)
