@@ -134,7 +134,7 @@ def _is_reported(error: UserError, process: int) -> bool:
     import jax
     from jax._src import distributed  # the store of keys and values is not public
 
-    client = distributed.global_state.client
+    client: Any = distributed.global_state.client
     with contextlib.suppress(jax.errors.JaxRuntimeError):
         if process == 0:
             client.key_value_set(_ERROR, str(error))
@@ -165,7 +165,8 @@ class _Output:
 
     def __init__(self) -> None:
         self.line_at_abort = ""
-        self._errors, self._hidden = os.dup(2), tempfile.TemporaryFile()
+        self._errors = os.dup(2)
+        self._hidden = tempfile.TemporaryFile()  # noqa: SIM115 (for the whole life of the process)
         sys.stdout = os.fdopen(os.dup(1), "w", errors="backslashreplace")
         sys.stderr = os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace")
         for descriptor in (1, 2):

@@ -26,5 +26,7 @@ def _end(number: int, frame: FrameType | None) -> NoReturn:
     temporary name.
     """
     clear_line = "\r\x1b[K" if os.isatty(sys.stderr.fileno()) else ""
-    os.write(sys.stderr.fileno(), f"{clear_line}stopped by {signal.Signals(number).name}\n".encode())
+    os.write(
+        sys.stderr.fileno(), f"{clear_line}stopped by {signal.Signals(number).name}\n".encode()
+    )
     os._exit(128 + number)

@@ -99,8 +99,9 @@ def rows_here(count: int, mesh: Mesh | None) -> Sequence[int]:
     """
     if mesh is None or jax.process_count() == 1:
         return range(count)
-    parts = NamedSharding(mesh, PartitionSpec(ROWS)).addressable_devices_indices_map((count,))
-    return sorted({row for (part,) in parts.values() for row in range(*part.indices(count))})
+    divided = NamedSharding(mesh, PartitionSpec(ROWS))
+    parts = divided.addressable_devices_indices_map((count,)).values()
+    return sorted({row for part in parts if part for row in range(*part[0].indices(count))})
 
 
 def divide_rows(batch: Rows, mesh: Mesh | None) -> Rows:

@@ -234,7 +234,7 @@ class Session:
             except pydantic.ValidationError:
                 log_message(self.name, f"checkpoint {step}: not of this version; not using it")
         best_prompts = {0, *intact, self._saved_prompt_step()}
-        for step, run in intact.items():
+        for run in intact.values():
             self._require_unchanged(run)
             if run.best_step in best_prompts:
                 return dataclasses.asdict(run)
