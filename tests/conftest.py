@@ -43,6 +43,7 @@ compile_quickly()
 SLOW = [
     "test_families",
     "test_training",
+    "test_hosts",
     "test_kill_loop",
     "test_methods",
     "test_generation",
