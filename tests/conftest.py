@@ -43,6 +43,7 @@ compile_quickly()
 SLOW = [
     "test_families",
     "test_training",
+    "test_hosts",
     "test_methods",
     "test_sweep",
     "test_sweep_devices",

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from types import FrameType
 from typing import NoReturn
 
@@ -24,6 +25,8 @@ def _end(number: int, frame: FrameType | None) -> NoReturn:
     Nothing needs the cleanup: whatever this process has written is complete on disk, or has a
     temporary name.
     """
-    clear_line = "\r\x1b[K" if os.isatty(2) else ""
-    os.write(2, f"{clear_line}stopped by {signal.Signals(number).name}\n".encode())
+    clear_line = "\r\x1b[K" if os.isatty(sys.stderr.fileno()) else ""
+    os.write(
+        sys.stderr.fileno(), f"{clear_line}stopped by {signal.Signals(number).name}\n".encode()
+    )
     os._exit(128 + number)

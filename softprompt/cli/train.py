@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from softprompt.cli.arguments import add_command, add_experiment, folder_option
+from softprompt.cli.cluster import cluster
 from softprompt.cli.progress import Bar
+from softprompt.runtime.progress import silent
 
 
 def add_to(subparsers: Any) -> None:
@@ -42,9 +44,11 @@ def run(options: argparse.Namespace) -> None:
     from softprompt.experiment.reading import load_experiment
     from softprompt.training.loop import train
 
-    experiment = load_experiment(options.experiment, options.words)
-    folder = options.run_dir or Path("runs") / experiment.name
-    with folder_option("--run-dir (make: RUN=DIR)"):
-        summary = train(experiment, folder, progress=Bar)
-    print(json.dumps(summary, indent=2))
-    print(f"prompt: {folder / 'prompt'}", file=sys.stderr)
+    with cluster() as shows:
+        experiment = load_experiment(options.experiment, options.words)
+        folder = options.run_dir or Path("runs") / experiment.name
+        with folder_option("--run-dir (make: RUN=DIR)"):
+            summary = train(experiment, folder, progress=Bar if shows else silent)
+    if shows:
+        print(json.dumps(summary, indent=2))
+        print(f"prompt: {folder / 'prompt'}", file=sys.stderr)

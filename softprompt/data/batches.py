@@ -5,13 +5,15 @@ Axis letters: B batch, T tokens, M target positions, N examples.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 
 import grain
 import numpy as np
+from jax.sharding import Mesh
 
 from softprompt.backbones.batch import Batch
 from softprompt.data.examples import Example, Examples, Lengths
+from softprompt.parallel.hosts import rows_here
 from softprompt.runtime.memory import Result, run_batches
 
 _WINDOW = 32  # number of batches whose examples are sorted by length together
@@ -52,18 +54,30 @@ class Layout:
         read = 0 if self.separate_targets else sum(len(c) - 1 for c in example.candidates)
         return len(example.input) + read
 
-    def batch(self, examples: Sequence[Example], rows: int) -> Batch:
-        """Lay out at most `rows` examples in the smallest shape that fits all of them."""
+    def batch(
+        self, examples: Sequence[Example], rows: int, filled: Container[int] | None = None
+    ) -> Batch:
+        """Lay out at most `rows` examples in the smallest shape that fits all of them.
+
+        Args:
+          examples: at least one.
+          rows: B. The remaining rows are empty if there are fewer examples.
+          filled: the rows to fill in, by default all. The others only get their `lengths`.
+        """
         length = max(map(self.length, examples))
         targets = max(map(_target_count, examples))
         shape = next(s for s in self.shapes if s[0] >= length and s[1] >= targets)
-        return self.lay_out(examples, rows, *shape)
+        return self.lay_out(examples, rows, *shape, filled)
 
-    def lay_out(self, examples: Sequence[Example], rows: int, length: int, targets: int) -> Batch:
-        """Lay out examples as a batch of B = `rows`, T = `length`, M = `targets`.
-
-        The remaining rows are empty if there are fewer examples.
-        """
+    def lay_out(
+        self,
+        examples: Sequence[Example],
+        rows: int,
+        length: int,
+        targets: int,
+        filled: Container[int] | None = None,
+    ) -> Batch:
+        """Lay out examples as a batch of T = `length` and M = `targets`; see `batch`."""
         batch = Batch(
             tokens=np.zeros((rows, length), np.int32),
             lengths=np.zeros(rows, np.int32),
@@ -74,7 +88,9 @@ class Layout:
             segments=np.full((rows, length), -1, np.int32),
         )
         for row, example in enumerate(examples):
-            self._fill(batch, row, example)
+            batch.lengths[row] = self.length(example)
+            if filled is None or row in filled:
+                self._fill(batch, row, example)
         if self.separate_targets:
             batch = dataclasses.replace(batch, target_indices=None)
         if not self.branching:
@@ -83,7 +99,6 @@ class Layout:
 
     def _fill(self, batch: Batch, row: int, example: Example) -> None:
         start = len(example.input)
-        batch.lengths[row] = self.length(example)
         batch.tokens[row, :start] = example.input
         batch.positions[row, :start] = np.arange(start)
         batch.segments[row, :start] = 0
@@ -146,6 +161,8 @@ class TrainingBatches:
       batch_size: examples in a batch, B.
       seed: seed of the order.
       separate_targets: whether the backbone reads targets apart from the input.
+      mesh: the devices that divide the rows, or None. In a run of several processes, each one
+        fills in only the rows that its devices hold; see `hosts.divide_rows`.
 
     Examples:
       >>> base = load_base("smollm2-135m-instruct")
@@ -165,7 +182,9 @@ class TrainingBatches:
         seed: int,
         *,
         separate_targets: bool = False,
+        mesh: Mesh | None = None,
     ):
+        self._rows = None if mesh is None else set(rows_here(batch_size, mesh))
         self._examples = Examples.of(examples)
         lengths = self._examples.lengths.answer_only()
         self._layout = Layout.of_lengths(lengths, separate_targets)
@@ -187,7 +206,7 @@ class TrainingBatches:
         epoch, number = divmod(number, self._per_epoch)
         window, place = divmod(number, _WINDOW)
         examples = [self._examples[i].answer_only() for i in self._window(epoch, window)[place]]
-        return self._layout.batch(examples, self._batch_size)
+        return self._layout.batch(examples, self._batch_size, self._rows)
 
     def largest(self) -> Batch:
         """Return an empty batch of the largest shape."""

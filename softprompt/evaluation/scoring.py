@@ -16,6 +16,7 @@ from softprompt.data.batches import evaluation_batches
 from softprompt.data.examples import Example
 from softprompt.data.task import Task
 from softprompt.experiment.schema import ScoringSettings
+from softprompt.parallel.mesh import whole
 from softprompt.runtime.finite import model_not_finite
 
 
@@ -25,7 +26,7 @@ def make_prefix(method, backbone):
 
     It is computed once and used for many batches.
     """
-    return method.make_prefix(backbone)
+    return whole(method.make_prefix(backbone), backbone.mesh)
 
 
 def prepare_model(method, backbone) -> tuple[Any, Any]:
@@ -42,7 +43,8 @@ def candidate_scores(backbone, prefix, batch: Batch, candidates: int) -> jax.Arr
     """Return the log-probability of each row's candidates, summed over tokens, `[B, C]`."""
     log_probabilities = target_log_probabilities(backbone, prefix, batch)  # [B, M]
     member = batch.target_candidates[..., None] == jnp.arange(candidates)[None, None]  # [B, M, C]
-    return jnp.sum(log_probabilities[..., None], axis=1, where=member)
+    scores = jnp.sum(log_probabilities[..., None], axis=1, where=member)
+    return whole(scores, backbone.mesh)
 
 
 def score(

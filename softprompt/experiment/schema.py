@@ -150,7 +150,11 @@ class Experiment(Section):
         """
         if "metric" in self.evaluation.model_fields_set:
             return self
-        evaluation = self.evaluation.model_copy(update={"metric": run.evaluation.metric})
+        return self.with_metric(run.evaluation.metric)
+
+    def with_metric(self, metric: str) -> "Experiment":
+        """Return this experiment with another metric that decides."""
+        evaluation = self.evaluation.model_copy(update={"metric": metric})
         return self.model_copy(update={"evaluation": evaluation})
 
     def _check_free_text(self) -> None:

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from softprompt.backbones.prefix import take_rows
 from softprompt.generation.sampling import penalize
-from softprompt.parallel.mesh import on_own_rows
+from softprompt.parallel.mesh import on_own_rows, whole
 
 _EXCLUDED = -jnp.inf  # the score of a text that must not be chosen
 
@@ -144,7 +144,9 @@ def continue_search(
             backbone.mesh, state, logits, repetition_penalty, ends, length_penalty, until
         )
 
-    return jax.lax.while_loop(unfinished, step, state)
+    state = jax.lax.while_loop(unfinished, step, state)
+    running, finished = whole((state.running, state.finished), backbone.mesh)
+    return dataclasses.replace(state, running=running, finished=finished)
 
 
 def _extend(

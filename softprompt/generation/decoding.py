@@ -13,8 +13,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from softprompt.generation.sampling import Sampling, choose
+from softprompt.parallel.mesh import whole
 
 
 @jax.tree_util.register_dataclass
@@ -87,7 +89,8 @@ def start(
         ends=ends,
         seen=seen,
     )
-    return _append(state, jnp.repeat(backbone.logits(hidden), samples, axis=0), active)
+    state = _append(state, jnp.repeat(backbone.logits(hidden), samples, axis=0), active)
+    return _readable(state, backbone.mesh)
 
 
 @partial(jax.jit, donate_argnames="state")
@@ -112,7 +115,14 @@ def continue_decoding(backbone, prefix, state: State, until: jax.Array) -> State
         state = dataclasses.replace(state, cache=dataclasses.replace(cache, lengths=lengths))
         return _append(state, backbone.logits(hidden), continues)
 
-    return jax.lax.while_loop(lambda state: active(state).any(), step, state)
+    state = jax.lax.while_loop(lambda state: active(state).any(), step, state)
+    return _readable(state, backbone.mesh)
+
+
+def _readable(state: State, mesh: Mesh | None) -> State:
+    """Return a state whose tokens each process can read; the cache stays divided."""
+    tokens, lengths, done = whole((state.tokens, state.lengths, state.done), mesh)
+    return dataclasses.replace(state, tokens=tokens, lengths=lengths, done=done)
 
 
 def _append(state: State, logits: jax.Array, active: jax.Array) -> State:

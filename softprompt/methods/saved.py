@@ -23,7 +23,7 @@ from softprompt.files.reading import MEBIBYTE
 from softprompt.methods.backbone_arrays import parameter_count
 from softprompt.methods.method import Method
 from softprompt.methods.prompt_file import PromptFile
-from softprompt.parallel.sharding import place
+from softprompt.parallel.sharding import with_shardings
 from softprompt.storage.arrays import load_arrays, load_description, save_arrays
 
 _FILE = "prompt.json"
@@ -209,7 +209,8 @@ class SavedPrompt:
                 f"{self.folder}: trained on the base model {trained_on.name!r} "
                 f"({trained_on.fingerprint[:12]}), not on {base.name!r} ({base.fingerprint[:12]})"
             )
-        arrays = place(load_arrays(self.folder, self._saved_form(base)), base.backbone.mesh)
+        form = with_shardings(self._saved_form(base), base.backbone.mesh)
+        arrays = load_arrays(self.folder, form)
         return self._class.load(arrays, self.description, opening), arrays
 
     @property

@@ -118,6 +118,16 @@ def divide(array: jax.Array, mesh: Mesh | None, *axes: Axes) -> jax.Array:
     return jax.lax.with_sharding_constraint(array, NamedSharding(current, spec))
 
 
+def whole(arrays: Any, mesh: Mesh | None) -> Any:
+    """Tell the compiler to give every device whole arrays, so that each process can read them.
+
+    Args:
+      arrays: a pytree of intermediate arrays of a compiled function.
+      mesh: the mesh, or None.
+    """
+    return jax.tree.map(lambda array: divide(array, mesh), arrays)
+
+
 def sum_over_data(function: Callable[..., Any], mesh: Mesh | None) -> Callable[..., Any]:
     """Return a function that runs on the rows of each part of the axis `data` and sums the results.
 

@@ -15,6 +15,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from softprompt.errors import UserError
+from softprompt.parallel.hosts import global_array
 from softprompt.parallel.mesh import (
     AXES,
     VOCABULARY,
@@ -102,9 +103,20 @@ def shardings(arrays: Any, mesh: Mesh) -> Any:
     return _map_with_axes(sharding, arrays)
 
 
+def with_shardings(shapes: Any, mesh: Mesh | None) -> Any:
+    """Return the `jax.ShapeDtypeStruct`s of a pytree with their shardings on a mesh."""
+    if mesh is None:
+        return shapes
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        shapes,
+        shardings(shapes, mesh),
+    )
+
+
 def place(arrays: Any, mesh: Mesh | None) -> Any:
     """Move the arrays of a pytree to the devices of a mesh, divided as `shardings` says."""
-    return arrays if mesh is None else jax.device_put(arrays, shardings(arrays, mesh))
+    return arrays if mesh is None else jax.tree.map(global_array, arrays, shardings(arrays, mesh))
 
 
 def keep_divided(arrays: Any, mesh: Mesh | None) -> Any:

@@ -26,8 +26,19 @@ def names_not_finite(arrays: Any) -> list[str]:
     return [
         jax.tree_util.keystr(path, simple=True, separator=".")
         for path, leaf in jax.tree_util.tree_leaves_with_path(arrays)
-        if jnp.issubdtype(leaf.dtype, jnp.floating) and not np.isfinite(leaf).all()
+        if jnp.issubdtype(leaf.dtype, jnp.floating) and not _is_finite(leaf)
     ]
+
+
+def _is_finite(array: Any) -> bool:
+    if isinstance(array, jax.Array) and len(array.sharding.device_set) > 1:
+        return bool(_all_finite(array))  # this process may not have all of it
+    return bool(np.isfinite(array).all())
+
+
+@jax.jit
+def _all_finite(array: jax.Array) -> jax.Array:
+    return jnp.isfinite(array).all()
 
 
 def require_finite(arrays: Any, where: str) -> None:

@@ -21,7 +21,7 @@ _CGROUPS = Path("/sys/fs/cgroup")
 
 def peak_memory() -> int:
     """Return the peak memory use in bytes: of the accelerator, or on a CPU of this process."""
-    statistics = jax.devices()[0].memory_stats()
+    statistics = jax.local_devices()[0].memory_stats()
     if statistics and "peak_bytes_in_use" in statistics:
         return statistics["peak_bytes_in_use"]
     unit = 1 if sys.platform == "darwin" else 1024
@@ -30,7 +30,7 @@ def peak_memory() -> int:
 
 def memory_in_use() -> int:
     """Return the memory in use now, in bytes: of the accelerator, or on a CPU of this process."""
-    statistics = jax.devices()[0].memory_stats()
+    statistics = jax.local_devices()[0].memory_stats()
     if statistics and "bytes_in_use" in statistics:
         return statistics["bytes_in_use"]
     try:
@@ -46,7 +46,7 @@ def available_memory() -> int:
     On Linux, this is the memory that is free or can be freed, within the limit of the container.
     Elsewhere, it is the memory of the machine.
     """
-    statistics = jax.devices()[0].memory_stats()
+    statistics = jax.local_devices()[0].memory_stats()
     if statistics and "bytes_limit" in statistics:
         return statistics["bytes_limit"] - statistics["bytes_in_use"]
     try:

@@ -3,6 +3,7 @@
 import logging
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -24,13 +25,27 @@ class StopSignals:
     A signal that the process ignores, as after `nohup`, stays ignored. Outside the main thread,
     which alone can handle signals, the context has no effect.
 
-    Attributes:
-      requested: number of the signal that arrived, or None.
+    Args:
+      agree: in a run of several processes, turns the number of the signal that arrived here, or 0,
+        into a number that is the same in all processes; see `hosts.Agreement`. The signal counts
+        from the `check` that returns it. By default, it counts at once.
     """
 
-    def __init__(self) -> None:
-        self.requested: int | None = None
+    def __init__(self, agree: Callable[[int], int] | None = None) -> None:
+        self._agree, self._agreed = agree, 0
+        self._arrived = 0
         self._before: dict[int, Any] = {}
+
+    @property
+    def requested(self) -> int | None:
+        """The number of the signal that counts, or None."""
+        return (self._agreed if self._agree else self._arrived) or None
+
+    def check(self) -> int | None:
+        """Return `requested`, after agreeing on it with the other processes."""
+        if self._agree and not self._agreed:
+            self._agreed = self._agree(self._arrived)
+        return self.requested
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
@@ -58,8 +73,8 @@ class StopSignals:
         return begin
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested is None:
-            self.requested = number
+        if not self._arrived:
+            self._arrived = number
             # In another thread, because this one may be in the middle of writing a message.
             threading.Thread(
                 target=_log.info,
@@ -101,8 +116,8 @@ class _WatchedBar:
 
     def advance(self, count: int = 1, note: str = "") -> None:
         self._bar.advance(count, note)
-        if self._stop.requested is not None:
-            raise Stopped(self._stop.requested, "stopped")
+        if number := self._stop.check():
+            raise Stopped(number, "stopped")
 
     def drop(self, count: int) -> None:
         self._bar.drop(count)

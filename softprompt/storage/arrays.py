@@ -30,6 +30,7 @@ from orbax.checkpoint import v1 as orbax
 from softprompt.errors import UserError, reason_of
 from softprompt.files.json_files import read_json
 from softprompt.files.reading import MEBIBYTE, open_file, read_text
+from softprompt.parallel.hosts import bytes_here, is_main, wait_for_all
 from softprompt.runtime.finite import require_finite
 from softprompt.runtime.memory import available_memory, gibibytes
 
@@ -51,6 +52,9 @@ def save_arrays(folder: Path, arrays: Any, description: Mapping[str, Any], file:
 
     An existing folder is replaced by two renames, between which it briefly does not exist.
 
+    In a run of several processes, all of them call this together. Each writes its part of arrays
+    that are divided over them, and process 0 writes everything else.
+
     Args:
       folder: the folder to create or replace.
       arrays: a pytree of arrays; NNX states lose their variable types.
@@ -62,12 +66,22 @@ def save_arrays(folder: Path, arrays: Any, description: Mapping[str, Any], file:
       OSError: if the folder cannot be written or the disk is full.
     """
     require_finite(arrays, f"{folder}: not saved")
-    new, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(new, ignore_errors=True)
-    _require_space(folder.parent, arrays)
-    new.mkdir()  # fails at once; Orbax would retry for a minute
+    new = folder.with_name(f".{folder.name}.new")
+    if is_main():
+        shutil.rmtree(new, ignore_errors=True)
+        _require_space(folder.parent, arrays)
+        new.mkdir()  # fails at once; Orbax would retry for a minute
+    wait_for_all("the new folder is empty")
     if jax.tree.leaves(arrays):
         _save(new.absolute() / "arrays", nnx.as_pure(arrays))
+    if is_main():
+        _complete(folder, new, description, file)
+    wait_for_all("the new folder is complete")
+
+
+def _complete(folder: Path, new: Path, description: Mapping[str, Any], file: str) -> None:
+    """Add the description and the checksums to a new folder, and let it replace the old one."""
+    old = folder.with_name(f".{folder.name}.old")
     (new / file).write_text(json.dumps(description, indent=2, ensure_ascii=False) + "\n")
     sums = [f"{_sha256(path)}  {path.relative_to(new)}\n" for path in _files(new)]
     (new / _SUMS).write_text("".join(sums))
@@ -186,25 +200,27 @@ def load_arrays(folder: Path, like: Any) -> Any:
 
     Args:
       folder: the saved folder.
-      like: a pytree of arrays or `jax.ShapeDtypeStruct`s with the expected structure.
+      like: a pytree of arrays or `jax.ShapeDtypeStruct`s with the expected structure. In
+        a run of several processes, all of them call this together.
 
     Returns:
-      The arrays, on the first device, in the structure of `like`.
+      The arrays in the structure of `like`: divided over devices as these are, otherwise on the
+      first device.
 
     Raises:
       DamagedError: if the saved arrays have another structure, shape or dtype.
       NotFiniteError: if a saved array holds infinity or NaN.
       UserError: if the arrays need more memory than is available.
     """
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), nnx.as_pure(like)
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_divided_or_first(x)),
+        nnx.as_pure(like),
     )
     path, leaves = folder.absolute() / "arrays", jax.tree.leaves(abstract)
     if not leaves and not path.exists():
         return like
     _read(path, lambda: _require_shapes(folder, orbax.metadata(path).metadata, abstract))
-    needed, available = sum(x.size * x.dtype.itemsize for x in leaves), available_memory()
+    needed, available = bytes_here(leaves), available_memory()
     if needed > available:
         raise UserError(
             f"{path}: needs {gibibytes(needed)} of memory, but {gibibytes(available)} are available"
@@ -212,6 +228,14 @@ def load_arrays(folder: Path, like: Any) -> Any:
     loaded = _read(path, lambda: orbax.load(path, abstract))
     require_finite(loaded, str(path))
     return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(loaded))
+
+
+def _divided_or_first(array: Any) -> jax.sharding.Sharding:
+    """Return the sharding of an array if it has several devices, otherwise the first device."""
+    sharding = getattr(array, "sharding", None)
+    if sharding is not None and len(sharding.device_set) > 1:
+        return sharding
+    return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
 
 def _read(path: Path, reading: Callable[[], Result]) -> Result:

@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 from softprompt.files.writing import write_errors
+from softprompt.parallel.hosts import is_main
 from softprompt.storage.arrays import DamagedError, load_arrays, load_description, save_arrays
 
 
@@ -21,6 +22,8 @@ class Checkpoints:
     Args:
       folder: the folder of all checkpoints; it is created if necessary.
       keep: number of newest checkpoints to keep. The best one is always kept.
+
+    In a run of several processes, all of them call `save` and `load` together.
     """
 
     _FILE = "checkpoint.json"
@@ -28,9 +31,10 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int):
         self._folder, self._keep = folder, keep
         self._pending: Future[None] | None = None
-        folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob(".*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+        if is_main():
+            folder.mkdir(parents=True, exist_ok=True)
+            for leftover in folder.glob(".*"):
+                shutil.rmtree(leftover, ignore_errors=True)
 
     @property
     def steps(self) -> list[int]:
@@ -44,6 +48,8 @@ class Checkpoints:
     def save(self, step: int, arrays: Any, description: Mapping[str, Any], best: int) -> None:
         """Copy the arrays to the host, and write them in the background.
 
+        Several processes write them at once, because Orbax then needs all of them.
+
         Args:
           step: the step of the checkpoint.
           arrays: a pytree of arrays.
@@ -51,6 +57,9 @@ class Checkpoints:
           best: a step whose checkpoint must not be deleted.
         """
         self.wait()
+        if jax.process_count() > 1:
+            self._write(step, arrays, dict(description), best)
+            return
         host = jax.tree.map(np.array, nnx.as_pure(arrays))
         pending: Future[None] = Future()
 
@@ -88,6 +97,8 @@ class Checkpoints:
     def _write(self, step: int, arrays: Any, description: dict[str, Any], best: int) -> None:
         with write_errors(self.path(step)):
             save_arrays(self.path(step), arrays, description, self._FILE)
+        if not is_main():
+            return
         # Later checkpoints are leftovers: the run has since resumed at an earlier step.
         kept = {*[s for s in self.steps if s <= step][-self._keep :], best}
         for other in self.steps:

@@ -1,7 +1,8 @@
 """The main loop: train one experiment in one folder, from its data to a prompt."""
 
+import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,13 @@ from softprompt.data.records import Rows
 from softprompt.errors import Stopped, UserError
 from softprompt.experiment.schema import Experiment
 from softprompt.methods.saved import read_description
+from softprompt.parallel.hosts import (
+    Agreement,
+    divide_rows,
+    is_main,
+    result_of_main,
+    wait_for_all,
+)
 from softprompt.runtime.memory import is_out_of_memory
 from softprompt.runtime.progress import Progress, silent
 from softprompt.runtime.signals import StopSignals
@@ -56,13 +64,14 @@ def train(
       >>> summary["test"]["accuracy"]
     """
     folder = Path(folder)
-    with open_run(folder, experiment) as experiment:
-        if summary := finished_summary(folder):
+    with _opened(folder, experiment) as experiment:
+        if summary := result_of_main(lambda: finished_summary(folder)):
             _log.info(f"{folder}: this run is finished; choose another folder to train again")
             return summary
         prepared = Preparation(progress).prepare(experiment, records)
+        agreement = Agreement() if jax.process_count() > 1 else None
         with (
-            StopSignals() as stop,
+            StopSignals(agreement) as stop,
             Session(experiment, folder, prepared, stop, progress=progress) as session,
         ):
             try:
@@ -83,14 +92,30 @@ def train(
         return session.finish()
 
 
+@contextlib.contextmanager
+def _opened(folder: Path, experiment: Experiment) -> Iterator[Experiment]:
+    """Open a run as `open_run` does. Of several processes, the main one opens it for all."""
+    with contextlib.ExitStack() as stack:
+
+        def metric() -> str:
+            nonlocal experiment
+            experiment = stack.enter_context(open_run(folder, experiment))
+            return experiment.evaluation.metric
+
+        decides = result_of_main(metric)
+        yield experiment if is_main() else experiment.with_metric(decides)
+        wait_for_all("the run is complete")
+
+
 def _make_steps(session: Session, stop: StopSignals, progress: Progress) -> None:
     """Make all steps, or save the state when a signal stops the work."""
     done, forecast = session.run.step, Forecast(session)
     with progress("train", session.steps, "steps", done=done) as bar:
-        while not stop.requested and session.run_due_work() and not stop.requested:
+        while not stop.check() and session.run_due_work() and not stop.requested:
             batch, key = session.next_inputs()
-            forecast.before_step(batch, key)
-            results = train_step(*session.state.arrays, batch, key, **session.state.program)
+            divided = divide_rows(batch, session.base.backbone.mesh)
+            forecast.before_step(divided, key)
+            results = train_step(*session.state.arrays, divided, key, **session.state.program)
             session.accept(*results, padding=batch.padding)
             bar.advance(note=session.reporter.note)
             forecast.after_step()

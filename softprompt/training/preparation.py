@@ -162,6 +162,11 @@ def mesh_of(experiment: Experiment, trial_devices: int = 1) -> Mesh | None:
       UserError: if there are too few devices, or they do not divide the rows of a batch.
     """
     sizes, training = experiment.compute.mesh, experiment.training
+    if sizes is None and (count := jax.process_count()) > 1:
+        raise UserError(
+            f"{count} processes need a mesh of all their devices; set "
+            "compute.mesh.data=-1, or see compute.mesh in docs/configuration.md"
+        )
     if sizes is None and trial_devices == 1:
         return None
     try:

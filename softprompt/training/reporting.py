@@ -9,6 +9,7 @@ import numpy as np
 
 from softprompt.evaluation.evaluate import EvaluationResult
 from softprompt.experiment.schema import Experiment
+from softprompt.parallel.hosts import is_main
 from softprompt.runtime.memory import peak_memory
 from softprompt.storage.run_folder import (
     MetricsLog,
@@ -25,6 +26,8 @@ _log = logging.getLogger(__name__)
 class Reporter:
     """Reports one run to its folder and to the log.
 
+    In a run of several processes, process 0 alone writes to the folder.
+
     Args:
       experiment: the experiment of the run.
       folder: the run folder.
@@ -38,13 +41,13 @@ class Reporter:
 
     def __init__(self, experiment: Experiment, folder: Path, run: RunState, name: str = ""):
         self._experiment, self._folder, self._run, self._name = experiment, folder, run, name
-        self._metrics = MetricsLog(folder, run.step, run.records)
+        self._metrics = MetricsLog(folder, run.step, run.records) if is_main() else None
         self.note = self.quality = ""
 
     @property
     def records(self) -> int:
         """Number of records in `metrics.jsonl`."""
-        return self._metrics.records
+        return self._metrics.records if self._metrics else self._run.records
 
     def step(
         self, measured: Mapping[str, float], padding: float, seconds: float, state: TrainState
@@ -72,7 +75,7 @@ class Reporter:
             "examples_per_second": _rate(examples, run.step_seconds - run.logged_seconds),
             "seconds": round(run.step_seconds, 3),
         }
-        self._metrics.write(run.step, "train", values)
+        self._write("train", values)
         self.note = (
             f"loss {values['loss']:.4f}, {values['examples_per_second']:.1f} examples/s, "
             f"{values['padding']:.0%} padding"
@@ -90,8 +93,8 @@ class Reporter:
         """
         run, key = self._run, self._experiment.evaluation.metric
         metrics = result.values()
-        self._metrics.write(run.step, "validation", metrics)
-        if free_text:
+        self._write("validation", metrics)
+        if free_text and is_main():
             write_samples(self._folder, run.step, result.samples)
         self.quality = f"{key} {metrics[key]:.4f}"
         shown = ", ".join(
@@ -113,7 +116,7 @@ class Reporter:
           test: the evaluation on the test data; None if there is no test data.
         """
         run, training = self._run, self._experiment.training
-        if test:
+        if test and is_main():
             write_predictions(self._folder / "predictions.jsonl", test.samples)
         examples = run.step * training.batch_size * training.accumulate
         summary = {
@@ -130,13 +133,19 @@ class Reporter:
             "test": test.values() if test else {},
             "test_intervals": {k: list(v) for k, v in test.intervals().items()} if test else {},
         }
-        draw_curves(self._folder, self._experiment.evaluation.metric)
-        write_summary(self._folder, summary)
+        if is_main():
+            draw_curves(self._folder, self._experiment.evaluation.metric)
+            write_summary(self._folder, summary)
         return summary
+
+    def _write(self, split: str, values: Mapping[str, float]) -> None:
+        if self._metrics:
+            self._metrics.write(self._run.step, split, values)
 
     def close(self) -> None:
         """Flush and close the metrics."""
-        self._metrics.close()
+        if self._metrics:
+            self._metrics.close()
 
 
 def log_message(name: str, text: str) -> None:

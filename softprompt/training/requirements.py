@@ -10,6 +10,8 @@ from softprompt.backbones.loading import Base
 from softprompt.errors import UserError
 from softprompt.experiment.methods import method_class
 from softprompt.experiment.schema import Experiment
+from softprompt.parallel.hosts import bytes_here
+from softprompt.parallel.sharding import with_shardings
 from softprompt.runtime.memory import available_memory, gibibytes
 from softprompt.training.optimizers import UpdateRule, hyperparameters
 from softprompt.training.step import split
@@ -20,7 +22,8 @@ def require_memory(
 ) -> None:
     """Check, without allocating it, that what the method trains fits into memory.
 
-    Counted are the arrays of the method, their gradient and the state of the optimizer.
+    Counted are the arrays of the method, their gradient and the state of the optimizer. Of what a
+    mesh divides, only the part that this process holds is counted.
 
     Args:
       experiment, base, opening, trained: the arguments of `Method.build`.
@@ -36,7 +39,8 @@ def require_memory(
         numbers = hyperparameters(settings, 1, kind.offsets_learning_rate(experiment))
         return nnx.state(method), trainable, UpdateRule.of(settings).init(trainable, numbers)
 
-    needed, available = _bytes(jax.eval_shape(arrays)), available_memory()
+    shapes = with_shardings(jax.eval_shape(arrays), base.backbone.mesh)
+    needed, available = bytes_here(shapes), available_memory()
     if needed > available:
         names = [*kind.size_settings, "method"]
         raise UserError(
@@ -44,7 +48,3 @@ def require_memory(
             f"{gibibytes(needed)}, but {gibibytes(available)} are available; "
             f"change {' or '.join(names)}"
         )
-
-
-def _bytes(tree: Any) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

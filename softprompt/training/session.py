@@ -28,6 +28,7 @@ from softprompt.experiment.schema import Experiment
 from softprompt.inference.prompt import load_prompt
 from softprompt.methods.saved import SavedPrompt, read_description, save_prompt
 from softprompt.metrics.named import is_better
+from softprompt.parallel.hosts import is_main, result_of_main
 from softprompt.runtime.finite import NotFiniteError
 from softprompt.runtime.progress import Progress, silent
 from softprompt.runtime.signals import StopSignals
@@ -94,13 +95,15 @@ class Session:
             self.rows,
             experiment.seed,
             separate_targets=self.base.backbone.separate_targets,
+            mesh=self.base.backbone.mesh,
         )
         self._iterator = self.batches.iterate()
         backbone = self.base.backbone
         self.state = TrainState(experiment, prepared.method, backbone, padded_length)
         self.steps = experiment.training.steps if jax.tree.leaves(self.state.trainable) else 0
 
-        write_config(folder, experiment)
+        if is_main():
+            write_config(folder, experiment)
         self._checkpoints = Checkpoints(folder / "checkpoints", experiment.checkpoints.keep)
         self.run = RunState(self.base.fingerprint, data_digest(self.examples))
         self._resume()
@@ -210,6 +213,16 @@ class Session:
 
     def _resume(self) -> None:
         """Resume from the newest intact checkpoint whose best prompt can still be loaded."""
+        chosen = result_of_main(self._newest_usable)
+        if chosen is not None:
+            self.run = RunState(**chosen)
+            shapes = self.state.saved_shapes()
+            self.state.restore(self._checkpoints.load(self.run.step, shapes))
+            self._iterator.set_state(self.run.data)
+            log_message(self.name, f"resuming from step {self.run.step}")
+
+    def _newest_usable(self) -> dict[str, Any] | None:
+        """Return the run state in the checkpoint to resume from; None if there is none."""
         found = dict(self._checkpoints.read_descriptions())
         intact = {}
         for step, description in found.items():
@@ -221,16 +234,13 @@ class Session:
             except pydantic.ValidationError:
                 log_message(self.name, f"checkpoint {step}: not of this version; not using it")
         best_prompts = {0, *intact, self._saved_prompt_step()}
-        for step, run in intact.items():
+        for run in intact.values():
             self._require_unchanged(run)
             if run.best_step in best_prompts:
-                self.state.restore(self._checkpoints.load(step, self.state.saved_shapes()))
-                self.run = run
-                self._iterator.set_state(self.run.data)
-                log_message(self.name, f"resuming from step {step}")
-                return
+                return dataclasses.asdict(run)
         if found:
             log_message(self.name, "no checkpoint can be used: starting from the beginning")
+        return None
 
     def _require_unchanged(self, run: RunState) -> None:
         """Check that a checkpoint belongs to this base model and this data."""
@@ -329,7 +339,7 @@ class Session:
     def _best_model(self) -> tuple[Backbone, Any]:
         """Backbone and prefix of the best step, from `prompt/` or from its checkpoint."""
         best = self.run.best_step
-        if self._saved_prompt_step() != best:
+        if result_of_main(self._saved_prompt_step) != best:
             trainable, _ = self._checkpoints.load(best, self.state.saved_shapes())
             self._save_prompt(trainable)
         folder = self.folder / "prompt"

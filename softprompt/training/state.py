@@ -12,7 +12,7 @@ from softprompt.backbones.loading import Backbone
 from softprompt.experiment.schema import Experiment
 from softprompt.methods.method import Method
 from softprompt.objectives.cross_entropy import cross_entropy
-from softprompt.parallel.sharding import place
+from softprompt.parallel.sharding import place, shardings, with_shardings
 from softprompt.runtime.finite import names_not_finite
 from softprompt.training.optimizers import UpdateRule, hyperparameters, learning_rate
 from softprompt.training.step import Frozen, split
@@ -91,8 +91,11 @@ class TrainState:
             graphdef, trainable, frozen = split(method.padded(padded_length), backbone)
         self._mesh = backbone.mesh
         self.trainable, self.frozen = place(trainable, self._mesh), frozen
-        opt_state = self._optimizer.init(self.trainable, self._hyperparameters)
-        self.opt_state = place(opt_state, self._mesh)
+        init = self._optimizer.init
+        if self._mesh is not None:  # so that each device makes only its own part
+            shapes = jax.eval_shape(init, self.trainable, self._hyperparameters)
+            init = jax.jit(init, out_shardings=shardings(shapes, self._mesh))
+        self.opt_state = init(self.trainable, self._hyperparameters)
         self.key = jax.random.key(experiment.seed)
         self.program: dict[str, Any] = {
             "graphdef": graphdef,
@@ -136,9 +139,10 @@ class TrainState:
         return nnx.merge(graphdef, resize(trainable, shapes), *frozen)
 
     def saved_shapes(self) -> tuple[nnx.State, Any]:
-        """Return the shapes of what `save` returns."""
+        """Return the shapes of what `saved_arrays` returns, and how a mesh divides them."""
         init = self._optimizer.init
-        return jax.eval_shape(lambda x: (x, init(x, self._hyperparameters)), self._unpadded[1])
+        shapes = jax.eval_shape(lambda x: (x, init(x, self._hyperparameters)), self._unpadded[1])
+        return with_shardings(shapes, self._mesh)
 
     def saved_arrays(self) -> tuple[nnx.State, Any]:
         """Return the trainable and the optimizer state as a checkpoint holds them."""
