@@ -17,6 +17,7 @@ from softprompt.errors import Stopped, UserError, printable, shown
 _COMMANDS = (
     "train",
     "sweep",
+    "plan",
     "evaluate",
     "predict",
     "generate",

@@ -85,9 +85,7 @@ def _parse(text: str, devices: int) -> _Program:
     return program
 
 
-def _collectives(
-    program: _Program, name: str, fused: set[str] | None
-) -> Iterator[_Collective]:
+def _collectives(program: _Program, name: str, fused: set[str] | None) -> Iterator[_Collective]:
     """Yield the collectives of a computation and of those that it calls.
 
     Args:
@@ -113,9 +111,7 @@ def _collectives(
             found
             for inner in called
             if inner in program.computations
-            for found in _collectives(
-                program, inner, fused_here if operation == "fusion" else None
-            )
+            for found in _collectives(program, inner, fused_here if operation == "fusion" else None)
         ]
         trips = _trip_count(program, rest) if inside and operation == "while" else 1
         yield from (found._replace(runs=found.runs * trips) for found in inside)

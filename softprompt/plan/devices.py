@@ -1,7 +1,11 @@
 """Devices that need not be here: compilers can compile for them, but nothing can run on them."""
 
+import contextlib
 import importlib.metadata
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 from jax.experimental import topologies
@@ -11,6 +15,20 @@ from softprompt.plan.hardware import Hardware
 from softprompt.plan.nvidia import TARGETS
 
 _PACKAGES = {"tpu": "libtpu", "cuda": "jax-cuda12-pjrt"}
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "cuda": {"xla_gpu_autotune_level": 0}  # autotuning would run kernels on the card
+}
+
+
+def start_jax(virtual_devices: int) -> None:
+    """Start JAX on the CPU, so that a plan takes no accelerator from a program that uses it.
+
+    Args:
+      virtual_devices: the number of virtual CPU devices that may be needed.
+    """
+    with contextlib.suppress(RuntimeError):  # JAX has already started
+        jax.config.update("jax_num_cpu_devices", virtual_devices)
+        jax.config.update("jax_platforms", "cpu")
 
 
 def missing_compiler(hardware: Hardware) -> str | None:
@@ -18,13 +36,12 @@ def missing_compiler(hardware: Hardware) -> str | None:
     package = _PACKAGES.get(hardware.platform)
     if package is None:
         return None
-    extra = f"plan-{hardware.platform}"
     try:
         version = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return (
             f"the compiler for {hardware.name} is not installed; "
-            f"run: pip install 'softprompt[{extra}]'"
+            f"run: pip install 'softprompt[plan-{hardware.platform}]'"
         )
     if hardware.platform == "cuda" and version != jax.__version__:
         return (
@@ -44,22 +61,23 @@ def absent_devices(hardware: Hardware, count: int) -> Sequence[jax.Device]:
     Raises:
       UserError: if the compiler cannot be started.
     """
+    options: dict[str, Any]
+    if hardware.platform == "tpu":
+        shape = _slice(hardware, count)
+        options = {
+            "topology_name": f"{hardware.name}:{'x'.join(map(str, shape))}",
+            "chips_per_host_bounds": [min(shape[0], 2), min(shape[1], 2), 1],
+        }
+    else:
+        servers, cards = max(1, count // 8), min(count, 8)
+        options = {
+            "target_config": TARGETS[hardware.name],
+            "topology": f"1x{servers}x{cards}",
+        }
     try:
-        if hardware.platform == "tpu":
-            shape = _slice(hardware, count)
-            topology = topologies.get_topology_desc(
-                platform="tpu",
-                topology_name=f"{hardware.name}:{'x'.join(map(str, shape))}",
-                chips_per_host_bounds=[min(shape[0], 2), min(shape[1], 2), 1],
-            )
-        else:
-            servers, cards = max(1, count // 8), min(count, 8)
-            topology = topologies.get_topology_desc(
-                platform="cuda",
-                target_config=TARGETS[hardware.name],
-                topology=f"1x{servers}x{cards}",
-            )
-    except (jax.errors.JaxRuntimeError, RuntimeError, NotImplementedError) as error:
+        with _without_stderr():  # the compilers print that they find no driver and no chip
+            topology = topologies.get_topology_desc(platform=hardware.platform, **options)
+    except (RuntimeError, NotImplementedError) as error:
         raise UserError(
             f"the compiler for {hardware.name} cannot be started ({reason_of(error)})"
         ) from error
@@ -67,27 +85,44 @@ def absent_devices(hardware: Hardware, count: int) -> Sequence[jax.Device]:
 
 
 def virtual_cpu_devices(count: int) -> Sequence[jax.Device]:
-    """Return virtual devices on the CPU.
+    """Return virtual devices on the CPU; see `start_jax`.
 
     Raises:
-      UserError: if JAX has already started with fewer devices.
+      UserError: if JAX has started with fewer devices.
     """
-    try:
-        jax.config.update("jax_num_cpu_devices", count)
-    except RuntimeError:  # JAX has already started
-        if len(jax.devices("cpu")) < count:
-            raise UserError(
-                f"{count} virtual CPU devices are needed, but JAX has already started with "
-                f"{len(jax.devices('cpu'))}; make the plan in a new process"
-            ) from None
-    return jax.devices("cpu")[:count]
+    devices = jax.devices("cpu")
+    if len(devices) < count:
+        raise UserError(
+            f"{count} virtual CPU devices are needed, but JAX has already started with "
+            f"{len(devices)}; make the plan in a new process"
+        )
+    return devices[:count]
+
+
+def compiler_options(devices: Sequence[jax.Device]) -> dict[str, Any]:
+    """Return the options for compiling a program for absent devices."""
+    return _OPTIONS.get("cuda" if devices[0].platform == "gpu" else devices[0].platform, {})
 
 
 def _slice(hardware: Hardware, count: int) -> tuple[int, ...]:
     """Return the shape of a TPU slice: a rectangle of chips, or a block of them for v5p."""
-    dimensions = 3 if hardware.name == "v5p" and count >= 8 else 2
-    shape = [1] * dimensions
+    is_block = hardware.name == "v5p" and count >= 8
+    shape = [1, 1, 1] if is_block else [1, 1]
     for doubling in range(count.bit_length() - 1):
-        shape[-1 - doubling % dimensions] *= 2
-    shape.sort()
-    return (*shape, 1) if hardware.name == "v5p" and dimensions == 2 else tuple(shape)
+        shape[-1 - doubling % len(shape)] *= 2
+    return (*shape, 1) if hardware.name == "v5p" and not is_block else tuple(shape)
+
+
+@contextlib.contextmanager
+def _without_stderr() -> Iterator[None]:
+    """Discard what this process and its C++ libraries write to standard error."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as nothing:
+        os.dup2(nothing.fileno(), 2)
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(kept, 2)
+        os.close(kept)
