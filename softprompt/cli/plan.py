@@ -71,12 +71,10 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _lines(plan: "Plan") -> list[str]:
-    from softprompt.runtime.memory import gibibytes
-
     planned, rows = plan.planned, plan.rows
     lines = [
         f"{plan.experiment}: method {plan.method} on {plan.base}, {plan.dtype}",
-        _line("hardware", f"{plan.hardware}, {gibibytes(plan.usable)} usable on each device"),
+        _line("hardware", f"{plan.hardware}, {_size(plan.usable)} usable on each device"),
         _line("mesh", _mesh(planned)),
         _line(
             "step", f"{rows.rows} rows of {rows.tokens} tokens, with {rows.targets} targets in each"
@@ -89,9 +87,9 @@ def _lines(plan: "Plan") -> list[str]:
     for field in dataclasses.fields(planned.memory):
         size = getattr(planned.memory, field.name)
         if field.name != "total" and size is not None:
-            lines.append(_line(field.name, f"{gibibytes(size):>12}"))
+            lines.append(_line(field.name, f"{_size(size):>12}"))
     fits = "fits" if planned.fits else "does not fit"
-    lines.append(_line("total", f"{gibibytes(planned.memory.total):>12}  {fits}"))
+    lines.append(_line("total", f"{_size(planned.memory.total):>12}  {fits}"))
     if planned.moved:
         lines += ["", "sent by each device in a step"]
         lines += [_line(name, f"{size / 1e9:>12.4g} GB") for name, size in planned.moved.items()]
@@ -103,8 +101,7 @@ def _lines(plan: "Plan") -> list[str]:
     if not planned.fits:
         lines += ["", _found(plan)]
         lines += [
-            _line("tried", f"{_mesh(tried)}: {gibibytes(tried.memory.total)}")
-            for tried in plan.tried
+            _line("tried", f"{_mesh(tried)}: {_size(tried.memory.total)}") for tried in plan.tried
         ]
     return [*lines, *(f"note: {note}" for note in plan.notes)]
 
@@ -122,3 +119,17 @@ def _line(name: str, text: str) -> str:
 def _mesh(plan: "MeshPlan") -> str:
     sizes = ", ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
     return f"{sizes} ({plan.devices} devices)" if sizes else "1 device"
+
+
+def _size(count: int) -> str:
+    """Format a number of bytes."""
+    unit, name = (
+        next(
+            (unit, name)
+            for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (1, "B"))
+            if count >= unit / 10
+        )
+        if count
+        else (1, "B")
+    )
+    return f"{count / unit:,.2f} {name}" if unit > 1 else f"{count} B"

@@ -9,15 +9,14 @@ from typing import Any
 
 import jax
 from jax.experimental import topologies
+from jax.sharding import Mesh
 
 from softprompt.errors import UserError, reason_of
 from softprompt.plan.hardware import Hardware
 from softprompt.plan.nvidia import TARGETS
+from softprompt.runtime.platforms import load_compilers
 
 _PACKAGES = {"tpu": "libtpu", "cuda": "jax-cuda12-pjrt"}
-_OPTIONS: dict[str, dict[str, Any]] = {
-    "cuda": {"xla_gpu_autotune_level": 0}  # autotuning would run kernels on the card
-}
 
 
 def start_jax(virtual_devices: int) -> None:
@@ -76,6 +75,7 @@ def absent_devices(hardware: Hardware, count: int) -> Sequence[jax.Device]:
         }
     try:
         with _without_stderr():  # the compilers print that they find no driver and no chip
+            load_compilers()
             topology = topologies.get_topology_desc(platform=hardware.platform, **options)
     except (RuntimeError, NotImplementedError) as error:
         raise UserError(
@@ -99,9 +99,11 @@ def virtual_cpu_devices(count: int) -> Sequence[jax.Device]:
     return devices[:count]
 
 
-def compiler_options(devices: Sequence[jax.Device]) -> dict[str, Any]:
-    """Return the options for compiling a program for absent devices."""
-    return _OPTIONS.get("cuda" if devices[0].platform == "gpu" else devices[0].platform, {})
+def compiler_options(mesh: Mesh) -> dict[str, Any]:
+    """Return the options for compiling a program for the devices of a mesh."""
+    # Autotuning would run kernels on the card.
+    is_gpu = mesh.devices.flat[0].platform in ("gpu", "cuda")
+    return {"xla_gpu_autotune_level": 0} if is_gpu else {}
 
 
 def _slice(hardware: Hardware, count: int) -> tuple[int, ...]:

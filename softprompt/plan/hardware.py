@@ -4,10 +4,9 @@ import dataclasses
 import re
 
 from softprompt.errors import UserError, shown
-from softprompt.runtime.memory import available_memory
+from softprompt.runtime.memory import available_host_memory
 
 GIBIBYTE = 2**30
-_MOST_CHIPS = 1024  # compiling for more takes long, and the result hardly changes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +98,6 @@ def wrong_count(hardware: Hardware, chips: int) -> str | None:
 
 def _this_machine(devices: int) -> Hardware:
     """Describe virtual CPU devices, which share the memory of this machine."""
-    memory = available_memory() // devices
+    memory = available_host_memory() // devices
     shared = "programs that share this machine's memory"
     return Hardware("cpu", "cpu", memory, 0.05, shared, None, None, None, 256)

@@ -98,19 +98,21 @@ def measure(program: StepProgram, mesh: Mesh, hardware: Hardware, flops: int) ->
       flops: the operations of a step.
     """
     sizes = {axis: size for axis, size in mesh.shape.items() if size > 1}
-    kept = [
-        bytes_on_device(arrays)
-        for arrays in (program.frozen, program.trainable, program.opt_state, program.batch)
-    ]
+    kept = {
+        "base": bytes_on_device(program.frozen),
+        "trainable": bytes_on_device(program.trainable),
+        "optimizer": bytes_on_device(program.opt_state),
+        "batch": bytes_on_device(program.batch),
+    }
     lowered = program.trace().lower()
     try:
-        compiled = lowered.compile(compiler_options(mesh.devices.flat))
+        compiled = lowered.compile(compiler_options(mesh))
     except jax.errors.JaxRuntimeError as error:
         needed = _EXHAUSTED.search(str(error))
         if needed is None:
             raise
         total = int(float(needed[1]) * _UNITS[needed[2]])
-        memory = Memory(*kept, temporaries=None, padding=None, total=total)
+        memory = Memory(**kept, temporaries=None, padding=None, total=total)
         return MeshPlan(sizes, mesh.size, memory, False, None, None)
     statistics = compiled.memory_analysis()
     temporaries = statistics.temp_size_in_bytes
@@ -121,7 +123,8 @@ def measure(program: StepProgram, mesh: Mesh, hardware: Hardware, flops: int) ->
         + statistics.generated_code_size_in_bytes
         + temporaries
     )
-    memory = Memory(*kept, temporaries, total - sum(kept) - temporaries, total)
+    padding = total - temporaries - sum(kept.values())
+    memory = Memory(**kept, temporaries=temporaries, padding=padding, total=total)
     moved = bytes_moved(compiled.as_text(), mesh.size)
     time = _step_time(memory, sum(moved.values()), mesh.size, hardware, flops)
     return MeshPlan(sizes, mesh.size, memory, total <= hardware.usable, moved, time)

@@ -1,5 +1,6 @@
 """The `config.json` of a base model, without its weights."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +40,17 @@ def _is_hub_id(name: str) -> bool:
 
 
 def _download_config(name: str) -> Path:
-    import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    import huggingface_hub as hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     repository, _, revision = name.partition("@")
+    file: dict[str, Any] = {"filename": "config.json", "revision": revision or None}
     try:
-        return Path(
-            huggingface_hub.hf_hub_download(repository, "config.json", revision=revision or None)
-        )
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        with contextlib.suppress(LocalEntryNotFoundError):
+            return Path(hub.hf_hub_download(repository, **file, local_files_only=True))
+        hub.get_hf_file_metadata(hub.hf_hub_url(repository, **file))  # fails without retries
+        return Path(hub.hf_hub_download(repository, **file))
+    except Exception as error:  # the HTTP library, which depends on the version, has its own types
         raise UserError(
             f"base {name!r}: not a local path, and its config.json is not available from the hub "
             f"({reason_of(error)})"

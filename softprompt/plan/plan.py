@@ -109,7 +109,8 @@ def make_plan(
         return bytes_on_device((step.frozen, step.trainable, step.opt_state, step.batch))
 
     planned = measure(*program(sizes), kind, flops)
-    smallest, tried = None, []
+    smallest: MeshPlan | None = None
+    tried: list[MeshPlan] = []
     if not planned.fits and kind.platform != "cpu":  # more virtual devices share the same memory
         smallest, tried = smallest_that_fits(
             planned,
