@@ -13,7 +13,7 @@ from softprompt.plan.devices import compiler_options
 from softprompt.plan.hardware import GIBIBYTE, Hardware
 from softprompt.plan.program import StepProgram
 
-_EXHAUSTED = re.compile(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm")
+_EXHAUSTED = re.compile(r"(?:Used |HLO temporaries \()([\d.]+)([KMGT]?)")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": GIBIBYTE, "T": 2**40}
 
 

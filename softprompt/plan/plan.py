@@ -92,7 +92,7 @@ def make_plan(
     rows = _rows(experiment, arch, tokens, targets)
     missing = missing_compiler(kind)
     on_cpu = kind.platform == "cpu" or missing is not None
-    start_jax(max(chips, _MOST_VIRTUAL) if on_cpu else 1)
+    start_jax(max(chips, _MOST_VIRTUAL) if missing else chips if on_cpu else 1)
     whole = step_program(experiment, config, arch, rows, None)
     flops = count_flops(whole.trace())
 

@@ -14,8 +14,10 @@ _CUDA = "jax_plugins.xla_cuda12"
 class _Ignored(ModuleType):
     """Takes the place of a plugin that JAX would initialize."""
 
+    asked = False  # whether JAX has asked all plugins to initialize
+
     def initialize(self) -> None:
-        pass
+        self.asked = True
 
 
 def ignore_compilers() -> None:
@@ -36,9 +38,10 @@ def ignore_compilers() -> None:
 
 def load_compilers() -> None:
     """Load what `ignore_compilers` made JAX ignore."""
-    if isinstance(sys.modules.get(_CUDA), _Ignored):
+    ignored = sys.modules.get(_CUDA)
+    if isinstance(ignored, _Ignored):
         del sys.modules[_CUDA]
-        if _CUDA in _installed_plugins():
+        if ignored.asked and _CUDA in _installed_plugins():
             importlib.import_module(_CUDA).initialize()
 
 
