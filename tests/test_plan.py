@@ -1,4 +1,3 @@
-import dataclasses
 import json
 import subprocess
 import sys
@@ -11,7 +10,6 @@ from flax import nnx
 
 from softprompt.backbones.config import architecture_of
 from softprompt.backbones.loading import load_base
-from softprompt.cli.main import main
 from softprompt.errors import UserError
 from softprompt.experiment.reading import load_experiment
 from softprompt.parallel.mesh import make_mesh
@@ -118,7 +116,7 @@ def test_the_program_has_the_shapes_of_a_loaded_model():
         step = program(load_experiment(SENTIMENT, overrides))
         state = nnx.state(load_base(str(FOLDER), **settings).backbone)
         assert jax.tree.map(lambda x: (x.shape, x.dtype), nnx.as_pure(state)) == jax.tree.map(
-            lambda x: (x.shape, x.dtype), nnx.as_pure(step.frozen[1])
+            lambda x: (x.shape, x.dtype), nnx.as_pure(step.frozen[1])[1]
         )
 
 
@@ -206,11 +204,11 @@ HloModule test
 }
 
 %fused.1 (p: bf16[4,8]) -> bf16[16,8] {
-  ROOT %g = bf16[16,8]{1,0:T(8,128)(2,1)} all-gather(%p), channel_id=3, replica_groups=mesh['a'=2,'b'=4] {'b'}, dimensions={0}
+  ROOT %g = bf16[16,8]{1,0:T(8,128)(2,1)} all-gather(%p), channel_id=3, MESH
 }
 
 %fused.2 (p: bf16[4,8]) -> bf16[16,8] {
-  ROOT %g = bf16[16,8]{1,0:T(8,128)(2,1)} all-gather(%p), channel_id=3, replica_groups=mesh['a'=2,'b'=4] {'b'}, dimensions={0}
+  ROOT %g = bf16[16,8]{1,0:T(8,128)(2,1)} all-gather(%p), channel_id=3, MESH
 }
 
 %all-reduce-scatter (p: f32[16]) -> f32[4] {
@@ -230,18 +228,20 @@ HloModule test
 }
 
 ENTRY %main (p: f32[8]) -> f32[8] {
-  %s = (f32[2,5]{1,0}, f32[16,5]{1,0}) all-gather-start(%p), replica_groups=[1,8]<=[8], dimensions={0}
+  %s = (f32[2,5]{1,0}, f32[16,5]{1,0}) all-gather-start(%p), replica_groups=[1,8]<=[8]
   %d = f32[16,5]{1,0} all-gather-done(%s)
   %w = (s32[], f32[8]) while(%init), condition=%condition, body=%body
-  %k = (s32[], f32[8]) while(%init), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+  %k = (s32[], f32[8]) while(%init), condition=%condition, body=%body, COUNT
   %c = fusion(%p), kind=kCustom, calls=%all-reduce-scatter
   %q = f32[4] fusion(%p), kind=kCustom, calls=%all-reduce-scatter
   %v = ((s8[64]), s8[64], u32[]) async-start(%p), calls=%wrapped
   %z = s8[64]{0} async-done(%v), calls=%wrapped
-  %y = (f32[30]{0}, f32[30]{0}, u32[], u32[]) collective-permute-start(%p), source_target_pairs={{0,1}}
+  %y = (f32[30]{0}, f32[30]{0}, u32[], u32[]) collective-permute-start(%p)
   ROOT %o = f32[8] add(%p, %p)
 }
 """
+HLO = HLO.replace("MESH", "replica_groups=mesh['a'=2,'b'=4] {'b'}, dimensions={0}")
+HLO = HLO.replace("COUNT", 'backend_config={"known_trip_count":{"n":"3"}}')
 
 
 def test_collectives_are_read_from_the_text_of_a_program():
@@ -344,7 +344,8 @@ def plans(tmp_path_factory):
     environment = {
         "PATH": "/usr/bin:/bin",
         "PYTHONPATH": str(REPOSITORY),
-        "XLA_FLAGS": "--xla_cpu_parallel_codegen_split_count=1",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1",
     }
     done = subprocess.run(
         [sys.executable, "-c", ON_EIGHT, str(SENTIMENT), words],
