@@ -25,6 +25,7 @@ def start_jax(virtual_devices: int) -> None:
     Args:
       virtual_devices: the number of virtual CPU devices that may be needed.
     """
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # several plans at the same time
     with contextlib.suppress(RuntimeError):  # JAX has already started
         jax.config.update("jax_num_cpu_devices", virtual_devices)
         jax.config.update("jax_platforms", "cpu")
