@@ -90,8 +90,8 @@ transformers4-test: .venv/transformers4
 # The compilers have an environment of their own, on top of the other packages.
 .venv/plan: .venv/installed
 	$(PYTHON) -m venv $@
-	echo "import site; site.addsitedir('$(abspath $(wildcard .venv/lib/python*/site-packages))')" \
-		> $(wildcard .venv/lib/python*)/../../plan/lib/$(notdir $(wildcard .venv/lib/python*))/site-packages/main.pth
+	$(BIN)/python -c 'import site; print(f"import site; site.addsitedir({site.getsitepackages()[0]!r})")' \
+		> $$(echo $@/lib/python*/site-packages)/packages.pth
 	$@/bin/pip install --quiet --disable-pip-version-check 'softprompt[plan-tpu,plan-cuda]'
 
 plan-test: .venv/plan
