@@ -1,7 +1,7 @@
 """Plans: the table of `docs/scale.md`, and the memory of a plan compared with a run on this CPU.
 
-    python benchmarks/plan.py table      about 10 minutes; needs softprompt[plan-tpu,plan-cuda]
-    python benchmarks/plan.py memory     a minute; needs the default base model
+python benchmarks/plan.py table      about 10 minutes; needs softprompt[plan-tpu,plan-cuda]
+python benchmarks/plan.py memory     a minute; needs the default base model
 """
 
 import json
@@ -29,7 +29,9 @@ def plan(model: str, hardware: str) -> dict:
 
 def print_table() -> None:
     """Print a Markdown table: for each model and hardware, the first number of chips that fits."""
-    print("| model | hardware | mesh | memory on each device | usable | step, no less than | limit |")
+    print(
+        "| model | hardware | mesh | memory on each device | usable | step, no less than | limit |"
+    )
     print("|---|---|---|---:|---:|---:|---|")
     for number, model in enumerate(MODELS):
         for hardware, chips in HARDWARE.items():

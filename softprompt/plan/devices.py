@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from softprompt.errors import UserError, reason_of
 from softprompt.plan.hardware import Hardware
 from softprompt.plan.nvidia import TARGETS
-from softprompt.runtime.platforms import load_compilers
+from softprompt.runtime.platforms import load_cuda
 
 _PACKAGES = {"tpu": "libtpu", "cuda": "jax-cuda12-pjrt"}
 
@@ -76,7 +76,8 @@ def absent_devices(hardware: Hardware, count: int) -> Sequence[jax.Device]:
         }
     try:
         with _without_stderr():  # the compilers print that they find no driver and no chip
-            load_compilers()
+            if hardware.platform == "cuda":
+                load_cuda()
             topology = topologies.get_topology_desc(platform=hardware.platform, **options)
     except (RuntimeError, NotImplementedError) as error:
         raise UserError(

@@ -36,8 +36,8 @@ def ignore_compilers() -> None:
         sys.modules[_CUDA] = _Ignored(_CUDA)
 
 
-def load_compilers() -> None:
-    """Load what `ignore_compilers` made JAX ignore."""
+def load_cuda() -> None:
+    """Load the plugin for NVIDIA GPUs if `ignore_compilers` made JAX ignore it."""
     ignored = sys.modules.get(_CUDA)
     if isinstance(ignored, _Ignored):
         del sys.modules[_CUDA]
