@@ -75,7 +75,7 @@ def absent_devices(hardware: Hardware, count: int) -> Sequence[jax.Device]:
             "topology": f"1x{servers}x{cards}",
         }
     try:
-        with _without_stderr():  # the compilers print that they find no driver and no chip
+        with without_stderr():
             if hardware.platform == "cuda":
                 load_cuda()
             topology = topologies.get_topology_desc(platform=hardware.platform, **options)
@@ -118,8 +118,11 @@ def _slice(hardware: Hardware, count: int) -> tuple[int, ...]:
 
 
 @contextlib.contextmanager
-def _without_stderr() -> Iterator[None]:
-    """Discard what this process and its C++ libraries write to standard error."""
+def without_stderr() -> Iterator[None]:
+    """Discard what this process and its C++ libraries write to standard error.
+
+    Compilers report there that they find no device, and how long they take. Errors are raised.
+    """
     sys.stderr.flush()
     kept = os.dup(2)
     with open(os.devnull, "wb") as nothing:

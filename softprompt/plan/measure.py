@@ -9,7 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from softprompt.plan.collectives import bytes_moved
-from softprompt.plan.devices import compiler_options
+from softprompt.plan.devices import compiler_options, without_stderr
 from softprompt.plan.hardware import GIBIBYTE, Hardware
 from softprompt.plan.program import StepProgram
 
@@ -106,7 +106,8 @@ def measure(program: StepProgram, mesh: Mesh, hardware: Hardware, flops: int) ->
     }
     lowered = program.trace().lower()
     try:
-        compiled = lowered.compile(compiler_options(mesh))
+        with without_stderr():
+            compiled = lowered.compile(compiler_options(mesh))
     except jax.errors.JaxRuntimeError as error:
         needed = _EXHAUSTED.search(str(error))
         if needed is None:
