@@ -6,6 +6,7 @@
 # make attack      5,000 damaged inputs for every command and format (half an hour)
 # make attack-runs kills, signals, flipped bits and full disks in training (a quarter of an hour)
 # make transformers4-test   read merged exports with transformers 4.57
+# make plan-test   compile training steps for TPUs and NVIDIA GPUs, which need not be here
 # make wheel-test  install the wheel in a fresh environment and try it
 # make lint | format | docs | wheel | clean
 
@@ -14,7 +15,7 @@ EXP ?= sentiment
 RUN ?= runs/$(EXP)
 BIN := .venv/bin
 
-.PHONY: install train sweep model-gemma3 test test-fast attack attack-runs transformers4-test lint format docs wheel wheel-test clean
+.PHONY: install train sweep model-gemma3 test test-fast attack attack-runs transformers4-test plan-test lint format docs wheel wheel-test clean
 
 install: .venv/installed
 
@@ -85,6 +86,16 @@ transformers4-test: .venv/transformers4
 	rm -rf .venv/merged
 	$(BIN)/python tests/golden/merged_in_transformers4.py export .venv/merged
 	.venv/transformers4/bin/python tests/golden/merged_in_transformers4.py check .venv/merged
+
+# The compilers have an environment of their own, on top of the other packages.
+.venv/plan: .venv/installed
+	$(PYTHON) -m venv $@
+	$(BIN)/python -c 'import site; print(f"import site; site.addsitedir({site.getsitepackages()[0]!r})")' \
+		> $$(echo $@/lib/python*/site-packages)/packages.pth
+	$@/bin/pip install --quiet --disable-pip-version-check 'softprompt[plan-tpu,plan-cuda]'
+
+plan-test: .venv/plan
+	$</bin/python -m pytest --numprocesses=0 tests/test_absent_hardware.py
 
 clean:
 	rm -rf .venv site dist

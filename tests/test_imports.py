@@ -13,6 +13,7 @@ LAYERS = [
     "cli",
     "report",
     "sweep",
+    "plan",
     "training",
     "interop",
     "inference",

@@ -11,12 +11,14 @@ from typing import Any, NoReturn
 from softprompt.cli.progress import printed_log
 from softprompt.cli.signals import end_on_signals
 from softprompt.errors import Stopped, UserError, printable, shown
+from softprompt.runtime.platforms import ignore_compilers
 
 # The modules of the commands in this package, in the order in which the help lists them.
 # Each has `add_to(subparsers)`, which declares its arguments, and `run(options)`.
 _COMMANDS = (
     "train",
     "sweep",
+    "plan",
     "evaluate",
     "predict",
     "generate",
@@ -47,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     if arguments is None:
         end_on_signals()
+    ignore_compilers()
     try:
         options = _parse(arguments)
         with printed_log():

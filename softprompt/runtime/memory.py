@@ -41,14 +41,19 @@ def memory_in_use() -> int:
 
 
 def available_memory() -> int:
-    """Return how many bytes can still be allocated on the accelerator, or on a CPU in memory.
+    """Return how many bytes can still be allocated on the accelerator, or on a CPU in memory."""
+    statistics = jax.local_devices()[0].memory_stats()
+    if statistics and "bytes_limit" in statistics:
+        return statistics["bytes_limit"] - statistics["bytes_in_use"]
+    return available_host_memory()
+
+
+def available_host_memory() -> int:
+    """Return how many bytes this process can still allocate in the memory of its machine.
 
     On Linux, this is the memory that is free or can be freed, within the limit of the container.
     Elsewhere, it is the memory of the machine.
     """
-    statistics = jax.local_devices()[0].memory_stats()
-    if statistics and "bytes_limit" in statistics:
-        return statistics["bytes_limit"] - statistics["bytes_in_use"]
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:  # not Linux

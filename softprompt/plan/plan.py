@@ -1,0 +1,182 @@
+"""The plan of a training run: what its step needs on hardware that need not be here."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from softprompt.backbones.config import architecture_of
+from softprompt.errors import UserError
+from softprompt.experiment.schema import Experiment
+from softprompt.parallel.mesh import make_mesh
+from softprompt.parallel.sharding import require_divisible, require_rows
+from softprompt.plan.devices import (
+    absent_devices,
+    missing_compiler,
+    start_jax,
+    virtual_cpu_devices,
+)
+from softprompt.plan.flops import count_flops
+from softprompt.plan.hardware import Hardware, parse_hardware
+from softprompt.plan.measure import MeshPlan, bytes_on_device, measure
+from softprompt.plan.models import read_config
+from softprompt.plan.program import Rows, StepProgram, step_program
+from softprompt.plan.search import Sizes, chosen_mesh, sizes_of, smallest_that_fits
+
+_TOKENS = 256  # of a row, if nothing says how many
+_LABEL_TARGETS = 8  # of a row whose target is the text of a label
+_MOST_VIRTUAL = 64  # CPU devices that are started in place of absent ones
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The plan of an experiment.
+
+    Attributes:
+      experiment, base, method, dtype: what is trained.
+      hardware: such as `v5e-8`.
+      compiler: `tpu` or `cuda`, or `cpu` if that is the hardware or the compiler is missing.
+      usable: bytes of memory that a program can use on each device.
+      rows: the shape of a batch.
+      parameters, trained_parameters: numbers of parameters.
+      flops: operations of a step, on all devices together.
+      planned: what the step needs on the mesh.
+      smallest: the smallest mesh that fits, if `planned` does not and the search found one.
+      tried: the meshes that the search compiled for.
+      notes: what else a reader has to know.
+    """
+
+    experiment: str
+    base: str
+    method: str
+    dtype: str
+    hardware: str
+    compiler: str
+    usable: int
+    rows: Rows
+    parameters: int
+    trained_parameters: int
+    flops: int
+    planned: MeshPlan
+    smallest: MeshPlan | None
+    tried: list[MeshPlan]
+    notes: list[str]
+
+
+def make_plan(
+    experiment: Experiment, hardware: str, tokens: int | None = None, targets: int | None = None
+) -> Plan:
+    """Compile the training step of an experiment for hardware, and say what it needs.
+
+    Neither weights nor a tokenizer nor data are read. Nothing runs on an accelerator.
+
+    Args:
+      experiment: what would be trained.
+      hardware: the name and the number of chips, such as `v5e-8`.
+      tokens: T, the tokens of a row; by default `template.max_tokens`, or 256.
+      targets: M, the tokens of a row that carry loss; by default 8 with a verbalizer, and
+        `generation.max_new_tokens` without.
+
+    Raises:
+      UserError: if the hardware or the base model is not known, or the mesh does not fit them.
+    """
+    kind, chips = parse_hardware(hardware)
+    config = read_config(experiment.base)
+    try:
+        arch = architecture_of(config, ())
+    except UserError as error:
+        raise UserError(f"base {experiment.base}: {error}") from None
+    sizes = sizes_of(experiment, arch, kind, chips)
+    rows = _rows(experiment, arch, tokens, targets)
+    missing = missing_compiler(kind)
+    on_cpu = kind.platform == "cpu" or missing is not None
+    start_jax(max(chips, _MOST_VIRTUAL) if missing else chips if on_cpu else 1)
+    whole = step_program(experiment, config, arch, rows, None)
+    flops = count_flops(whole.trace())
+
+    def program(sizes: Sizes) -> tuple[StepProgram, Mesh]:
+        count = math.prod(sizes.values())
+        devices = virtual_cpu_devices(count) if on_cpu else absent_devices(kind, count)
+        mesh = make_mesh(sizes, devices)
+        require_divisible(arch, mesh)
+        require_rows(experiment.training.batch_size, mesh)
+        return step_program(experiment, config, arch, rows, mesh), mesh
+
+    def arguments(sizes: Sizes) -> int:
+        step, _ = program(sizes)
+        return bytes_on_device((step.frozen, step.trainable, step.opt_state, step.batch))
+
+    planned = measure(*program(sizes), kind, flops)
+    smallest: MeshPlan | None = None
+    tried: list[MeshPlan] = []
+    if not planned.fits and kind.platform != "cpu":  # more virtual devices share the same memory
+        smallest, tried = smallest_that_fits(
+            planned,
+            _MOST_VIRTUAL if on_cpu else kind.most_chips,
+            lambda devices: chosen_mesh(arch, experiment.training.batch_size, devices),
+            arguments,
+            lambda sizes: measure(*program(sizes), kind, flops),
+            kind.usable,
+        )
+    base, trained = (_count(arrays) for arrays in (whole.frozen[1], whole.trainable))
+    return Plan(
+        experiment=experiment.name,
+        base=experiment.base,
+        method=experiment.method,
+        dtype=experiment.compute.dtype,
+        hardware=hardware,
+        compiler="cpu" if on_cpu else kind.platform,
+        usable=kind.usable,
+        rows=rows,
+        parameters=base + trained,
+        trained_parameters=trained,
+        flops=flops,
+        planned=planned,
+        smallest=smallest,
+        tried=tried,
+        notes=_notes(experiment, kind, planned, missing),
+    )
+
+
+def _rows(experiment: Experiment, arch: Any, tokens: int | None, targets: int | None) -> Rows:
+    """Return the shape of a batch.
+
+    Raises:
+      UserError: if the rows are longer than the context window of the model.
+    """
+    tokens = tokens or experiment.template.max_tokens or min(_TOKENS, arch.context_length)
+    if tokens > arch.context_length:
+        raise UserError(
+            f"--tokens {tokens}: the context window of {experiment.base} has "
+            f"{arch.context_length} tokens"
+        )
+    free = experiment.verbalizer is None
+    targets = targets or (experiment.generation.max_new_tokens if free else _LABEL_TARGETS)
+    rows = experiment.training.batch_size * experiment.training.accumulate
+    return Rows(rows, tokens, min(targets, tokens))
+
+
+def _count(arrays: Any) -> int:
+    return sum(array.size for array in jax.tree.leaves(arrays))
+
+
+def _notes(
+    experiment: Experiment, hardware: Hardware, planned: MeshPlan, missing: str | None
+) -> list[str]:
+    notes = []
+    if missing:
+        notes.append(
+            f"{missing}. Until then, virtual CPU devices take its place: the memory is an "
+            "estimate of the CPU's compiler, which is often far from that of the hardware"
+        )
+    if experiment.compute.mesh is None and planned.devices > 1:
+        named = ", ".join(f"{axis}: {size}" for axis, size in planned.mesh.items())
+        notes.append(
+            "compute.mesh is not set, and training would use one device; to train as planned, "
+            f"set compute.mesh={{{named}}}"
+        )
+    if hardware.platform == "cuda" and planned.devices > 8:
+        notes.append("the links between servers are slower than those within, which are counted")
+    return notes

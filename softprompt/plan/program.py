@@ -1,0 +1,185 @@
+"""The training step of an experiment as shapes, without any array.
+
+Axis letters: B batch, T tokens, M target positions, P virtual tokens.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from softprompt.backbones.backbone import Backbone
+from softprompt.backbones.batch import Batch
+from softprompt.backbones.decoder import Decoder
+from softprompt.backbones.loading import Base
+from softprompt.backbones.t5 import T5, T5Architecture
+from softprompt.errors import UserError
+from softprompt.experiment.methods import method_class
+from softprompt.experiment.schema import Experiment
+from softprompt.experiment.templates import template_fields, template_pieces
+from softprompt.methods.method import Method
+from softprompt.objectives.cross_entropy import cross_entropy
+from softprompt.parallel.mesh import ROWS
+from softprompt.parallel.sharding import shardings
+from softprompt.training.optimizers import UpdateRule, hyperparameters
+from softprompt.training.step import split, train_step
+
+_RANDOM = {"init": "random", "init_text": None, "init_prompts": None}
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """The shape of a batch.
+
+    Attributes:
+      rows: B, the rows of a step.
+      tokens: T, the tokens of each row, without the opening that all rows share.
+      targets: M, the tokens of each row that carry loss.
+    """
+
+    rows: int
+    tokens: int
+    targets: int
+
+
+@dataclasses.dataclass(frozen=True)
+class StepProgram:
+    """The arguments of `train_step` as shapes. With a mesh they have shardings.
+
+    Attributes:
+      trainable, opt_state, frozen, batch, key: the arguments that are arrays.
+      static: the static arguments.
+    """
+
+    trainable: Any
+    opt_state: Any
+    frozen: Any
+    batch: Batch
+    key: Any
+    static: Mapping[str, Any]
+
+    def trace(self) -> Any:
+        """Trace `train_step`: the result has a `jaxpr`, and `lower()` for compiling."""
+        arrays = self.trainable, self.opt_state, self.frozen, self.batch, self.key
+        return train_step.trace(*arrays, **self.static)
+
+
+def step_program(
+    experiment: Experiment, config: Mapping[str, Any], arch: Any, rows: Rows, mesh: Mesh | None
+) -> StepProgram:
+    """Return the step of an experiment.
+
+    The method is built like for training, except that virtual tokens start from random vectors:
+    the initial values do not change the program, and other ones need a tokenizer.
+
+    Args:
+      experiment: what would be trained.
+      config: the content of the base model's `config.json`.
+      arch: the architecture that it describes.
+      rows: the shape of a batch.
+      mesh: the mesh, or None for one device.
+
+    Raises:
+      UserError: if the method trains nothing, or does not fit the base model.
+    """
+    experiment = _with_random_vectors(experiment)
+    kind = method_class(experiment.method)
+    backbone = _backbone(experiment, arch, mesh)
+
+    def build(backbone: Backbone) -> Method:
+        no_tokenizer: Any = None
+        base = Base(experiment.base, "", config, backbone, no_tokenizer, experiment.compute)
+        return kind.build(experiment, base, opening(experiment), ())
+
+    method = nnx.eval_shape(build, backbone)
+    graphdef, trainable, frozen = split(method, backbone)
+    if not jax.tree.leaves(trainable):
+        raise UserError(f"method {experiment.method} trains nothing, so there is no step to plan")
+    rule = UpdateRule.of(experiment.optimizer)
+    offsets = kind.offsets_learning_rate(experiment)
+    numbers = hyperparameters(experiment.optimizer, experiment.training.steps, offsets)
+    opt_state = jax.eval_shape(lambda arrays: rule.init(arrays, numbers), trainable)
+    batch = _batch(rows, separate_targets=backbone.separate_targets)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    if mesh is not None:
+        trainable, opt_state, frozen = (
+            _placed(arrays, shardings(arrays, mesh)) for arrays in (trainable, opt_state, frozen)
+        )
+        by_rows = NamedSharding(mesh, PartitionSpec(ROWS))
+        batch = _placed(batch, jax.tree.map(lambda _: by_rows, batch))
+        key = _placed(key, NamedSharding(mesh, PartitionSpec()))
+    static = {
+        "graphdef": graphdef,
+        "optimizer": rule,
+        "objective": cross_entropy,
+        "accumulate": experiment.training.accumulate,
+    }
+    return StepProgram(trainable, opt_state, frozen, batch, key, static)
+
+
+def opening(experiment: Experiment) -> list[int]:
+    """Return the ids of the virtual tokens if every row begins with them, and else nothing.
+
+    The opening of a real run also has the text before the first field. Without a tokenizer, its
+    length is unknown, so it counts among the tokens of the rows.
+    """
+    before, *after = template_pieces(experiment.template.input)
+    in_rows = bool(after and template_fields(before))
+    kind = method_class(experiment.method)
+    if in_rows or kind.tasks(experiment):
+        return []
+    return [~i for i in range(kind.virtual_tokens(experiment)[0])]
+
+
+def _with_random_vectors(experiment: Experiment) -> Experiment:
+    sections = {
+        name: getattr(experiment, name).model_copy(update=_RANDOM) for name in ("prompt", "prefix")
+    }
+    return experiment.model_copy(update=sections)
+
+
+def _backbone(experiment: Experiment, arch: Any, mesh: Mesh | None) -> Backbone:
+    """Return a backbone whose arrays are shapes, with the dtypes that loading gives them."""
+    int8 = experiment.compute.int8
+
+    def build() -> Backbone:
+        if isinstance(arch, T5Architecture):
+            return T5(arch, int8=int8, mesh=mesh)
+        return Decoder(arch, int8=int8, mesh=mesh)
+
+    graphdef, state = nnx.split(nnx.eval_shape(build))
+    flat = dict(nnx.to_flat_state(state))
+    dtype = jnp.dtype(experiment.compute.dtype)
+    for path, parameter in flat.items():
+        is_scale = path[-1] == "scale" and (*path[:-1], "kernel") in flat
+        if parameter.dtype != jnp.int8 and not is_scale and "norm" not in str(path[-2:-1]):
+            parameter.set_value(jax.ShapeDtypeStruct(parameter.shape, dtype))
+    return nnx.merge(graphdef, state)
+
+
+def _batch(rows: Rows, *, separate_targets: bool) -> Batch:
+    def ids(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+    targets = ids(rows.rows, rows.targets)
+    return Batch(
+        tokens=ids(rows.rows, rows.tokens),
+        lengths=ids(rows.rows),
+        targets=targets,
+        target_candidates=targets,
+        target_indices=None if separate_targets else targets,
+        positions=None,
+        segments=None,
+    )
+
+
+def _placed(arrays: Any, shardings: Any) -> Any:
+    return jax.tree.map(
+        lambda array, sharding: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding),
+        arrays,
+        shardings,
+    )

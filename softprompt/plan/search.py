@@ -1,0 +1,107 @@
+"""Which mesh to plan for: the experiment's, one that uses all chips, or the smallest that fits."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from softprompt.errors import UserError
+from softprompt.experiment.schema import Experiment
+from softprompt.parallel.mesh import AXES
+from softprompt.parallel.sharding import meshes_of
+from softprompt.plan.hardware import Hardware, wrong_count
+from softprompt.plan.measure import MeshPlan
+
+Sizes = Mapping[str, int]
+
+_MOST_COMPILED = 4  # meshes that a search compiles for; each takes up to a minute
+
+
+def sizes_of(experiment: Experiment, arch: Any, hardware: Hardware, chips: int) -> Sizes:
+    """Return the mesh of an experiment on hardware, without axes of size 1.
+
+    Args:
+      experiment: if it has no `compute.mesh`, the mesh is `chosen_mesh` for all chips, or for as
+        many as the rows of its batches can use.
+      arch: the architecture of the base model.
+      hardware, chips: the kind and the number of chips.
+
+    Raises:
+      UserError: if the mesh needs more chips, or a number of chips that is not offered.
+    """
+    if experiment.compute.mesh is None:
+        rows, count = experiment.training.batch_size, chips
+        while (sizes := chosen_mesh(arch, rows, count)) is None or wrong_count(hardware, count):
+            count -= 1
+        return sizes
+    sizes = dict(experiment.compute.mesh)
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    count = max(fixed, chips // fixed * fixed) if -1 in sizes.values() else fixed
+    if count > chips:
+        raise UserError(
+            f"compute.mesh: {_product(sizes)} needs {count} chips, but --hardware "
+            f"{hardware.name}-{chips} has {chips}"
+        )
+    if problem := wrong_count(hardware, count):
+        raise UserError(f"compute.mesh: {_product(sizes)} needs {count} chips; {problem}")
+    return {axis: count // fixed if size == -1 else size for axis, size in sizes.items()}
+
+
+def chosen_mesh(arch: Any, rows: int, devices: int) -> Sizes | None:
+    """Return the mesh of a number of devices with the largest `fsdp`; None if there is none.
+
+    Args:
+      arch: the architecture of the base model.
+      rows: the rows of a batch, which `data` and `fsdp` must divide.
+      devices: the number of devices.
+    """
+    fitting = [
+        sizes for sizes in meshes_of(arch, devices) if rows % (sizes["data"] * sizes["fsdp"]) == 0
+    ]
+    if not fitting:
+        return None
+    largest = max(fitting, key=lambda sizes: (sizes["fsdp"], sizes["data"]))
+    return {axis: size for axis, size in largest.items() if size > 1}
+
+
+def smallest_that_fits(
+    planned: MeshPlan,
+    most: int,
+    mesh_of: Callable[[int], Sizes | None],
+    arguments: Callable[[Sizes], int],
+    plan: Callable[[Sizes], MeshPlan],
+    usable: int,
+) -> tuple[MeshPlan | None, list[MeshPlan]]:
+    """Search meshes of 1, 2, 4, ... devices for the first one that fits.
+
+    A mesh is not compiled for if its arguments, and half of the temporaries that the last mesh
+    leads to expect, already need too much memory.
+
+    Args:
+      planned: a mesh that does not fit.
+      most: the largest number of devices.
+      mesh_of: returns the mesh of a number of devices, or None.
+      arguments: returns the bytes of the step's arguments on each device of a mesh.
+      plan: compiles for a mesh.
+      usable: the bytes of memory of each device.
+
+    Returns:
+      The mesh that fits, or None, and the meshes that were compiled for.
+    """
+    tried: list[MeshPlan] = []
+    last = planned
+    devices = 1
+    while devices <= most and len(tried) < _MOST_COMPILED:
+        sizes = mesh_of(devices)
+        if sizes is not None and sizes != planned.mesh:
+            temporaries = (last.memory.total - last.memory.arguments) * last.devices / devices
+            if arguments(sizes) + temporaries / 2 <= usable:
+                last = plan(sizes)
+                tried.append(last)
+                if last.fits:
+                    return last, tried
+        devices *= 2
+    return None, tried
+
+
+def _product(sizes: Sizes) -> str:
+    return " x ".join(f"{axis} {sizes[axis]}" for axis in AXES if sizes.get(axis, 1) != 1) or "1"
