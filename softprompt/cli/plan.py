@@ -123,13 +123,7 @@ def _mesh(plan: "MeshPlan") -> str:
 
 def _size(count: int) -> str:
     """Format a number of bytes."""
-    unit, name = (
-        next(
-            (unit, name)
-            for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (1, "B"))
-            if count >= unit / 10
-        )
-        if count
-        else (1, "B")
-    )
-    return f"{count / unit:,.2f} {name}" if unit > 1 else f"{count} B"
+    for unit, name in ((2**30, "GiB"), (2**20, "MiB")):
+        if abs(count) >= unit / 10:
+            return f"{count / unit:,.2f} {name}"
+    return f"{count} B"

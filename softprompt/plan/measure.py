@@ -28,7 +28,8 @@ class Memory:
       batch: the rows of a step.
       temporaries: activations, gathered weights and all else that lives only during a step; None
         if the compiler gave up because the memory of the device is too small.
-      padding: what the compiler adds to arguments for their layout, and the code of the program.
+      padding: what the compiler adds to arguments for their layout, and the code of the program,
+        without arguments that it leaves out. It can be negative.
       total: the sum of these.
     """
 
