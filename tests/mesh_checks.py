@@ -64,6 +64,7 @@ MESHES = {
     "all": {"data": 2, "fsdp": 2, "model": 2},
 }
 METHODS = ["prefix", "lora", "dept", "full"]
+LAYERS = 3, 2  # of all families, and of the decoder of t5
 VIRTUAL, COUNT, END = 5, 6, 1  # P, the number of generated tokens, and an id that ends a text
 
 EVERYTHING = bool(os.environ.get("ALL_MESHES"))
@@ -172,7 +173,7 @@ def step_of(family: str, mesh: str | None, method: str = "prompt", accumulate=1,
     for array in jax.tree.leaves(new) if mesh else ():  # what is learned stays as it was placed
         assert array.sharding.is_fully_replicated or method == "full"
     gradient = [np.asarray(array, np.float32) for array in jax.tree.leaves(gradient)]
-    return Step(float(measured["loss"]), gradient, Program.of(compiled))
+    return Step(float(measured["loss"]), gradient, Program.of(compiled, LAYERS))
 
 
 def assert_equal_steps(step: Step, expected: Step, tolerance: float = 1e-5) -> None:
@@ -208,7 +209,7 @@ def test_a_step_holds_no_whole_weight_and_moves_little(family, mesh):
 def assert_moves_at_most(elements: int, program: Program, backbone) -> None:
     """No collective moves a larger array, except for the weights that a layer gathers."""
     for moved in program.collectives:
-        if moved.opcode == "all-gather" and moved.in_inner_loop:
+        if moved.opcode == "all-gather" and moved.in_layer:
             assert moved.shapes <= gathered_weights(backbone)
         else:
             assert moved.largest <= elements
@@ -229,7 +230,7 @@ def assert_weights_stay_divided(program: Program, backbone) -> None:
     assert whole or axis_size(backbone.mesh, ("fsdp", "model")) == 1
     assert not program.shapes & whole
     gathered = {shape for shape in gathered_weights(backbone) if len(shape) > 1}
-    assert not program.shapes_outside_inner_loops & gathered
+    assert not program.shapes_outside_layers & gathered
 
 
 def gathered_weights(backbone) -> set[tuple[int, ...]]:
@@ -313,7 +314,7 @@ def answers_of(family: str, mesh: str | None) -> Answers:
     until = np.full(rows, COUNT)
     decode = decoding.continue_decoding.lower(backbone, prefix, state, until).compile()
     tokens = np.asarray(decode(backbone, prefix, state, until).tokens)
-    return Answers(scores, tokens, Program.of(decode), (shard[1], shard[3]))
+    return Answers(scores, tokens, Program.of(decode, LAYERS), (shard[1], shard[3]))
 
 
 @more
@@ -344,7 +345,7 @@ def test_beam_search_finds_the_texts_of_one_device_and_keeps_the_cache_divided(f
         lengths = np.full(rows, length)
         state = beams.start(backbone, None, tokens, lengths, None, *rest, capacity=COUNT, beams=2)
         compiled = beams.continue_search.lower(backbone, None, state, *rest).compile()
-        return compiled(backbone, None, state, *rest).finished, Program.of(compiled)
+        return compiled(backbone, None, state, *rest).finished, Program.of(compiled, LAYERS)
 
     (expected, _), (texts, program) = search(None), search("all")
     np.testing.assert_array_equal(texts.tokens, expected.tokens)

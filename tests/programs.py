@@ -3,11 +3,13 @@
 import dataclasses
 import math
 import re
+from collections.abc import Collection
 from typing import Any
 
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?[\w.-]+ = (\(.*?\)|\S+) ([\w-]+)\(")
 _SHAPE = re.compile(r"\w+\[([\d,]*)\]")
-_CALLED = re.compile(r"(body|condition|calls|to_apply|branch_computations)=(\{[^}]*\}|%?[\w.-]+)")
+_CALLED = re.compile(r"(?:body|condition|calls|to_apply|branch_computations)=(\{[^}]*\}|%?[\w.-]+)")
+_LOOP = re.compile(r'body=%?([\w.-]+).*"known_trip_count":\{"n":"(\d+)"\}')
 _COLLECTIVES = (
     "all-gather",
     "all-reduce",
@@ -28,14 +30,14 @@ class Collective:
       opcode: such as `all-gather`.
       shapes: the shapes of its results.
       elements, largest: the number of elements of all its results, and of the largest one.
-      in_inner_loop: whether it is in a loop without a loop inside.
+      in_layer: whether it is in a loop over layers.
     """
 
     opcode: str
     shapes: frozenset[Shape]
     elements: int
     largest: int
-    in_inner_loop: bool
+    in_layer: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,19 +46,24 @@ class Program:
 
     Attributes:
       shapes: the shapes of all arrays.
-      shapes_outside_inner_loops: those of arrays that exist outside of loops without a loop inside.
+      shapes_outside_layers: those of arrays that exist outside of the loops over layers.
       collectives: see `Collective`.
     """
 
     shapes: frozenset[Shape]
-    shapes_outside_inner_loops: frozenset[Shape]
+    shapes_outside_layers: frozenset[Shape]
     collectives: tuple[Collective, ...]
 
     @classmethod
-    def of(cls, compiled: Any) -> "Program":
-        """Read the text of a compiled function."""
+    def of(cls, compiled: Any, layers: Collection[int]) -> "Program":
+        """Read the text of a compiled function.
+
+        Args:
+          compiled: the function.
+          layers: the numbers of layers. A loop of so many turns is a loop over layers.
+        """
         computations, entry = _computations(compiled.as_text())
-        inner = _inner_loops(computations, entry)
+        inside = _in_loops(computations, entry, layers)
         shapes: dict[bool, set[Shape]] = {True: set(), False: set()}
         collectives = []
         for name, lines in computations.items():
@@ -65,13 +72,13 @@ class Program:
                     continue
                 sizes = [_sizes(text) for text in _SHAPE.findall(found[1])]
                 plain = [tuple(sorted(size for size in each if size > 1)) for each in sizes]
-                shapes[name in inner].update(plain)
+                shapes[name in inside].update(plain)
                 opcode = found[2].removesuffix("-start")
                 if opcode in _COLLECTIVES:
                     counts = [math.prod(each) for each in sizes]
                     collectives.append(
                         Collective(
-                            opcode, frozenset(plain), sum(counts), max(counts), name in inner
+                            opcode, frozenset(plain), sum(counts), max(counts), name in inside
                         )
                     )
         outside = frozenset(shapes[False])
@@ -97,33 +104,29 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
     return computations, entry
 
 
-def _inner_loops(computations: dict[str, list[str]], entry: str) -> set[str]:
-    """Return the computations that run only in loops without a loop inside."""
+def _in_loops(computations: dict[str, list[str]], entry: str, turns: Collection[int]) -> set[str]:
+    """Return the computations that run only in loops of so many turns."""
 
-    def called(name: str) -> list[tuple[str, str]]:
+    def called(name: str) -> list[str]:
         return [
-            (how, other)
+            other
             for line in computations[name]
-            for how, others in _CALLED.findall(line)
+            for others in _CALLED.findall(line)
             for other in re.findall(r"[\w.-]+", others)
         ]
 
-    def reachable(name: str) -> set[str]:
-        return {name}.union(*(reachable(other) for _, other in called(name)))
+    def reachable(name: str, without: Collection[str] = ()) -> set[str]:
+        found, pending = {name}, [name]
+        while pending:
+            new = {*called(pending.pop())} - found - {*without}
+            found |= new
+            pending += new
+        return found
 
     bodies = {
-        other
-        for name in computations
-        for how, other in called(name)
-        if how == "body"
-        and not any(how == "body" for n in reachable(other) for how, _ in called(n))
+        loop[1]
+        for lines in computations.values()
+        for line in lines
+        if (loop := _LOOP.search(line)) and int(loop[2]) in turns
     }
-    inside = set().union(*map(reachable, bodies)) if bodies else set()
-    # A computation that is also called from elsewhere is not only in these loops.
-    outside, pending = {entry}, [entry]
-    while pending:
-        for _, other in called(pending.pop()):
-            if other not in bodies and other not in outside:
-                outside.add(other)
-                pending.append(other)
-    return inside - outside
+    return {name for body in bodies for name in reachable(body)} - reachable(entry, bodies)
