@@ -10,6 +10,7 @@ _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?[\w.-]+ = (\(.*?\)|\S+) ([\w-]+)\(")
 _SHAPE = re.compile(r"\w+\[([\d,]*)\]")
 _CALLED = re.compile(r"(?:body|condition|calls|to_apply|branch_computations)=(\{[^}]*\}|%?[\w.-]+)")
 _LOOP = re.compile(r'body=%?([\w.-]+).*"known_trip_count":\{"n":"(\d+)"\}')
+_ALONE = re.compile(r"replica_groups=(\{\{\d+\}(,\{\d+\})*\}|\[\d+,1\])")  # groups of one device
 _COLLECTIVES = (
     "all-gather",
     "all-reduce",
@@ -74,7 +75,7 @@ class Program:
                 plain = [tuple(sorted(size for size in each if size > 1)) for each in sizes]
                 shapes[name in inside].update(plain)
                 opcode = found[2].removesuffix("-start")
-                if opcode in _COLLECTIVES:
+                if opcode in _COLLECTIVES and not _ALONE.search(line):
                     counts = [math.prod(each) for each in sizes]
                     collectives.append(
                         Collective(
