@@ -17,6 +17,7 @@ _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _START_SECONDS = 60  # until all processes must have started
 _HEARTBEAT_SECONDS = 30  # without a sign of life, until a process counts as lost
 _END_SECONDS = 10  # that a process which ends waits for the end of the others
+_REPORT_SECONDS = 20  # that a process with an error waits for process 0 to report one
 _ERROR = "softprompt/error"  # the key under which process 0 stores its error message
 
 
@@ -139,7 +140,7 @@ def _is_reported(error: UserError, process: int) -> bool:
         if process == 0:
             client.key_value_set(_ERROR, str(error))
         else:
-            client.blocking_key_value_get(_ERROR, 3000)  # milliseconds
+            client.blocking_key_value_get(_ERROR, _REPORT_SECONDS * 1000)
             return True
     return False
 
