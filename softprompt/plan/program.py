@@ -30,8 +30,8 @@ _RANDOM = {"init": "random", "init_text": None, "init_prompts": None}
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows:
-    """The shape of a batch.
+class BatchShape:
+    """The size of a training batch.
 
     Attributes:
       rows: B, the rows of a step.
@@ -67,7 +67,11 @@ class StepProgram:
 
 
 def step_program(
-    experiment: Experiment, config: Mapping[str, Any], arch: Any, rows: Rows, mesh: Mesh | None
+    experiment: Experiment,
+    config: Mapping[str, Any],
+    arch: Any,
+    rows: BatchShape,
+    mesh: Mesh | None,
 ) -> StepProgram:
     """Return the step of an experiment.
 
@@ -138,7 +142,7 @@ def _with_random_vectors(experiment: Experiment) -> Experiment:
     return experiment.model_copy(update=sections)
 
 
-def _batch(rows: Rows, *, separate_targets: bool) -> Batch:
+def _batch(rows: BatchShape, *, separate_targets: bool) -> Batch:
     def ids(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.int32)
 
