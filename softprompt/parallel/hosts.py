@@ -19,7 +19,7 @@ from softprompt.errors import UserError
 from softprompt.parallel.mesh import ROWS
 
 Result = TypeVar("Result")
-Rows = TypeVar("Rows")
+Arrays = TypeVar("Arrays")
 
 
 def is_main() -> bool:
@@ -104,7 +104,7 @@ def rows_here(count: int, mesh: Mesh | None) -> Sequence[int]:
     return sorted({row for part in parts if part for row in range(*part[0].indices(count))})
 
 
-def divide_rows(batch: Rows, mesh: Mesh | None) -> Rows:
+def divide_rows(batch: Arrays, mesh: Mesh | None) -> Arrays:
     """Divide the arrays of a batch over the devices of a mesh, by rows.
 
     Args:

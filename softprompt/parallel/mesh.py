@@ -5,8 +5,8 @@ a mesh and adds the communication. It needs to know three things:
 
 - how the parameters are divided. `sharding` has one table for all of them.
 - how a few intermediate arrays are divided, where its own choice is bad: `divide`.
-- which parts of the program are better divided by hand: `sum_over_data`, `on_own_rows` and
-  `on_each_device`.
+- which parts of the program are better divided by hand: `sum_over_data`, `divide_trials`,
+  `on_own_rows` and `on_each_device`.
 
 A backbone has its mesh in the attribute `mesh`, which is None for one device. The functions here
 then have no effect.

@@ -73,8 +73,8 @@ def smallest_that_fits(
 ) -> tuple[MeshPlan | None, list[MeshPlan]]:
     """Search meshes of 1, 2, 4, ... devices for the first one that fits.
 
-    A mesh is not compiled for if its arguments, and half of the temporaries that the last mesh
-    leads to expect, already need too much memory.
+    A mesh is skipped, and not compiled for, if its arguments and half of its estimated temporaries
+    need too much memory. The estimate divides the temporaries of the last mesh among more devices.
 
     Args:
       planned: a mesh that does not fit.
