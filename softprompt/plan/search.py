@@ -17,7 +17,7 @@ _MOST_COMPILED = 4  # meshes that a search compiles for; each takes up to a minu
 
 
 def sizes_of(experiment: Experiment, arch: Any, hardware: Hardware, chips: int) -> Sizes:
-    """Return the mesh of an experiment on hardware, without axes of size 1.
+    """Return the sizes of the mesh to plan for.
 
     Args:
       experiment: if it has no `compute.mesh`, the mesh is `chosen_mesh` for all chips, or for as
