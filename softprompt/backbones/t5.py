@@ -348,10 +348,10 @@ class T5(nnx.Module):
             block, x = gather_layer(block, self.mesh), divide(x, self.mesh, ROWS)
 
             def sources(keys, values):
-                own = [Source(keys, values, bias=own_bias), Source(*read, filled, bias)]
+                own = [Source(keys, values, bias=own_bias), Source(read[0], read[1], filled, bias)]
                 return [*own, Source(*from_prefix, *mask_and_bias)] if from_prefix else own
 
-            return block(x, sources, Source(*inputs, cache.input_mask[:, None]))
+            return block(x, sources, Source(inputs[0], inputs[1], cache.input_mask[:, None]))
 
         read, inputs = (cache.keys, cache.values), (cache.input_keys, cache.input_values)
         x, (keys, values) = jax.lax.scan(
