@@ -18,7 +18,7 @@ from softprompt.plan.flops import count_flops
 from softprompt.plan.hardware import parse_hardware
 from softprompt.plan.measure import measure
 from softprompt.plan.models import read_config
-from softprompt.plan.program import Rows, step_program
+from softprompt.plan.program import BatchShape, step_program
 from softprompt.plan.public_models import PUBLIC_MODELS
 from softprompt.plan.search import chosen_mesh, sizes_of
 
@@ -53,7 +53,9 @@ def tiny(tmp_path):
 
 def program(experiment, tokens=16, targets=4, mesh=None):
     config = read_config(experiment.base)
-    rows = Rows(experiment.training.batch_size * experiment.training.accumulate, tokens, targets)
+    rows = BatchShape(
+        experiment.training.batch_size * experiment.training.accumulate, tokens, targets
+    )
     return step_program(experiment, config, architecture_of(config, ()), rows, mesh)
 
 
@@ -285,7 +287,7 @@ def test_the_mesh_is_that_of_the_experiment_or_uses_all_chips(tiny):
     assert sizes(tiny(), "v5e-8") == {"fsdp": 4, "model": 2}
     assert sizes(tiny(), "v5e-16") == {"fsdp": 4, "model": 2}  # 2 key-value heads, 4 rows
     assert sizes(tiny("compute.mesh={data: 2, model: -1}"), "v5e-4")["model"] == 2
-    with pytest.raises(UserError, match="needs 8 chips, but --hardware v5e-4 has 4"):
+    with pytest.raises(UserError, match=r"mesh \{data: 8\}: needs 8 chips, but v5e-4 has 4"):
         sizes(tiny("compute.mesh={data: 8}"), "v5e-4")
     with pytest.raises(UserError, match="power of two"):
         sizes(tiny("compute.mesh={data: 3}"), "v5e-4")

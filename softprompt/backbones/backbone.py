@@ -1,7 +1,7 @@
 """The interface of a backbone: what the rest of the package may use of it.
 
 Nothing outside `backbones/` checks which class a backbone is. To add an architecture, write an
-NNX module with these members, and build it in `loading.load_backbone`.
+NNX module with these members, and build it in `loading.backbone_shapes`.
 
 Axis letters: B batch, T tokens, P virtual tokens, D hidden, L layers, K key-value heads,
 h head size, V vocabulary, M target positions.

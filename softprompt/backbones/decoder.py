@@ -156,8 +156,7 @@ class Decoder(nnx.Module):
         self.layers = nnx.vmap(lambda _: Block(arch, int8, mesh))(jnp.arange(len(arch.layers)))
         norm = LayerNorm if arch.norm == "layer" else RMSNorm
         self.norm = norm(arch.hidden_size, arch.norm_epsilon)
-        sizes = arch.hidden_size, arch.vocab_size
-        self.head = None if arch.tied_head else Linear(*sizes, int8=int8)
+        self.head = None if arch.tied_head else Linear(arch.hidden_size, arch.vocab_size, int8=int8)
 
     def __repr__(self) -> str:
         arch = self.arch

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerFast
@@ -188,14 +190,42 @@ def load_backbone(
     require_divisible(arch, mesh)
     attention = choose_attention(attention, arch, dtype, mesh)
 
+    shapes = backbone_shapes(arch, dtype=dtype, int8=int8, attention=attention, mesh=mesh)
+    graphdef, state = nnx.split(shapes)
+    weights = load_weights(state, file, names, arch, mesh)
+    return nnx.merge(graphdef, state), weights
+
+
+def backbone_shapes(
+    arch: Any,
+    *,
+    dtype: str = "float32",
+    int8: bool = False,
+    attention: Literal["xla", "cudnn"] = "xla",
+    mesh: Mesh | None = None,
+) -> Backbone:
+    """Return a backbone without weights: its parameters are `jax.ShapeDtypeStruct`s.
+
+    Args:
+      arch: the architecture.
+      dtype: the dtype of parameters, except of norms and of the scales of int8 kernels, which are
+        float32, and of int8 kernels.
+      int8, mesh: as in `load_base`.
+      attention: the implementation of attention, from `flash.choose_attention`.
+    """
+
     def build() -> Backbone:
         if isinstance(arch, t5.T5Architecture):
             return t5.T5(arch, int8=int8, mesh=mesh)
         return decoder.Decoder(arch, int8=int8, attention=attention, mesh=mesh)
 
     graphdef, state = nnx.split(nnx.eval_shape(build))
-    weights = load_weights(state, file, names, arch, dtype, mesh)
-    return nnx.merge(graphdef, state), weights
+    flat = dict(nnx.to_flat_state(state))
+    for path, parameter in flat.items():
+        is_scale = path[-1] == "scale" and (*path[:-1], "kernel") in flat
+        if parameter.dtype != jnp.int8 and not is_scale and "norm" not in str(path[-2:-1]):
+            parameter.set_value(jax.ShapeDtypeStruct(parameter.shape, jnp.dtype(dtype)))
+    return nnx.merge(graphdef, state)
 
 
 def _non_defaults(value: Any) -> Any:

@@ -171,17 +171,16 @@ class T5(nnx.Module):
         buckets = (arch.num_buckets, arch.num_heads)
         norm = partial(RMSNorm, arch.hidden_size, arch.norm_epsilon)
         self.encoder_bias = nnx.Param(jnp.zeros(buckets))
-        self.encoder = nnx.vmap(lambda _: EncoderBlock(arch, int8))(
-            jnp.arange(arch.num_encoder_layers)
-        )
+
+        def stacked(kind: type[EncoderBlock], count: int) -> EncoderBlock:
+            return nnx.vmap(lambda _: kind(arch, int8))(jnp.arange(count))
+
+        self.encoder = stacked(EncoderBlock, arch.num_encoder_layers)
         self.encoder_norm = norm()
         self.decoder_bias = nnx.Param(jnp.zeros(buckets))
-        self.decoder = nnx.vmap(lambda _: DecoderBlock(arch, int8))(
-            jnp.arange(arch.num_decoder_layers)
-        )
+        self.decoder = stacked(DecoderBlock, arch.num_decoder_layers)
         self.decoder_norm = norm()
-        sizes = arch.hidden_size, arch.vocab_size
-        self.head = None if arch.tied_head else Linear(*sizes, int8=int8)
+        self.head = None if arch.tied_head else Linear(arch.hidden_size, arch.vocab_size, int8=int8)
 
     def __repr__(self) -> str:
         arch = self.arch
@@ -250,9 +249,8 @@ class T5(nnx.Module):
             if prefix.lengths is not None:  # move the input next to the row's virtual tokens
                 indices, own = jnp.arange(embeddings.shape[1])[None], prefix.lengths[:, None]
                 indices = jnp.where(indices < own, indices, indices - own + prefix.length)
-                embeddings = jnp.take_along_axis(
-                    embeddings, indices[..., None], axis=1, mode="clip"
-                )
+                indices = indices[..., None]
+                embeddings = jnp.take_along_axis(embeddings, indices, axis=1, mode="clip")
             lengths = lengths + (prefix.length if prefix.lengths is None else prefix.lengths)
         positions = jnp.arange(embeddings.shape[1])[None]
         mask = positions < lengths[:, None]
@@ -324,11 +322,11 @@ class T5(nnx.Module):
         """
         arch, rows = self.arch, len(tokens)
         encoded, mask = self.encode(self.embedding.with_offsets(tokens), lengths, prefix)
-        _, (keys, values) = jax.lax.scan(
-            lambda _, block: (None, gather_layer(block, self.mesh).read(encoded)),
-            None,
-            self.decoder,
-        )
+
+        def read(_, block):
+            return None, gather_layer(block, self.mesh).read(encoded)
+
+        _, (keys, values) = jax.lax.scan(read, None, self.decoder)
         shape = (arch.num_decoder_layers, rows, capacity + 1, arch.num_heads, arch.head_size)
         empty = jnp.zeros(shape, encoded.dtype)
         cache = T5Cache(empty, empty, jnp.zeros(rows, jnp.int32), keys, values, mask)
@@ -350,11 +348,8 @@ class T5(nnx.Module):
             block, x = gather_layer(block, self.mesh), divide(x, self.mesh, ROWS)
 
             def sources(keys, values):
-                own = Source(keys, values, bias=own_bias)
-                all_sources = [own, Source(read[0], read[1], filled, bias)]
-                if from_prefix:
-                    all_sources.append(Source(*from_prefix, *mask_and_bias))
-                return all_sources
+                own = [Source(keys, values, bias=own_bias), Source(read[0], read[1], filled, bias)]
+                return [*own, Source(*from_prefix, *mask_and_bias)] if from_prefix else own
 
             return block(x, sources, Source(inputs[0], inputs[1], cache.input_mask[:, None]))
 

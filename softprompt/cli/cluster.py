@@ -14,10 +14,10 @@ from typing import Any
 from softprompt.errors import Stopped, UserError, reason_of
 
 _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-_START_SECONDS = 60  # until all processes must have started
-_HEARTBEAT_SECONDS = 30  # without a sign of life, until a process counts as lost
-_END_SECONDS = 10  # that a process which ends waits for the end of the others
-_REPORT_SECONDS = 20  # that a process with an error waits for process 0 to report one
+_START_SECONDS = 60  # all processes must start within this time
+_HEARTBEAT_SECONDS = 30  # a process that is silent for longer counts as lost
+_END_SECONDS = 10  # a process that ends waits this long for the others
+_REPORT_SECONDS = 20  # a process with an error waits this long for that of process 0
 _ERROR = "softprompt/error"  # the key under which process 0 stores its error message
 
 
@@ -30,7 +30,7 @@ def cluster() -> Iterator[bool]:
     this before any computation. With a single process, it has no effect.
 
     Yields:
-      Whether this process shows results, messages and progress. One process of a cluster does.
+      Whether this process shows results, messages and progress. Only one process of a cluster does.
 
     Raises:
       UserError: if the variables are incomplete or wrong, or another process was lost.

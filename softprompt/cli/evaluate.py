@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from softprompt.cli.arguments import add_base, add_batch_size, add_command, add_scoring
-from softprompt.cli.inputs import chosen_mesh, with_scoring
+from softprompt.cli.inputs import requested_mesh, with_scoring
 from softprompt.cli.progress import Bar
 from softprompt.cli.tables import print_table
 from softprompt.errors import UserError
@@ -105,7 +105,7 @@ def _evaluate_one(options: argparse.Namespace, experiment: "Experiment", data: s
 
     if options.output:
         require_output(options.output)
-    mesh = chosen_mesh(options)
+    mesh = requested_mesh(options)
     prompt = with_scoring(load_prompt(options.runs[0], options.base, mesh=mesh), options)
     examples = make_examples(prompt.task, read_records(data), options.split, Bar)
     needs_predictions = options.output or set(experiment.evaluation.metrics) - {*MODEL_METRICS}
@@ -144,7 +144,7 @@ def _evaluate_several(options: argparse.Namespace, data: str) -> None:
     from softprompt.inference.ensemble import evaluate_ensemble, shared_task
     from softprompt.inference.prompt import load_prompt
 
-    first = load_prompt(options.runs[0], options.base, mesh=chosen_mesh(options))
+    first = load_prompt(options.runs[0], options.base, mesh=requested_mesh(options))
     prompts = [first, *(load_prompt(run, first.base) for run in options.runs[1:])]
     examples = make_examples(shared_task(prompts), read_records(data), options.split, Bar)
     results = evaluate_ensemble(prompts, examples, options.batch_size, options.split, Bar)

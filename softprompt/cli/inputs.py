@@ -23,10 +23,10 @@ def load_prompt(options: argparse.Namespace) -> "TrainedPrompt":
     """Load the prompt that `add_prompt` declares."""
     from softprompt.inference.prompt import load_prompt
 
-    return load_prompt(options.run, options.base, mesh=chosen_mesh(options))
+    return load_prompt(options.run, options.base, mesh=requested_mesh(options))
 
 
-def chosen_mesh(options: argparse.Namespace) -> "Mesh | None":
+def requested_mesh(options: argparse.Namespace) -> "Mesh | None":
     """Return the mesh that `add_base` declares; None for one device."""
     from softprompt.parallel.mesh import make_mesh
 

@@ -1,7 +1,7 @@
-"""The processes of a run on several hosts. Process 0, the main one, alone writes files.
+"""The processes of a run on several hosts. Process 0, the main process, alone writes files.
 
 JAX connects the processes (`jax.distributed`). All of them run the same program and call the
-functions here together, in the same order. With one process, the functions do nothing.
+functions here together, in the same order. A single process is the main one and waits for nobody.
 """
 
 import json
@@ -19,7 +19,7 @@ from softprompt.errors import UserError
 from softprompt.parallel.mesh import ROWS
 
 Result = TypeVar("Result")
-Rows = TypeVar("Rows")
+Arrays = TypeVar("Arrays")
 
 
 def is_main() -> bool:
@@ -104,7 +104,7 @@ def rows_here(count: int, mesh: Mesh | None) -> Sequence[int]:
     return sorted({row for part in parts if part for row in range(*part[0].indices(count))})
 
 
-def divide_rows(batch: Rows, mesh: Mesh | None) -> Rows:
+def divide_rows(batch: Arrays, mesh: Mesh | None) -> Arrays:
     """Divide the arrays of a batch over the devices of a mesh, by rows.
 
     Args:
@@ -142,11 +142,25 @@ def bytes_here(arrays: Any) -> int:
       arrays: a pytree of arrays or `jax.ShapeDtypeStruct`s, which may have a sharding.
     """
 
-    def size(leaf: Any) -> int:
-        sharding = getattr(leaf, "sharding", None)
-        if sharding is None or len(sharding.device_set) == 1:
-            return leaf.size * leaf.dtype.itemsize
-        parts = len(sharding.addressable_devices) if jax.default_backend() == "cpu" else 1
-        return math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize * parts
+    def size(array: Any) -> int:
+        sharding = getattr(array, "sharding", None)
+        if sharding is None or jax.default_backend() != "cpu":
+            return bytes_on_device(array)
+        return bytes_on_device(array) * len(sharding.addressable_devices)
+
+    return sum(map(size, jax.tree.leaves(arrays)))
+
+
+def bytes_on_device(arrays: Any) -> int:
+    """Return how much memory arrays need on each of their devices.
+
+    Args:
+      arrays: a pytree of arrays or `jax.ShapeDtypeStruct`s, which may have a sharding.
+    """
+
+    def size(array: Any) -> int:
+        sharding = getattr(array, "sharding", None)
+        shape = array.shape if sharding is None else sharding.shard_shape(array.shape)
+        return math.prod(shape) * array.dtype.itemsize
 
     return sum(map(size, jax.tree.leaves(arrays)))

@@ -5,8 +5,8 @@ a mesh and adds the communication. It needs to know three things:
 
 - how the parameters are divided. `sharding` has one table for all of them.
 - how a few intermediate arrays are divided, where its own choice is bad: `divide`.
-- which parts of the program are better divided by hand: `sum_over_data`, `on_own_rows` and
-  `on_each_device`.
+- which parts of the program are better divided by hand: `sum_over_data`, `divide_trials`,
+  `on_own_rows` and `on_each_device`.
 
 A backbone has its mesh in the attribute `mesh`, which is None for one device. The functions here
 then have no effect.
@@ -79,8 +79,13 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
             )
         shape[shape.index(-1)] = len(devices) // fixed
     needed = math.prod(shape)
-    several_hosts = len({device.process_index for device in devices}) > 1
-    if needed > len(devices) or (several_hosts and needed < len(devices)):
+    several_processes = len({device.process_index for device in devices}) > 1
+    if several_processes and needed < len(devices):
+        raise UserError(
+            f"mesh {name}: has {needed} devices, but several processes need a mesh of all their "
+            f"devices, which are {len(devices)}"
+        )
+    if needed > len(devices):
         hint = ""
         if devices[0].platform == "cpu":
             flag = f"--xla_force_host_platform_device_count={needed}"
@@ -146,12 +151,12 @@ def sum_over_data(function: Callable[..., Any], mesh: Mesh | None) -> Callable[.
         key = jax.random.fold_in(key, jax.lax.axis_index("data"))
         return jax.lax.psum(function(shared, batch, key), "data")
 
-    rows, whole = PartitionSpec("data"), PartitionSpec()
+    rows, same = PartitionSpec("data"), PartitionSpec()
     return jax.shard_map(
         part,
         mesh=_current(mesh),
-        in_specs=(whole, rows, whole),
-        out_specs=whole,
+        in_specs=(same, rows, same),
+        out_specs=same,
         axis_names={"data"},
         check_vma=False,
     )
@@ -171,11 +176,11 @@ def divide_trials(function: Callable[..., Any], mesh: Mesh | None) -> Callable[.
         return function
 
     def divided(shared: Any, *arrays: Any) -> Any:
-        each, whole = PartitionSpec("trials"), PartitionSpec()
+        each, same = PartitionSpec("trials"), PartitionSpec()
         return jax.shard_map(
             function,
             mesh=mesh,
-            in_specs=(whole, *[each] * len(arrays)),
+            in_specs=(same, *[each] * len(arrays)),
             out_specs=each,
             axis_names={"trials"},
             check_vma=False,

@@ -182,25 +182,21 @@ def require_divisible(arch: Any, mesh: Mesh | None) -> None:
             )
 
 
-def require_rows(rows: int, mesh: Mesh | None, accumulate: int = 1) -> None:
-    """Check that a mesh divides the rows of a training batch.
+def require_rows(rows: int, mesh: Mesh | None) -> None:
+    """Check that a mesh divides the rows of a training pass.
 
     Args:
       rows: `training.batch_size`.
       mesh: the mesh, or None.
-      accumulate: `training.accumulate`, the number of passes that share the rows.
 
     Raises:
       UserError: names a batch size that works.
     """
-    needed = axis_size(mesh, ("data", "fsdp")) * accumulate
-    if rows % needed:
-        product = "compute.mesh (data x fsdp)"
-        if accumulate > 1:
-            product += " x training.accumulate"
+    parts = axis_size(mesh, ("data", "fsdp"))
+    if rows % parts:
         raise UserError(
-            f"training.batch_size {rows}: must be a multiple of {needed}, which is {product}; "
-            f"use {-(-rows // needed) * needed}"
+            f"training.batch_size {rows}: must be a multiple of {parts}, which is data x fsdp of "
+            f"compute.mesh; use {-(-rows // parts) * parts}"
         )
 
 

@@ -14,11 +14,10 @@ class Hardware:
     """One kind of accelerator. All figures are for one chip.
 
     Attributes:
-      name: the name in `--hardware`.
+      name: the name in texts such as `v5e-8`.
       platform: `tpu`, `cuda` or `cpu`.
       memory: bytes of memory.
       reserve: the fraction of the memory that a program cannot use.
-      reserved_for: the reason for the reserve.
       flops: floating-point operations per second of bfloat16 matrix products with float32 sums,
         without sparsity; None if unknown.
       memory_bandwidth: bytes per second between the chip and its memory; None if unknown.
@@ -31,7 +30,6 @@ class Hardware:
     platform: str
     memory: int
     reserve: float
-    reserved_for: str
     flops: float | None
     memory_bandwidth: float | None
     link_bandwidth: float | None
@@ -43,8 +41,8 @@ class Hardware:
         return int(self.memory * (1 - self.reserve))
 
 
-_RUNTIME = 0.05, "the runtime and fragmentation"
-_PREALLOCATED = 0.25, "all but the 75 % that JAX allocates by default on a GPU"
+_RUNTIME = 0.05  # reserved for the runtime and for fragmentation
+_NOT_ALLOCATED = 0.25  # JAX allocates 75 % of a GPU by default
 
 # Sources, read in November 2026. TPUs: docs.cloud.google.com/tpu/docs/v5e, .../v5p and .../v6e
 # (the link bandwidths there count both directions; the values here are for sending). H100 SXM:
@@ -54,11 +52,11 @@ _PREALLOCATED = 0.25, "all but the 75 % that JAX allocates by default on a GPU"
 _TABLE = {
     hardware.name: hardware
     for hardware in (
-        Hardware("v5e", "tpu", 16 * GIBIBYTE, *_RUNTIME, 197e12, 819e9, 200e9, 256),
-        Hardware("v5p", "tpu", 95 * GIBIBYTE, *_RUNTIME, 459e12, 2765e9, 600e9, 1024),
-        Hardware("v6e", "tpu", 32 * GIBIBYTE, *_RUNTIME, 918e12, 1638e9, 400e9, 256),
-        Hardware("h100", "cuda", 84_942_979_072, *_PREALLOCATED, 989e12, 3352e9, 450e9, 1024),
-        Hardware("a100", "cuda", 85_100_068_864, *_PREALLOCATED, 312e12, 2039e9, 300e9, 1024),
+        Hardware("v5e", "tpu", 16 * GIBIBYTE, _RUNTIME, 197e12, 819e9, 200e9, 256),
+        Hardware("v5p", "tpu", 95 * GIBIBYTE, _RUNTIME, 459e12, 2765e9, 600e9, 1024),
+        Hardware("v6e", "tpu", 32 * GIBIBYTE, _RUNTIME, 918e12, 1638e9, 400e9, 256),
+        Hardware("h100", "cuda", 84_942_979_072, _NOT_ALLOCATED, 989e12, 3352e9, 450e9, 1024),
+        Hardware("a100", "cuda", 85_100_068_864, _NOT_ALLOCATED, 312e12, 2039e9, 300e9, 1024),
     )
 }
 
@@ -75,13 +73,13 @@ def parse_hardware(text: str) -> tuple[Hardware, int]:
     if match is None or match[1] not in (*_TABLE, "cpu"):
         names = ", ".join((*_TABLE, "cpu"))
         raise UserError(
-            f"--hardware {shown(text)}: not known; write the name and the number of chips, such as "
+            f"hardware {shown(text)}: not known; write the name and the number of chips, such as "
             f"v5e-8 (names: {names})"
         )
     name, chips = match[1], int(match[2])
     hardware = _this_machine(max(chips, 1)) if name == "cpu" else _TABLE[name]
     if problem := wrong_count(hardware, chips):
-        raise UserError(f"--hardware {text}: {problem}")
+        raise UserError(f"hardware {text}: {problem}")
     return hardware, chips
 
 
@@ -99,5 +97,4 @@ def wrong_count(hardware: Hardware, chips: int) -> str | None:
 def _this_machine(devices: int) -> Hardware:
     """Describe virtual CPU devices, which share the memory of this machine."""
     memory = available_host_memory() // devices
-    shared = "programs that share this machine's memory"
-    return Hardware("cpu", "cpu", memory, 0.05, shared, None, None, None, 256)
+    return Hardware("cpu", "cpu", memory, _RUNTIME, None, None, None, 256)

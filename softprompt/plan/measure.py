@@ -1,18 +1,18 @@
 """What a compiled training step needs on each device: memory, traffic and time."""
 
 import dataclasses
-import math
 import re
-from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
+from softprompt.parallel.hosts import bytes_on_device
 from softprompt.plan.collectives import bytes_moved
 from softprompt.plan.devices import compiler_options, without_stderr
 from softprompt.plan.hardware import GIBIBYTE, Hardware
 from softprompt.plan.program import StepProgram
 
+# What the compilers for TPUs and for NVIDIA GPUs say in place of a program that needs too much.
 _EXHAUSTED = re.compile(r"(?:Used |HLO temporaries \()([\d.]+)([KMGT]?)")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": GIBIBYTE, "T": 2**40}
 
@@ -130,14 +130,6 @@ def measure(program: StepProgram, mesh: Mesh, hardware: Hardware, flops: int) ->
     moved = bytes_moved(compiled.as_text(), mesh.size)
     time = _step_time(memory, sum(moved.values()), mesh.size, hardware, flops)
     return MeshPlan(sizes, mesh.size, memory, total <= hardware.usable, moved, time)
-
-
-def bytes_on_device(arrays: Any) -> int:
-    """Return the bytes of arrays with shardings that one device holds."""
-    return sum(
-        math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
-        for array in jax.tree.leaves(arrays)
-    )
 
 
 def _step_time(

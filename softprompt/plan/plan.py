@@ -10,7 +10,8 @@ from jax.sharding import Mesh
 from softprompt.backbones.config import architecture_of
 from softprompt.errors import UserError
 from softprompt.experiment.schema import Experiment
-from softprompt.parallel.mesh import make_mesh
+from softprompt.parallel.hosts import bytes_on_device
+from softprompt.parallel.mesh import make_mesh, mesh_name
 from softprompt.parallel.sharding import require_divisible, require_rows
 from softprompt.plan.devices import (
     absent_devices,
@@ -20,9 +21,9 @@ from softprompt.plan.devices import (
 )
 from softprompt.plan.flops import count_flops
 from softprompt.plan.hardware import Hardware, parse_hardware
-from softprompt.plan.measure import MeshPlan, bytes_on_device, measure
+from softprompt.plan.measure import MeshPlan, measure
 from softprompt.plan.models import read_config
-from softprompt.plan.program import Rows, StepProgram, step_program
+from softprompt.plan.program import BatchShape, StepProgram, step_program
 from softprompt.plan.search import Sizes, chosen_mesh, sizes_of, smallest_that_fits
 
 _TOKENS = 256  # of a row, if nothing says how many
@@ -55,7 +56,7 @@ class Plan:
     hardware: str
     compiler: str
     usable: int
-    rows: Rows
+    rows: BatchShape
     parameters: int
     trained_parameters: int
     flops: int
@@ -92,7 +93,10 @@ def make_plan(
     rows = _rows(experiment, arch, tokens, targets)
     missing = missing_compiler(kind)
     on_cpu = kind.platform == "cpu" or missing is not None
-    start_jax(max(chips, _MOST_VIRTUAL) if missing else chips if on_cpu else 1)
+    virtual_devices = chips if on_cpu else 1
+    if missing:  # the search for a mesh that fits may need more than the chips
+        virtual_devices = max(chips, _MOST_VIRTUAL)
+    start_jax(virtual_devices)
     whole = step_program(experiment, config, arch, rows, None)
     flops = count_flops(whole.trace())
 
@@ -140,22 +144,23 @@ def make_plan(
     )
 
 
-def _rows(experiment: Experiment, arch: Any, tokens: int | None, targets: int | None) -> Rows:
+def _rows(experiment: Experiment, arch: Any, tokens: int | None, targets: int | None) -> BatchShape:
     """Return the shape of a batch.
 
     Raises:
       UserError: if the rows are longer than the context window of the model.
     """
+    setting = "tokens" if tokens else "template.max_tokens"
     tokens = tokens or experiment.template.max_tokens or min(_TOKENS, arch.context_length)
     if tokens > arch.context_length:
         raise UserError(
-            f"--tokens {tokens}: the context window of {experiment.base} has "
+            f"{setting} {tokens}: the context window of {experiment.base} has "
             f"{arch.context_length} tokens"
         )
     free = experiment.verbalizer is None
     targets = targets or (experiment.generation.max_new_tokens if free else _LABEL_TARGETS)
     rows = experiment.training.batch_size * experiment.training.accumulate
-    return Rows(rows, tokens, min(targets, tokens))
+    return BatchShape(rows, tokens, min(targets, tokens))
 
 
 def _count(arrays: Any) -> int:
@@ -172,10 +177,9 @@ def _notes(
             "estimate of the CPU's compiler, which is often far from that of the hardware"
         )
     if experiment.compute.mesh is None and planned.devices > 1:
-        named = ", ".join(f"{axis}: {size}" for axis, size in planned.mesh.items())
         notes.append(
             "compute.mesh is not set, and training would use one device; to train as planned, "
-            f"set compute.mesh={{{named}}}"
+            f"set compute.mesh={mesh_name(planned.mesh)}"
         )
     if hardware.platform == "cuda" and planned.devices > 8:
         notes.append("the links between servers are slower than those within, which are counted")

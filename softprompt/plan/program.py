@@ -14,9 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from softprompt.backbones.backbone import Backbone
 from softprompt.backbones.batch import Batch
-from softprompt.backbones.decoder import Decoder
-from softprompt.backbones.loading import Base
-from softprompt.backbones.t5 import T5, T5Architecture
+from softprompt.backbones.loading import Base, backbone_shapes
 from softprompt.errors import UserError
 from softprompt.experiment.methods import method_class
 from softprompt.experiment.schema import Experiment
@@ -24,7 +22,7 @@ from softprompt.experiment.templates import template_fields, template_pieces
 from softprompt.methods.method import Method
 from softprompt.objectives.cross_entropy import cross_entropy
 from softprompt.parallel.mesh import ROWS
-from softprompt.parallel.sharding import shardings
+from softprompt.parallel.sharding import with_shardings
 from softprompt.training.optimizers import UpdateRule, hyperparameters
 from softprompt.training.step import split, train_step
 
@@ -32,8 +30,8 @@ _RANDOM = {"init": "random", "init_text": None, "init_prompts": None}
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows:
-    """The shape of a batch.
+class BatchShape:
+    """The size of a training batch.
 
     Attributes:
       rows: B, the rows of a step.
@@ -69,7 +67,11 @@ class StepProgram:
 
 
 def step_program(
-    experiment: Experiment, config: Mapping[str, Any], arch: Any, rows: Rows, mesh: Mesh | None
+    experiment: Experiment,
+    config: Mapping[str, Any],
+    arch: Any,
+    rows: BatchShape,
+    mesh: Mesh | None,
 ) -> StepProgram:
     """Return the step of an experiment.
 
@@ -88,11 +90,12 @@ def step_program(
     """
     experiment = _with_random_vectors(experiment)
     kind = method_class(experiment.method)
-    backbone = _backbone(experiment, arch, mesh)
+    compute = experiment.compute
+    backbone = backbone_shapes(arch, dtype=compute.dtype, int8=compute.int8, mesh=mesh)
 
     def build(backbone: Backbone) -> Method:
         no_tokenizer: Any = None
-        base = Base(experiment.base, "", config, backbone, no_tokenizer, experiment.compute)
+        base = Base(experiment.base, "", config, backbone, no_tokenizer, compute)
         return kind.build(experiment, base, opening(experiment), ())
 
     method = nnx.eval_shape(build, backbone)
@@ -105,13 +108,10 @@ def step_program(
     opt_state = jax.eval_shape(lambda arrays: rule.init(arrays, numbers), trainable)
     batch = _batch(rows, separate_targets=backbone.separate_targets)
     key = jax.eval_shape(lambda: jax.random.key(0))
+    trainable, opt_state, frozen = with_shardings((trainable, opt_state, frozen), mesh)
     if mesh is not None:
-        trainable, opt_state, frozen = (
-            _placed(arrays, shardings(arrays, mesh)) for arrays in (trainable, opt_state, frozen)
-        )
-        by_rows = NamedSharding(mesh, PartitionSpec(ROWS))
-        batch = _placed(batch, jax.tree.map(lambda _: by_rows, batch))
-        key = _placed(key, NamedSharding(mesh, PartitionSpec()))
+        batch = _with_sharding(batch, NamedSharding(mesh, PartitionSpec(ROWS)))
+        key = _with_sharding(key, NamedSharding(mesh, PartitionSpec()))
     static = {
         "graphdef": graphdef,
         "optimizer": rule,
@@ -142,26 +142,7 @@ def _with_random_vectors(experiment: Experiment) -> Experiment:
     return experiment.model_copy(update=sections)
 
 
-def _backbone(experiment: Experiment, arch: Any, mesh: Mesh | None) -> Backbone:
-    """Return a backbone whose arrays are shapes, with the dtypes that loading gives them."""
-    int8 = experiment.compute.int8
-
-    def build() -> Backbone:
-        if isinstance(arch, T5Architecture):
-            return T5(arch, int8=int8, mesh=mesh)
-        return Decoder(arch, int8=int8, mesh=mesh)
-
-    graphdef, state = nnx.split(nnx.eval_shape(build))
-    flat = dict(nnx.to_flat_state(state))
-    dtype = jnp.dtype(experiment.compute.dtype)
-    for path, parameter in flat.items():
-        is_scale = path[-1] == "scale" and (*path[:-1], "kernel") in flat
-        if parameter.dtype != jnp.int8 and not is_scale and "norm" not in str(path[-2:-1]):
-            parameter.set_value(jax.ShapeDtypeStruct(parameter.shape, dtype))
-    return nnx.merge(graphdef, state)
-
-
-def _batch(rows: Rows, *, separate_targets: bool) -> Batch:
+def _batch(rows: BatchShape, *, separate_targets: bool) -> Batch:
     def ids(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.int32)
 
@@ -177,9 +158,7 @@ def _batch(rows: Rows, *, separate_targets: bool) -> Batch:
     )
 
 
-def _placed(arrays: Any, shardings: Any) -> Any:
+def _with_sharding(arrays: Any, sharding: NamedSharding) -> Any:
     return jax.tree.map(
-        lambda array, sharding: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding),
-        arrays,
-        shardings,
+        lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding), arrays
     )

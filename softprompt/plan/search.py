@@ -6,7 +6,7 @@ from typing import Any
 
 from softprompt.errors import UserError
 from softprompt.experiment.schema import Experiment
-from softprompt.parallel.mesh import AXES
+from softprompt.parallel.mesh import mesh_name
 from softprompt.parallel.sharding import meshes_of
 from softprompt.plan.hardware import Hardware, wrong_count
 from softprompt.plan.measure import MeshPlan
@@ -17,7 +17,7 @@ _MOST_COMPILED = 4  # meshes that a search compiles for; each takes up to a minu
 
 
 def sizes_of(experiment: Experiment, arch: Any, hardware: Hardware, chips: int) -> Sizes:
-    """Return the mesh of an experiment on hardware, without axes of size 1.
+    """Return the sizes of the mesh to plan for.
 
     Args:
       experiment: if it has no `compute.mesh`, the mesh is `chosen_mesh` for all chips, or for as
@@ -38,11 +38,11 @@ def sizes_of(experiment: Experiment, arch: Any, hardware: Hardware, chips: int) 
     count = max(fixed, chips // fixed * fixed) if -1 in sizes.values() else fixed
     if count > chips:
         raise UserError(
-            f"compute.mesh: {_product(sizes)} needs {count} chips, but --hardware "
+            f"compute.mesh {mesh_name(sizes)}: needs {count} chips, but "
             f"{hardware.name}-{chips} has {chips}"
         )
     if problem := wrong_count(hardware, count):
-        raise UserError(f"compute.mesh: {_product(sizes)} needs {count} chips; {problem}")
+        raise UserError(f"compute.mesh {mesh_name(sizes)}: needs {count} chips; {problem}")
     return {axis: count // fixed if size == -1 else size for axis, size in sizes.items()}
 
 
@@ -73,8 +73,8 @@ def smallest_that_fits(
 ) -> tuple[MeshPlan | None, list[MeshPlan]]:
     """Search meshes of 1, 2, 4, ... devices for the first one that fits.
 
-    A mesh is not compiled for if its arguments, and half of the temporaries that the last mesh
-    leads to expect, already need too much memory.
+    A mesh is skipped, and not compiled for, if its arguments and half of its estimated temporaries
+    need too much memory. The estimate divides the temporaries of the last mesh among more devices.
 
     Args:
       planned: a mesh that does not fit.
@@ -101,7 +101,3 @@ def smallest_that_fits(
                     return last, tried
         devices *= 2
     return None, tried
-
-
-def _product(sizes: Sizes) -> str:
-    return " x ".join(f"{axis} {sizes[axis]}" for axis in AXES if sizes.get(axis, 1) != 1) or "1"

@@ -24,7 +24,7 @@ def ignore_compilers() -> None:
     """Keep JAX on the CPU if its plugins for TPUs and NVIDIA GPUs have nothing to run on.
 
     `softprompt plan` needs the plugins to compile for hardware that is not here. Without this
-    function, all other commands would try to use them, fail, print so, and only then use the CPU.
+    function, all other commands would try to use them, print errors, and only then use the CPU.
     To be called before JAX is imported. It has no effect if a TPU or an NVIDIA GPU is here, if
     another plugin is installed, or if `JAX_PLATFORMS` is set.
     """
@@ -55,7 +55,7 @@ def _installed_plugins() -> set[str]:
 
 
 def _has_nvidia() -> bool:
-    # In Windows' Linux, the card is behind another device.
+    # In the Windows Subsystem for Linux, the card has another device file.
     return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists()
 
 

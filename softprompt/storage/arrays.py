@@ -53,7 +53,7 @@ def save_arrays(folder: Path, arrays: Any, description: Mapping[str, Any], file:
     An existing folder is replaced by two renames, between which it briefly does not exist.
 
     In a run of several processes, all of them call this together. Each writes its part of arrays
-    that are divided over them, and process 0 writes everything else.
+    that are divided over them, and the main process writes everything else.
 
     Args:
       folder: the folder to create or replace.
@@ -200,8 +200,8 @@ def load_arrays(folder: Path, like: Any) -> Any:
 
     Args:
       folder: the saved folder.
-      like: a pytree of arrays or `jax.ShapeDtypeStruct`s with the expected structure. In
-        a run of several processes, all of them call this together.
+      like: a pytree of arrays or `jax.ShapeDtypeStruct`s with the expected structure. In a run of
+        several processes, all of them call this together.
 
     Returns:
       The arrays in the structure of `like`: divided over devices as these are, otherwise on the

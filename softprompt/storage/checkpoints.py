@@ -48,7 +48,7 @@ class Checkpoints:
     def save(self, step: int, arrays: Any, description: Mapping[str, Any], best: int) -> None:
         """Copy the arrays to the host, and write them in the background.
 
-        Several processes write them at once, because Orbax then needs all of them.
+        Several processes write them before they go on, because Orbax then needs all of them.
 
         Args:
           step: the step of the checkpoint.

@@ -19,7 +19,6 @@ from softprompt.backbones.batch import Batch
 from softprompt.data.batches import side_by_side
 from softprompt.experiment.methods import method_class
 from softprompt.experiment.schema import Experiment
-from softprompt.objectives.model import Model
 from softprompt.parallel.mesh import AXES, axis_size, divide_trials
 from softprompt.parallel.sharding import keep_divided
 from softprompt.training.session import Session
@@ -64,8 +63,8 @@ def train_steps(
     Returns:
       For each trial what `update` returns.
     """
-    model = Model(*nnx.merge(program["graphdef"], trainable[0], constants[0], backbone))
-    mesh, has_experts = model.backbone.mesh, getattr(model.backbone.arch, "num_experts", 0)
+    _, module = nnx.merge(program["graphdef"], trainable[0], constants[0], backbone)
+    mesh, has_experts = module.mesh, getattr(module.arch, "num_experts", 0)
 
     def some_trials(backbone: nnx.State, arrays: Any, batch: Batch) -> Any:
         def one_trial(inputs: Any) -> Any:

@@ -97,13 +97,13 @@ def _opened(folder: Path, experiment: Experiment) -> Iterator[Experiment]:
     """Open a run as `open_run` does. Of several processes, the main one opens it for all."""
     with contextlib.ExitStack() as stack:
 
-        def metric() -> str:
+        def open_here() -> str:
             nonlocal experiment
             experiment = stack.enter_context(open_run(folder, experiment))
             return experiment.evaluation.metric
 
-        decides = result_of_main(metric)
-        yield experiment if is_main() else experiment.with_metric(decides)
+        metric = result_of_main(open_here)
+        yield experiment if is_main() else experiment.with_metric(metric)
         wait_for_all("the run is complete")
 
 

@@ -80,8 +80,9 @@ class Preparation:
           UserError: if the experiment, its data or its base model is invalid.
         """
         began = time.monotonic()
+        mesh = mesh_of(experiment, self._trial_devices)
         splits = self._read_splits(experiment, records or {})
-        base = self._base(experiment)
+        base = self._base(experiment, mesh)
         texts = experiment.template, experiment.verbalizer
         shown = draw_demonstrations(*texts, splits["train"], experiment.shots, experiment.seed)
         kind = method_class(experiment.method)
@@ -119,14 +120,13 @@ class Preparation:
         splits |= {split: read_records(rows, f"{split} row") for split, rows in given.items()}
         return {split: splits[split] for split in names if split in splits}
 
-    def _base(self, experiment: Experiment) -> Base:
+    def _base(self, experiment: Experiment, mesh: Mesh | None) -> Base:
         wanted = experiment.model_dump_json(include={"base", "compute"})
         if wanted not in self._bases:
             self._bases.clear()  # free the memory before loading another one
             self._examples.clear()
             began = time.monotonic()
             settings = experiment.compute.model_dump(exclude={"mesh"})
-            mesh = mesh_of(experiment, self._trial_devices)
             base = load_base(experiment.base, **settings, mesh=mesh)
             _log.info(
                 f"base {base.name}: loaded in {time.monotonic() - began:.1f} s, "
@@ -161,7 +161,7 @@ def mesh_of(experiment: Experiment, trial_devices: int = 1) -> Mesh | None:
     Raises:
       UserError: if there are too few devices, or they do not divide the rows of a batch.
     """
-    sizes, training = experiment.compute.mesh, experiment.training
+    sizes = experiment.compute.mesh
     if sizes is None and (count := jax.process_count()) > 1:
         raise UserError(
             f"{count} processes need a mesh of all their devices; set "
@@ -175,7 +175,7 @@ def mesh_of(experiment: Experiment, trial_devices: int = 1) -> Mesh | None:
         if trial_devices == 1:
             raise
         raise UserError(f"sweep.devices: {error}") from None
-    require_rows(training.batch_size, mesh, training.accumulate)
+    require_rows(experiment.training.batch_size, mesh)
     return mesh
 
 

@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 class Reporter:
     """Reports one run to its folder and to the log.
 
-    In a run of several processes, process 0 alone writes to the folder.
+    In a run of several processes, the main process alone writes to the folder.
 
     Args:
       experiment: the experiment of the run.

@@ -95,7 +95,8 @@ def update(
       ['gradient_norm', 'loss']
       >>> prompt, backbone = nnx.merge(graphdef, trainable, *frozen)
     """
-    mesh = Model(*nnx.merge(graphdef, trainable, *frozen)).backbone.mesh
+    _, backbone = nnx.merge(graphdef, trainable, *frozen)
+    mesh = backbone.mesh
 
     def loss_sum(trainable: nnx.State, frozen: Frozen, batch: Batch, key: jax.Array):
         model = Model(*nnx.merge(graphdef, trainable, *frozen))

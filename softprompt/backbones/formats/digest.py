@@ -10,8 +10,9 @@ is also there for models inside installed Python packages, because a folder of `
 belongs to the package's installer, which would leave an unknown file behind.
 
 A record is valid as long as the names, sizes and modification times of all files are the same. A
-record that is damaged or does not match is ignored and replaced. It is trusted as the files beside
-it are: whoever can write it can also change the weights. Small models have no record.
+record that is damaged or does not match is ignored and replaced. A record is as trustworthy as the
+files beside it, because whoever can write it can also change the weights. Small models have no
+record.
 """
 
 import contextlib

@@ -5,7 +5,6 @@ import hashlib
 from collections.abc import Iterator
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
@@ -34,7 +33,7 @@ _MAX_COUNTED_PROBLEMS = 1000
 
 
 def load_weights(
-    state: nnx.State, file: ModelFile, names: Names, arch: Any, dtype: str, mesh: Mesh | None
+    state: nnx.State, file: ModelFile, names: Names, arch: Any, mesh: Mesh | None
 ) -> str:
     """Read all parameters of a backbone from a file.
 
@@ -50,12 +49,11 @@ def load_weights(
       file: the file to read from.
       names: the table of tensor names of the family.
       arch: the architecture of the backbone.
-      dtype: the dtype of parameters, except of norms (float32) and int8 kernels.
       mesh: the devices that the parameters are divided over; None for one device. With a mesh, all
         processes call this function together.
 
     Returns:
-      The digest: the SHA-256 of all stored values. It does not depend on `dtype` or `mesh`.
+      The digest: the SHA-256 of all stored values. It does not depend on dtypes or `mesh`.
 
     Raises:
       UserError: names the tensors that are missing, unused or of the wrong shape, or one whose
@@ -79,13 +77,10 @@ def load_weights(
         reader.check_tied_head()
     reader.raise_problems()
     for path, parameter in read.items():
-        quantized = parameter.dtype == jnp.int8
-        is_norm = "norm" in str(path[-2:-1])
-        stored_dtype = np.float32 if is_norm else np.int8 if quantized else jnp.dtype(dtype)
         held = parts.local_parts(parameter.shape, divided[path])
-        values, scales = reader.parameter(path, parameter.shape, stored_dtype, held)
+        values, scales = reader.parameter(path, parameter.shape, parameter.dtype, held)
         parameter.set_value(parts.assembled(parameter.shape, divided[path], values))
-        if quantized:
+        if scales:
             scale = *path[:-1], "scale"
             flat[scale].set_value(parts.assembled(flat[scale].shape, divided[scale], scales))
         del values, scales  # before memory for the next parameter is allocated
