@@ -58,8 +58,8 @@ def cluster() -> Iterator[bool]:
         raise UserError(f"the cluster cannot be joined: {reason_of(error)}") from None
     process, count = jax.process_index(), jax.process_count()
     lost = (
-        f"process {process} of {count}: another process ended or was lost; its own messages say "
-        "why; start the same command on all hosts again to resume"
+        f"process {process} of {count}: another process ended or was lost; its own messages may "
+        "say why; start the same command on all hosts again to resume"
     )
     output.line_at_abort = lost
     atexit.register(_leave, output)

@@ -72,9 +72,12 @@ def run(options: argparse.Namespace) -> None:
 
 def _lines(plan: "Plan") -> list[str]:
     planned, rows = plan.planned, plan.rows
+    usable = f"{plan.hardware}, {_size(plan.usable)} usable on each device"
+    if plan.compiler == "cpu" and not plan.hardware.startswith("cpu"):
+        usable += " (memory estimated for virtual CPU devices)"
     lines = [
         f"{plan.experiment}: method {plan.method} on {plan.base}, {plan.dtype}",
-        _line("hardware", f"{plan.hardware}, {_size(plan.usable)} usable on each device"),
+        _line("hardware", usable),
         _line("mesh", _mesh(planned)),
         _line(
             "step", f"{rows.rows} rows of {rows.tokens} tokens, with {rows.targets} targets in each"
@@ -88,6 +91,9 @@ def _lines(plan: "Plan") -> list[str]:
         size = getattr(planned.memory, field.name)
         if field.name != "total" and size is not None:
             lines.append(_line(field.name, f"{_size(size):>12}"))
+    if planned.memory.temporaries is None:  # the compiler gave up and says only the total
+        rest = planned.memory.total - planned.memory.arguments
+        lines.append(_line("temporaries, padding", f"{_size(rest):>12}"))
     fits = "fits" if planned.fits else "does not fit"
     lines.append(_line("total", f"{_size(planned.memory.total):>12}  {fits}"))
     if planned.moved:

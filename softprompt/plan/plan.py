@@ -11,7 +11,7 @@ from softprompt.backbones.config import architecture_of
 from softprompt.errors import UserError
 from softprompt.experiment.schema import Experiment
 from softprompt.parallel.hosts import bytes_on_device
-from softprompt.parallel.mesh import make_mesh, mesh_name
+from softprompt.parallel.mesh import make_mesh
 from softprompt.parallel.sharding import require_divisible, require_rows
 from softprompt.plan.devices import (
     absent_devices,
@@ -148,7 +148,8 @@ def _rows(experiment: Experiment, arch: Any, tokens: int | None, targets: int | 
     """Return the shape of a batch.
 
     Raises:
-      UserError: if the rows are longer than the context window of the model.
+      UserError: if the rows are longer than the context window of the model, or have too many
+        targets.
     """
     setting = "tokens" if tokens else "template.max_tokens"
     tokens = tokens or experiment.template.max_tokens or min(_TOKENS, arch.context_length)
@@ -158,6 +159,8 @@ def _rows(experiment: Experiment, arch: Any, tokens: int | None, targets: int | 
             f"{arch.context_length} tokens"
         )
     free = experiment.verbalizer is None
+    if targets is not None and targets > tokens:
+        raise UserError(f"{targets} targets do not fit in a row of {tokens} tokens")
     targets = targets or (experiment.generation.max_new_tokens if free else _LABEL_TARGETS)
     rows = experiment.training.batch_size * experiment.training.accumulate
     return BatchShape(rows, tokens, min(targets, tokens))
@@ -177,9 +180,10 @@ def _notes(
             "estimate of the CPU's compiler, which is often far from that of the hardware"
         )
     if experiment.compute.mesh is None and planned.devices > 1:
+        settings = " ".join(f"compute.mesh.{axis}={size}" for axis, size in planned.mesh.items())
         notes.append(
             "compute.mesh is not set, and training would use one device; to train as planned, "
-            f"set compute.mesh={mesh_name(planned.mesh)}"
+            f"set {settings}"
         )
     if hardware.platform == "cuda" and planned.devices > 8:
         notes.append("the links between servers are slower than those within, which are counted")
