@@ -88,11 +88,12 @@ transformers4-test: .venv/transformers4
 	.venv/transformers4/bin/python tests/golden/merged_in_transformers4.py check .venv/merged
 
 # The compilers have an environment of their own, on top of the other packages.
+COMPILERS ?= plan-tpu,plan-cuda
 .venv/plan: .venv/installed
 	$(PYTHON) -m venv $@
 	$(BIN)/python -c 'import site; print(f"import site; site.addsitedir({site.getsitepackages()[0]!r})")' \
 		> $$(echo $@/lib/python*/site-packages)/packages.pth
-	$@/bin/pip install --quiet --disable-pip-version-check 'softprompt[plan-tpu,plan-cuda]'
+	$@/bin/pip install --quiet --disable-pip-version-check 'softprompt[$(COMPILERS)]'
 
 plan-test: .venv/plan
 	$</bin/python -m pytest --numprocesses=0 tests/test_absent_hardware.py
