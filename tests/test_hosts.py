@@ -25,7 +25,8 @@ os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=2"
 from softprompt.cli import cluster
 from softprompt.cli.main import main
 from softprompt.training.session import Session
-cluster._START_SECONDS, cluster._HEARTBEAT_SECONDS = {limits}
+cluster._START_SECONDS, cluster._HEARTBEAT_SECONDS, cluster._END_SECONDS = {limits}
+cluster._REPORT_SECONDS = 90
 accept = Session.accept
 def slower(*arguments, **options):
     time.sleep({pause})
@@ -46,7 +47,7 @@ def free_address():
 class Pair:
     """Two processes of `softprompt train`."""
 
-    def __init__(self, file, folder, *overrides, pause=0.0, limits=(60, 4), count=2):
+    def __init__(self, file, folder, *overrides, pause=0.0, limits=(90, 10, 10), count=2):
         address = free_address()
         self.processes = []
         for number in range(count):
@@ -168,14 +169,15 @@ def test_a_divided_state_is_saved_and_restored(file, full, tmp_path, whole_full)
 
 
 def test_an_error_is_printed_once(file, tmp_path):
-    statuses, (printed, printed_by_other) = Pair(file, tmp_path / "run").end()
+    pair = Pair(file, tmp_path / "run", limits=(90, 90, 90))
+    statuses, (printed, printed_by_other) = pair.end()
     assert statuses == [1, 1]
     assert "2 processes need a mesh of all their devices" in printed.splitlines()[-1]
     assert printed_by_other == ""
 
 
 def test_a_process_that_nobody_joins_ends_with_one_line(file, tmp_path):
-    pair = Pair(file, tmp_path / "run", limits=(2, 4), count=1)
+    pair = Pair(file, tmp_path / "run", limits=(2, 4, 10), count=1)
     ((status,), (printed,)) = pair.end()
     assert status == 1
     assert "did not all connect within 2 seconds" in printed
