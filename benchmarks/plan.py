@@ -59,22 +59,23 @@ def print_memory() -> None:
     import jax
 
     from softprompt.backbones.loading import load_base
+    from softprompt.data.batches import Layout
     from softprompt.experiment.reading import load_experiment
     from softprompt.methods.soft_prompt import SoftPrompt
     from softprompt.plan.plan import make_plan
-    from softprompt.plan.program import Rows, _batch
     from softprompt.training.state import TrainState
     from softprompt.training.step import train_step
 
     experiment = load_experiment(EXPERIMENT, ["prompt.length=100"])
-    rows = Rows(16, 256, 8)
-    planned = make_plan(experiment, "cpu-1", rows.tokens, rows.targets).planned.memory
+    rows, tokens, targets = 16, 256, 8
+    planned = make_plan(experiment, "cpu-1", tokens, targets).planned.memory
 
     base = load_base(experiment.base)
     method = SoftPrompt.build(experiment, base, [~i for i in range(100)])
     state = TrainState(experiment, method, base.backbone)
-    shapes = _batch(rows, separate_targets=False)
-    batch = jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), shapes)
+    batch = Layout(separate_targets=False, branching=False, shapes=[]).lay_out(
+        [], rows, tokens, targets
+    )
     run = train_step.lower(*state.arrays, batch, state.key, **state.program).compile()
     compiled = run.memory_analysis()
     results = run(*state.arrays, batch, state.key)  # the first run also loads code

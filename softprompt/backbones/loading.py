@@ -208,8 +208,7 @@ def backbone_shapes(
 
     Args:
       arch: the architecture.
-      dtype: the dtype of parameters, except of norms and of the scales of int8 kernels, which are
-        float32, and of int8 kernels.
+      dtype: the dtype of the parameters. Norms and the scales of int8 kernels are always float32.
       int8, mesh: as in `load_base`.
       attention: the implementation of attention, from `flash.choose_attention`.
     """

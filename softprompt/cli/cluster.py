@@ -17,7 +17,7 @@ _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _START_SECONDS = 60  # all processes must start within this time
 _HEARTBEAT_SECONDS = 30  # a process that is silent for longer counts as lost
 _END_SECONDS = 30  # a process that ends waits this long for the others
-_REPORT_SECONDS = 20  # a process with an error waits this long for that of process 0
+_REPORT_SECONDS = 20  # a process with an error waits this long for process 0 to report one
 _ERROR = "softprompt/error"  # the key under which process 0 stores its error message
 
 

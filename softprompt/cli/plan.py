@@ -82,7 +82,7 @@ def _lines(plan: "Plan") -> list[str]:
         _line(
             "step", f"{rows.rows} rows of {rows.tokens} tokens, with {rows.targets} targets in each"
         ),
-        _line("parameters", f"{plan.parameters:,}, of which {plan.trained_parameters:,} train"),
+        _line("parameters", f"{plan.parameters:,} ({plan.trained_parameters:,} trained)"),
         _line("operations", f"{plan.flops / 1e12:,.3g} TFLOP per step"),
         "",
         "memory on each device",

@@ -68,7 +68,7 @@ def result_of_main(function: Callable[[], Result]) -> Result:
 
 
 class Agreement:
-    """Numbers of which any process may have one, agreed on without waiting for the devices."""
+    """Lets all processes agree on a number without waiting for the devices."""
 
     def __init__(self) -> None:
         self._pending: jax.Array | None = None

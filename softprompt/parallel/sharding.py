@@ -166,7 +166,7 @@ def require_divisible(arch: Any, mesh: Mesh | None) -> None:
       mesh: the mesh, or None.
 
     Raises:
-      UserError: names what is not divided, and the meshes of as many devices that would work.
+      UserError: names the size that is not divided, and meshes of as many devices that work.
     """
     if mesh is None:
         return

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 # For each collective: the bytes that a device sends, given the bytes of the result on one device
-# and the number n of devices in a group. All but the last are those of ring algorithms, in
-# which no algorithm for large arrays sends less.
+# and the number n of devices in a group. All but the last are formulas of ring algorithms. No
+# algorithm sends less for large arrays.
 _SENT: dict[str, Callable[[float, int], float]] = {
     "all-gather": lambda size, n: size * (n - 1) / n,
     "all-reduce": lambda size, n: 2 * size * (n - 1) / n,
@@ -92,7 +92,7 @@ def _collectives(program: _Program, name: str, fused: set[str] | None) -> Iterat
       program: the program.
       name: the computation.
       fused: for a fusion the channels of the collectives in the fusions before it, else None. A TPU
-        runs one collective in the course of several fusions, each of which contains it.
+        spreads one collective over several fusions, and each of them contains it.
     """
     fused_here: set[str] = set()
     for kind, operation, rest in program.computations[name]:

@@ -84,7 +84,7 @@ def parse_hardware(text: str) -> tuple[Hardware, int]:
 
 
 def wrong_count(hardware: Hardware, chips: int) -> str | None:
-    """Return why there is no such number of linked chips; None if there is."""
+    """Return why this number of linked chips does not exist; None if it does."""
     if not 1 <= chips <= hardware.most_chips:
         return f"the number of chips must be from 1 to {hardware.most_chips}"
     if hardware.platform == "tpu" and chips & (chips - 1):

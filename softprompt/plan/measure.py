@@ -23,7 +23,7 @@ class Memory:
 
     Attributes:
       base: the frozen base model.
-      trainable: what is trained.
+      trainable: the trained arrays.
       optimizer: the state of the optimizer.
       batch: the rows of a step.
       temporaries: activations, gathered weights and all else that lives only during a step; None

@@ -16,10 +16,10 @@ def read_config(name: str) -> dict[str, Any]:
 
     Args:
       name: a name in `PUBLIC_MODELS`, a directory with `config.json`, a GGUF file, a short name,
-        or a hub id, of which only `config.json` is downloaded.
+        or a hub id (only its `config.json` is downloaded).
 
     Raises:
-      UserError: if there is no such model.
+      UserError: if the model does not exist.
     """
     if name in PUBLIC_MODELS:
         return PUBLIC_MODELS[name]

@@ -1,6 +1,6 @@
 """Descriptions of NVIDIA cards for XLA's compiler, in the text form of its protocol buffers.
 
-The names of the fields are those of XLA's message `GpuTargetConfigProto`. The values are the
+The names of the fields come from XLA's message `GpuTargetConfigProto`. The values are the
 properties that the CUDA driver reports for each card, as in NVIDIA's CUDA programming guide.
 """
 

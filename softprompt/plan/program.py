@@ -8,22 +8,22 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from softprompt.backbones.backbone import Backbone
 from softprompt.backbones.batch import Batch
 from softprompt.backbones.loading import Base, backbone_shapes
+from softprompt.data.batches import Layout
 from softprompt.errors import UserError
 from softprompt.experiment.methods import method_class
 from softprompt.experiment.schema import Experiment
 from softprompt.experiment.templates import template_fields, template_pieces
 from softprompt.methods.method import Method
-from softprompt.objectives.cross_entropy import cross_entropy
-from softprompt.parallel.mesh import ROWS
+from softprompt.parallel.mesh import ROWS, Axes
 from softprompt.parallel.sharding import with_shardings
-from softprompt.training.optimizers import UpdateRule, hyperparameters
+from softprompt.training.optimizers import hyperparameters
+from softprompt.training.state import program_of
 from softprompt.training.step import split, train_step
 
 _RANDOM = {"init": "random", "init_text": None, "init_prompts": None}
@@ -102,22 +102,15 @@ def step_program(
     graphdef, trainable, frozen = split(method, backbone)
     if not jax.tree.leaves(trainable):
         raise UserError(f"method {experiment.method} trains nothing, so there is no step to plan")
-    rule = UpdateRule.of(experiment.optimizer)
+    static = program_of(experiment, graphdef)
     offsets = kind.offsets_learning_rate(experiment)
     numbers = hyperparameters(experiment.optimizer, experiment.training.steps, offsets)
-    opt_state = jax.eval_shape(lambda arrays: rule.init(arrays, numbers), trainable)
-    batch = _batch(rows, separate_targets=backbone.separate_targets)
+    opt_state = jax.eval_shape(lambda arrays: static["optimizer"].init(arrays, numbers), trainable)
+    layout = Layout(backbone.separate_targets, branching=False, shapes=[])
+    batch = layout.lay_out([], rows.rows, rows.tokens, rows.targets)
     key = jax.eval_shape(lambda: jax.random.key(0))
     trainable, opt_state, frozen = with_shardings((trainable, opt_state, frozen), mesh)
-    if mesh is not None:
-        batch = _with_sharding(batch, NamedSharding(mesh, PartitionSpec(ROWS)))
-        key = _with_sharding(key, NamedSharding(mesh, PartitionSpec()))
-    static = {
-        "graphdef": graphdef,
-        "optimizer": rule,
-        "objective": cross_entropy,
-        "accumulate": experiment.training.accumulate,
-    }
+    batch, key = _shapes(batch, mesh, ROWS), _shapes(key, mesh)
     return StepProgram(trainable, opt_state, frozen, batch, key, static)
 
 
@@ -142,23 +135,9 @@ def _with_random_vectors(experiment: Experiment) -> Experiment:
     return experiment.model_copy(update=sections)
 
 
-def _batch(rows: BatchShape, *, separate_targets: bool) -> Batch:
-    def ids(*shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, jnp.int32)
-
-    targets = ids(rows.rows, rows.targets)
-    return Batch(
-        tokens=ids(rows.rows, rows.tokens),
-        lengths=ids(rows.rows),
-        targets=targets,
-        target_candidates=targets,
-        target_indices=None if separate_targets else targets,
-        positions=None,
-        segments=None,
-    )
-
-
-def _with_sharding(arrays: Any, sharding: NamedSharding) -> Any:
+def _shapes(arrays: Any, mesh: Mesh | None, *axes: Axes) -> Any:
+    """Return the shapes of arrays whose first axes the given axes of a mesh divide."""
+    sharding = None if mesh is None else NamedSharding(mesh, PartitionSpec(*axes))
     return jax.tree.map(
         lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding), arrays
     )

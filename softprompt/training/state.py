@@ -81,7 +81,6 @@ class TrainState:
     ):
         offsets = type(method).offsets_learning_rate(experiment)
         steps = experiment.training.steps
-        self._optimizer = UpdateRule.of(experiment.optimizer)
         self._hyperparameters = hyperparameters(experiment.optimizer, steps, offsets)
         graphdef, trainable, frozen = split(method, backbone)
         self._unpadded = graphdef, jax.eval_shape(lambda: trainable), frozen
@@ -89,6 +88,8 @@ class TrainState:
         if padded_length is not None and method.can_be_padded(backbone):
             self.padded_length = padded_length
             graphdef, trainable, frozen = split(method.padded(padded_length), backbone)
+        self.program = program_of(experiment, graphdef)
+        self._optimizer: UpdateRule = self.program["optimizer"]
         self._mesh = backbone.mesh
         self.trainable, self.frozen = place(trainable, self._mesh), frozen
         init = self._optimizer.init
@@ -97,12 +98,6 @@ class TrainState:
             init = jax.jit(init, out_shardings=shardings(shapes, self._mesh))
         self.opt_state = init(self.trainable, self._hyperparameters)
         self.key = jax.random.key(experiment.seed)
-        self.program: dict[str, Any] = {
-            "graphdef": graphdef,
-            "optimizer": self._optimizer,
-            "objective": cross_entropy,
-            "accumulate": experiment.training.accumulate,
-        }
 
     @property
     def arrays(self) -> tuple[nnx.State, Any, Frozen]:
@@ -152,6 +147,21 @@ class TrainState:
         """Restore what `saved_arrays` returned."""
         resized = resize(saved, (self.trainable, self.opt_state))
         self.trainable, self.opt_state = place(resized, self._mesh)
+
+
+def program_of(experiment: Experiment, graphdef: Any) -> dict[str, Any]:
+    """Return the static arguments of `train_step`.
+
+    Args:
+      experiment: its sections `optimizer` and `training` are used.
+      graphdef: what `split` returned.
+    """
+    return {
+        "graphdef": graphdef,
+        "optimizer": UpdateRule.of(experiment.optimizer),
+        "objective": cross_entropy,
+        "accumulate": experiment.training.accumulate,
+    }
 
 
 def resize(tree: Any, like: Any) -> Any:
