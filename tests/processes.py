@@ -4,6 +4,7 @@ Importing JAX and the package takes three seconds, which each process would pay 
 process that is forked has not computed anything, so it has no threads.
 """
 
+import atexit
 import contextlib
 import multiprocessing
 import os
@@ -76,4 +77,7 @@ def _run(code: str, arguments: Sequence[str], errors: str) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for `command &`
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and `nohup` ignores this
     compile_quickly()
-    exec(compile(code, "<test>", "exec"), {"__name__": "__main__"})
+    try:
+        exec(compile(code, "<test>", "exec"), {"__name__": "__main__"})
+    finally:
+        atexit._run_exitfuncs()  # `multiprocessing` ends a process without them

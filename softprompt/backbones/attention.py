@@ -109,16 +109,16 @@ def causal_mask(queries: jax.Array, keys: jax.Array, window: int | None) -> jax.
     return visible if window is None else visible & (distance < window)
 
 
-def same_sequence(segments: jax.Array) -> jax.Array:
-    """Return which pairs of tokens in a row belong to the same sequence.
+def same_sequence(queries: jax.Array, keys: jax.Array) -> jax.Array:
+    """Return which keys belong to the same sequence as the query.
 
     Args:
-      segments: `[B, T]`: 0 for the input, which all candidates of a row share, 1, 2, … for the
-        candidates, -1 for padding.
+      queries: segments `[B, T]`: 0 for the input, which all candidates of a row share, 1, 2, … for
+        the candidates, -1 for padding.
+      keys: segments `[B, S]`.
 
     Returns:
-      Booleans `[B, T, T]`, with queries on the second axis and keys on the last. Only padding
-      attends to padding.
+      Booleans `[B, T, S]`. Only padding attends to padding.
     """
-    own, other = segments[:, :, None], segments[:, None, :]
+    own, other = queries[:, :, None], keys[:, None, :]
     return (other == 0) | (other == own)

@@ -4,7 +4,7 @@ Nothing outside `backbones/` checks which class a backbone is. To add an archite
 NNX module with these members, and build it in `loading.backbone_shapes`.
 
 Axis letters: B batch, T tokens, P virtual tokens, D hidden, L layers, K key-value heads,
-h head size, V vocabulary, M target positions.
+h head size, V vocabulary, G packs, M targets of a pack.
 """
 
 from typing import Any, Literal, Protocol, TypeVar
@@ -13,6 +13,7 @@ import jax
 from jax.sharding import Mesh
 
 from softprompt.backbones.batch import Batch
+from softprompt.backbones.head import OutputHead
 from softprompt.backbones.layers import Embedding
 
 PrefixType = TypeVar("PrefixType")
@@ -116,7 +117,12 @@ class Backbone(Protocol[PrefixType, CacheType]):
         ...
 
     def target_states(self, batch: Batch, prefix: PrefixType | None) -> jax.Array:
-        """Return the hidden states `[B, M, D]` from which the targets are predicted."""
+        """Return the hidden states `[G, M, D]` from which the targets are predicted."""
+        ...
+
+    @property
+    def output_head(self) -> OutputHead:
+        """The module that maps hidden states to logits."""
         ...
 
     def logits(self, hidden: jax.Array) -> jax.Array:

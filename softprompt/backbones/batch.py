@@ -1,13 +1,17 @@
 """Batches of rows that a backbone reads, with the targets that it predicts.
 
-Axis letters: B batch, T tokens, M target positions, D hidden, V vocabulary.
+Axis letters: G packs, N tokens of a pack, R rows of a pack, B = G·R rows, T tokens of a row,
+M targets of a pack, D hidden.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+
+from softprompt.backbones.head import log_probabilities
+from softprompt.backbones.packing import Packing
 
 Array = Any  # a NumPy array on the host, a JAX array in a compiled function, or None
 
@@ -15,7 +19,7 @@ Array = Any  # a NumPy array on the host, a JAX array in a compiled function, or
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Rows padded on the right, each with an input and its candidates.
+    """Rows packed end to end, each with an input and its candidates.
 
     In a causal model, a row holds the input followed by all of its candidates. The tokens of a
     candidate attend to the input and to each other, but not to other candidates (see
@@ -24,35 +28,56 @@ class Batch:
 
     In an encoder-decoder, `tokens` holds only the input, and the decoder reads the targets.
 
+    A batch has one pack for each pass and device. Both its tokens and its targets are packed: those
+    of a row follow those of the row before.
+
     Attributes:
-      tokens: `[B, T]` ids.
-      lengths: `[B]`, the number of tokens in each row that are not padding.
-      targets: `[B, M]` ids.
-      target_candidates: `[B, M]`, the candidate each target belongs to, -1 for padding.
-      target_indices: `[B, M]`, the index in the row of the token from which each target is
+      tokens: `[G, N]` ids.
+      lengths: `[G, R]`, the number of tokens in each row.
+      targets: `[G, M]` ids.
+      target_lengths: `[G, R]`, the number of targets in each row.
+      target_candidates: `[G, M]`, the candidate each target belongs to, -1 for padding.
+      target_indices: `[G, M]`, the index in the pack of the token from which each target is
         predicted; None for an encoder-decoder.
-      positions: `[B, T]`. The positions of every candidate continue those of the input. None
-        if no row holds more than one candidate.
-      segments: `[B, T]`: 0 for the input, 1, 2, … for the candidates, -1 for padding. None
-        if `positions` is: padding on the right then needs no mask beyond the causal one.
+      positions: `[G, N]`, positions in the row. The positions of every candidate continue those
+        of the input. None if no row holds more than one candidate.
+      segments: `[G, N]`: 0 for the input, 1, 2, … for the candidates. None if `positions` is: the
+        causal mask is then enough.
+      row_length: T, at least the length of the longest row.
+      row_targets: at least the number of targets of every row.
     """
 
     tokens: Array
     lengths: Array
     targets: Array
+    target_lengths: Array
     target_candidates: Array
     target_indices: Array
     positions: Array
     segments: Array
+    row_length: int = dataclasses.field(metadata={"static": True})
+    row_targets: int = dataclasses.field(metadata={"static": True})
+
+    STATIC: ClassVar = ("row_length", "row_targets")
 
     def __repr__(self) -> str:
-        rows, tokens = self.tokens.shape[-2:]
-        return f"Batch({rows} rows, {tokens} tokens, {self.targets.shape[-1]} targets)"
+        rows, tokens, targets = self.lengths.size, self.tokens.size, self.targets.size
+        return f"Batch({rows} rows, {tokens} tokens, {targets} targets)"
 
     @property
     def padding(self) -> float:
         """The fraction of `tokens` that is padding."""
         return 1 - float(self.lengths.sum()) / self.tokens.size
+
+    @property
+    def rows(self) -> Packing:
+        """Where the tokens of each row are."""
+        return Packing.of(self.lengths, self.tokens.shape[1], self.row_length)
+
+    @property
+    def target_rows(self) -> Packing:
+        """Where the targets of each row are."""
+        return Packing.of(self.target_lengths, self.targets.shape[1], self.row_targets)
 
 
 def target_log_probabilities(backbone, prefix, batch: Batch) -> jax.Array:
@@ -61,11 +86,11 @@ def target_log_probabilities(backbone, prefix, batch: Batch) -> jax.Array:
     Args:
       backbone: a `Backbone`.
       prefix: a prefix of the backbone, or None.
-      batch: B rows with M target positions.
+      batch: rows with M target positions in each pack.
 
     Returns:
-      `[B, M]` float32, with arbitrary values at padding.
+      `[G, M]` float32, with arbitrary values at padding.
     """
-    hidden = backbone.target_states(batch, prefix)  # [B, M, D]
-    log_probabilities = jax.nn.log_softmax(backbone.logits(hidden))  # [B, M, V]
-    return jnp.take_along_axis(log_probabilities, batch.targets[..., None], axis=-1)[..., 0]
+    hidden = backbone.target_states(batch, prefix)  # [G, M, D]
+    count = jnp.max(jnp.sum(batch.target_lengths, axis=1))
+    return log_probabilities(backbone.output_head, hidden, batch.targets, count)

@@ -1,9 +1,12 @@
 """The backbone of causal language models: one decoder, configured by an `Architecture`.
 
 Axis letters: B batch, T tokens, P virtual tokens, D hidden, F feed-forward, H query heads,
-K key-value heads, h head size, L layers, V vocabulary, M target positions.
+K key-value heads, h head size, L layers, V vocabulary, G packs, N tokens of a pack, M targets of a
+pack.
 """
 
+import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Literal
 
@@ -16,6 +19,7 @@ from softprompt.backbones.architecture import Architecture, LayerKind
 from softprompt.backbones.attention import Source, attend, causal_mask, same_sequence
 from softprompt.backbones.batch import Batch
 from softprompt.backbones.flash import flash_attend
+from softprompt.backbones.head import OutputHead
 from softprompt.backbones.layers import (
     Attention,
     Embedding,
@@ -26,7 +30,6 @@ from softprompt.backbones.layers import (
     RMSNorm,
     heads,
     join_heads,
-    vocabulary_logits,
 )
 from softprompt.backbones.prefix import Cache, Prefix, positions_within
 from softprompt.backbones.rope import angles, rotate
@@ -80,35 +83,38 @@ class Block(nnx.Module):
                 int8=int8,
             )
 
-    def __call__(self, x, rotary, attention):
+    def __call__(self, x, rotary, attention, select=lambda tokens: tokens):
         """Run the layer.
 
         Args:
           x: `[B, T, D]`.
           rotary: angles as returned by `rope.angles`, or None.
           attention: a function from queries, keys and values to attention outputs
-            `[B, T, H, h]`.
+            `[B, M, H, h]`.
+          select: takes from `[B, T, ...]` the tokens to compute outputs for, `[B, M, ...]`. By
+            default these are all tokens.
 
         Returns:
-          Hidden states `[B, T, D]`, and the layer's keys and values `[B, T, K, h]`.
+          Hidden states `[B, M, D]`, and the layer's keys and values `[B, T, K, h]`.
         """
-        mixed, keys_values = self._attention(x, rotary, attention)
+        mixed, keys_values = self._attention(x, rotary, attention, select)
+        x = select(x)
         middle = x + mixed
         x = middle + self._feed_forward(x if self.arch.parallel else middle)
         return x, keys_values
 
-    def _attention(self, x, rotary, attention):
+    def _attention(self, x, rotary, attention, select):
         arch = self.arch
         if arch.norm_before:
             x = self.attention_norm(x)
-        queries, keys = self.attention.query(x), self.attention.key(x)
+        queries, keys = self.attention.query(select(x)), self.attention.key(x)
         if arch.query_key_norm == "width":
             queries, keys = self.query_norm(queries), self.key_norm(keys)
         queries, keys = heads(queries, arch.head_size), heads(keys, arch.head_size)
         if arch.query_key_norm == "head":
             queries, keys = self.query_norm(queries), self.key_norm(keys)
         if rotary is not None:
-            queries, keys = rotate(queries, rotary), rotate(keys, rotary)
+            queries, keys = rotate(queries, jax.tree.map(select, rotary)), rotate(keys, rotary)
         values = heads(self.attention.value(x), arch.head_size)
         mixed = self.attention.output(join_heads(attention(queries, keys, values)))
         if arch.norm_behind:
@@ -217,18 +223,25 @@ class Decoder(nnx.Module):
         return Prefix(keys, values)
 
     def target_states(self, batch: Batch, prefix: Prefix | None) -> jax.Array:
-        """Return the hidden states `[B, M, D]` from which the targets are predicted."""
-        embeddings = self.embedding.with_offsets(batch.tokens, batch.positions)
-        hidden = self(embeddings, batch.positions, batch.segments, prefix)
-        return jnp.take_along_axis(hidden, batch.target_indices[..., None], axis=1)
+        """Return the hidden states `[G, M, D]` from which the targets are predicted."""
+        positions = batch.rows.positions if batch.positions is None else batch.positions
+        embeddings = self.embedding.with_offsets(batch.tokens, positions)
+        return self._run(embeddings, batch.positions, batch.segments, prefix, batch=batch)[0]
+
+    @property
+    def output_head(self) -> OutputHead:
+        """The module that maps hidden states to logits."""
+        return OutputHead(
+            self.embedding,
+            self.head,
+            self.mesh,
+            scale=self.arch.logit_scale,
+            softcap=self.arch.logit_softcap,
+        )
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """Map hidden states `[..., D]` to float32 logits `[..., V]`."""
-        logits = vocabulary_logits(hidden, self.embedding, self.head, self.mesh)
-        logits = logits * self.arch.logit_scale
-        if cap := self.arch.logit_softcap:
-            logits = cap * jnp.tanh(logits / cap)
-        return logits
+        """Map hidden states `[B, ..., D]` to float32 logits `[B, ..., V]`."""
+        return self.output_head(hidden)
 
     def start(
         self, tokens: jax.Array, lengths: jax.Array, prefix: Prefix | None, capacity: int
@@ -261,11 +274,18 @@ class Decoder(nnx.Module):
         hidden, (keys, values) = self._run(embeddings, positions, None, prefix, cache)
         return hidden[:, 0], cache.append(keys, values)
 
-    def _run(self, x, positions=None, segments=None, prefix=None, cache=None):
-        """Run all layers on `x` `[B, T, D]`, attending to the prefix, the cache and the row itself.
+    def _run(self, x, positions=None, segments=None, prefix=None, cache=None, batch=None):
+        """Run all layers on `x`, attending to the prefix, the cache and the row itself.
+
+        Args:
+          x: rows `[B, T, D]`, or the packed tokens `[G, N, D]` of `batch`.
+          positions, segments: `[B, T]`, or `[G, N]` with a batch; None if each row is one sequence.
+          prefix, cache: what rows attend to before their own tokens.
+          batch: if given, the last layer computes only the states of its targets.
 
         Returns:
-          Normalized hidden states `[B, T, D]`, and the new keys and values `[L, B, T, K, h]`.
+          Normalized hidden states `[B, T, D]`, and the new keys and values `[L, B, T, K, h]`. With
+          a batch, the hidden states `[G, M, D]` of its targets, and None.
         """
         arch = self.arch
         scale = arch.attention_scale or arch.head_size**-0.5
@@ -274,35 +294,43 @@ class Decoder(nnx.Module):
         use_flash = (
             self.attention == "cudnn" and positions is None and segments is None and spans is None
         )
-        if positions is None:
-            positions = jnp.arange(x.shape[1])[None]
+        if batch is None:
+            tokens = targets = _Tokens.of_rows(x, positions, segments)
+        else:
+            tokens = _Tokens.of_batch(batch)
+            targets = _Tokens.of_targets(batch, tokens)
         prefix_length: int | jax.Array = prefix.length if prefix else 0
         prefix_positions = jnp.arange(prefix_length)[None]
         if spans is not None:
             prefix_positions, prefix_length = positions_within(spans, prefix_positions.size)
         if arch.learned_positions:
-            x = x + self.positions[...][positions + prefix_length]
+            x = x + self.positions[...][tokens.positions + prefix_length]
 
         kinds = list(dict.fromkeys(arch.layers))
         has_windows = any(kind.window for kind in kinds)
         masks_prefix = prefix is not None and (spans is not None or has_windows)
 
-        def angles_and_masks(kind: LayerKind):
-            """Return rotary angles and the masks for the row itself, the prefix and the cache."""
-            own_mask = causal_mask(positions, positions, kind.window)
-            if segments is not None:
-                own_mask &= same_sequence(segments)
+        def masks(kind: LayerKind, queries: _Tokens):
+            """Return which keys the queries see: of the row itself, the prefix and the cache."""
+            own_mask = causal_mask(queries.in_rows, tokens.in_rows, kind.window)
+            if tokens.segments is not None:
+                own_mask &= same_sequence(queries.segments, tokens.segments)
             prefix_mask = cache_mask = None
             if masks_prefix:
-                prefix_mask = causal_mask(positions + prefix_length, prefix_positions, kind.window)
+                positions = queries.in_rows + prefix_length
+                prefix_mask = causal_mask(positions, prefix_positions, kind.window)
             if cache:
-                cache_mask = causal_mask(positions, cache.positions, kind.window)
-            rotary = None if kind.rope is None else angles(kind.rope, positions + prefix_length)
-            return rotary, own_mask, prefix_mask, cache_mask
+                cache_mask = causal_mask(queries.in_rows, cache.positions, kind.window)
+            return own_mask, prefix_mask, cache_mask
 
-        # All layers run in one scan: each picks the angles and masks of its kind.
-        by_kind = jax.tree.map(lambda *each: jnp.stack(each), *map(angles_and_masks, kinds))
+        def by_kind(function):
+            """Stack what a function returns for each kind: all layers run in one scan."""
+            return jax.tree.map(lambda *each: jnp.stack(each), *map(function, kinds))
+
+        rotary = by_kind(lambda k: k.rope and angles(k.rope, tokens.positions + prefix_length))
+        masks_of = {id(q): by_kind(partial(masks, queries=q)) for q in (tokens, targets)}
         kind_of_layer = jnp.array([kinds.index(kind) for kind in arch.layers])
+        is_last = jnp.arange(len(arch.layers)) == len(arch.layers) - 1
 
         # For the backward pass, keep the outputs of the weight matrices and recompute the rest.
         # On a CPU this is faster than keeping everything, because it saves memory traffic.
@@ -311,27 +339,104 @@ class Decoder(nnx.Module):
             policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
             prevent_cse=False,
         )
-        def layer(x, inputs):
-            block, kind, from_prefix, from_cache = inputs
+        def layer(carry, inputs):
+            block, kind, is_last, from_prefix, from_cache = inputs
+            x, of_targets = carry
             block, x = gather_layer(block, self.mesh), divide(x, self.mesh, ROWS)
-            rotary, own_mask, prefix_mask, cache_mask = jax.tree.map(lambda a: a[kind], by_kind)
 
-            def attention(queries, keys, values):
-                if use_flash:
-                    forms = [partial(flash_attend, scale=scale, window=k.window) for k in kinds]
-                    return jax.lax.switch(kind, forms, queries, keys, values, from_prefix)
-                sources = [Source(keys, values, own_mask)]
-                if from_prefix is not None:
-                    sources.append(Source(from_prefix[0], from_prefix[1], prefix_mask))
-                if from_cache is not None:
-                    sources.append(Source(from_cache[0], from_cache[1], cache_mask))
-                return attend(queries, sources, scale=scale, softcap=arch.attention_softcap)
+            def run(x, queries: _Tokens):
+                own_mask, prefix_mask, cache_mask = jax.tree.map(
+                    lambda a: a[kind], masks_of[id(queries)]
+                )
 
-            return block(x, rotary, attention)
+                def attention(q, keys, values):
+                    q, keys, values = queries.to_rows(q), tokens.to_rows(keys), tokens.to_rows(values)
+                    if use_flash and queries is tokens:
+                        forms = [partial(flash_attend, scale=scale, window=k.window) for k in kinds]
+                        mixed = jax.lax.switch(kind, forms, q, keys, values, from_prefix)
+                        return queries.from_rows(mixed)
+                    sources = [Source(keys, values, own_mask)]
+                    if from_prefix is not None:
+                        sources.append(Source(from_prefix[0], from_prefix[1], prefix_mask))
+                    if from_cache is not None:
+                        sources.append(Source(from_cache[0], from_cache[1], cache_mask))
+                    mixed = attend(q, sources, scale=scale, softcap=arch.attention_softcap)
+                    return queries.from_rows(mixed)
+
+                rotary_here = jax.tree.map(lambda a: a[kind], rotary)
+                return block(x, rotary_here, attention, queries.select)
+
+            if batch is None:
+                x, keys_values = run(x, tokens)
+                return (x, of_targets), keys_values
+            return jax.lax.cond(
+                is_last,
+                lambda x, _: (x, run(x, targets)[0]),
+                lambda x, of_targets: (run(x, tokens)[0], of_targets),
+                x,
+                of_targets,
+            ), None
 
         from_prefix = (prefix.keys, prefix.values) if prefix else None
         from_cache = (cache.keys, cache.values) if cache else None
-        x, keys_values = jax.lax.scan(
-            layer, x, (self.layers, kind_of_layer, from_prefix, from_cache)
+        empty = None if batch is None else jnp.zeros((*batch.targets.shape, x.shape[-1]), x.dtype)
+        (x, of_targets), keys_values = jax.lax.scan(
+            layer, (x, empty), (self.layers, kind_of_layer, is_last, from_prefix, from_cache)
         )
-        return self.norm(x), keys_values
+        return self.norm(x if batch is None else of_targets), keys_values
+
+
+def _same(tokens: jax.Array) -> jax.Array:
+    return tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tokens:
+    """The tokens that a layer reads, or those whose outputs it computes.
+
+    Attributes:
+      positions: of the tokens in their rows, `[B or 1, T]`; `[G, N]` if they are packed.
+      in_rows: the same positions as rows, `[B or 1, T]`.
+      segments: as rows, `[B, T]`, see `same_sequence`; None if each row is one sequence.
+      to_rows, from_rows: convert to rows and back, see `Packing`.
+      select: takes these tokens from all.
+    """
+
+    positions: jax.Array
+    in_rows: jax.Array
+    segments: jax.Array | None
+    to_rows: Callable[[jax.Array], jax.Array] = _same
+    from_rows: Callable[[jax.Array], jax.Array] = _same
+    select: Callable[[jax.Array], jax.Array] = _same
+
+    @classmethod
+    def of_rows(cls, x, positions, segments) -> "_Tokens":
+        """Return the tokens of rows, with the arguments of `Decoder._run`."""
+        positions = jnp.arange(x.shape[1])[None] if positions is None else positions
+        return cls(positions, positions, segments)
+
+    @classmethod
+    def of_batch(cls, batch: Batch) -> "_Tokens":
+        """Return all tokens of a batch."""
+        rows = batch.rows
+        to_and_from = rows.to_rows, rows.from_rows
+        if batch.positions is None:
+            in_rows = jnp.arange(rows.row_length)[None]
+            return cls(rows.positions, in_rows, None, *to_and_from)
+        in_rows, segments = rows.to_rows(batch.positions), rows.to_rows(batch.segments + 1) - 1
+        return cls(batch.positions, in_rows, segments, *to_and_from)
+
+    @classmethod
+    def of_targets(cls, batch: Batch, tokens: "_Tokens") -> "_Tokens":
+        """Return the tokens of a batch from which its targets are predicted."""
+
+        def select(tokens: jax.Array) -> jax.Array:
+            indices = batch.target_indices.reshape(*batch.targets.shape, *[1] * (tokens.ndim - 2))
+            return jnp.take_along_axis(tokens, indices, axis=1)
+
+        rows = batch.target_rows
+        positions, segments = select(tokens.positions), None
+        if batch.segments is not None:
+            segments = rows.to_rows(select(batch.segments) + 1) - 1
+        in_rows = rows.to_rows(positions)
+        return cls(positions, in_rows, segments, rows.to_rows, rows.from_rows, select)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from softprompt.parallel.mesh import ROWS_OF_LOGITS, VOCABULARY, divide, on_each_device
+from softprompt.parallel.mesh import on_each_device
 from softprompt.parallel.sharding import axes_when_gathered
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -143,26 +143,6 @@ class Linear(nnx.Module):
         if self.low_rank is not None:
             y = y + self.low_rank(x)
         return y if self.bias is None else y + self.bias[...]
-
-
-def vocabulary_logits(
-    hidden: jax.Array, embedding: Embedding, head: Linear | None, mesh: Mesh | None
-) -> jax.Array:
-    """Map hidden states `[B, ..., D]` to float32 logits `[B, ..., V]`.
-
-    Args:
-      hidden: the hidden states.
-      embedding: the input embeddings; their table is the head if `head` is None.
-      head: the output head.
-      mesh: the mesh, or None. It divides the vocabulary.
-    """
-    hidden = divide(hidden, mesh, ROWS_OF_LOGITS)
-    if head is None:
-        table = embedding.table[...]
-        logits = jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
-    else:
-        logits = head(hidden).astype(jnp.float32)
-    return divide(logits, mesh, ROWS_OF_LOGITS, *[None] * (logits.ndim - 2), VOCABULARY)
 
 
 class RMSNorm(nnx.Module):

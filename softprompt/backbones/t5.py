@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from softprompt.backbones.attention import Source, attend, causal_mask, same_sequence
 from softprompt.backbones.batch import Batch
+from softprompt.backbones.head import OutputHead
 from softprompt.backbones.layers import (
     ACTIVATIONS,
     Attention,
@@ -25,7 +26,6 @@ from softprompt.backbones.layers import (
     RMSNorm,
     heads,
     join_heads,
-    vocabulary_logits,
 )
 from softprompt.backbones.prefix import T5Cache, T5Prefix, positions_within
 from softprompt.parallel.mesh import ROWS, divide
@@ -265,22 +265,25 @@ class T5(nnx.Module):
         return self.encoder_norm(hidden), mask
 
     def target_states(self, batch: Batch, prefix: T5Prefix | None) -> jax.Array:
-        """Return the hidden states `[B, M, D]` from which the targets are predicted.
+        """Return the hidden states `[G, M, D]` from which the targets are predicted.
 
         The decoder reads a start token before each candidate. Candidates of the same row do not
         attend to each other.
         """
-        embeddings = self.embedding.with_offsets(batch.tokens)
-        encoded, mask = self.encode(embeddings, batch.lengths, prefix)
-        indices = jnp.arange(batch.targets.shape[1])[None]
-        previous = jnp.pad(batch.target_candidates, [(0, 0), (1, 0)], constant_values=-2)[:, :-1]
-        is_first = batch.target_candidates != previous
+        tokens = batch.rows.to_rows(batch.tokens)
+        embeddings = self.embedding.with_offsets(tokens)
+        encoded, mask = self.encode(embeddings, batch.lengths.reshape(-1), prefix)
+        targets = batch.target_rows.to_rows(batch.targets)
+        candidates = batch.target_rows.to_rows(batch.target_candidates + 1) - 1
+        indices = jnp.arange(batch.row_targets)[None]
+        previous = jnp.pad(candidates, [(0, 0), (1, 0)], constant_values=-2)[:, :-1]
+        is_first = candidates != previous
         first = jax.lax.cummax(jnp.where(is_first, indices, 0), axis=1)
-        shifted = jnp.pad(batch.targets, [(0, 0), (1, 0)])[:, :-1]
+        shifted = jnp.pad(targets, [(0, 0), (1, 0)])[:, :-1]
         tokens = jnp.where(is_first, self.arch.start_token, shifted)
         positions = indices - first
-        segments = jnp.where(batch.target_candidates < 0, -1, batch.target_candidates + 1)
-        visible = causal_mask(positions, positions, None) & same_sequence(segments)
+        segments = jnp.where(candidates < 0, -1, candidates + 1)
+        visible = causal_mask(positions, positions, None) & same_sequence(segments, segments)
         # All rows share one bias, because distances within a candidate do not depend on where
         # its positions start.
         bias = self._bias(self.decoder_bias, indices, indices, bidirectional=False)
@@ -300,11 +303,16 @@ class T5(nnx.Module):
             return x, None
 
         hidden, _ = jax.lax.scan(layer, self.embedding(tokens), (self.decoder, from_prefix))
-        return self.decoder_norm(hidden)
+        return batch.target_rows.from_rows(self.decoder_norm(hidden))
+
+    @property
+    def output_head(self) -> OutputHead:
+        """The module that maps hidden states to logits."""
+        return OutputHead(self.embedding, self.head, self.mesh, scale=self.head_scale)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """Map hidden states `[..., D]` to float32 logits `[..., V]`."""
-        return vocabulary_logits(hidden, self.embedding, self.head, self.mesh) * self.head_scale
+        """Map hidden states `[B, ..., D]` to float32 logits `[B, ..., V]`."""
+        return self.output_head(hidden)
 
     def start(
         self, tokens: jax.Array, lengths: jax.Array, prefix: T5Prefix | None, capacity: int

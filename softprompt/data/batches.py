@@ -1,166 +1,42 @@
-"""Batches: lay out examples as arrays of few shapes, in an order fixed by the seed.
+"""Batches of examples, in an order fixed by the seed.
 
-Axis letters: B batch, T tokens, M target positions, N examples.
+Axis letters: B batch, G packs, N examples.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import grain
 import numpy as np
 from jax.sharding import Mesh
 
 from softprompt.backbones.batch import Batch
-from softprompt.data.examples import Example, Examples, Lengths
+from softprompt.data.balance import balanced, divide_by_class, length_classes
+from softprompt.data.examples import Example, Examples
+from softprompt.data.layout import PackedShape, Layout
 from softprompt.parallel.hosts import rows_here
+from softprompt.parallel.mesh import ROWS, axis_size
 from softprompt.runtime.memory import Result, run_batches
 
-_WINDOW = 32  # number of batches whose examples are sorted by length together
-_MULTIPLE = 8  # row lengths are rounded up to a multiple of this
-_MAX_SHAPES = 6  # maximum number of row lengths among the batches of a dataset
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """How the examples of a dataset become batches.
-
-    Attributes:
-      separate_targets: whether the backbone reads candidates apart from the input.
-      branching: whether rows may hold several candidates, for which attention needs a mask.
-      shapes: the `(T, M)` that batches may have, T ascending.
-    """
-
-    separate_targets: bool
-    branching: bool
-    shapes: Sequence[tuple[int, int]]
-
-    @classmethod
-    def of(cls, examples: Sequence[Example], separate_targets: bool = False) -> "Layout":
-        """Plan batches with all candidates of the given examples, at least one."""
-        return cls.of_lengths(Examples.of(examples).lengths, separate_targets)
-
-    @classmethod
-    def of_lengths(cls, lengths: Lengths, separate_targets: bool) -> "Layout":
-        """Choose at most six shapes, with the least padding if each example were its own batch."""
-        rows = _row_lengths(lengths, separate_targets)
-        rows = -(-rows // _MULTIPLE) * _MULTIPLE
-        bounds = _least_padding(rows, _MAX_SHAPES)
-        shapes = [(bound, int(lengths.targets[rows <= bound].max())) for bound in bounds]
-        return cls(separate_targets, lengths.branching and not separate_targets, shapes)
-
-    def length(self, example: Example) -> int:
-        """Return the number of tokens in an example's row."""
-        read = 0 if self.separate_targets else sum(len(c) - 1 for c in example.candidates)
-        return len(example.input) + read
-
-    def batch(
-        self, examples: Sequence[Example], rows: int, filled: Container[int] | None = None
-    ) -> Batch:
-        """Lay out at most `rows` examples in the smallest shape that fits all of them.
-
-        Args:
-          examples: at least one.
-          rows: B. The remaining rows are empty if there are fewer examples.
-          filled: the rows to fill in, by default all. The others only get their `lengths`.
-        """
-        length = max(map(self.length, examples))
-        targets = max(map(_target_count, examples))
-        shape = next(s for s in self.shapes if s[0] >= length and s[1] >= targets)
-        return self.lay_out(examples, rows, *shape, filled)
-
-    def lay_out(
-        self,
-        examples: Sequence[Example],
-        rows: int,
-        length: int,
-        targets: int,
-        filled: Container[int] | None = None,
-    ) -> Batch:
-        """Lay out examples as a batch of T = `length` and M = `targets`; see `batch`."""
-        batch = Batch(
-            tokens=np.zeros((rows, length), np.int32),
-            lengths=np.zeros(rows, np.int32),
-            targets=np.zeros((rows, targets), np.int32),
-            target_candidates=np.full((rows, targets), -1, np.int32),
-            target_indices=np.zeros((rows, targets), np.int32),
-            positions=np.zeros((rows, length), np.int32),
-            segments=np.full((rows, length), -1, np.int32),
-        )
-        for row, example in enumerate(examples):
-            batch.lengths[row] = self.length(example)
-            if filled is None or row in filled:
-                self._fill(batch, row, example)
-        if self.separate_targets:
-            batch = dataclasses.replace(batch, target_indices=None)
-        if not self.branching:
-            batch = dataclasses.replace(batch, positions=None, segments=None)
-        return batch
-
-    def _fill(self, batch: Batch, row: int, example: Example) -> None:
-        start = len(example.input)
-        batch.tokens[row, :start] = example.input
-        batch.positions[row, :start] = np.arange(start)
-        batch.segments[row, :start] = 0
-        end, target = start, 0
-        for number, candidate in enumerate(example.candidates):
-            scored = slice(target, target + len(candidate))
-            batch.targets[row, scored] = candidate
-            batch.target_candidates[row, scored] = number
-            target = scored.stop
-            if self.separate_targets:
-                continue
-            read, stop = candidate[:-1], end + len(candidate) - 1
-            batch.tokens[row, end:stop] = read
-            batch.positions[row, end:stop] = start + np.arange(len(read))
-            batch.segments[row, end:stop] = number + 1
-            batch.target_indices[row, scored] = [start - 1, *range(end, stop)]
-            end = stop
-
-
-def _target_count(example: Example) -> int:
-    return sum(map(len, example.candidates))
-
-
-def _row_lengths(lengths: Lengths, separate_targets: bool) -> np.ndarray:
-    """Return the number of tokens in each example's row, `[N]`."""
-    return lengths.input if separate_targets else lengths.input + lengths.read
-
-
-def _least_padding(lengths: np.ndarray, most: int) -> list[int]:
-    """Choose at most `most` of the lengths as upper bounds, with the least total padding."""
-    values, counts = np.unique(lengths, return_counts=True)
-    sizes = np.concatenate([[0], np.cumsum(counts)])
-
-    @functools.cache
-    def best(end: int, bounds: int) -> tuple[float, tuple[int, ...]]:
-        """Return the padded size of `values[:end]` and its bounds, the last its maximum."""
-        if end == 0:
-            return 0, ()
-        if bounds == 0:
-            return float("inf"), ()
-        last = int(values[end - 1])
-        return min(
-            (cost + last * int(sizes[end] - sizes[start]), (*rest, last))
-            for start in range(end)
-            for cost, rest in [best(start, bounds - 1)]
-        )
-
-    return list(best(len(values), most)[1])
+_WINDOW = 2**14  # number of examples that are divided into batches together
+_SAMPLED_WINDOWS = 4  # the shapes are chosen by the batches of this many windows
 
 
 class TrainingBatches:
     """An endless sequence of shuffled batches. Batch n depends only on the seed and n.
 
-    Each epoch is shuffled anew. Within a window of 32 batches, examples of similar length
-    share a batch, and the batches come in random order. Examples at the end of an epoch
-    that do not fill a batch are dropped.
+    Each epoch is shuffled anew. All batches have almost the same number of tokens, so that they
+    share a compiled program with little padding. If the lengths of the examples differ much, there
+    are a few classes of batches with rows of similar length. Examples at the end of an epoch that
+    do not fill a batch are dropped.
 
     Args:
       examples: at least `batch_size`, each with its answer.
       batch_size: examples in a batch, B.
       seed: seed of the order.
       separate_targets: whether the backbone reads targets apart from the input.
+      passes: the number of passes that a batch is run in.
       mesh: the devices that divide the rows, or None. In a run of several processes, each one
         fills in only the rows that its devices hold; see `hosts.divide_rows`.
 
@@ -171,8 +47,8 @@ class TrainingBatches:
       >>> batches = TrainingBatches(make_examples(task, records), batch_size=2, seed=0)
       >>> batches
       TrainingBatches(4 examples, batch size 2, seed 0)
-      >>> batches[100]  # tokens [B, T], targets [B, M]
-      Batch(2 rows, 8 tokens, 2 targets)
+      >>> batches[100]
+      Batch(2 rows, 16 tokens, 8 targets)
     """
 
     def __init__(
@@ -182,18 +58,24 @@ class TrainingBatches:
         seed: int,
         *,
         separate_targets: bool = False,
+        passes: int = 1,
         mesh: Mesh | None = None,
     ):
-        self._rows = None if mesh is None else set(rows_here(batch_size, mesh))
+        self._packs = passes * axis_size(mesh, ("data", "fsdp"))
+        self._filled = None if mesh is None else set(rows_here(self._packs, mesh))
         self._examples = Examples.of(examples)
         lengths = self._examples.lengths.answer_only()
-        self._layout = Layout.of_lengths(lengths, separate_targets)
-        self._row_lengths = _row_lengths(lengths, separate_targets)
+        self._layout = Layout.of(lengths, separate_targets)
+        self._row_lengths = self._layout.row_lengths(lengths)
+        self._target_lengths = lengths.targets
+        self._bounds = length_classes(self._row_lengths)
         self._batch_size = batch_size
         self._per_epoch = len(examples) // batch_size
+        self._per_window = max(1, _WINDOW // batch_size)
         self._seed = seed
         self._order = grain.MapDataset.source(range(len(examples))).seed(seed).shuffle().repeat()
-        self._window = functools.lru_cache(maxsize=2)(self._sorted_window)
+        self._window = functools.lru_cache(maxsize=2)(self._divide_window)
+        self._shapes = self._choose_shapes()
 
     def __repr__(self) -> str:
         size, count = self._batch_size, len(self._examples)
@@ -204,32 +86,135 @@ class TrainingBatches:
 
     def __getitem__(self, number: int) -> Batch:
         epoch, number = divmod(number, self._per_epoch)
-        window, place = divmod(number, _WINDOW)
-        examples = [self._examples[i].answer_only() for i in self._window(epoch, window)[place]]
-        return self._layout.batch(examples, self._batch_size, self._rows)
+        window, place = divmod(number, self._per_window)
+        length_class, packs = self._window(epoch, window)[place]
+        examples = [[self._examples[int(i)].answer_only() for i in pack] for pack in packs]
+        return self._layout.lay_out(examples, self._shape(length_class, packs), self._filled)
 
     def largest(self) -> Batch:
         """Return an empty batch of the largest shape."""
-        return self._layout.lay_out([], self._batch_size, *self._layout.shapes[-1])
+        return self._layout.lay_out([], self._shapes[0])
 
     def iterate(self) -> "grain.DatasetIterator[Batch]":
         """Return a Grain iterator. Its `get_state` and `set_state` save and set the position."""
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
         return iter(grain.MapDataset.source(self).to_iter_dataset(options))
 
-    def _sorted_window(self, epoch: int, window: int) -> list[list[int]]:
-        """Return the indices of the examples in each batch of a window."""
-        size, first = self._batch_size, window * _WINDOW
-        batches = min(_WINDOW, self._per_epoch - first)
+    def _divide_window(self, epoch: int, window: int) -> list[tuple[int, list[np.ndarray]]]:
+        """Return the length class of each batch of a window, and the examples in its packs."""
+        size, first = self._batch_size, window * self._per_window
+        count = min(self._per_window, self._per_epoch - first)
         begin = epoch * len(self._examples) + first * size
-        indices = [self._order[begin + i] for i in range(batches * size)]
-        indices.sort(key=self._row_lengths.__getitem__)
-        order = np.random.default_rng([self._seed, epoch, window]).permutation(batches)
-        return [indices[b * size : (b + 1) * size] for b in order]
+        numbers = np.array([self._order[begin + i] for i in range(count * size)])
+        random = np.random.default_rng([self._seed, epoch, window])
+        classes = divide_by_class(numbers, self._row_lengths, self._bounds, size)
+        batches = [
+            (length_class, balanced(batch, self._row_lengths, self._packs))
+            for length_class, members in enumerate(classes)
+            if members.size
+            for batch in balanced(members, self._row_lengths, members.size // size, random)
+        ]
+        return [batches[i] for i in random.permutation(count)]
+
+    def _choose_shapes(self) -> list[PackedShape]:
+        """Choose a shape for each length class, by the batches of the first windows."""
+        largest = np.full((len(self._bounds), 2), 1)
+        windows = -(-self._per_epoch // self._per_window)
+        for sampled in range(_SAMPLED_WINDOWS):
+            for length_class, packs in self._window(*divmod(sampled, windows)):
+                sizes = _largest(packs, self._row_lengths, self._target_lengths)
+                largest[length_class] = np.maximum(largest[length_class], sizes)
+        return [
+            PackedShape(
+                packs=self._packs,
+                rows=self._batch_size // self._packs,
+                tokens=_multiple_of_8(int(tokens)),
+                targets=_multiple_of_8(int(targets)),
+                row_length=_multiple_of_8(bound),
+                row_targets=int(self._target_lengths[self._row_lengths <= bound].max()),
+            )
+            for bound, (tokens, targets) in zip(self._bounds, largest, strict=True)
+        ]
+
+    def _shape(self, length_class: int, packs: Sequence[np.ndarray]) -> PackedShape:
+        """Return the shape of a batch: that of its class, or a larger one if it does not fit."""
+        shape = self._shapes[length_class]
+        tokens, targets = _largest(packs, self._row_lengths, self._target_lengths)
+        return dataclasses.replace(
+            shape, tokens=_grown(shape.tokens, tokens), targets=_grown(shape.targets, targets)
+        )
+
+
+def evaluation_batches(
+    examples: Sequence[Example],
+    batch_size: int,
+    run: Callable[[Batch], Result],
+    *,
+    separate_targets: bool = False,
+    mesh: Mesh | None = None,
+) -> Iterator[tuple[list[int], Result]]:
+    """Run all examples once, in batches with almost equally many tokens.
+
+    Args:
+      examples: at least one.
+      batch_size: maximum number of examples in a batch; it is lowered if memory runs out.
+      run: function to call with each batch.
+      separate_targets: whether the backbone reads targets apart from the input.
+      mesh: the devices that divide the rows, or None.
+
+    Yields:
+      The indices of the examples in the first rows of a batch, and the result of `run`.
+    """
+    dataset, packs = Examples.of(examples), axis_size(mesh, ROWS)
+    layout = Layout.of(dataset.lengths, separate_targets)
+    lengths, targets = layout.row_lengths(dataset.lengths), dataset.lengths.targets
+
+    def in_packs(batch: Sequence[int], rows: int) -> list[np.ndarray]:
+        ordered = np.concatenate(balanced(np.array(batch), lengths, packs))
+        return [ordered[start : start + rows] for start in range(0, len(ordered), rows)]
+
+    def shape_of(batches: Sequence[Sequence[int]], rows: int) -> PackedShape:
+        rows = -(-rows // packs)
+        all_packs = [pack for batch in batches for pack in in_packs(batch, rows)]
+        members = np.concatenate(all_packs)
+        most_tokens, most_targets = _largest(all_packs, lengths, targets)
+        return PackedShape(
+            packs=packs,
+            rows=rows,
+            tokens=_rounded(most_tokens),
+            targets=_multiple_of_8(most_targets),
+            row_length=_rounded(int(lengths[members].max())),
+            row_targets=int(targets[members].max()),
+        )
+
+    groups: list[list[int]] = []
+    shapes: list[PackedShape] = []
+    class_of = np.zeros(len(dataset), np.int64)
+    bounds = length_classes(lengths)
+    for members in divide_by_class(np.arange(len(dataset)), lengths, bounds, batch_size):
+        if not members.size:
+            continue
+        batches = [b.tolist() for b in balanced(members, lengths, -(-members.size // batch_size))]
+        # A power of two, so that programs are compiled for few numbers of rows.
+        rows = batch_size if len(batches) > 1 else 1 << (members.size - 1).bit_length()
+        class_of[members] = len(shapes)
+        shapes.append(shape_of(batches, min(rows, batch_size)))
+        groups += batches
+
+    def run_part(numbers: list[int], most: int) -> tuple[list[int], Result]:
+        shape = shapes[class_of[numbers[0]]]
+        if most < batch_size:  # memory ran out
+            shape = shape_of([numbers], most)
+        ordered = in_packs(numbers, shape.rows)
+        batch = layout.lay_out([[dataset[int(i)] for i in pack] for pack in ordered], shape)
+        return np.concatenate(ordered).tolist(), run(batch)
+
+    for _, result in run_batches(groups, batch_size, run_part):
+        yield result
 
 
 def side_by_side(batches: Sequence[Batch]) -> Batch:
-    """Stack batches with the same number of rows along a new first axis; pad shorter rows."""
+    """Stack batches with the same number of rows along a new first axis; pad shorter packs."""
 
     def stacked(name: str, empty: int) -> np.ndarray | None:
         arrays = [getattr(batch, name) for batch in batches]
@@ -241,38 +226,31 @@ def side_by_side(batches: Sequence[Batch]) -> Batch:
             [np.pad(a, m, constant_values=empty) for a, m in zip(arrays, more, strict=True)]
         )
 
-    lengths = np.stack([batch.lengths for batch in batches])
+    names = [field.name for field in dataclasses.fields(Batch)]
+    static = {name: max(getattr(batch, name) for batch in batches) for name in Batch.STATIC}
     padding = {"target_candidates": -1, "segments": -1}
-    names = [field.name for field in dataclasses.fields(Batch) if field.name != "lengths"]
-    return Batch(lengths=lengths, **{name: stacked(name, padding.get(name, 0)) for name in names})
+    arrays = {name: stacked(name, padding.get(name, 0)) for name in names if name not in static}
+    return Batch(**arrays, **static)
 
 
-def evaluation_batches(
-    examples: Sequence[Example],
-    batch_size: int,
-    run: Callable[[Batch], Result],
-    *,
-    separate_targets: bool = False,
-) -> Iterator[tuple[list[int], Result]]:
-    """Run all examples once; examples of similar length share a batch.
+def _largest(
+    packs: Sequence[np.ndarray], lengths: np.ndarray, targets: np.ndarray
+) -> tuple[int, int]:
+    """Return the most tokens and the most targets of a pack."""
+    return max(int(lengths[p].sum()) for p in packs), max(int(targets[p].sum()) for p in packs)
 
-    Args:
-      examples: at least one.
-      batch_size: maximum number of examples in a batch; it is lowered if memory runs out.
-      run: function to call with each batch.
-      separate_targets: whether the backbone reads targets apart from the input.
 
-    Yields:
-      The indices of the examples in the rows of a batch, and the result of `run`.
-    """
-    dataset = Examples.of(examples)
-    layout = Layout.of_lengths(dataset.lengths, separate_targets)
-    row_lengths = _row_lengths(dataset.lengths, separate_targets)
-    order = np.argsort(row_lengths, kind="stable").tolist()
-    # A power of two, so that a program is compiled for few numbers of rows.
-    most = 1 << (len(order) - 1).bit_length()
-    return run_batches(
-        [order],
-        min(batch_size, most),
-        lambda numbers, rows: run(layout.batch([dataset[i] for i in numbers], rows)),
-    )
+def _multiple_of_8(number: int) -> int:
+    return -(-number // 8) * 8
+
+
+def _rounded(number: int) -> int:
+    """Round up to a multiple of 8, and from 512 on to one of 32 numbers up to the double."""
+    multiple = max(8, 2 ** (number.bit_length() - 6))
+    return -(-number // multiple) * multiple
+
+
+def _grown(size: int, needed: int) -> int:
+    """Return a size, or if more is needed, the size plus a few sixteenths of it."""
+    step = _multiple_of_8(-(-size // 16))
+    return size + max(0, -(-(needed - size) // step)) * step

@@ -41,8 +41,10 @@ def prepare_model(method, backbone) -> tuple[Any, Any]:
 @partial(jax.jit, static_argnames="candidates")
 def candidate_scores(backbone, prefix, batch: Batch, candidates: int) -> jax.Array:
     """Return the log-probability of each row's candidates, summed over tokens, `[B, C]`."""
-    log_probabilities = target_log_probabilities(backbone, prefix, batch)  # [B, M]
-    member = batch.target_candidates[..., None] == jnp.arange(candidates)[None, None]  # [B, M, C]
+    log_probabilities = target_log_probabilities(backbone, prefix, batch)
+    log_probabilities = batch.target_rows.to_rows(log_probabilities)  # [B, M]
+    candidate = batch.target_rows.to_rows(batch.target_candidates + 1) - 1
+    member = candidate[..., None] == jnp.arange(candidates)[None, None]  # [B, M, C]
     scores = jnp.sum(log_probabilities[..., None], axis=1, where=member)
     return whole(scores, backbone.mesh)
 
@@ -71,6 +73,7 @@ def score(
         batch_size,
         lambda batch: np.asarray(candidate_scores(backbone, prefix, batch, candidates)),
         separate_targets=backbone.separate_targets,
+        mesh=backbone.mesh,
     ):
         yield numbers, checked_scores(scores[: len(numbers)])
 

@@ -60,6 +60,7 @@ def evaluate_ensemble(
         examples,
         batch_size,
         lambda batch: np.asarray(_scores(backbone, prefix, batch, scores.shape[-1])),
+        mesh=backbone.mesh,
     )
     with progress(label, len(examples), "examples") as bar:
         for indices, of_batch in batches:

@@ -1,6 +1,6 @@
 """Cross-entropy of the target tokens.
 
-Axis letters: B batch, M target positions.
+Axis letters: B batch, T tokens, G packs, M targets of a pack.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ def cross_entropy(
 
     Args:
       model: the method on its backbone.
-      batch: rows `[B, T]` with targets `[B, M]`.
+      batch: rows with targets `[G, M]`.
       key: the random key of this pass, for dropout.
 
     Returns:
@@ -37,7 +37,7 @@ def cross_entropy(
       >>> loss = total / weight
     """
     backbone, prefix = model.apply(key)
-    log_probabilities = target_log_probabilities(backbone, prefix, batch)  # [B, M]
+    log_probabilities = target_log_probabilities(backbone, prefix, batch)  # [G, M]
     is_target = batch.target_candidates >= 0
     total = -jnp.sum(log_probabilities, where=is_target)
     return total, jnp.sum(is_target, dtype=jnp.float32), {}

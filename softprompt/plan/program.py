@@ -14,13 +14,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from softprompt.backbones.backbone import Backbone
 from softprompt.backbones.batch import Batch
 from softprompt.backbones.loading import Base, backbone_shapes
-from softprompt.data.batches import Layout
+from softprompt.data.layout import Layout, PackedShape
 from softprompt.errors import UserError
 from softprompt.experiment.methods import method_class
 from softprompt.experiment.schema import Experiment
 from softprompt.experiment.templates import template_fields, template_pieces
 from softprompt.methods.method import Method
-from softprompt.parallel.mesh import ROWS, Axes
+from softprompt.parallel.mesh import ROWS, Axes, axis_size
 from softprompt.parallel.sharding import with_shardings
 from softprompt.training.optimizers import hyperparameters
 from softprompt.training.state import program_of
@@ -42,6 +42,12 @@ class BatchShape:
     rows: int
     tokens: int
     targets: int
+
+    def packed(self, packs: int) -> PackedShape:
+        """Return the shape of the batch if it is divided into packs."""
+        rows = self.rows // packs
+        sizes = rows * self.tokens, rows * self.targets
+        return PackedShape(packs, rows, *sizes, self.tokens, self.targets)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,8 +112,9 @@ def step_program(
     offsets = kind.offsets_learning_rate(experiment)
     numbers = hyperparameters(experiment.optimizer, experiment.training.steps, offsets)
     opt_state = jax.eval_shape(lambda arrays: static["optimizer"].init(arrays, numbers), trainable)
-    layout = Layout(backbone.separate_targets, branching=False, shapes=[])
-    batch = layout.lay_out([], rows.rows, rows.tokens, rows.targets)
+    batch = Layout(backbone.separate_targets, branching=False).lay_out(
+        [], rows.packed(experiment.training.accumulate * axis_size(mesh, ROWS))
+    )
     key = jax.eval_shape(lambda: jax.random.key(0))
     trainable, opt_state, frozen = with_shardings((trainable, opt_state, frozen), mesh)
     batch, key = _shapes(batch, mesh, ROWS), _shapes(key, mesh)

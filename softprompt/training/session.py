@@ -95,6 +95,7 @@ class Session:
             self.rows,
             experiment.seed,
             separate_targets=self.base.backbone.separate_targets,
+            passes=experiment.training.accumulate,
             mesh=self.base.backbone.mesh,
         )
         self._iterator = self.batches.iterate()

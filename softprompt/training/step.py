@@ -64,8 +64,8 @@ def update(
       trainable, frozen, graphdef: what `split` returned. The trainable arrays have the shapes
         of the method, such as `[P, D]` for the vectors of a soft prompt.
       opt_state: state of the optimizer.
-      batch: rows `[B, T]` with targets `[B, M]`. They are run in `accumulate` passes of equal
-        size.
+      batch: rows in packs, `[G, N]` tokens with `[G, M]` targets. The packs are run in
+        `accumulate` passes of equal size.
       key: random key for the objective, such as for dropout.
       optimizer: turns gradients into updates: any Optax optimizer, or an `UpdateRule`, whose
         hyperparameters are not compiled in.
@@ -110,7 +110,7 @@ def update(
         one_pass = sum_over_data(sums, mesh)((trainable, frozen), *batch_and_key)
         return jax.tree.map(jnp.add, total, one_pass), None
 
-    # A pass takes every `accumulate`-th row, so that each device can keep its rows.
+    # A pass takes every `accumulate`-th pack, so that each device can keep its packs.
     passes = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
     inputs = passes, jax.random.split(key, accumulate)
     shapes = jax.eval_shape(sums, (trainable, frozen), *jax.tree.map(lambda x: x[0], inputs))
