@@ -1,15 +1,17 @@
 """Models and experiments that the tests share."""
 
+import dataclasses
 import functools
 import json
 import os
 import shutil
 import string
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from compilation import compile_quickly
@@ -19,10 +21,12 @@ from transformers import PreTrainedTokenizerFast
 
 import softprompt
 from softprompt import Base
+from softprompt.backbones.batch import Batch
 from softprompt.backbones.formats.directory import ModelDirectory
 from softprompt.backbones.loading import Backbone, load_backbone
 from softprompt.cli.progress import printed_log
-from softprompt.data.examples import Example
+from softprompt.data.examples import Example, Examples
+from softprompt.data.layout import Layout, PackedShape
 from softprompt.data.records import Record
 from softprompt.experiment.reading import ExperimentFile, load_experiment
 from softprompt.experiment.schema import Experiment, GenerationSettings
@@ -155,6 +159,46 @@ def greedy(backbone, prefix, tokens, lengths, end: int, *, count: int) -> np.nda
 def example_of(tokens: list[int], candidates: list[list[int]], answer: int) -> Example:
     """Make an example from token ids."""
     return Example(tokens, candidates, answer, Record({}, "a test"), truncated=False)
+
+
+def batch_of(
+    examples: Sequence[Example], separate_targets: bool = False, packs: int = 1, padding: int = 3
+) -> Batch:
+    """Lay out examples as a batch with some padding and one row more than needed in each pack."""
+    dataset = Examples(examples)
+    layout, size = Layout.of(dataset.lengths, separate_targets), -(-len(examples) // packs)
+    parts = [examples[i * size : (i + 1) * size] for i in range(packs)]
+    lengths, targets = layout.row_lengths(dataset.lengths), dataset.lengths.targets
+    return layout.lay_out(
+        parts,
+        PackedShape(
+            packs,
+            size + 1,
+            max(lengths[i * size : (i + 1) * size].sum() for i in range(packs)) + padding,
+            max(targets[i * size : (i + 1) * size].sum() for i in range(packs)) + padding,
+            lengths.max() + padding,
+            targets.max(),
+        ),
+    )
+
+
+def batch_with_all_targets(tokens: np.ndarray, lengths: np.ndarray) -> Batch:
+    """Return a batch of rows `[B, T]` that predicts a target from every token."""
+    rows = zip(tokens, lengths, strict=True)
+    batch = batch_of([example_of(row[:length].tolist(), [[0]], 0) for row, length in rows])
+    return dataclasses.replace(
+        batch,
+        targets=batch.tokens,
+        target_lengths=batch.lengths,
+        target_candidates=batch.tokens * 0,
+        target_indices=np.arange(batch.tokens.size)[None],
+        row_targets=tokens.shape[1],
+    )
+
+
+def rows_of(batch: Batch, values) -> np.ndarray:
+    """Return what belongs to the targets `[G, M, ...]` of a batch as rows."""
+    return np.asarray(batch.target_rows.to_rows(jnp.asarray(values)))
 
 
 def letter_tokenizer() -> PreTrainedTokenizerFast:

@@ -17,14 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import FAMILIES_GOLDEN, example_of, greedy
+from conftest import FAMILIES_GOLDEN, batch_of, example_of, greedy
 from flax import nnx
 from programs import Program
 
 from softprompt.backbones import decoder, t5
 from softprompt.backbones.config import architecture_of
 from softprompt.backbones.prefix import Prefix
-from softprompt.data.batches import Layout
 from softprompt.evaluation.scoring import candidate_scores, prepare_model
 from softprompt.experiment.schema import GenerationSettings
 from softprompt.generation import beams, decoding
@@ -35,7 +34,7 @@ from softprompt.methods.lora import LoRA, find_targets, initial_matrices
 from softprompt.methods.prefix_tuning import PrefixTuning
 from softprompt.methods.soft_prompt import SoftPrompt
 from softprompt.objectives.cross_entropy import cross_entropy
-from softprompt.parallel.mesh import axis_size, make_mesh
+from softprompt.parallel.mesh import ROWS, axis_size, make_mesh
 from softprompt.parallel.sharding import axes_of, place
 from softprompt.training.step import split, train_step
 
@@ -102,18 +101,31 @@ def mesh_of(name: str | None):
 
 
 @functools.cache
-def batch_of(separate_targets: bool):
-    """Return a batch of eight rows with two candidates each."""
+def examples():
+    """Return eight examples with two candidates each."""
     random = np.random.default_rng(1)
 
     def tokens(count):
         return random.integers(3, 260, count).tolist()
 
-    examples = [
+    return [
         example_of(tokens(length), [tokens(4), tokens(3)], 0)
         for length in (11, 9, 11, 4, 7, 11, 10, 8)
     ]
-    return Layout.of(examples, separate_targets).batch(examples, 8)
+
+
+@functools.cache
+def batch_on(separate_targets: bool, mesh: str | None, passes: int = 1):
+    """Return a batch of `examples` with as many packs as the mesh and the passes need."""
+    packs = 1 if mesh is None else axis_size(mesh_of(mesh), ROWS)
+    return batch_of(examples(), separate_targets, packs * passes)
+
+
+def inputs():
+    """Return the inputs of `examples` as rows `[8, 11]`, and their lengths."""
+    ids = [example.input for example in examples()]
+    tokens = np.array([[*row, *[0] * (11 - len(row))] for row in ids], np.int32)
+    return tokens, np.array(list(map(len, ids)))
 
 
 def method_of(name: str, backbone):
@@ -164,7 +176,7 @@ def step_of(family: str, mesh: str | None, method: str = "prompt", accumulate=1,
         trainable,
         place(RECORDER.init(trainable), backbone.mesh),
         frozen,
-        batch_of(backbone.separate_targets),
+        batch_on(backbone.separate_targets, mesh, accumulate),
         jax.random.key(0),
     )
     static = {"graphdef": graphdef, "optimizer": RECORDER, "objective": cross_entropy}
@@ -194,9 +206,11 @@ def test_loss_and_gradient_are_those_of_one_device(family, mesh):
 @pytest.mark.parametrize(("family", "mesh"), CASES)
 def test_a_step_holds_no_whole_weight_and_moves_little(family, mesh):
     backbone, program = backbone_of(family, mesh), step_of(family, mesh).program
-    batch = batch_of(backbone.separate_targets)
+    batch = batch_on(backbone.separate_targets, mesh)
     assert_weights_stay_divided(program, backbone)
     size, (rows, length) = backbone.arch.hidden_size, batch.tokens.shape
+    if backbone.separate_targets:  # it reads rows, not packs
+        rows, length = batch.lengths.size, batch.row_length
     if mesh == "data":  # the gradient, the loss and its weight, once
         (moved,) = program.collectives
         assert moved.elements == VIRTUAL * size + 2
@@ -284,7 +298,7 @@ def test_decoding_keeps_weights_and_cache_divided(family, mesh):
 
 @dataclasses.dataclass
 class Answers:
-    """What a model answers to the rows of `batch_of`.
+    """What a model answers to `examples`.
 
     Attributes:
       scores: of the candidates, `[B, 2]`.
@@ -302,13 +316,13 @@ class Answers:
 @functools.cache
 def answers_of(family: str, mesh: str | None) -> Answers:
     backbone = backbone_of(family, mesh)
-    batch = batch_of(backbone.separate_targets)
+    batch = batch_on(backbone.separate_targets, mesh)
     adapted, prefix = prepare_model(method_of("prompt", backbone), backbone)
     scores = np.asarray(candidate_scores(adapted, prefix, batch, 2))
-    rows, sampling = len(batch.tokens), Sampling.from_settings(GenerationSettings(), 8)
-    lengths, seeds = np.minimum(batch.lengths, 11), np.zeros(rows, np.uint32)
-    inputs = backbone, prefix, batch.tokens[:, :11], lengths, seeds, None, sampling
-    state = decoding.start(*inputs, np.full((rows, 1), END), capacity=COUNT)
+    scores = scores[batch.lengths.reshape(-1) > 0]
+    rows, sampling = len(examples()), Sampling.from_settings(GenerationSettings(), 8)
+    arguments = backbone, prefix, *inputs(), np.zeros(rows, np.uint32), None, sampling
+    state = decoding.start(*arguments, np.full((rows, 1), END), capacity=COUNT)
     keys = state.cache.keys
     shard = keys.sharding.shard_shape(keys.shape)
     until = np.full(rows, COUNT)
@@ -326,8 +340,7 @@ def test_three_rows_with_prompts_of_their_own_on_a_mesh_that_does_not_divide_the
             for n in (VIRTUAL, 2)
         ]
         prefix = Prefix.packed(prefixes, [1, None, 0])
-        batch = batch_of(False)
-        rows = batch.tokens[:3, :11], np.minimum(batch.lengths[:3], 11)
+        rows = (array[:3] for array in inputs())
         return greedy(backbone, prefix, *rows, END, count=COUNT)
 
     np.testing.assert_array_equal(tokens("all"), tokens(None))
@@ -338,7 +351,7 @@ def test_three_rows_with_prompts_of_their_own_on_a_mesh_that_does_not_divide_the
 def test_beam_search_finds_the_texts_of_one_device_and_keeps_the_cache_divided(family):
     def search(mesh):
         backbone = backbone_of(family, mesh)
-        tokens = batch_of(backbone.separate_targets).tokens[:, :11]
+        tokens = inputs()[0]
         rows, length = tokens.shape
         one = np.float32(1)
         rest = np.ones(rows * 2, np.float32), np.full((rows, 1), END), one, np.array(COUNT)

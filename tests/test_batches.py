@@ -1,13 +1,13 @@
 """Batches: their layout and order. Every epoch contains every example once."""
 
 from collections import Counter
-from itertools import combinations
 
 import numpy as np
 import pytest
-from conftest import example_of
+from conftest import batch_of, example_of
 
-from softprompt.data.batches import Layout, TrainingBatches, _least_padding, evaluation_batches
+from softprompt.data.balance import balanced, divide_by_class, length_classes
+from softprompt.data.batches import TrainingBatches, evaluation_batches
 
 
 def examples(count, seed=0):
@@ -18,53 +18,92 @@ def examples(count, seed=0):
     ]
 
 
+def rows(batch, values):
+    """Return the values of the tokens in each row that is not empty."""
+    ends = np.cumsum(batch.lengths, axis=1)
+    return [
+        values[pack, end - length : end].tolist()
+        for pack in range(len(ends))
+        for end, length in zip(ends[pack], batch.lengths[pack], strict=True)
+        if length
+    ]
+
+
 def numbers(batch):
     """Return the indices of the examples in a batch of `examples`."""
-    return [int(row[0]) for row, n in zip(batch.tokens, batch.lengths, strict=True) if n]
+    return [row[0] for row in rows(batch, batch.tokens)]
+
+
+def padding_of(batches):
+    sizes = [batch.tokens.size for batch in batches]
+    return sum(b.padding * n for b, n in zip(batches, sizes, strict=True)) / sum(sizes)
 
 
 def test_a_row_contains_the_input_followed_by_the_candidates():
     example = example_of([5, 6, 7], [[10, 11, 12], [13], [14, 15]], 0)
-    batch = Layout.of([example]).lay_out([example], 2, 8, 7)
+    batch = batch_of([example], padding=2)
     np.testing.assert_array_equal(batch.tokens[0], [5, 6, 7, 10, 11, 14, 0, 0])
     np.testing.assert_array_equal(batch.positions[0], [0, 1, 2, 3, 4, 3, 0, 0])
     np.testing.assert_array_equal(batch.segments[0], [0, 0, 0, 1, 1, 3, -1, -1])
-    np.testing.assert_array_equal(batch.target_indices[0], [2, 3, 4, 2, 2, 5, 0])
-    np.testing.assert_array_equal(batch.targets[0], [10, 11, 12, 13, 14, 15, 0])
-    np.testing.assert_array_equal(batch.target_candidates[0], [0, 0, 0, 1, 2, 2, -1])
-    assert (batch.segments[1] == -1).all()
-    assert (batch.target_candidates[1] == -1).all()
-    np.testing.assert_array_equal(batch.lengths, [6, 0])
-    assert batch.padding == 10 / 16
+    np.testing.assert_array_equal(batch.target_indices[0], [2, 3, 4, 2, 2, 5, 0, 0])
+    np.testing.assert_array_equal(batch.targets[0], [10, 11, 12, 13, 14, 15, 0, 0])
+    np.testing.assert_array_equal(batch.target_candidates[0], [0, 0, 0, 1, 2, 2, -1, -1])
+    np.testing.assert_array_equal(batch.lengths, [[6, 0]])
+    np.testing.assert_array_equal(batch.target_lengths, [[6, 0]])
+    assert batch.padding == 2 / 8
 
 
-def test_rows_with_a_single_sequence_need_no_mask():
+def test_the_rows_of_a_pack_follow_each_other_without_gaps():
     some = [
         example_of([5, 6], [[10, 11]], 0),
         example_of([7], [[12], [13]], 0),
+        example_of([8, 9], [[14]], 0),
     ]
-    batch = Layout.of(some).lay_out(some, 2, 4, 2)
+    batch = batch_of(some, packs=2, padding=1)
     assert batch.positions is None
     assert batch.segments is None
-    np.testing.assert_array_equal(batch.tokens, [[5, 6, 10, 0], [7, 0, 0, 0]])
-    np.testing.assert_array_equal(batch.lengths, [3, 1])
+    np.testing.assert_array_equal(batch.tokens, [[5, 6, 10, 7, 0], [8, 9, 0, 0, 0]])
+    np.testing.assert_array_equal(batch.lengths, [[3, 1, 0], [2, 0, 0]])
+    np.testing.assert_array_equal(batch.targets, [[10, 11, 12, 13, 0], [14, 0, 0, 0, 0]])
+    np.testing.assert_array_equal(batch.target_indices, [[1, 2, 3, 3, 0], [1, 0, 0, 0, 0]])
 
 
 def test_separate_targets_are_not_part_of_the_row():
     example = example_of([5, 6, 7], [[10, 11, 12], [13]], 0)
-    batch = Layout.of([example], separate_targets=True).lay_out([example], 1, 4, 5)
+    batch = batch_of([example], separate_targets=True, padding=1)
     np.testing.assert_array_equal(batch.tokens, [[5, 6, 7, 0]])
-    np.testing.assert_array_equal(batch.lengths, [3])
+    np.testing.assert_array_equal(batch.lengths, [[3, 0]])
     np.testing.assert_array_equal(batch.targets, [[10, 11, 12, 13, 0]])
     np.testing.assert_array_equal(batch.target_candidates, [[0, 0, 0, 1, -1]])
+    assert batch.target_indices is None
+
+
+def test_packed_tokens_become_rows_and_packed_tokens_again():
+    random = np.random.default_rng(0)
+    some = [example_of([1] * n, [[2]], 0) for n in (3, 1, 7, 2, 5, 4)]
+    batch = batch_of(some, packs=2)
+    values = random.normal(size=(*batch.tokens.shape, 2, 3)).astype(np.float32)
+    found = np.asarray(batch.rows.to_rows(values))
+    assert found.shape == (8, batch.row_length, 2, 3)
+    expected = np.zeros_like(found)
+    real = np.zeros(batch.tokens.shape, bool)
+    for pack, lengths in enumerate(batch.lengths):
+        start = 0
+        for row, length in enumerate(lengths):
+            expected[pack * 4 + row, :length] = values[pack, start : start + length]
+            start += length
+        real[pack, :start] = True
+    np.testing.assert_array_equal(found, expected)
+    again = batch.rows.from_rows(found + 1)
+    np.testing.assert_array_equal(again, np.where(real[..., None, None], values + 1, 0))
 
 
 def test_epochs_contain_every_example_once_in_different_orders():
     batches = TrainingBatches(examples(640), batch_size=4, seed=1)
-    first = [n for i in range(160) for n in numbers(batches[i])]
-    second = [n for i in range(160, 320) for n in numbers(batches[i])]
-    assert sorted(first) == sorted(second) == list(range(640))
-    assert first != second
+    first, second = ([numbers(batches[i + 160 * e]) for i in range(160)] for e in (0, 1))
+    for epoch in (first, second):
+        assert sorted(n for batch in epoch for n in batch) == list(range(640))
+    assert len({frozenset(b) for b in first} & {frozenset(b) for b in second}) < 5
 
 
 def test_each_epoch_drops_different_examples_that_do_not_fill_a_batch():
@@ -79,7 +118,14 @@ def test_a_batch_depends_only_on_the_seed_and_its_number():
     for i in (60, 3, 25, 0):
         np.testing.assert_array_equal(one[i].tokens, other[i].tokens)
     third = TrainingBatches(examples(100), 4, seed=2)
-    assert any(not np.array_equal(one[i].tokens, third[i].tokens) for i in range(5))
+    assert any(numbers(one[i]) != numbers(third[i]) for i in range(5))
+
+
+def test_passes_divide_the_same_examples():
+    whole, halves = (TrainingBatches(examples(64), 8, seed=1, passes=n) for n in (1, 2))
+    for i in range(20):
+        assert halves[i].lengths.shape == (2, 4)
+        assert sorted(numbers(halves[i])) == sorted(numbers(whole[i]))
 
 
 def test_the_iterator_resumes_from_its_state():
@@ -94,55 +140,81 @@ def test_the_iterator_resumes_from_its_state():
         np.testing.assert_array_equal(next(other).tokens, tokens)
 
 
-def test_there_are_few_shapes_and_little_padding():
-    batches = TrainingBatches(examples(2000), batch_size=16, seed=0)
-    epoch = [batches[i] for i in range(125)]
-    assert len({batch.tokens.shape for batch in epoch}) <= 6
-    padding = sum(b.padding * b.tokens.size for b in epoch) / sum(b.tokens.size for b in epoch)
-    assert padding < 0.2
+@pytest.mark.parametrize(("batch_size", "passes"), [(16, 1), (16, 4), (4, 1)])
+def test_training_batches_have_one_shape_and_little_padding(batch_size, passes):
+    batches = TrainingBatches(examples(2000), batch_size, seed=0, passes=passes)
+    epoch = [batches[i] for i in range(2000 // batch_size)]
+    assert len({(b.tokens.shape, b.targets.shape, b.row_length) for b in epoch}) == 1
+    assert padding_of(epoch) < (0.03 if batch_size // passes >= 16 else 0.1)
+
+
+def test_rows_of_very_different_lengths_have_two_shapes():
+    long = [example_of([i + 1000] * 900, [[1]], 0) for i in range(20)]
+    batches = TrainingBatches([*examples(500), *long], batch_size=4, seed=0)
+    epoch = [batches[i] for i in range(130)]
+    assert {b.row_length for b in epoch} == {64, 904}
+    assert sum(b.row_length == 904 for b in epoch) == 5
+    assert padding_of(epoch) < 0.05
+    assert batches.largest().tokens.shape == max(b.tokens.shape for b in epoch)
+
+
+def test_a_batch_that_does_not_fit_gets_a_larger_shape():
+    short = [example_of([i, 1], [[1000]], 0) for i in range(64)]
+    batches = TrainingBatches(short, batch_size=4, seed=0)
+    batches._shapes[0].__dict__["tokens"] = 4
+    assert batches[0].lengths.sum() == 8
+    assert batches[0].tokens.size == 12
 
 
 def test_training_rows_contain_only_the_right_candidate():
     for batch in [TrainingBatches(examples(40), 4, seed=0)[i] for i in range(10)]:
-        for row, number in enumerate(numbers(batch)):
-            targets = batch.targets[row][batch.target_candidates[row] == 0]
+        ends = np.cumsum(batch.target_lengths[0])
+        for number, end, count in zip(numbers(batch), ends, batch.target_lengths[0], strict=True):
+            targets = batch.targets[0, end - count : end]
             assert targets.tolist() == [[1000], [1001, 1002]][number % 2]
-            assert (batch.target_candidates[row] <= 0).all()
+        assert (batch.target_candidates <= 0).all()
 
 
-def test_the_chosen_bounds_pad_as_little_as_the_best_possible_bounds():
-    random = np.random.default_rng(0)
-    for _ in range(20):
-        lengths = random.integers(1, 12, 30)
-        values = sorted(set(lengths.tolist()))
-        best = min(
-            sum(min(b for b in (*some, values[-1]) if b >= n) for n in lengths)
-            for some in combinations(values[:-1], 2)
-        )
-        bounds = _least_padding(lengths, 3)
-        assert len(bounds) <= 3
-        assert sum(min(b for b in bounds if b >= n) for n in lengths) == best
+def test_a_class_is_added_where_it_saves_attention():
+    assert length_classes(np.array([10, 20, 30])) == [30]
+    assert length_classes(np.array([10] * 50 + [40] * 50)) == [40]
+    assert length_classes(np.array([10] * 99 + [100] * 5 + [2000] * 5)) == [2000, 100]
 
 
-def test_a_shape_fits_the_longest_target_of_its_length():
-    some = [
-        example_of([1] * 5, [[2] * 3], 0),
-        example_of([1] * 20, [[2]], 0),
-    ]
-    assert Layout.of(some).shapes == [(8, 3), (24, 3)]
+def test_only_the_last_class_has_batches_that_are_not_full():
+    lengths = np.array([50, 3, 4, 60, 5, 6, 70, 2, 1])
+    long, short = divide_by_class(np.arange(9), lengths, [70, 6], 4)
+    assert sorted(lengths[long]) == [6, 50, 60, 70]
+    assert sorted(lengths[short]) == [1, 2, 3, 4, 5]
+
+
+def test_groups_are_balanced_with_and_without_chance():
+    lengths = np.random.default_rng(0).integers(1, 60, 1600)
+    for random in (None, np.random.default_rng(1)):
+        groups = balanced(np.arange(1600), lengths, 100, random)
+        totals = [lengths[group].sum() for group in groups]
+        assert max(totals) - min(totals) <= 4
+        assert {len(group) for group in groups} == {16}
+        assert sorted(np.concatenate(groups)) == list(range(1600))
 
 
 @pytest.mark.parametrize("count", [1, 8, 13])
 def test_evaluation_runs_every_example_once(count):
     seen = []
     for which, batch in evaluation_batches(examples(count), 4, lambda batch: batch):
-        assert batch.tokens.shape[0] == min(4, count)
+        assert batch.lengths.shape == (1, min(4, count))
         assert numbers(batch) == which
         seen += which
     assert sorted(seen) == list(range(count))
 
 
-@pytest.mark.parametrize(("count", "rows"), [(1, 1), (5, 8), (8, 8)])
-def test_a_batch_has_few_more_rows_than_there_are_examples(count, rows):
+def test_evaluation_batches_have_one_shape_and_little_padding():
+    batches = [batch for _, batch in evaluation_batches(examples(500), 32, lambda batch: batch)]
+    assert len({batch.tokens.shape for batch in batches}) == 1
+    assert padding_of(batches) < 0.05
+
+
+@pytest.mark.parametrize(("count", "size"), [(1, 1), (5, 8), (8, 8)])
+def test_a_batch_has_few_more_rows_than_there_are_examples(count, size):
     ((_, batch),) = evaluation_batches(examples(count), 10**19, lambda batch: batch)
-    assert batch.tokens.shape[0] == rows
+    assert batch.lengths.shape == (1, size)

@@ -8,11 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import example_of, write_experiment
+from conftest import batch_of, example_of, rows_of, write_experiment
 
 from softprompt import SoftPrompt, UserError, load_base, load_experiment, load_prompt, train
 from softprompt.backbones.batch import target_log_probabilities
-from softprompt.data.batches import Layout
 
 
 @pytest.fixture(scope="session")
@@ -36,14 +35,9 @@ def target_states(backbone, prefix, batch):
 log_probabilities = quick(target_log_probabilities)
 
 
-def batch_of(examples, targets=7):
-    """Make a batch with one of a few shapes, so that the tests share compiled programs."""
-    layout = Layout.of(examples, separate_targets=True)
-    return layout.lay_out(examples, len(examples), 8, targets)
-
-
 def scores(base, prefix, examples):
-    return np.asarray(log_probabilities(base.backbone, prefix, batch_of(examples)))
+    batch = batch_of(examples, separate_targets=True)
+    return rows_of(batch, log_probabilities(base.backbone, prefix, batch))
 
 
 def test_candidates_in_one_row_score_the_same_as_separately(base):
@@ -70,7 +64,7 @@ def test_padding_does_not_change_the_scores(base):
 
 def test_a_target_depends_only_on_earlier_targets(base):
     def states(targets):
-        batch = batch_of([example_of([5, 6, 1], [targets], 0)], targets=4)
+        batch = batch_of([example_of([5, 6, 1], [targets], 0)], separate_targets=True, padding=0)
         return np.asarray(target_states(base.backbone, None, batch))[0]
 
     before = states([20, 21, 22, 23])
@@ -136,7 +130,8 @@ def test_free_text_is_learned_and_generated(t5_folder, tmp_path):
         written = prompt.base.tokenizer(one.text).input_ids  # adds the end-of-text token
         example = prompt.task.example(prompt.record(source, ""), with_answer=False)
         example = dataclasses.replace(example, candidates=[written])
-        states = target_states(prompt.base.backbone, prompt.prefix, batch_of([example], targets=9))
+        batch = batch_of([example], separate_targets=True)
+        states = target_states(prompt.base.backbone, prompt.prefix, batch)
         most_likely = prompt.base.backbone.logits(states)[0].argmax(axis=-1).tolist()
         assert most_likely[: len(written) - 1] == written[:-1]
 

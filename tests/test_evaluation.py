@@ -144,7 +144,7 @@ def test_a_batch_that_exceeds_memory_is_halved(tiny, monkeypatch, capsys):
     expected, scores = prompt.classify(texts), scoring.candidate_scores
 
     def limited(backbone, prefix, batch, candidates):
-        if len(batch.tokens) > 2:
+        if batch.lengths.size > 2:
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
         return scores(backbone, prefix, batch, candidates)
 

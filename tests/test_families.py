@@ -10,10 +10,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import FAMILIES_GOLDEN, golden_backbone, greedy
+from conftest import (
+    FAMILIES_GOLDEN,
+    batch_of,
+    batch_with_all_targets,
+    example_of,
+    golden_backbone,
+    greedy,
+    rows_of,
+)
 
 import softprompt
-from softprompt.backbones.batch import Batch
 from softprompt.backbones.config import ConfigFields, RopeFields
 from softprompt.backbones.families import FAMILIES
 from softprompt.backbones.formats.directory import ModelDirectory
@@ -53,19 +60,18 @@ quick = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 @quick
-def causal(backbone, tokens, lengths, prompt):
+def causal(backbone, batch, tokens, real, prompt):
     """Return the logits without and with a prompt, and the loss and gradient of the prompt."""
-    real = jnp.arange(tokens.shape[1])[None] < lengths[:, None]
 
     def prompted(prompt):
-        hidden = backbone(backbone.embedding(tokens), prefix=backbone.prefill(prompt))
-        logits = backbone.logits(hidden)
+        logits = backbone.logits(backbone.target_states(batch, backbone.prefill(prompt)))
+        logits = batch.target_rows.to_rows(logits)[: len(tokens)]
         scores = jax.nn.log_softmax(logits[:, :-1])
         scores = jnp.take_along_axis(scores, tokens[:, 1:, None], axis=-1)[..., 0]
         return -scores.mean(where=real[:, 1:]), logits
 
-    plain = backbone.logits(backbone(backbone.embedding(tokens)))
     (loss, logits), gradient = jax.value_and_grad(prompted, has_aux=True)(prompt)
+    plain = backbone.logits(backbone(backbone.embedding(tokens)))
     return plain, logits, loss, gradient
 
 
@@ -76,7 +82,8 @@ def test_a_causal_model_matches_transformers(variant):
     real = np.arange(tokens.shape[1])[None] < golden["lengths"][:, None]
     prompt, scale = prompt_of(variant, golden)
     backbone = golden_backbone(variant)
-    plain, prompted, loss, gradient = causal(backbone, tokens, lengths, prompt)
+    batch = batch_with_all_targets(tokens, lengths)
+    plain, prompted, loss, gradient = causal(backbone, batch, tokens, real, prompt)
     assert_close(plain, golden["logits"], real)
     assert_close(prompted, golden["prompted_logits"], real)
     np.testing.assert_allclose(loss, golden["loss"], rtol=1e-4)
@@ -144,10 +151,15 @@ def test_rows_with_different_prefixes_match_each_row_alone(variant):
 
 
 def t5_batch(golden):
-    real = np.arange(golden["targets"].shape[1])[None] < golden["target_lengths"][:, None]
-    candidates = np.where(real, 0, -1)
-    inputs = golden["tokens"], golden["lengths"]
-    return Batch(*inputs, golden["targets"], candidates, None, None, None)
+    """Return the batch of a golden file, and which of its targets are real as rows."""
+    names = "tokens", "lengths", "targets", "target_lengths"
+    examples = [
+        example_of(tokens[:length].tolist(), [targets[:count].tolist()], 0)
+        for tokens, length, targets, count in zip(*map(golden.get, names), strict=True)
+    ]
+    count = golden["targets"].shape[1]
+    real = np.arange(count)[None] < golden["target_lengths"][:, None]
+    return batch_of(examples, separate_targets=True), real
 
 
 @quick
@@ -184,10 +196,10 @@ def test_the_head_of_t5_is_tied_and_scaled_independently(variant, changes, expon
     (model / "config.json").write_text(json.dumps(config | changes))
     backbone, _ = load_backbone(ModelDirectory(model))
     golden = golden_of(variant)
-    batch = t5_batch(golden)
-    logits = backbone.logits(backbone.target_states(batch, None))
+    batch, real = t5_batch(golden)
+    logits = rows_of(batch, backbone.logits(backbone.target_states(batch, None)))[: len(real)]
     expected = golden["logits"] * backbone.arch.hidden_size**exponent
-    assert_close(logits, expected, batch.target_candidates >= 0)
+    assert_close(logits, expected, real)
     same = backbone.arch == golden_backbone(variant).arch
     assert same == (exponent == 0)
 
@@ -195,11 +207,11 @@ def test_the_head_of_t5_is_tied_and_scaled_independently(variant, changes, expon
 @pytest.mark.parametrize("variant", T5)
 def test_an_encoder_decoder_matches_transformers(variant):
     golden = golden_of(variant)
-    batch = t5_batch(golden)
-    real = batch.target_candidates >= 0
+    batch, real = t5_batch(golden)
     plain, prompted, loss, gradient = encoder_decoder(
         golden_backbone(variant), batch, jnp.asarray(golden["prompt"])
     )
+    plain, prompted = (rows_of(batch, each)[: len(real)] for each in (plain, prompted))
     assert_close(plain, golden["logits"], real)
     assert_close(prompted, golden["prompted_logits"], real)
     np.testing.assert_allclose(loss, golden["loss"], rtol=1e-4)

@@ -4,10 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import example_of, golden_backbone
+from conftest import batch_of, example_of, golden_backbone
 
 from softprompt import Base, UserError, load_experiment
-from softprompt.data.batches import Layout
 from softprompt.experiment.schema import ComputeSettings
 from softprompt.methods.lora import LoRA, find_targets, initial_matrices
 
@@ -38,7 +37,7 @@ def test_merged_matrices_give_the_same_states_as_separate_ones(variant):
     method = lora_of(base)
     before = [np.array(leaf) for leaf in jax.tree.leaves(base.backbone)]
     examples = [example_of([5, 6, 7], [[8, 9]], 0)]
-    batch = Layout.of(examples, base.backbone.separate_targets).batch(examples, 1)
+    batch = batch_of(examples, base.backbone.separate_targets)
 
     @jax.jit
     def states(backbone):

@@ -8,11 +8,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import FAMILIES_GOLDEN, GOLDEN, golden_backbone
+from conftest import (
+    FAMILIES_GOLDEN,
+    GOLDEN,
+    batch_of,
+    batch_with_all_targets,
+    example_of,
+    golden_backbone,
+    rows_of,
+)
 from safetensors.numpy import load_file, save_file
 
 from softprompt import SoftPrompt, UserError
-from softprompt.backbones.batch import Batch
 from softprompt.backbones.loading import Base
 from softprompt.experiment.methods import method_class
 from softprompt.experiment.schema import ComputeSettings
@@ -50,24 +57,27 @@ def logits_of(method, backbone, batch):
     return backbone.logits(backbone.target_states(batch, prefix))
 
 
-def batch_of(golden):
+def golden_batch(golden):
     """Return a batch with logits at T5's targets or at every token, and the row lengths."""
     tokens, lengths = golden["tokens"], golden["lengths"]
-    if "targets" not in golden:
-        positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
-        return Batch(tokens, lengths, tokens, tokens * 0, positions, None, None), lengths
-    targets, target_lengths = golden["targets"], golden["target_lengths"]
-    candidates = np.where(np.arange(targets.shape[1]) < target_lengths[:, None], 0, -1)
-    return Batch(tokens, lengths, targets, candidates, None, None, None), target_lengths
+    if "targets" in golden:
+        rows = [ids[:length].tolist() for ids, length in zip(tokens, lengths, strict=True)]
+        targets, target_lengths = golden["targets"], golden["target_lengths"]
+        examples = [
+            example_of(ids, [theirs[:count].tolist()], 0)
+            for ids, theirs, count in zip(rows, targets, target_lengths, strict=True)
+        ]
+        return batch_of(examples, separate_targets=True), target_lengths
+    return batch_with_all_targets(tokens, lengths), lengths
 
 
 @pytest.mark.parametrize("pair", PAIRS)
 def test_an_imported_adapter_gives_the_logits_of_peft(pair):
     variant, kind = pair.split("/")
     base, golden = base_of(variant), dict(np.load(ADAPTERS / variant / "golden.npz"))
-    batch, lengths = batch_of(golden)
+    batch, lengths = golden_batch(golden)
     method = imported(base, ADAPTERS / pair)
-    ours = np.asarray(logits_of(method, base.backbone, batch))
+    ours = rows_of(batch, logits_of(method, base.backbone, batch))
     expected = golden[f"{kind}_logits"]
     for row, length in enumerate(lengths):
         scale = expected[row, :length].std()
@@ -102,7 +112,7 @@ def test_a_soft_prompt_can_be_exported_as_a_prefix(variant, tmp_path):
     vectors = jax.random.normal(jax.random.key(0), (4, base.backbone.arch.hidden_size))
     export_adapter(trained(base, SoftPrompt(vectors)), tmp_path, as_prefix=True)
     golden = np.load(ADAPTERS / variant / "golden.npz")
-    batch, _ = batch_of(golden)
+    batch, _ = golden_batch(golden)
     prefix = imported(base, tmp_path)
     assert isinstance(prefix, PrefixTuning)
     np.testing.assert_allclose(

@@ -262,8 +262,8 @@ def test_data_have_a_short_repr(tiny):
     batches = TrainingBatches(examples, batch_size=2, seed=7)
     assert repr(batches) == "TrainingBatches(4 examples, batch size 2, seed 7)"
     batch = batches[0]
-    rows, tokens = batch.tokens.shape
-    assert repr(batch) == f"Batch({rows} rows, {tokens} tokens, {batch.targets.shape[1]} targets)"
+    tokens, targets = batch.tokens.size, batch.targets.size
+    assert repr(batch) == f"Batch(2 rows, {tokens} tokens, {targets} targets)"
     assert max(len(repr(each)) for each in (task, examples, examples[0], batches, batch)) < 200
 
 

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import example_of, golden_backbone, sweep_process
+from conftest import batch_of, example_of, golden_backbone, sweep_process
 
 from softprompt import SoftPrompt, UserError, load_prompt, train
 from softprompt.cli.main import main
-from softprompt.data.batches import Layout, side_by_side
+from softprompt.data.batches import side_by_side
 from softprompt.experiment.schema import OptimizerSettings
 from softprompt.objectives.cross_entropy import cross_entropy
 from softprompt.storage.run_folder import MetricsLog, read_metrics
@@ -30,7 +30,7 @@ def test_a_padded_prompt_trains_like_an_unpadded_one(tiny):
     """The steps use AdamW with weight decay and clipping. The padding stays zero."""
     vectors = np.random.default_rng(0).normal(size=(5, 32)).astype(np.float32)
     examples = [example_of([5, 6, 7, 8], [[20, 21]], 0), example_of([9, 10], [[23]], 0)]
-    batch = Layout.of(examples).lay_out(examples, 2, 8, 2)
+    batch = batch_of(examples)
     settings = OptimizerSettings(learning_rate=0.01, weight_decay=0.1, clip_norm=0.5)
     rule, after = UpdateRule.of(settings), []
     for method in (SoftPrompt(jnp.array(vectors)), SoftPrompt(jnp.array(vectors)).padded(9)):
@@ -58,17 +58,13 @@ def test_a_padded_prompt_trains_like_an_unpadded_one(tiny):
 def test_batches_side_by_side_are_padded_with_ignored_values():
     short = [example_of([5, 6], [[20]], 0)]
     long = [example_of([5, 6, 7, 8], [[20, 21]], 0)]
-    layouts = [Layout.of(rows) for rows in (short, long)]
-    batches = [
-        layout.lay_out(rows, 1, length, targets)
-        for layout, rows, length, targets in zip(
-            layouts, (short, long), (8, 16), (1, 2), strict=True
-        )
-    ]
+    batches = [batch_of(rows, padding=0) for rows in (short, long)]
     together = side_by_side(batches)
-    assert together.tokens.shape == (2, 1, 16)
+    assert together.tokens.shape == (2, 1, 5)
+    assert (together.row_length, together.row_targets) == (5, 2)
     np.testing.assert_array_equal(together.target_candidates, [[[0, -1]], [[0, 0]]])
-    np.testing.assert_array_equal(together.tokens[0, 0, :8], batches[0].tokens[0])
+    np.testing.assert_array_equal(together.tokens[0, 0], [5, 6, 0, 0, 0])
+    np.testing.assert_array_equal(together.tokens[1], batches[1].tokens)
 
 
 DIFFERENT = """\
@@ -142,7 +138,7 @@ def test_trials_of_a_mixture_of_experts_match_single_steps():
     """JAX has no `vmap` of their `ragged_dot`, so they run one after another."""
     backbone = golden_backbone("qwen3_moe-normed")
     examples = [example_of([5, 6, 7, 8], [[20, 21]], 0), example_of([9, 10], [[23]], 0)]
-    batch = Layout.of(examples).lay_out(examples, 2, 8, 2)
+    batch = batch_of(examples)
     vectors = np.random.default_rng(0).normal(size=(2, 3, backbone.arch.hidden_size))
     optimizer, one_step = optax.sgd(0.1), jax.jit(update, static_argnames=PROGRAM)
     trials, alone = [], []

@@ -1,7 +1,7 @@
 """The backbone of causal language models: one decoder, configured by an `Architecture`.
 
-Axis letters: B batch, T tokens, P virtual tokens, D hidden, F feed-forward, H query heads,
-K key-value heads, h head size, L layers, V vocabulary, G packs, N tokens of a pack, M targets of a
+Axis letters: B batch, T tokens, P virtual tokens, D hidden, H query heads, K key-value heads,
+h head size, L layers, V vocabulary, G packs, N tokens of a pack, M targets of a
 pack.
 """
 
@@ -18,115 +18,14 @@ from jax.sharding import Mesh
 from softprompt.backbones.architecture import Architecture, LayerKind
 from softprompt.backbones.attention import Source, attend, causal_mask, same_sequence
 from softprompt.backbones.batch import Batch
+from softprompt.backbones.block import Block
 from softprompt.backbones.flash import flash_attend
 from softprompt.backbones.head import OutputHead
-from softprompt.backbones.layers import (
-    Attention,
-    Embedding,
-    Experts,
-    FeedForward,
-    LayerNorm,
-    Linear,
-    RMSNorm,
-    heads,
-    join_heads,
-)
+from softprompt.backbones.layers import Embedding, LayerNorm, Linear, RMSNorm
 from softprompt.backbones.prefix import Cache, Prefix, positions_within
-from softprompt.backbones.rope import angles, rotate
+from softprompt.backbones.rope import angles
 from softprompt.parallel.mesh import ROWS, divide
 from softprompt.parallel.sharding import gather_layer
-
-
-class Block(nnx.Module):
-    """A decoder layer: attention and a feed-forward layer with norms and residual connections."""
-
-    def __init__(self, arch: Architecture, int8: bool, mesh: Mesh | None):
-        self.arch = arch
-        width = arch.head_size if arch.query_key_norm == "head" else None
-        norm = partial(LayerNorm if arch.norm == "layer" else RMSNorm, epsilon=arch.norm_epsilon)
-        self.attention = Attention(
-            arch.hidden_size,
-            arch.num_heads,
-            arch.num_kv_heads,
-            arch.head_size,
-            bias=arch.attention_bias,
-            output_bias=arch.output_bias,
-            int8=int8,
-        )
-        if arch.query_key_norm != "none":
-            self.query_norm = norm(width or arch.num_heads * arch.head_size)
-            self.key_norm = norm(width or arch.num_kv_heads * arch.head_size)
-        if arch.norm_before:
-            self.attention_norm = norm(arch.hidden_size)
-            self.feed_forward_norm = norm(arch.hidden_size)
-        if arch.norm_behind:
-            self.attention_norm_behind = norm(arch.hidden_size)
-            self.feed_forward_norm_behind = norm(arch.hidden_size)
-        sizes = arch.hidden_size, arch.feed_forward_size
-        if arch.num_experts:
-            self.feed_forward: Experts | FeedForward = Experts(
-                *sizes,
-                activation=arch.activation,
-                gated=arch.gated,
-                int8=int8,
-                num_experts=arch.num_experts,
-                experts_per_token=arch.experts_per_token,
-                normalized=arch.normalized_experts,
-                mesh=mesh,
-            )
-        else:
-            self.feed_forward = FeedForward(
-                *sizes,
-                activation=arch.activation,
-                gated=arch.gated,
-                bias=arch.feed_forward_bias,
-                int8=int8,
-            )
-
-    def __call__(self, x, rotary, attention, select=lambda tokens: tokens):
-        """Run the layer.
-
-        Args:
-          x: `[B, T, D]`.
-          rotary: angles as returned by `rope.angles`, or None.
-          attention: a function from queries, keys and values to attention outputs
-            `[B, M, H, h]`.
-          select: takes from `[B, T, ...]` the tokens to compute outputs for, `[B, M, ...]`. By
-            default these are all tokens.
-
-        Returns:
-          Hidden states `[B, M, D]`, and the layer's keys and values `[B, T, K, h]`.
-        """
-        mixed, keys_values = self._attention(x, rotary, attention, select)
-        x = select(x)
-        middle = x + mixed
-        x = middle + self._feed_forward(x if self.arch.parallel else middle)
-        return x, keys_values
-
-    def _attention(self, x, rotary, attention, select):
-        arch = self.arch
-        if arch.norm_before:
-            x = self.attention_norm(x)
-        queries, keys = self.attention.query(select(x)), self.attention.key(x)
-        if arch.query_key_norm == "width":
-            queries, keys = self.query_norm(queries), self.key_norm(keys)
-        queries, keys = heads(queries, arch.head_size), heads(keys, arch.head_size)
-        if arch.query_key_norm == "head":
-            queries, keys = self.query_norm(queries), self.key_norm(keys)
-        if rotary is not None:
-            queries, keys = rotate(queries, jax.tree.map(select, rotary)), rotate(keys, rotary)
-        values = heads(self.attention.value(x), arch.head_size)
-        mixed = self.attention.output(join_heads(attention(queries, keys, values)))
-        if arch.norm_behind:
-            mixed = self.attention_norm_behind(mixed)
-        return mixed * arch.residual_scale, (keys, values)
-
-    def _feed_forward(self, x):
-        arch = self.arch
-        x = self.feed_forward(self.feed_forward_norm(x) if arch.norm_before else x)
-        if arch.norm_behind:
-            x = self.feed_forward_norm_behind(x)
-        return x * arch.residual_scale
 
 
 class Decoder(nnx.Module):
@@ -350,7 +249,11 @@ class Decoder(nnx.Module):
                 )
 
                 def attention(q, keys, values):
-                    q, keys, values = queries.to_rows(q), tokens.to_rows(keys), tokens.to_rows(values)
+                    q, keys, values = (
+                        queries.to_rows(q),
+                        tokens.to_rows(keys),
+                        tokens.to_rows(values),
+                    )
                     if use_flash and queries is tokens:
                         forms = [partial(flash_attend, scale=scale, window=k.window) for k in kinds]
                         mixed = jax.lax.switch(kind, forms, q, keys, values, from_prefix)

@@ -128,23 +128,21 @@ def _in_chunks(
     Returns:
       Arrays `[G, M, ...]`. They are zero where the function was not called.
     """
-    length = arrays[0].shape[1]
-    if length == size:
+    if arrays[0].shape[1] == size:
         return function(weights, *arrays)
-    shapes = jax.eval_shape(function, weights, *_chunk(arrays, 0, size))
-    results = jax.tree.map(
-        lambda shape: jnp.zeros((shape.shape[0], length, *shape.shape[2:]), shape.dtype), shapes
-    )
 
-    def add_chunk(number: jax.Array, results: Any) -> Any:
-        part = function(weights, *_chunk(arrays, number * size, size))
-        return jax.tree.map(
-            lambda whole, part: jax.lax.dynamic_update_slice_in_dim(whole, part, number * size, 1),
-            results,
-            part,
+    def of_chunk(_, inputs: Any) -> tuple[None, Any]:
+        number, *chunk = inputs
+        shapes = jax.eval_shape(function, weights, *chunk)
+        return None, jax.lax.cond(
+            number * size < count,
+            lambda: function(weights, *chunk),
+            lambda: jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes),
         )
 
-    return jax.lax.fori_loop(0, (count + size - 1) // size, add_chunk, results)
+    chunks = [_divide(array, size) for array in arrays]
+    _, results = jax.lax.scan(of_chunk, None, (jnp.arange(len(chunks[0])), *chunks))
+    return jax.tree.map(_join, results)
 
 
 def _pull_in_chunks(
@@ -157,17 +155,27 @@ def _pull_in_chunks(
 ) -> tuple[Any, jax.Array]:
     """Return the gradients of `function`, called in chunks, for its weights and hidden states."""
 
-    def add_chunk(total: Any, number: jax.Array) -> tuple[Any, jax.Array]:
-        part, of_targets, pulled = _chunk((hidden, targets, cotangent), number * size, size)
-        _, pull = jax.vjp(lambda weights, hidden: function(weights, hidden, of_targets), weights, part)
-        of_weights, of_hidden = pull(pulled)
+    def add_chunk(total: Any, inputs: Any) -> tuple[Any, jax.Array]:
+        hidden, targets, cotangent = inputs
+        _, pull = jax.vjp(
+            lambda weights, hidden: function(weights, hidden, targets), weights, hidden
+        )
+        of_weights, of_hidden = pull(cotangent)
         return jax.tree.map(jnp.add, total, of_weights), of_hidden
 
+    chunks = [_divide(array, size) for array in (hidden, targets, cotangent)]
     zeros = jax.tree.map(jnp.zeros_like, weights)
-    chunks = jnp.arange(hidden.shape[1] // size)
-    of_weights, of_hidden = jax.lax.scan(add_chunk, zeros, chunks)  # [chunks, G, C, D]
-    return of_weights, jnp.swapaxes(of_hidden, 0, 1).reshape(hidden.shape)
+    of_weights, of_hidden = jax.lax.scan(add_chunk, zeros, chunks)
+    return of_weights, _join(of_hidden)
 
 
-def _chunk(arrays: tuple[jax.Array, ...], start: Any, size: int) -> list[jax.Array]:
-    return [jax.lax.dynamic_slice_in_dim(array, start, size, axis=1) for array in arrays]
+def _divide(array: jax.Array, size: int) -> jax.Array:
+    """Divide `[G, M, ...]` into chunks `[M / C, G, C, ...]` with C = `size`."""
+    packs, length, *rest = array.shape
+    return jnp.swapaxes(array.reshape(packs, length // size, size, *rest), 0, 1)
+
+
+def _join(chunks: jax.Array) -> jax.Array:
+    """Join chunks `[M / C, G, C, ...]` to `[G, M, ...]`."""
+    count, packs, size, *rest = chunks.shape
+    return jnp.swapaxes(chunks, 0, 1).reshape(packs, count * size, *rest)

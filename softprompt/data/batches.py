@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from softprompt.backbones.batch import Batch
 from softprompt.data.balance import balanced, divide_by_class, length_classes
 from softprompt.data.examples import Example, Examples
-from softprompt.data.layout import PackedShape, Layout
+from softprompt.data.layout import Layout, PackedShape
 from softprompt.parallel.hosts import rows_here
 from softprompt.parallel.mesh import ROWS, axis_size
 from softprompt.runtime.memory import Result, run_batches
