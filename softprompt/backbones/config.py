@@ -13,7 +13,7 @@ from pydantic import Field
 
 from softprompt.backbones.architecture import Architecture
 from softprompt.backbones.families import family_of
-from softprompt.backbones.t5 import T5Architecture
+from softprompt.backbones.t5_block import T5Architecture
 from softprompt.errors import UserError
 from softprompt.files.json_files import checked
 

@@ -22,6 +22,7 @@ from softprompt.backbones.block import Block
 from softprompt.backbones.flash import flash_attend
 from softprompt.backbones.head import OutputHead
 from softprompt.backbones.layers import Embedding, LayerNorm, Linear, RMSNorm
+from softprompt.backbones.packing import AS_ROWS, Rows
 from softprompt.backbones.prefix import Cache, Prefix, positions_within
 from softprompt.backbones.rope import angles
 from softprompt.parallel.mesh import ROWS, divide
@@ -227,7 +228,8 @@ class Decoder(nnx.Module):
             return jax.tree.map(lambda *each: jnp.stack(each), *map(function, kinds))
 
         rotary = by_kind(lambda k: k.rope and angles(k.rope, tokens.positions + prefix_length))
-        masks_of = {id(q): by_kind(partial(masks, queries=q)) for q in (tokens, targets)}
+        masks_of_tokens = by_kind(partial(masks, queries=tokens))
+        masks_of_targets = by_kind(partial(masks, queries=targets))
         kind_of_layer = jnp.array([kinds.index(kind) for kind in arch.layers])
         is_last = jnp.arange(len(arch.layers)) == len(arch.layers) - 1
 
@@ -243,39 +245,34 @@ class Decoder(nnx.Module):
             x, of_targets = carry
             block, x = gather_layer(block, self.mesh), divide(x, self.mesh, ROWS)
 
-            def run(x, queries: _Tokens):
-                own_mask, prefix_mask, cache_mask = jax.tree.map(
-                    lambda a: a[kind], masks_of[id(queries)]
-                )
+            def run(x, queries: _Tokens, masks_by_kind):
+                angles, masks = jax.tree.map(lambda a: a[kind], (rotary, masks_by_kind))
+                own_mask, prefix_mask, cache_mask = masks
 
                 def attention(q, keys, values):
-                    q, keys, values = (
-                        queries.to_rows(q),
-                        tokens.to_rows(keys),
-                        tokens.to_rows(values),
-                    )
+                    q = queries.rows.to_rows(q)
+                    keys, values = tokens.rows.to_rows(keys), tokens.rows.to_rows(values)
                     if use_flash and queries is tokens:
                         forms = [partial(flash_attend, scale=scale, window=k.window) for k in kinds]
                         mixed = jax.lax.switch(kind, forms, q, keys, values, from_prefix)
-                        return queries.from_rows(mixed)
+                        return queries.rows.from_rows(mixed)
                     sources = [Source(keys, values, own_mask)]
                     if from_prefix is not None:
                         sources.append(Source(from_prefix[0], from_prefix[1], prefix_mask))
                     if from_cache is not None:
                         sources.append(Source(from_cache[0], from_cache[1], cache_mask))
                     mixed = attend(q, sources, scale=scale, softcap=arch.attention_softcap)
-                    return queries.from_rows(mixed)
+                    return queries.rows.from_rows(mixed)
 
-                rotary_here = jax.tree.map(lambda a: a[kind], rotary)
-                return block(x, rotary_here, attention, queries.select)
+                return block(x, angles, attention, queries.select)
 
             if batch is None:
-                x, keys_values = run(x, tokens)
+                x, keys_values = run(x, tokens, masks_of_tokens)
                 return (x, of_targets), keys_values
             return jax.lax.cond(
                 is_last,
-                lambda x, _: (x, run(x, targets)[0]),
-                lambda x, of_targets: (run(x, tokens)[0], of_targets),
+                lambda x, _: (x, run(x, targets, masks_of_targets)[0]),
+                lambda x, of_targets: (run(x, tokens, masks_of_tokens)[0], of_targets),
                 x,
                 of_targets,
             ), None
@@ -301,15 +298,14 @@ class _Tokens:
       positions: of the tokens in their rows, `[B or 1, T]`; `[G, N]` if they are packed.
       in_rows: the same positions as rows, `[B or 1, T]`.
       segments: as rows, `[B, T]`, see `same_sequence`; None if each row is one sequence.
-      to_rows, from_rows: convert to rows and back, see `Packing`.
+      rows: where the rows are.
       select: takes these tokens from all.
     """
 
     positions: jax.Array
     in_rows: jax.Array
     segments: jax.Array | None
-    to_rows: Callable[[jax.Array], jax.Array] = _same
-    from_rows: Callable[[jax.Array], jax.Array] = _same
+    rows: Rows = AS_ROWS
     select: Callable[[jax.Array], jax.Array] = _same
 
     @classmethod
@@ -322,12 +318,11 @@ class _Tokens:
     def of_batch(cls, batch: Batch) -> "_Tokens":
         """Return all tokens of a batch."""
         rows = batch.rows
-        to_and_from = rows.to_rows, rows.from_rows
         if batch.positions is None:
             in_rows = jnp.arange(rows.row_length)[None]
-            return cls(rows.positions, in_rows, None, *to_and_from)
+            return cls(rows.positions, in_rows, None, rows)
         in_rows, segments = rows.to_rows(batch.positions), rows.to_rows(batch.segments + 1) - 1
-        return cls(batch.positions, in_rows, segments, *to_and_from)
+        return cls(batch.positions, in_rows, segments, rows)
 
     @classmethod
     def of_targets(cls, batch: Batch, tokens: "_Tokens") -> "_Tokens":
@@ -342,4 +337,4 @@ class _Tokens:
         if batch.segments is not None:
             segments = rows.to_rows(select(batch.segments) + 1) - 1
         in_rows = rows.to_rows(positions)
-        return cls(positions, in_rows, segments, rows.to_rows, rows.from_rows, select)
+        return cls(positions, in_rows, segments, rows, select)

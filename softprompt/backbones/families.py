@@ -11,7 +11,7 @@ from typing import Any
 from softprompt.backbones.architecture import Architecture, LayerKind
 from softprompt.backbones.formats import names as named
 from softprompt.backbones.rope import make_rope
-from softprompt.backbones.t5 import T5Architecture
+from softprompt.backbones.t5_block import T5Architecture
 from softprompt.errors import UserError, shortened
 
 Config = dict[str, Any]

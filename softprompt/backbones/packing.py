@@ -59,6 +59,22 @@ class Packing:
         return _exchange(flat, self._indices_in_rows, self._indices_of_rows)
 
 
+class _AsRows:
+    """Rows that are not packed, with the methods of `Packing`."""
+
+    def to_rows(self, tokens: jax.Array) -> jax.Array:
+        """Return rows `[B, T, ...]` unchanged."""
+        return tokens
+
+    def from_rows(self, rows: jax.Array) -> jax.Array:
+        """Return rows `[B, T, ...]` unchanged."""
+        return rows
+
+
+AS_ROWS = _AsRows()
+Rows = Packing | _AsRows
+
+
 @jax.custom_vjp
 def _exchange(x: jax.Array, indices: jax.Array, inverse: jax.Array) -> jax.Array:
     """Take entries of `x` `[G, M, ...]` at `indices` `[G, N]`; zero where an index is too large.

@@ -14,138 +14,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from softprompt.backbones.attention import Source, attend, causal_mask, same_sequence
+from softprompt.backbones.attention import Source, causal_mask, same_sequence
 from softprompt.backbones.batch import Batch
 from softprompt.backbones.head import OutputHead
-from softprompt.backbones.layers import (
-    ACTIVATIONS,
-    Attention,
-    Embedding,
-    FeedForward,
-    Linear,
-    RMSNorm,
-    heads,
-    join_heads,
-)
+from softprompt.backbones.layers import Embedding, Linear, RMSNorm
+from softprompt.backbones.packing import AS_ROWS, Packing, Rows
 from softprompt.backbones.prefix import T5Cache, T5Prefix, positions_within
+from softprompt.backbones.t5_block import DecoderBlock, EncoderBlock, T5Architecture
 from softprompt.parallel.mesh import ROWS, divide
 from softprompt.parallel.sharding import gather_layer
-
-
-@dataclasses.dataclass(frozen=True)
-class T5Architecture:
-    """The sizes and options of a T5 model."""
-
-    vocab_size: int  # V
-    hidden_size: int  # D
-    feed_forward_size: int  # F
-    num_heads: int  # H
-    head_size: int  # h
-    num_encoder_layers: int
-    num_decoder_layers: int
-    context_length: int  # the longest input in tokens, including virtual tokens
-    num_buckets: int  # of relative positions
-    max_distance: int  # larger distances share one bucket
-    norm_epsilon: float
-    start_token: int  # the decoder reads it before the first target
-    tied_head: bool  # the head is the embedding table
-    activation: str
-    gated: bool
-    scaled_head: bool | None = None  # the head is scaled by D ** -0.5; None: if it is tied
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            wrong = field.type in (int, float, bool, str) and type(value) is not field.type
-            least = 0 if field.name == "start_token" else 1e-12
-            if wrong or (type(value) in (int, float) and not least <= value < math.inf):
-                raise ValueError(f"{field.name} {value!r}")
-        if self.activation not in ACTIVATIONS or self.start_token >= self.vocab_size:
-            raise ValueError(f"activation {self.activation!r}, start_token {self.start_token}")
-        # Half of the buckets are for one distance each. The others share longer distances.
-        if self.num_buckets < 4 or self.max_distance <= self.num_buckets // 2:
-            raise ValueError(f"{self.num_buckets} buckets for distances to {self.max_distance}")
-
-
-class EncoderBlock(nnx.Module):
-    """An encoder layer: bidirectional attention and a feed-forward layer, with norms before."""
-
-    def __init__(self, arch: T5Architecture, int8: bool):
-        self.arch = arch
-        sizes = arch.hidden_size, arch.num_heads, arch.num_heads, arch.head_size
-        self.attention_norm = RMSNorm(arch.hidden_size, arch.norm_epsilon)
-        self.attention = Attention(*sizes, int8=int8)
-        self.feed_forward_norm = RMSNorm(arch.hidden_size, arch.norm_epsilon)
-        self.feed_forward = FeedForward(
-            arch.hidden_size,
-            arch.feed_forward_size,
-            activation=arch.activation,
-            gated=arch.gated,
-            int8=int8,
-        )
-
-    def __call__(self, x: jax.Array, visible: jax.Array, bias: jax.Array) -> jax.Array:
-        """Run the layer.
-
-        Args:
-          x: `[B, T, D]`.
-          visible: booleans `[B, 1, T]`, False for padding.
-          bias: `[1, H, T, T]`.
-
-        Returns:
-          `[B, T, D]`.
-        """
-        x, _ = self.attend_self(x, lambda keys, values: [Source(keys, values, visible, bias)])
-        return x + self.feed_forward(self.feed_forward_norm(x))
-
-    def attend_self(self, x, sources):
-        """Apply self-attention with its norm and residual connection.
-
-        Args:
-          x: `[B, T, D]`.
-          sources: a function from the keys and values of `x` to the sources to attend to.
-
-        Returns:
-          Hidden states `[B, T, D]`, and the keys and values of `x`, `[B, T, H, h]` each.
-        """
-        normed = self.attention_norm(x)
-        queries, keys, values = (
-            heads(matrix(normed), self.arch.head_size)
-            for matrix in (self.attention.query, self.attention.key, self.attention.value)
-        )
-        mixed = attend(queries, sources(keys, values), scale=1.0)
-        return x + self.attention.output(join_heads(mixed)), (keys, values)
-
-
-class DecoderBlock(EncoderBlock):
-    """A decoder layer: an encoder layer with cross-attention to the encoded input."""
-
-    def __init__(self, arch: T5Architecture, int8: bool):
-        super().__init__(arch, int8)
-        sizes = arch.hidden_size, arch.num_heads, arch.num_heads, arch.head_size
-        self.cross_norm = RMSNorm(arch.hidden_size, arch.norm_epsilon)
-        self.cross = Attention(*sizes, int8=int8)
-
-    def __call__(self, x, sources, encoded: Source):  # type: ignore[override]
-        """Run the layer.
-
-        Args:
-          x: `[B, M, D]`.
-          sources: a function from the keys and values of `x` to the sources to attend to.
-          encoded: the keys and values of the encoded input, from `read`.
-
-        Returns:
-          Hidden states `[B, M, D]`, and the keys and values of `x`, `[B, M, H, h]` each.
-        """
-        x, keys_values = self.attend_self(x, sources)
-        queries = heads(self.cross.query(self.cross_norm(x)), self.arch.head_size)
-        x = x + self.cross.output(join_heads(attend(queries, [encoded], scale=1.0)))
-        return x + self.feed_forward(self.feed_forward_norm(x)), keys_values
-
-    def read(self, encoded: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Return keys and values `[B, T, H, h]` of the encoded input `[B, T, D]`."""
-        keys, values = self.cross.key(encoded), self.cross.value(encoded)
-        return heads(keys, self.arch.head_size), heads(values, self.arch.head_size)
 
 
 class T5(nnx.Module):
@@ -230,17 +107,23 @@ class T5(nnx.Module):
         return dataclasses.replace(prefix, embeddings=embeddings)
 
     def encode(
-        self, embeddings: jax.Array, lengths: jax.Array, prefix: T5Prefix | None
-    ) -> tuple[jax.Array, jax.Array]:
+        self,
+        embeddings: jax.Array,
+        lengths: jax.Array,
+        prefix: T5Prefix | None,
+        batch: Batch | None = None,
+    ) -> tuple[jax.Array, jax.Array, Rows]:
         """Encode inputs with the prefix prepended.
 
         Args:
           embeddings: `[B, T, D]`, the input of the first layer, from `embedding`.
           lengths: `[B]`, the number of tokens in each row that are not padding.
           prefix: P virtual tokens, or None (P = 0).
+          batch: the batch that the rows belong to; the hidden states are then packed.
 
         Returns:
-          Hidden states `[B, P + T, D]`, and booleans `[B, P + T]`, False for padding.
+          Hidden states `[B, P + T, D]` or packed, booleans `[B, P + T]`, False for padding, and
+          where the rows of the hidden states are.
         """
         if prefix is not None and prefix.embeddings is not None:
             shape = len(embeddings), *prefix.embeddings.shape[-2:]
@@ -255,14 +138,20 @@ class T5(nnx.Module):
         positions = jnp.arange(embeddings.shape[1])[None]
         mask = positions < lengths[:, None]
         bias = self._bias(self.encoder_bias, positions, positions, bidirectional=True)
+        rows: Rows = AS_ROWS
+        if batch is not None:
+            virtual_tokens = embeddings.shape[1] - batch.row_length
+            size = batch.tokens.shape[1] + batch.lengths.shape[1] * virtual_tokens
+            lengths = lengths.reshape(batch.lengths.shape)
+            rows = Packing.of(lengths, size, embeddings.shape[1])
 
         @partial(jax.checkpoint, prevent_cse=False)
         def layer(x, block):
             block, x = gather_layer(block, self.mesh), divide(x, self.mesh, ROWS)
-            return block(x, mask[:, None], bias), None
+            return block(x, mask[:, None], bias, rows), None
 
-        hidden, _ = jax.lax.scan(layer, embeddings, self.encoder)
-        return self.encoder_norm(hidden), mask
+        hidden, _ = jax.lax.scan(layer, rows.from_rows(embeddings), self.encoder)
+        return self.encoder_norm(hidden), mask, rows
 
     def target_states(self, batch: Batch, prefix: T5Prefix | None) -> jax.Array:
         """Return the hidden states `[G, M, D]` from which the targets are predicted.
@@ -272,9 +161,10 @@ class T5(nnx.Module):
         """
         tokens = batch.rows.to_rows(batch.tokens)
         embeddings = self.embedding.with_offsets(tokens)
-        encoded, mask = self.encode(embeddings, batch.lengths.reshape(-1), prefix)
-        targets = batch.target_rows.to_rows(batch.targets)
-        candidates = batch.target_rows.to_rows(batch.target_candidates + 1) - 1
+        encoded, mask, rows = self.encode(embeddings, batch.lengths.reshape(-1), prefix, batch)
+        target_rows = batch.target_rows
+        targets = target_rows.to_rows(batch.targets)
+        candidates = target_rows.to_rows(batch.target_candidates + 1) - 1
         indices = jnp.arange(batch.row_targets)[None]
         previous = jnp.pad(candidates, [(0, 0), (1, 0)], constant_values=-2)[:, :-1]
         is_first = candidates != previous
@@ -298,12 +188,13 @@ class T5(nnx.Module):
                 own = Source(keys, values, visible, bias)
                 return [own, Source(*from_prefix, *mask_and_bias)] if from_prefix else [own]
 
-            keys, values = block.read(encoded)
-            x, _ = block(x, sources, Source(keys, values, mask[:, None]))
+            keys, values = block.read(encoded, rows)
+            x, _ = block(x, sources, Source(keys, values, mask[:, None]), target_rows)
             return x, None
 
-        hidden, _ = jax.lax.scan(layer, self.embedding(tokens), (self.decoder, from_prefix))
-        return batch.target_rows.from_rows(self.decoder_norm(hidden))
+        embeddings = self.embedding(target_rows.from_rows(tokens))
+        hidden, _ = jax.lax.scan(layer, embeddings, (self.decoder, from_prefix))
+        return self.decoder_norm(hidden)
 
     @property
     def output_head(self) -> OutputHead:
@@ -329,10 +220,10 @@ class T5(nnx.Module):
           The hidden states `[B, D]` from which the first tokens are predicted, and the cache.
         """
         arch, rows = self.arch, len(tokens)
-        encoded, mask = self.encode(self.embedding.with_offsets(tokens), lengths, prefix)
+        encoded, mask, _ = self.encode(self.embedding.with_offsets(tokens), lengths, prefix)
 
         def read(_, block):
-            return None, gather_layer(block, self.mesh).read(encoded)
+            return None, gather_layer(block, self.mesh).read(encoded, AS_ROWS)
 
         _, (keys, values) = jax.lax.scan(read, None, self.decoder)
         shape = (arch.num_decoder_layers, rows, capacity + 1, arch.num_heads, arch.head_size)
@@ -359,7 +250,8 @@ class T5(nnx.Module):
                 own = [Source(keys, values, bias=own_bias), Source(read[0], read[1], filled, bias)]
                 return [*own, Source(*from_prefix, *mask_and_bias)] if from_prefix else own
 
-            return block(x, sources, Source(inputs[0], inputs[1], cache.input_mask[:, None]))
+            encoded = Source(inputs[0], inputs[1], cache.input_mask[:, None])
+            return block(x, sources, encoded, AS_ROWS)
 
         read, inputs = (cache.keys, cache.values), (cache.input_keys, cache.input_values)
         x, (keys, values) = jax.lax.scan(
