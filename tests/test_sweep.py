@@ -18,8 +18,8 @@ from softprompt.data.batches import Layout, side_by_side
 from softprompt.experiment.schema import OptimizerSettings
 from softprompt.objectives.cross_entropy import cross_entropy
 from softprompt.storage.run_folder import MetricsLog, read_metrics
-from softprompt.sweep.outcome import Outcome, validation_at
 from softprompt.sweep import program
+from softprompt.sweep.outcome import Outcome, validation_at
 from softprompt.sweep.program import shared_settings, step_group, step_groups, train_steps
 from softprompt.sweep.runner import program_groups, sweep
 from softprompt.sweep.scheduler import Scheduler
@@ -114,7 +114,8 @@ def test_each_trial_matches_a_single_run(space, together):
 def test_on_a_cpu_each_trial_is_exactly_a_single_run(space, monkeypatch):
     """The trials take turns. Each makes its steps with its own batches, which are not padded."""
     monkeypatch.setattr(program, "train_steps", None)
-    trials = sweep(space("  seed: [0, 1]\n  at_once: 2\n"))
+    short = "training.steps=3", "evaluation.every=3", "data.test=null"
+    trials = sweep(space("  seed: [0, 1]\n  at_once: 2\n", *short))
     for trial in trials:
         alone = trial.folder.with_name(f"alone-{trial.number}")
         train(trial.experiment, alone)
