@@ -98,9 +98,9 @@ def shared_settings(experiment: Experiment) -> str:
 def take_turns(session: Session) -> bool:
     """Whether trials make their steps one after another, each in the program of a single run.
 
-    They do on a CPU. One step uses both cores there, so the steps of several trials in one program
-    take as long as one after another if all batches have the same shape. If they do not, the
-    program pads each batch to the longest, and the steps take 15 to 23 % longer.
+    They do on a CPU. On two cores, the steps of several trials in one program take as long as one
+    after another if all batches have the same shape. If they do not, the program pads each batch to
+    the longest, and the steps take 15 to 23 % longer.
     """
     return jax.default_backend() == "cpu" and session.base.backbone.mesh is None
 

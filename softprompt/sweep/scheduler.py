@@ -89,8 +89,8 @@ class Scheduler:
     """Trains trials side by side.
 
     Args:
-      space: the sweep. Its `at_once` is the number of slots, by default as many as memory
-        allows.
+      space: the sweep. Its `at_once` is the number of slots, by default what `trials_that_fit`
+        returns.
       stop: stops the work after the current step.
       bar: counts the steps of all trials.
       progress: shows each trial in a bar of its own.
