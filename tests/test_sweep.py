@@ -18,6 +18,7 @@ from softprompt.data.batches import side_by_side
 from softprompt.experiment.schema import OptimizerSettings
 from softprompt.objectives.cross_entropy import cross_entropy
 from softprompt.storage.run_folder import MetricsLog, read_metrics
+from softprompt.sweep import program
 from softprompt.sweep.outcome import Outcome, validation_at
 from softprompt.sweep.program import shared_settings, step_group, step_groups, train_steps
 from softprompt.sweep.runner import program_groups, sweep
@@ -59,12 +60,12 @@ def test_batches_side_by_side_are_padded_with_ignored_values():
     short = [example_of([5, 6], [[20]], 0)]
     long = [example_of([5, 6, 7, 8], [[20, 21]], 0)]
     batches = [batch_of(rows, padding=0) for rows in (short, long)]
-    together = side_by_side(batches)
-    assert together.tokens.shape == (2, 1, 5)
-    assert (together.row_length, together.row_targets) == (5, 2)
-    np.testing.assert_array_equal(together.target_candidates, [[[0, -1]], [[0, 0]]])
-    np.testing.assert_array_equal(together.tokens[0, 0], [5, 6, 0, 0, 0])
-    np.testing.assert_array_equal(together.tokens[1], batches[1].tokens)
+    stacked = side_by_side(batches)
+    assert stacked.tokens.shape == (2, 1, 5)
+    assert (stacked.row_length, stacked.row_targets) == (5, 2)
+    np.testing.assert_array_equal(stacked.target_candidates, [[[0, -1]], [[0, 0]]])
+    np.testing.assert_array_equal(stacked.tokens[0, 0], [5, 6, 0, 0, 0])
+    np.testing.assert_array_equal(stacked.tokens[1], batches[1].tokens)
 
 
 DIFFERENT = """\
@@ -76,7 +77,13 @@ DIFFERENT = """\
 """
 
 
-def test_each_trial_matches_a_single_run(space):
+@pytest.fixture
+def together(monkeypatch):
+    """Make the steps of trials together in one program, as on an accelerator."""
+    monkeypatch.setattr(program, "take_turns", lambda session: False)
+
+
+def test_each_trial_matches_a_single_run(space, together):
     """Three trials with different lengths and schedules share one program."""
     trials = sweep(space(DIFFERENT))
     assert len(program_groups(trials)) == 1
@@ -100,14 +107,28 @@ def test_each_trial_matches_a_single_run(space):
             assert one.get("learning_rate") == other.get("learning_rate")
 
 
-@pytest.mark.parametrize(("budget", "at_once"), [(0, 1), (1e12, 4)])
-def test_memory_limits_how_many_trials_train_at_once(space, monkeypatch, capsys, budget, at_once):
-    monkeypatch.setattr("softprompt.sweep.program._memory_budget", lambda *_: budget)
+def test_on_a_cpu_each_trial_is_exactly_a_single_run(space, monkeypatch):
+    """The trials take turns. Each makes its steps with its own batches, which are not padded."""
+    monkeypatch.setattr(program, "train_steps", None)
+    short = "training.steps=3", "evaluation.every=3", "data.test=null"
+    trials = sweep(space("  seed: [0, 1]\n  at_once: 2\n", *short))
+    for trial in trials:
+        alone = trial.folder.with_name(f"alone-{trial.number}")
+        train(trial.experiment, alone)
+        vectors = [load_prompt(run).method.vectors[...] for run in (trial.folder, alone)]
+        np.testing.assert_array_equal(*vectors)
+
+
+@pytest.mark.parametrize(("budget", "at_once"), [(1, 1), (1e12, 4)])
+def test_memory_limits_how_many_trials_train_at_once(
+    space, together, monkeypatch, capsys, budget, at_once
+):
+    monkeypatch.setattr(program, "_free_memory", lambda: budget)
     sweep(space("  seed: [0, 1, 2, 3, 4]\n", "training.steps=1"))
     assert f"{at_once} of 5 trials at once" in capsys.readouterr().err
 
 
-def test_a_step_that_runs_out_of_memory_uses_fewer_trials(space, monkeypatch, capsys):
+def test_a_step_that_runs_out_of_memory_uses_fewer_trials(space, together, monkeypatch, capsys):
     section = "  prompt.length: [2, 4]\n  seed: [0, 1]\n"
     widths = []
 
@@ -144,14 +165,14 @@ def test_trials_of_a_mixture_of_experts_match_single_steps():
     trials, alone = [], []
     for start in vectors:
         graphdef, trainable, frozen = split(SoftPrompt(jnp.array(start, jnp.float32)), backbone)
-        program = {"graphdef": graphdef, "optimizer": optimizer, "objective": cross_entropy}
+        static = {"graphdef": graphdef, "optimizer": optimizer, "objective": cross_entropy}
         state, key = optimizer.init(trainable), jax.random.key(0)
         trials.append((trainable, state, frozen[0], key))
-        alone.append(one_step(trainable, state, frozen, batch, key, **program))
+        alone.append(one_step(trainable, state, frozen, batch, key, **static))
     trainable, states, constants, keys = zip(*trials, strict=True)
     batches = side_by_side([batch, batch])
-    together = train_steps(trainable, states, constants, frozen[1], batches, keys, **program)
-    for one, other in zip(together, alone, strict=True):
+    results = train_steps(trainable, states, constants, frozen[1], batches, keys, **static)
+    for one, other in zip(results, alone, strict=True):
         np.testing.assert_allclose(one[2]["loss"], other[2]["loss"], rtol=1e-5)
         np.testing.assert_allclose(
             *(jax.tree.leaves(each[0])[0] for each in (one, other)), atol=1e-5
@@ -354,11 +375,11 @@ def test_a_dry_run_lists_the_trials_and_writes_nothing(space, capsys):
     ]
     assert [trial["group"] for trial in planned["trials"]] == [0, 1, 0, 2]
     assert [group["waiting"] for group in planned["groups"]] == [2, 1, 1]
-    assert planned["groups"][0]["at_once"] == 2
+    assert planned["groups"][0]["at_once"] == 1
     assert planned["seconds"] == pytest.approx(
         sum(group["seconds"] for group in planned["groups"]), abs=0.1
     )
     assert planned["groups"][0]["seconds"] > 0
     assert not found.folder.exists()
     assert main(command) == 0
-    assert "program 0: 2 trials to run, 2 at once, about" in capsys.readouterr().out
+    assert "program 0: 2 trials to run, 1 at once, about" in capsys.readouterr().out

@@ -35,7 +35,7 @@ a trial failed.
 
 examples:
   softprompt sweep experiments/sentiment-length.yaml --dry-run
-  softprompt sweep experiments/sentiment-length.yaml training.steps=40 --folder runs/short
+  softprompt sweep experiments/sentiment-length.yaml training.steps=60 --folder runs/short
   softprompt sweep experiments/sentiment-length.yaml "sweep.seed=[0]" sweep.at_once=1""",
     )
     add_experiment(command)

@@ -9,13 +9,19 @@ from typing import Any
 
 import jax
 
+from softprompt.backbones.batch import Batch
 from softprompt.errors import UserError
 from softprompt.evaluation.scoring import prepare_model, score
-from softprompt.runtime.memory import peak_memory
 from softprompt.runtime.progress import Progress, silent
 from softprompt.runtime.signals import StopSignals
 from softprompt.sweep.outcome import Outcome
-from softprompt.sweep.program import device_count, step_group, trials_that_fit
+from softprompt.sweep.program import (
+    MAX_GROUP,
+    device_count,
+    step_group,
+    step_groups,
+    trials_that_fit,
+)
 from softprompt.sweep.runner import program_groups, require_devices, require_same
 from softprompt.sweep.space import Space, Trial
 from softprompt.training.preparation import Preparation, Prepared
@@ -127,17 +133,14 @@ def _plan_group(space: Space, trials: Sequence[Trial], preparation: Preparation)
     ):
         steps = session.steps
         if steps:
-            at_once = min(
-                space.sweep.at_once or trials_that_fit(session, len(trials), peak_memory()),
-                len(trials),
-            )
+            at_once = space.sweep.at_once or trials_that_fit(session, len(trials))
+            at_once = min(at_once, len(trials))
             sample = [session.batches[number] for number in range(min(steps, _SAMPLE))]
             sample.sort(key=lambda batch: batch.tokens.size)
-            inputs = [(sample[len(sample) // 2], session.state.key)] * at_once
-            sessions = [session] * at_once
-            first, again = _time(lambda: step_group(sessions, inputs))
+            group = step_groups([session] * at_once, MAX_GROUP)[0]
+            first, again = _time(lambda: _step(group, sample[len(sample) // 2]))
             seconds += (first - again) * len({batch.tokens.shape for batch in sample})
-            step_seconds = again / at_once
+            step_seconds = again / len(group)
     row_seconds = _seconds_per_row(prepared, experiment.evaluation.batch_size)
     for trial in trials:
         evaluation = trial.experiment.evaluation
@@ -147,6 +150,14 @@ def _plan_group(space: Space, trials: Sequence[Trial], preparation: Preparation)
         rows += len(prepared.examples.get("test", ()))
         seconds += trial_steps * step_seconds + rows * row_seconds
     return PlannedGroup(len(trials), at_once, device_count(session), round(seconds, 1))
+
+
+def _step(group: Sequence[Session], batch: Batch) -> Any:
+    """Make a step of a group that consists of one session, several times."""
+    state = group[0].state
+    results = step_group(group, [(batch, state.key)] * len(group))
+    state.trainable, state.opt_state, measured = results[0]
+    return measured
 
 
 def _seconds_per_row(prepared: Prepared, batch_size: int) -> float:

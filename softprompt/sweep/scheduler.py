@@ -12,7 +12,7 @@ from typing import Protocol
 import jax
 
 from softprompt.errors import UserError
-from softprompt.runtime.memory import is_out_of_memory, peak_memory
+from softprompt.runtime.memory import is_out_of_memory
 from softprompt.runtime.progress import Bar, Progress, silent
 from softprompt.runtime.signals import StopSignals
 from softprompt.storage.locks import InUseError
@@ -89,8 +89,8 @@ class Scheduler:
     """Trains trials side by side.
 
     Args:
-      space: the sweep. Its `at_once` is the number of slots, by default as many as memory
-        allows.
+      space: the sweep. Its `at_once` is the number of slots, by default what `trials_that_fit`
+        returns.
       stop: stops the work after the current step.
       bar: counts the steps of all trials.
       progress: shows each trial in a bar of its own.
@@ -99,7 +99,6 @@ class Scheduler:
     def __init__(self, space: Space, stop: StopSignals, bar: Bar, progress: Progress = silent):
         self._space, self._stop, self._bar, self._progress = space, stop, bar, progress
         self._preparation = Preparation(progress, space.sweep.devices)
-        self._memory_before = 0.0  # peak use in bytes before the first step
         self._max_group = MAX_GROUP
         self._counted: set[int] = set()  # trials whose earlier steps were dropped from the bar
 
@@ -129,8 +128,7 @@ class Scheduler:
                         continue
                     slots.append(slot)
                     if not width:
-                        self._memory_before = self._memory_before or peak_memory()
-                        width = trials_that_fit(slot.session, count, self._memory_before)
+                        width = trials_that_fit(slot.session, count)
                         devices = device_count(slot.session)
                         where = f" on {devices} devices" if devices > 1 else ""
                         _log.info(f"{width} of {count} trials at once{where}")

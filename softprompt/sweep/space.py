@@ -99,7 +99,8 @@ class SweepSettings(Section):
       points: the keys and values of each trial. They replace lists of values and `how`.
       trials: number of trials, for `random` and `tpe`.
       halving: successive halving, which stops poor trials early.
-      at_once: number of trials that train side by side. By default as many as memory allows.
+      at_once: number of trials that train side by side. By default as many as fit into the memory
+        of an accelerator, and one on a CPU.
       devices: number of devices that divide the trials; -1 for all. With `compute.mesh`, the number
         of groups of devices, each with that mesh.
       storage: database URL of the study, for `tpe`. By default a file in the sweep folder.
