@@ -74,14 +74,14 @@ more = pytest.mark.skipif(not EVERYTHING, reason="set ALL_MESHES=1 to run it")
 
 
 @functools.cache
-def backbone_of(family: str, mesh: str | None, dtype: str = "float32", int8: bool = False):
+def backbone_of(family: str, mesh: str | None, dtype: str = "float32", quantize: str | None = None):
     """Return a backbone with random weights. They do not depend on the mesh."""
     variant, changes = FAMILIES[family]
     config = json.loads((FAMILIES_GOLDEN / variant / "config.json").read_text()) | changes
     names = set() if config.get("tie_word_embeddings") else {"lm_head.weight"}
     arch, devices = architecture_of(config, names), mesh_of(mesh)
     kind: Any = t5.T5 if isinstance(arch, t5.T5Architecture) else decoder.Decoder
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: kind(arch, int8=int8, mesh=devices)))
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: kind(arch, quantize=quantize, mesh=devices)))
     random = np.random.default_rng(0)
 
     def values(path, parameter):
@@ -367,8 +367,8 @@ def test_other_methods_learn_the_same(family, method):
 @pytest.mark.parametrize(
     ("family", "compute", "tolerance"),
     [
-        ("llama", {"int8": True}, 1e-5),
-        ("t5", {"int8": True}, 1e-5),
+        ("llama", {"quantize": "int8"}, 1e-5),
+        ("t5", {"quantize": "int8"}, 1e-5),
         # Not T5: on one device, its gradient in bfloat16 is 27 % off that in float32.
         ("llama", {"dtype": "bfloat16"}, 0.05),
     ],

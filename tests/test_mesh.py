@@ -90,7 +90,7 @@ def int8_parameters_of(config):
     """Return the paths and shapes of the parameters of a model with int8 matrices."""
     arch = architecture_of(config, {"lm_head.weight"})
     kind = t5.T5 if isinstance(arch, t5.T5Architecture) else decoder.Decoder
-    state = nnx.state(nnx.eval_shape(lambda: kind(arch, int8=True)), nnx.Param)
+    state = nnx.state(nnx.eval_shape(lambda: kind(arch, quantize="int8")), nnx.Param)
     return [(".".join(map(str, path)), p.shape) for path, p in nnx.to_flat_state(state)]
 
 

@@ -138,7 +138,7 @@ def compare_on_meshes(folder: Path) -> dict[str, list[str]]:
         file = write_directory(variant, folder / variant)
         found[variant] = differences(file, meshes()[1:3])
         if variant in ("gpt_neox-quarter", "phi3-window", "qwen3_moe-plain"):
-            found[variant] += differences(file, meshes(), int8=True)
+            found[variant] += differences(file, meshes(), quantize="int8")
             found[variant] += differences(file, meshes()[-2:], dtype="bfloat16")
     for kind in ("F32", "F16", "Q8_0", "Q4_1"):
         file = write_gguf(folder / f"{kind}.gguf", gguf.GGMLQuantizationType[kind])

@@ -29,6 +29,7 @@ from softprompt.backbones.layers import (
     vocabulary_logits,
 )
 from softprompt.backbones.prefix import Cache, Prefix, positions_within
+from softprompt.backbones.quantization import Quantization
 from softprompt.backbones.rope import angles, rotate
 from softprompt.parallel.mesh import ROWS, divide
 from softprompt.parallel.sharding import gather_layer
@@ -37,7 +38,7 @@ from softprompt.parallel.sharding import gather_layer
 class Block(nnx.Module):
     """A decoder layer: attention and a feed-forward layer with norms and residual connections."""
 
-    def __init__(self, arch: Architecture, int8: bool, mesh: Mesh | None):
+    def __init__(self, arch: Architecture, quantize: Quantization | None, mesh: Mesh | None):
         self.arch = arch
         width = arch.head_size if arch.query_key_norm == "head" else None
         norm = partial(LayerNorm if arch.norm == "layer" else RMSNorm, epsilon=arch.norm_epsilon)
@@ -48,7 +49,7 @@ class Block(nnx.Module):
             arch.head_size,
             bias=arch.attention_bias,
             output_bias=arch.output_bias,
-            int8=int8,
+            quantize=quantize,
         )
         if arch.query_key_norm != "none":
             self.query_norm = norm(width or arch.num_heads * arch.head_size)
@@ -65,7 +66,7 @@ class Block(nnx.Module):
                 *sizes,
                 activation=arch.activation,
                 gated=arch.gated,
-                int8=int8,
+                quantize=quantize,
                 num_experts=arch.num_experts,
                 experts_per_token=arch.experts_per_token,
                 normalized=arch.normalized_experts,
@@ -77,7 +78,7 @@ class Block(nnx.Module):
                 activation=arch.activation,
                 gated=arch.gated,
                 bias=arch.feed_forward_bias,
-                int8=int8,
+                quantize=quantize,
             )
 
     def __call__(self, x, rotary, attention):
@@ -130,7 +131,7 @@ class Decoder(nnx.Module):
 
     Args:
       arch: the architecture.
-      int8: whether the weight matrices are int8.
+      quantize: how the kernels are quantized, see `quantization`; None for floating point.
       attention: the implementation of attention.
       mesh: the devices that the parameters are divided over; None for one device.
     """
@@ -145,7 +146,7 @@ class Decoder(nnx.Module):
         self,
         arch: Architecture,
         *,
-        int8: bool = False,
+        quantize: Quantization | None = None,
         attention: Literal["xla", "cudnn"] = "xla",
         mesh: Mesh | None = None,
     ):
@@ -153,10 +154,12 @@ class Decoder(nnx.Module):
         self.embedding = Embedding(arch.vocab_size, arch.hidden_size, arch.embedding_scale)
         if arch.learned_positions:
             self.positions = nnx.Param(jnp.zeros((arch.context_length, arch.hidden_size)))
-        self.layers = nnx.vmap(lambda _: Block(arch, int8, mesh))(jnp.arange(len(arch.layers)))
+        self.layers = nnx.vmap(lambda _: Block(arch, quantize, mesh))(jnp.arange(len(arch.layers)))
         norm = LayerNorm if arch.norm == "layer" else RMSNorm
         self.norm = norm(arch.hidden_size, arch.norm_epsilon)
-        self.head = None if arch.tied_head else Linear(arch.hidden_size, arch.vocab_size, int8=int8)
+        self.head = (
+            None if arch.tied_head else Linear(arch.hidden_size, arch.vocab_size, quantize=quantize)
+        )
 
     def __repr__(self) -> str:
         arch = self.arch

@@ -28,6 +28,7 @@ from softprompt.backbones.layers import (
     vocabulary_logits,
 )
 from softprompt.backbones.prefix import T5Cache, T5Prefix, positions_within
+from softprompt.backbones.quantization import Quantization
 from softprompt.parallel.mesh import ROWS, divide
 from softprompt.parallel.sharding import gather_layer
 
@@ -70,18 +71,18 @@ class T5Architecture:
 class EncoderBlock(nnx.Module):
     """An encoder layer: bidirectional attention and a feed-forward layer, with norms before."""
 
-    def __init__(self, arch: T5Architecture, int8: bool):
+    def __init__(self, arch: T5Architecture, quantize: Quantization | None):
         self.arch = arch
         sizes = arch.hidden_size, arch.num_heads, arch.num_heads, arch.head_size
         self.attention_norm = RMSNorm(arch.hidden_size, arch.norm_epsilon)
-        self.attention = Attention(*sizes, int8=int8)
+        self.attention = Attention(*sizes, quantize=quantize)
         self.feed_forward_norm = RMSNorm(arch.hidden_size, arch.norm_epsilon)
         self.feed_forward = FeedForward(
             arch.hidden_size,
             arch.feed_forward_size,
             activation=arch.activation,
             gated=arch.gated,
-            int8=int8,
+            quantize=quantize,
         )
 
     def __call__(self, x: jax.Array, visible: jax.Array, bias: jax.Array) -> jax.Array:
@@ -120,11 +121,11 @@ class EncoderBlock(nnx.Module):
 class DecoderBlock(EncoderBlock):
     """A decoder layer: an encoder layer with cross-attention to the encoded input."""
 
-    def __init__(self, arch: T5Architecture, int8: bool):
-        super().__init__(arch, int8)
+    def __init__(self, arch: T5Architecture, quantize: Quantization | None):
+        super().__init__(arch, quantize)
         sizes = arch.hidden_size, arch.num_heads, arch.num_heads, arch.head_size
         self.cross_norm = RMSNorm(arch.hidden_size, arch.norm_epsilon)
-        self.cross = Attention(*sizes, int8=int8)
+        self.cross = Attention(*sizes, quantize=quantize)
 
     def __call__(self, x, sources, encoded: Source):  # type: ignore[override]
         """Run the layer.
@@ -156,7 +157,7 @@ class T5(nnx.Module):
 
     Args:
       arch: the architecture.
-      int8: whether the kernels are int8.
+      quantize: how the kernels are quantized, see `quantization`; None for floating point.
       mesh: the devices that the parameters are divided over; None for one device.
     """
 
@@ -165,7 +166,13 @@ class T5(nnx.Module):
     auto_class = "AutoModelForSeq2SeqLM"
     attention: Literal["xla"] = "xla"
 
-    def __init__(self, arch: T5Architecture, *, int8: bool = False, mesh: Mesh | None = None):
+    def __init__(
+        self,
+        arch: T5Architecture,
+        *,
+        quantize: Quantization | None = None,
+        mesh: Mesh | None = None,
+    ):
         self.arch, self.mesh = arch, mesh
         self.embedding = Embedding(arch.vocab_size, arch.hidden_size)
         buckets = (arch.num_buckets, arch.num_heads)
@@ -173,14 +180,16 @@ class T5(nnx.Module):
         self.encoder_bias = nnx.Param(jnp.zeros(buckets))
 
         def stacked(kind: type[EncoderBlock], count: int) -> EncoderBlock:
-            return nnx.vmap(lambda _: kind(arch, int8))(jnp.arange(count))
+            return nnx.vmap(lambda _: kind(arch, quantize))(jnp.arange(count))
 
         self.encoder = stacked(EncoderBlock, arch.num_encoder_layers)
         self.encoder_norm = norm()
         self.decoder_bias = nnx.Param(jnp.zeros(buckets))
         self.decoder = stacked(DecoderBlock, arch.num_decoder_layers)
         self.decoder_norm = norm()
-        self.head = None if arch.tied_head else Linear(arch.hidden_size, arch.vocab_size, int8=int8)
+        self.head = (
+            None if arch.tied_head else Linear(arch.hidden_size, arch.vocab_size, quantize=quantize)
+        )
 
     def __repr__(self) -> str:
         arch = self.arch
