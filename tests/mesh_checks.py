@@ -103,7 +103,7 @@ def backbone_of(family: str, mesh: str | None, dtype: str = "float32", quantize:
         if "norm" in name and "scale" in name:
             return (1 + drawn).astype(np.float32)
         if parameter.dtype == jnp.float16:
-            return (drawn / 10).astype(np.float16)
+            return (drawn / 20).astype(np.float16)
         return jnp.asarray(abs(drawn) / 100 if "scale" in name else drawn, dtype)
 
     state = jax.tree_util.tree_map_with_path(values, state)

@@ -399,9 +399,11 @@ def test_labels_without_tokens_are_rejected_as_initial_vectors(experiment_file, 
         train(load_experiment(experiment_file, overrides), tmp_path / "run")
 
 
-def test_full_fine_tuning_of_int8_matrices_is_rejected(experiment_file):
-    with pytest.raises(UserError, match=r"method: full cannot train int8 matrices"):
-        load_experiment(experiment_file, ["method=full", "compute.int8=true"])
+@pytest.mark.parametrize("setting", ["int8=true", "quantize=int8", "quantize=int4"])
+def test_full_fine_tuning_of_quantized_matrices_is_rejected(experiment_file, setting):
+    with pytest.raises(UserError, match=r"method: full cannot train int[48] matrices; lora can"):
+        load_experiment(experiment_file, ["method=full", f"compute.{setting}"])
+
 
 
 def test_a_method_has_a_default_learning_rate(experiment_file):
