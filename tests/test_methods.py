@@ -405,7 +405,6 @@ def test_full_fine_tuning_of_quantized_matrices_is_rejected(experiment_file, set
         load_experiment(experiment_file, ["method=full", f"compute.{setting}"])
 
 
-
 def test_a_method_has_a_default_learning_rate(experiment_file):
     given = load_experiment(experiment_file, ["method=lora"])
     assert given.optimizer.learning_rate == 0.1
