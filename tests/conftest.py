@@ -137,10 +137,10 @@ def golden_llama() -> dict[str, np.ndarray]:
 
 
 @functools.cache
-def golden_backbone(variant: str, dtype: str = "float32", int8: bool = False) -> Backbone:
+def golden_backbone(variant: str, dtype: str = "float32", quantize: str | None = None) -> Backbone:
     """Load a small model from `golden/families`. These models have no tokenizers."""
     file = ModelDirectory(FAMILIES_GOLDEN / variant)
-    return load_backbone(file, dtype=dtype, int8=int8)[0]
+    return load_backbone(file, dtype=dtype, quantize=quantize)[0]
 
 
 def greedy(backbone, prefix, tokens, lengths, end: int, *, count: int) -> np.ndarray:

@@ -56,6 +56,15 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_neox": ("gpt_neox-quarter", SIZES | {"hidden_size": 96}),
     "t5": ("t5-gated", {"vocab_size": 264, "d_model": 24, "d_ff": 88, "num_heads": 12, "d_kv": 10}),
 }
+INT4_SIZES = {"hidden_size": 64, "intermediate_size": 320, "head_dim": 16}  # whole groups of 32
+INT4_FAMILIES = {
+    "llama_int4": ("llama-biased", SIZES | INT4_SIZES),
+    "qwen3_moe_int4": ("qwen3_moe-normed", SIZES | INT4_SIZES | {"moe_intermediate_size": 320}),
+    "t5_int4": (
+        "t5-gated",
+        {"vocab_size": 264, "d_model": 64, "d_ff": 320, "num_heads": 12, "d_kv": 16},
+    ),
+}
 MESHES = {
     "data": {"data": 8},
     "fsdp": {"fsdp": 8},
@@ -73,23 +82,27 @@ more = pytest.mark.skipif(not EVERYTHING, reason="set ALL_MESHES=1 to run it")
 
 
 @functools.cache
-def backbone_of(family: str, mesh: str | None, dtype: str = "float32", int8: bool = False):
+def backbone_of(family: str, mesh: str | None, dtype: str = "float32", quantize: str | None = None):
     """Return a backbone with random weights. They do not depend on the mesh."""
-    variant, changes = FAMILIES[family]
+    variant, changes = (FAMILIES | INT4_FAMILIES)[family]
     config = json.loads((FAMILIES_GOLDEN / variant / "config.json").read_text()) | changes
     names = set() if config.get("tie_word_embeddings") else {"lm_head.weight"}
     arch, devices = architecture_of(config, names), mesh_of(mesh)
     kind: Any = t5.T5 if isinstance(arch, t5.T5Architecture) else decoder.Decoder
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: kind(arch, int8=int8, mesh=devices)))
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: kind(arch, quantize=quantize, mesh=devices)))
     random = np.random.default_rng(0)
 
     def values(path, parameter):
         name = jax.tree_util.keystr(path)
         if parameter.dtype == jnp.int8:
             return random.integers(-127, 128, parameter.shape).astype(np.int8)
+        if parameter.dtype == jnp.uint8:
+            return random.integers(0, 256, parameter.shape).astype(np.uint8)
         drawn = random.normal(size=parameter.shape) * 0.2
         if "norm" in name and "scale" in name:
             return (1 + drawn).astype(np.float32)
+        if parameter.dtype == jnp.float16:
+            return (drawn / 20).astype(np.float16)
         return jnp.asarray(abs(drawn) / 100 if "scale" in name else drawn, dtype)
 
     state = jax.tree_util.tree_map_with_path(values, state)
@@ -380,8 +393,8 @@ def test_other_methods_learn_the_same(family, method):
 @pytest.mark.parametrize(
     ("family", "compute", "tolerance"),
     [
-        ("llama", {"int8": True}, 1e-5),
-        ("t5", {"int8": True}, 1e-5),
+        ("llama", {"quantize": "int8"}, 1e-5),
+        ("t5", {"quantize": "int8"}, 1e-5),
         # Not T5: on one device, its gradient in bfloat16 is 27 % off that in float32.
         ("llama", {"dtype": "bfloat16"}, 0.05),
     ],
@@ -390,3 +403,16 @@ def test_other_methods_learn_the_same(family, method):
 def test_other_types_of_weights_learn_the_same(family, compute, tolerance):
     step, expected = (step_of(family, mesh, **compute) for mesh in ("all", None))
     assert_equal_steps(step, expected, tolerance)
+
+
+@pytest.mark.parametrize(
+    "family",
+    ["llama_int4", *(pytest.param(f, marks=more) for f in ("qwen3_moe_int4", "t5_int4"))],
+)
+def test_int4_matrices_learn_the_same_and_are_gathered_in_four_bits(family):
+    step, expected = (step_of(family, mesh, quantize="int4") for mesh in ("all", None))
+    assert_equal_steps(step, expected)
+    backbone = backbone_of(family, "all", quantize="int4")
+    batch = batch_of(backbone.separate_targets)
+    length = batch.tokens.shape[1] + VIRTUAL * backbone.separate_targets
+    assert_moves_at_most(8 // 2 * length * backbone.arch.hidden_size, step.program, backbone)

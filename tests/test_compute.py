@@ -14,7 +14,7 @@ from softprompt import UserError, load_base
 from softprompt.backbones import decoder
 from softprompt.backbones.attention import Source, attend, causal_mask
 from softprompt.backbones.flash import choose_attention, compare_with_xla, flash_attend
-from softprompt.backbones.formats.weights import quantize
+from softprompt.backbones.quantization import quantize
 
 MIXED = "gemma3_text-pattern"  # windows shorter than the prompt, two kinds of RoPE, a soft cap
 
@@ -50,7 +50,7 @@ def cosine(one, other):
 
 
 @pytest.mark.parametrize("variant", ["llama-biased", MIXED, "qwen3_moe-plain", "gpt2-plain"])
-@pytest.mark.parametrize("compute", [{"dtype": "bfloat16"}, {"int8": True}], ids=str)
+@pytest.mark.parametrize("compute", [{"dtype": "bfloat16"}, {"quantize": "int8"}], ids=str)
 def test_rounded_weights_hardly_change_loss_and_prompt_gradient(variant, compute):
     loss, gradient = measured(variant)
     rounded_loss, rounded = measured(variant, **compute)
@@ -68,7 +68,7 @@ def test_all_parameters_except_norms_have_the_requested_dtype():
 
 
 def test_only_kernels_are_int8():
-    _, state = nnx.split(golden_backbone("llama-biased", int8=True))
+    _, state = nnx.split(golden_backbone("llama-biased", quantize="int8"))
     for path, parameter in nnx.to_flat_state(state):
         assert (parameter.dtype == jnp.int8) == (path[-1] == "kernel"), path
 
@@ -76,7 +76,7 @@ def test_only_kernels_are_int8():
 def test_quantization_error_is_at_most_half_a_step():
     kernel = np.random.default_rng(0).normal(size=(40, 7)).astype(np.float32)
     kernel[:, 3] = 0
-    values, scales = quantize(kernel)
+    values, scales = quantize("int8", kernel).values()
     assert values.dtype == np.int8
     assert (np.abs(values).max(axis=0) == [127, 127, 127, 0, 127, 127, 127]).all()
     assert (np.abs(values * scales - kernel) <= scales / 2 * (1 + 1e-6)).all()
@@ -86,7 +86,7 @@ def test_the_fingerprint_does_not_depend_on_dtype_or_quantization():
     path = str(GOLDEN / "llama-grouped")
     fingerprints = {
         load_base(path, **compute).fingerprint
-        for compute in ({}, {"dtype": "bfloat16"}, {"int8": True})
+        for compute in ({}, {"dtype": "bfloat16"}, {"quantize": "int8"})
     }
     assert len(fingerprints) == 1
 

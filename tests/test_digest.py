@@ -51,7 +51,7 @@ def test_the_digest_is_not_computed_again(model):
     assert record["digest"] == digest
     (model / RECORD).write_text(json.dumps(record | {"digest": OTHER}))
     assert load_backbone(ModelDirectory(model))[1] == OTHER
-    assert load_backbone(ModelDirectory(model), int8=True, dtype="bfloat16")[1] == OTHER
+    assert load_backbone(ModelDirectory(model), quantize="int8", dtype="bfloat16")[1] == OTHER
 
 
 def test_the_record_of_a_gguf_file_is_beside_it(tmp_path):

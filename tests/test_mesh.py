@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from argparse import ArgumentTypeError
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from flax import nnx
 from softprompt import SoftPrompt, UserError, load_base, load_prompt, make_mesh
 from softprompt.backbones import decoder, t5
 from softprompt.backbones.config import architecture_of
+from softprompt.backbones.quantization import inputs_together
 from softprompt.cli.arguments import mesh_sizes
 from softprompt.cli.main import main
 from softprompt.experiment.reading import load_experiment
@@ -30,6 +32,8 @@ def stacked(matrix: str, inputs, outputs):
     return {
         f"{matrix}.kernel": (None, inputs, outputs),
         f"{matrix}.scale": (None, outputs),
+        f"{matrix}.group_scale": (None, inputs, outputs),
+        f"{matrix}.group_offset": (None, inputs, outputs),
         f"{matrix}.bias": (None, outputs),
     }
 
@@ -51,6 +55,8 @@ def experts(matrix: str, inputs, outputs):
     return {
         f"layers.feed_forward.experts.{matrix}.kernel": (None, None, inputs, outputs),
         f"layers.feed_forward.experts.{matrix}.scale": (None, None, outputs),
+        f"layers.feed_forward.experts.{matrix}.group_scale": (None, None, inputs, outputs),
+        f"layers.feed_forward.experts.{matrix}.group_offset": (None, None, inputs, outputs),
     }
 
 
@@ -58,6 +64,8 @@ DIVIDED = {
     "embedding.table": (VOCABULARY, None),
     "head.kernel": (None, VOCABULARY),
     "head.scale": (VOCABULARY,),
+    "head.group_scale": (None, VOCABULARY),
+    "head.group_offset": (None, VOCABULARY),
     **layers("layers", "attention", "feed_forward"),
     **layers("encoder", "attention", "feed_forward"),
     **layers("decoder", "attention", "cross", "feed_forward"),
@@ -77,7 +85,7 @@ def test_the_table_says_how_every_parameter_of_every_family_is_divided():
     seen = set()
     for folder in sorted(FAMILIES_GOLDEN.iterdir()):
         config = json.loads((folder / "config.json").read_text())
-        for path, shape in int8_parameters_of(config):
+        for path, shape in quantized_parameters_of(config):
             whole = (None,) * len(shape)
             is_whole = path in WHOLE or "norm" in path
             assert axes_of(path, len(shape)) == (whole if is_whole else DIVIDED[path]), path
@@ -86,12 +94,19 @@ def test_the_table_says_how_every_parameter_of_every_family_is_divided():
     assert all(path.endswith(".bias") for path in missing)  # no family has all of them
 
 
-def int8_parameters_of(config):
-    """Return the paths and shapes of the parameters of a model with int8 matrices."""
+def quantized_parameters_of(config):
+    """Return the paths and shapes of the parameters of a model with int8 or int4 matrices."""
+    sizes = {"intermediate_size", "moe_intermediate_size", "n_inner", "ffn_dim", "d_ff"}
+    config |= dict.fromkeys(config.keys() & sizes, 24)  # the golden models have odd sizes
     arch = architecture_of(config, {"lm_head.weight"})
     kind = t5.T5 if isinstance(arch, t5.T5Architecture) else decoder.Decoder
-    state = nnx.state(nnx.eval_shape(lambda: kind(arch, int8=True)), nnx.Param)
-    return [(".".join(map(str, path)), p.shape) for path, p in nnx.to_flat_state(state)]
+    return [
+        (".".join(map(str, path)), parameter.shape)
+        for quantize in ("int8", "int4")
+        for path, parameter in nnx.to_flat_state(
+            nnx.state(nnx.eval_shape(partial(kind, arch, quantize=quantize)), nnx.Param)
+        )
+    ]
 
 
 def test_the_axes_of_a_parameter_do_not_depend_on_what_is_around_its_path():
@@ -141,6 +156,23 @@ def test_a_mesh_that_does_not_divide_a_model_is_rejected_with_meshes_that_do():
         require_divisible(arch, OfSizes(model=9))
     with pytest.raises(UserError, match="has 67 tokens in its vocabulary"):
         require_divisible(arch_of(intermediate_size=24), OfSizes(model=2))
+
+
+def test_a_mesh_must_not_divide_the_groups_of_int4_matrices():
+    arch, together = arch_of(**SMOLLM2, head_dim=64), inputs_together("int4")
+    require_divisible(arch, OfSizes(fsdp=4), inputs_together("int8"))
+    with pytest.raises(UserError) as error:
+        require_divisible(arch, OfSizes(fsdp=4), together)
+    assert str(error.value) == (
+        "mesh {fsdp: 4}: the model has 18 groups of 32 hidden features, which fsdp 4 does not "
+        "divide; meshes of 4 devices that work: {data: 2, fsdp: 2}, {data: 4}"
+    )
+    for sizes in meshes_of(arch, 12, together):
+        require_divisible(arch, OfSizes(**sizes), together)
+    with pytest.raises(UserError, match="has 3 groups of 32 feed-forward features, which model 2"):
+        require_divisible(
+            arch_of(intermediate_size=96, vocab_size=64, head_dim=16), OfSizes(model=2), together
+        )
 
 
 def test_a_mesh_must_divide_the_rows_of_each_pass():

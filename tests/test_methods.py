@@ -59,7 +59,7 @@ CASES = {  # overrides, and the number of trained parameters if it has a simple 
     "prefix": (["method=prefix", "prefix.length=4"], 2 * 3 * 4 * 2 * 8),
     "prefix-network": (["method=prefix", "prefix.length=4", "prefix.size=6"], None),
     "lora": (["method=lora", "lora.rank=2", "lora.dropout=0.1"], None),
-    "lora-int8": (["method=lora", "lora.targets=['*']", "compute.int8=true"], None),
+    "lora-int8": (["method=lora", "lora.targets=['*']", "compute.quantize=int8"], None),
     "full": (["method=full", "optimizer.learning_rate=3e-3"], None),
     "after-text": (["template.input='Letters: {prompt}{text} is'"], P * D),
     "in-place": (["template.input='{text}{prompt} is'"], P * D),
@@ -399,9 +399,10 @@ def test_labels_without_tokens_are_rejected_as_initial_vectors(experiment_file, 
         train(load_experiment(experiment_file, overrides), tmp_path / "run")
 
 
-def test_full_fine_tuning_of_int8_matrices_is_rejected(experiment_file):
-    with pytest.raises(UserError, match=r"method: full cannot train compute\.int8 matrices"):
-        load_experiment(experiment_file, ["method=full", "compute.int8=true"])
+@pytest.mark.parametrize("setting", ["int8=true", "quantize=int8", "quantize=int4"])
+def test_full_fine_tuning_of_quantized_matrices_is_rejected(experiment_file, setting):
+    with pytest.raises(UserError, match=r"method: full cannot train int[48] matrices; lora can"):
+        load_experiment(experiment_file, ["method=full", f"compute.{setting}"])
 
 
 def test_a_method_has_a_default_learning_rate(experiment_file):

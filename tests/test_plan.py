@@ -93,7 +93,8 @@ def test_public_models_can_be_read():
         ["method=dept"],
         ["method=lora", "lora.dropout=0.1"],
         ["method=full", "optimizer.name=adafactor"],
-        ["compute.int8=true", "training.accumulate=2"],
+        ["compute.quantize=int8", "training.accumulate=2"],
+        ["method=lora", "lora.targets=['*']", "compute.quantize=int4"],
     ],
     ids=" ".join,
 )
@@ -112,9 +113,9 @@ def test_method_none_has_no_step_to_plan(tiny):
 
 
 def test_the_program_has_the_shapes_of_a_loaded_model():
-    for settings in ({"dtype": "bfloat16"}, {"int8": True}):
+    for settings in ({"dtype": "bfloat16"}, {"quantize": "int8"}, {"quantize": "int4"}):
         overrides = [f"base={FOLDER}"]
-        overrides += [f"compute.{key}={str(value).lower()}" for key, value in settings.items()]
+        overrides += [f"compute.{key}={value}" for key, value in settings.items()]
         step = program(load_experiment(SENTIMENT, overrides))
         state = nnx.state(load_base(str(FOLDER), **settings).backbone)
         assert jax.tree.map(lambda x: (x.shape, x.dtype), nnx.as_pure(state)) == jax.tree.map(

@@ -68,6 +68,13 @@ def error_of(folder, base):
     return message
 
 
+def test_a_prompt_saved_by_an_earlier_version_is_loaded_in_int8(saved, tiny):
+    former = {"dtype": "float32", "int8": True}
+    folder = saved("prompt", lambda content: content["base"].update(compute=former))
+    base = load_prompt(folder).base
+    assert (base.compute.quantize, base.fingerprint) == ("int8", tiny.fingerprint)
+
+
 @pytest.mark.parametrize("name", ["prompt", "dept", "prefix", "lora", "none"])
 def test_other_keys_are_allowed(saved, tiny, name):
     folder = saved(name, lambda content: content | {"later": [1], "embedding_scale": "x"})

@@ -46,6 +46,11 @@ SIZES = {  # the sizes in configs, changed so that the meshes below divide them
     **dict.fromkeys(("head_dim", "d_kv"), 8),
     **{"vocab_size": 64, "num_key_value_heads": 4, "moe_intermediate_size": 16},
 }
+INT4_SIZES = {  # a mesh also divides their groups
+    **dict.fromkeys(SIZES, 128),
+    **dict.fromkeys(("num_attention_heads", "num_heads", "n_head"), 8),
+    **{"head_dim": 16, "d_kv": 16, "num_key_value_heads": 4},
+}
 
 
 def random_backbone(config: dict, names: set[str]) -> nnx.Module:
@@ -58,10 +63,11 @@ def random_backbone(config: dict, names: set[str]) -> nnx.Module:
     return nnx.merge(graphdef, state)
 
 
-def write_directory(variant: str, folder: Path) -> ModelDirectory:
+def write_directory(variant: str, folder: Path, sizes=SIZES) -> ModelDirectory:
     """Write a model of a golden model's family, in two files, with sizes that a mesh divides."""
+    folder.mkdir()
     golden = ModelDirectory(FAMILIES_GOLDEN / variant)
-    config = golden.config | {key: n for key, n in SIZES.items() if golden.config.get(key)}
+    config = golden.config | {key: n for key, n in sizes.items() if golden.config.get(key)}
     names = FAMILIES[config["model_type"]].names
     tensors = dict(stored_tensors(random_backbone(config, golden.names), names))
     shards = ["first.safetensors", "second.safetensors"]
@@ -73,9 +79,9 @@ def write_directory(variant: str, folder: Path) -> ModelDirectory:
     return ModelDirectory(folder)
 
 
-def write_gguf(path: Path, kind: gguf.GGMLQuantizationType) -> GGUFFile:
+def write_gguf(path: Path, kind: gguf.GGMLQuantizationType, sizes=SIZES) -> GGUFFile:
     """Write a Llama model in a GGUF file with sizes that a mesh divides."""
-    config = ModelDirectory(FAMILIES_GOLDEN / "llama-linear").config | SIZES
+    config = ModelDirectory(FAMILIES_GOLDEN / "llama-linear").config | sizes
     config["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4}
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(config["num_hidden_layers"])
@@ -134,15 +140,19 @@ def compare_on_meshes(folder: Path) -> dict[str, list[str]]:
     """Compare small models of all kinds, and return the differences of each."""
     found = {}
     for variant in VARIANTS:
-        (folder / variant).mkdir()
         file = write_directory(variant, folder / variant)
         found[variant] = differences(file, meshes()[1:3])
         if variant in ("gpt_neox-quarter", "phi3-window", "qwen3_moe-plain"):
-            found[variant] += differences(file, meshes(), int8=True)
+            found[variant] += differences(file, meshes(), quantize="int8")
             found[variant] += differences(file, meshes()[-2:], dtype="bfloat16")
+            file = write_directory(variant, folder / f"{variant}-int4", INT4_SIZES)
+            found[variant] += differences(file, meshes()[1:], quantize="int4")
     for kind in ("F32", "F16", "Q8_0", "Q4_1"):
         file = write_gguf(folder / f"{kind}.gguf", gguf.GGMLQuantizationType[kind])
         found[kind] = differences(file, meshes())
+        if kind == "Q4_1":
+            file = write_gguf(folder / "int4.gguf", gguf.GGMLQuantizationType[kind], INT4_SIZES)
+            found[kind] += differences(file, meshes()[1:], quantize="int4")
     return found
 
 

@@ -67,7 +67,7 @@ def test_a_gguf_file_stored_as_a_directory_is_the_same_model(path, tmp_path):
 def test_int8_matrices_are_stored_within_half_a_step(variant):
     file = ModelDirectory(FAMILIES_GOLDEN / variant)
     exact = stored(golden_backbone(variant), file)
-    for name, tensor in stored(golden_backbone(variant, int8=True), file).items():
+    for name, tensor in stored(golden_backbone(variant, quantize="int8"), file).items():
         step = np.abs(exact[name]).max() / 127
         assert tensor.dtype == np.float32
         np.testing.assert_allclose(tensor, exact[name], rtol=0, atol=step / 2 + 1e-6)

@@ -20,13 +20,14 @@ from softprompt.backbones.layers import (
     heads,
     join_heads,
 )
+from softprompt.backbones.quantization import Quantization
 from softprompt.backbones.rope import rotate
 
 
 class Block(nnx.Module):
     """A decoder layer: attention and a feed-forward layer with norms and residual connections."""
 
-    def __init__(self, arch: Architecture, int8: bool, mesh: Mesh | None):
+    def __init__(self, arch: Architecture, quantize: Quantization | None, mesh: Mesh | None):
         self.arch = arch
         width = arch.head_size if arch.query_key_norm == "head" else None
         norm = partial(LayerNorm if arch.norm == "layer" else RMSNorm, epsilon=arch.norm_epsilon)
@@ -37,7 +38,7 @@ class Block(nnx.Module):
             arch.head_size,
             bias=arch.attention_bias,
             output_bias=arch.output_bias,
-            int8=int8,
+            quantize=quantize,
         )
         if arch.query_key_norm != "none":
             self.query_norm = norm(width or arch.num_heads * arch.head_size)
@@ -54,7 +55,7 @@ class Block(nnx.Module):
                 *sizes,
                 activation=arch.activation,
                 gated=arch.gated,
-                int8=int8,
+                quantize=quantize,
                 num_experts=arch.num_experts,
                 experts_per_token=arch.experts_per_token,
                 normalized=arch.normalized_experts,
@@ -66,7 +67,7 @@ class Block(nnx.Module):
                 activation=arch.activation,
                 gated=arch.gated,
                 bias=arch.feed_forward_bias,
-                int8=int8,
+                quantize=quantize,
             )
 
     def __call__(self, x, rotary, attention, select=lambda tokens: tokens):

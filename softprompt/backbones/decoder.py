@@ -24,6 +24,7 @@ from softprompt.backbones.head import OutputHead
 from softprompt.backbones.layers import Embedding, LayerNorm, Linear, RMSNorm
 from softprompt.backbones.packing import AS_ROWS, Rows
 from softprompt.backbones.prefix import Cache, Prefix, positions_within
+from softprompt.backbones.quantization import Quantization
 from softprompt.backbones.rope import angles
 from softprompt.parallel.mesh import ROWS, divide
 from softprompt.parallel.sharding import gather_layer
@@ -36,7 +37,7 @@ class Decoder(nnx.Module):
 
     Args:
       arch: the architecture.
-      int8: whether the weight matrices are int8.
+      quantize: how the kernels are quantized, see `quantization`; None for floating point.
       attention: the implementation of attention.
       mesh: the devices that the parameters are divided over; None for one device.
     """
@@ -51,7 +52,7 @@ class Decoder(nnx.Module):
         self,
         arch: Architecture,
         *,
-        int8: bool = False,
+        quantize: Quantization | None = None,
         attention: Literal["xla", "cudnn"] = "xla",
         mesh: Mesh | None = None,
     ):
@@ -59,10 +60,12 @@ class Decoder(nnx.Module):
         self.embedding = Embedding(arch.vocab_size, arch.hidden_size, arch.embedding_scale)
         if arch.learned_positions:
             self.positions = nnx.Param(jnp.zeros((arch.context_length, arch.hidden_size)))
-        self.layers = nnx.vmap(lambda _: Block(arch, int8, mesh))(jnp.arange(len(arch.layers)))
+        self.layers = nnx.vmap(lambda _: Block(arch, quantize, mesh))(jnp.arange(len(arch.layers)))
         norm = LayerNorm if arch.norm == "layer" else RMSNorm
         self.norm = norm(arch.hidden_size, arch.norm_epsilon)
-        self.head = None if arch.tied_head else Linear(arch.hidden_size, arch.vocab_size, int8=int8)
+        self.head = (
+            None if arch.tied_head else Linear(arch.hidden_size, arch.vocab_size, quantize=quantize)
+        )
 
     def __repr__(self) -> str:
         arch = self.arch

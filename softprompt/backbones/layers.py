@@ -1,9 +1,8 @@
 """The building blocks of backbones, as Flax NNX modules.
 
 Parameters are initialized with zeros because a backbone is always loaded from a file. Kernels
-can be int8 with one scale per output channel. Norms are always float32. `Embedding` and `Linear`
-have attributes that are None in a loaded model and that methods set (`virtual`, `offsets`,
-`low_rank`).
+can be quantized, see `quantization`. Norms are always float32. `Embedding` and `Linear` have
+attributes that are None in a loaded model and that methods set (`virtual`, `offsets`, `low_rank`).
 
 Axis letters: B batch, T tokens, S positions with an offset, D hidden, F feed-forward, K key-value
 heads, h head size, E experts, N = B·T, V vocabulary, P virtual tokens, R rank.
@@ -11,12 +10,20 @@ heads, h head size, E experts, N = B·T, V vocabulary, P virtual tokens, R rank.
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from softprompt.backbones.quantization import (
+    COMPANIONS,
+    Quantization,
+    dequantize,
+    kernel_shape,
+    stored_arrays,
+)
 from softprompt.parallel.mesh import on_each_device
 from softprompt.parallel.sharding import axes_when_gathered
 
@@ -100,8 +107,11 @@ class Linear(nnx.Module):
     """A linear layer `x @ kernel + bias`, or one such layer without bias for each expert.
 
     Attributes:
-      kernel: `[in, out]`, or `[E, in, out]` with experts.
+      kernel: `[in, out]`, or `[E, in, out]` with experts. An int4 kernel has two inputs in each
+        byte, so it is `[in/2, out]` or `[E, in/2, out]`.
       scale: `[out]` or `[E, out]`, the scale of each output channel of an int8 kernel, or None.
+      group_scale, group_offset: `[G, out]` or `[E, G, out]`, the scale and the offset of each
+        group of inputs of an int4 kernel, or None.
       bias: `[out]` or None.
       low_rank: the term that LoRA adds, or None. Experts cannot have one.
     """
@@ -112,12 +122,16 @@ class Linear(nnx.Module):
         outputs: int,
         *,
         bias: bool = False,
-        int8: bool = False,
+        quantize: Quantization | None = None,
         experts: int | None = None,
     ):
         stack = () if experts is None else (experts,)
-        self.kernel = nnx.Param(jnp.zeros((*stack, inputs, outputs), jnp.int8 if int8 else None))
-        self.scale = nnx.Param(jnp.zeros((*stack, outputs))) if int8 else None
+        arrays = {
+            name: nnx.Param(jnp.zeros((*stack, *array.shape), array.dtype))
+            for name, array in stored_arrays(quantize, inputs, outputs).items()
+        }
+        self.kernel = arrays["kernel"]
+        self.scale, self.group_scale, self.group_offset = map(arrays.get, COMPANIONS)
         self.bias = nnx.Param(jnp.zeros(outputs)) if bias else None
         self.low_rank: LowRankAddition | None = nnx.data(None)
 
@@ -131,7 +145,7 @@ class Linear(nnx.Module):
         Returns:
           `[..., out]`.
         """
-        kernel = self.kernel[...].astype(x.dtype)
+        kernel = self._kernel(x.dtype)
         if of_expert is None:
             y = x @ kernel
         else:
@@ -143,6 +157,18 @@ class Linear(nnx.Module):
         if self.low_rank is not None:
             y = y + self.low_rank(x)
         return y if self.bias is None else y + self.bias[...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape `[..., in, out]` of the kernel before it was quantized."""
+        return kernel_shape(self.kernel)
+
+    def _kernel(self, dtype: Any) -> jax.Array:
+        """Return the kernel in a dtype. The scale of an int8 kernel is left for the output."""
+        if self.group_scale is None or self.group_offset is None:
+            return self.kernel[...].astype(dtype)
+        names = "kernel", "group_scale", "group_offset"
+        return dequantize({name: getattr(self, name)[...] for name in names}, dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -185,13 +211,13 @@ class Attention(nnx.Module):
         *,
         bias: bool = False,
         output_bias: bool = False,
-        int8: bool = False,
+        quantize: Quantization | None = None,
     ):
         width, kv_width = num_heads * head_size, num_kv_heads * head_size
-        self.query = Linear(hidden_size, width, bias=bias, int8=int8)
-        self.key = Linear(hidden_size, kv_width, bias=bias, int8=int8)
-        self.value = Linear(hidden_size, kv_width, bias=bias, int8=int8)
-        self.output = Linear(width, hidden_size, bias=output_bias, int8=int8)
+        self.query = Linear(hidden_size, width, bias=bias, quantize=quantize)
+        self.key = Linear(hidden_size, kv_width, bias=bias, quantize=quantize)
+        self.value = Linear(hidden_size, kv_width, bias=bias, quantize=quantize)
+        self.output = Linear(width, hidden_size, bias=output_bias, quantize=quantize)
 
 
 def heads(x: jax.Array, size: int) -> jax.Array:
@@ -218,10 +244,10 @@ class FeedForward(nnx.Module):
         activation: str,
         gated: bool,
         bias: bool = False,
-        int8: bool = False,
+        quantize: Quantization | None = None,
         experts: int | None = None,
     ):
-        linear = partial(Linear, bias=bias, int8=int8, experts=experts)
+        linear = partial(Linear, bias=bias, quantize=quantize, experts=experts)
         self.gate = linear(hidden_size, size) if gated else None
         self.up = linear(hidden_size, size)
         self.down = linear(size, hidden_size)
@@ -247,7 +273,7 @@ class Experts(nnx.Module):
         *,
         activation: str,
         gated: bool,
-        int8: bool,
+        quantize: Quantization | None,
         num_experts: int,
         experts_per_token: int,
         normalized: bool,
@@ -256,7 +282,12 @@ class Experts(nnx.Module):
         self.mesh = mesh
         self.router = Linear(hidden_size, num_experts)
         self.experts = FeedForward(
-            hidden_size, size, activation=activation, gated=gated, int8=int8, experts=num_experts
+            hidden_size,
+            size,
+            activation=activation,
+            gated=gated,
+            quantize=quantize,
+            experts=num_experts,
         )
         self.experts_per_token, self.normalized = experts_per_token, normalized
 

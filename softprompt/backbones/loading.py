@@ -22,6 +22,7 @@ from softprompt.backbones.flash import choose_attention
 from softprompt.backbones.formats.directory import ModelDirectory, ModelFile
 from softprompt.backbones.formats.gguf import GGUFFile
 from softprompt.backbones.formats.weights import load_weights
+from softprompt.backbones.quantization import Quantization, inputs_together, is_companion, kind_of
 from softprompt.errors import UserError, reason_of, shortened
 from softprompt.experiment.schema import ComputeSettings
 from softprompt.parallel.sharding import require_divisible
@@ -104,7 +105,7 @@ def load_base(
     name: str,
     *,
     dtype: Literal["float32", "bfloat16"] = "float32",
-    int8: bool = False,
+    quantize: Quantization | None = None,
     attention: str = "auto",
     mesh: Mesh | None = None,
 ) -> Base:
@@ -118,7 +119,9 @@ def load_base(
         file inside an installed Python package; a hub id `owner/name[@revision]`.
       dtype: the dtype of parameters and activations, `float32` or `bfloat16`. Norms, softmax
         and loss are always computed in float32.
-      int8: whether to quantize the kernels to int8, with one scale per output channel.
+      quantize: how to quantize the kernels: `int8`, with one scale per output channel, or `int4`,
+        with a scale and an offset per group of 32 inputs; None for neither. Kernels that a GGUF
+        file stores as Q4_0 or Q4_1 keep their values in `int4`.
       attention: `auto`, `xla` or `cudnn`; see `flash.choose_attention`.
       mesh: the devices that the model is divided over, see `make_mesh`; None for one device.
 
@@ -133,9 +136,14 @@ def load_base(
     use_compilation_cache()
     path = find_model(name)
     file: ModelFile = ModelDirectory(path) if path.is_dir() else GGUFFile(path)
-    options: dict[str, Any] = {"dtype": dtype, "int8": int8, "attention": attention, "mesh": mesh}
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "quantize": quantize,
+        "attention": attention,
+        "mesh": mesh,
+    }
     backbone, weights = load_backbone(file, **options)
-    compute = ComputeSettings(dtype=dtype, int8=int8, attention=backbone.attention)
+    compute = ComputeSettings(dtype=dtype, quantize=quantize, attention=backbone.attention)
     tokenizer, size = file.tokenizer(), backbone.arch.vocab_size
     added = tokenizer.added_tokens_decoder  # these may exceed the embeddings
     if any(token >= size and token not in added for token in tokenizer.get_vocab().values()):
@@ -151,7 +159,7 @@ def load_backbone(
     file: ModelFile,
     *,
     dtype: Literal["float32", "bfloat16"] = "float32",
-    int8: bool = False,
+    quantize: Quantization | None = None,
     attention: str = "auto",
     mesh: Mesh | None = None,
 ) -> tuple[Backbone, str]:
@@ -159,7 +167,7 @@ def load_backbone(
 
     Args:
       file: an opened model file.
-      dtype, int8, attention, mesh: as in `load_base`.
+      dtype, quantize, attention, mesh: as in `load_base`.
 
     Returns:
       The backbone and the SHA-256 of its stored weights.
@@ -187,10 +195,10 @@ def load_backbone(
         )
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"dtype {dtype!r} is neither float32 nor bfloat16")
-    require_divisible(arch, mesh)
+    require_divisible(arch, mesh, inputs_together(quantize))
     attention = choose_attention(attention, arch, dtype, mesh)
 
-    shapes = backbone_shapes(arch, dtype=dtype, int8=int8, attention=attention, mesh=mesh)
+    shapes = backbone_shapes(arch, dtype=dtype, quantize=quantize, attention=attention, mesh=mesh)
     graphdef, state = nnx.split(shapes)
     weights = load_weights(state, file, names, arch, mesh)
     return nnx.merge(graphdef, state), weights
@@ -200,7 +208,7 @@ def backbone_shapes(
     arch: Any,
     *,
     dtype: str = "float32",
-    int8: bool = False,
+    quantize: Quantization | None = None,
     attention: Literal["xla", "cudnn"] = "xla",
     mesh: Mesh | None = None,
 ) -> Backbone:
@@ -208,21 +216,21 @@ def backbone_shapes(
 
     Args:
       arch: the architecture.
-      dtype: the dtype of the parameters. Norms and the scales of int8 kernels are always float32.
-      int8, mesh: as in `load_base`.
+      dtype: the dtype of the parameters. Norms and quantized kernels have their own.
+      quantize, mesh: as in `load_base`.
       attention: the implementation of attention, from `flash.choose_attention`.
     """
 
     def build() -> Backbone:
         if isinstance(arch, t5.T5Architecture):
-            return t5.T5(arch, int8=int8, mesh=mesh)
-        return decoder.Decoder(arch, int8=int8, attention=attention, mesh=mesh)
+            return t5.T5(arch, quantize=quantize, mesh=mesh)
+        return decoder.Decoder(arch, quantize=quantize, attention=attention, mesh=mesh)
 
     graphdef, state = nnx.split(nnx.eval_shape(build))
     flat = dict(nnx.to_flat_state(state))
     for path, parameter in flat.items():
-        is_scale = path[-1] == "scale" and (*path[:-1], "kernel") in flat
-        if parameter.dtype != jnp.int8 and not is_scale and "norm" not in str(path[-2:-1]):
+        of_quantized = kind_of(parameter) or is_companion(path, flat)
+        if not of_quantized and "norm" not in str(path[-2:-1]):
             parameter.set_value(jax.ShapeDtypeStruct(parameter.shape, jnp.dtype(dtype)))
     return nnx.merge(graphdef, state)
 

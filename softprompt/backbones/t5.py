@@ -20,6 +20,7 @@ from softprompt.backbones.head import OutputHead
 from softprompt.backbones.layers import Embedding, Linear, RMSNorm
 from softprompt.backbones.packing import AS_ROWS, Packing, Rows
 from softprompt.backbones.prefix import T5Cache, T5Prefix, positions_within
+from softprompt.backbones.quantization import Quantization
 from softprompt.backbones.t5_block import DecoderBlock, EncoderBlock, T5Architecture
 from softprompt.parallel.mesh import ROWS, divide
 from softprompt.parallel.sharding import gather_layer
@@ -33,7 +34,7 @@ class T5(nnx.Module):
 
     Args:
       arch: the architecture.
-      int8: whether the kernels are int8.
+      quantize: how the kernels are quantized, see `quantization`; None for floating point.
       mesh: the devices that the parameters are divided over; None for one device.
     """
 
@@ -42,7 +43,13 @@ class T5(nnx.Module):
     auto_class = "AutoModelForSeq2SeqLM"
     attention: Literal["xla"] = "xla"
 
-    def __init__(self, arch: T5Architecture, *, int8: bool = False, mesh: Mesh | None = None):
+    def __init__(
+        self,
+        arch: T5Architecture,
+        *,
+        quantize: Quantization | None = None,
+        mesh: Mesh | None = None,
+    ):
         self.arch, self.mesh = arch, mesh
         self.embedding = Embedding(arch.vocab_size, arch.hidden_size)
         buckets = (arch.num_buckets, arch.num_heads)
@@ -50,14 +57,16 @@ class T5(nnx.Module):
         self.encoder_bias = nnx.Param(jnp.zeros(buckets))
 
         def stacked(kind: type[EncoderBlock], count: int) -> EncoderBlock:
-            return nnx.vmap(lambda _: kind(arch, int8))(jnp.arange(count))
+            return nnx.vmap(lambda _: kind(arch, quantize))(jnp.arange(count))
 
         self.encoder = stacked(EncoderBlock, arch.num_encoder_layers)
         self.encoder_norm = norm()
         self.decoder_bias = nnx.Param(jnp.zeros(buckets))
         self.decoder = stacked(DecoderBlock, arch.num_decoder_layers)
         self.decoder_norm = norm()
-        self.head = None if arch.tied_head else Linear(arch.hidden_size, arch.vocab_size, int8=int8)
+        self.head = (
+            None if arch.tied_head else Linear(arch.hidden_size, arch.vocab_size, quantize=quantize)
+        )
 
     def __repr__(self) -> str:
         arch = self.arch

@@ -20,6 +20,7 @@ from softprompt.backbones.layers import (
     join_heads,
 )
 from softprompt.backbones.packing import Rows
+from softprompt.backbones.quantization import Quantization
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,18 +61,18 @@ class T5Architecture:
 class EncoderBlock(nnx.Module):
     """An encoder layer: bidirectional attention and a feed-forward layer, with norms before."""
 
-    def __init__(self, arch: T5Architecture, int8: bool):
+    def __init__(self, arch: T5Architecture, quantize: Quantization | None):
         self.arch = arch
         sizes = arch.hidden_size, arch.num_heads, arch.num_heads, arch.head_size
         self.attention_norm = RMSNorm(arch.hidden_size, arch.norm_epsilon)
-        self.attention = Attention(*sizes, int8=int8)
+        self.attention = Attention(*sizes, quantize=quantize)
         self.feed_forward_norm = RMSNorm(arch.hidden_size, arch.norm_epsilon)
         self.feed_forward = FeedForward(
             arch.hidden_size,
             arch.feed_forward_size,
             activation=arch.activation,
             gated=arch.gated,
-            int8=int8,
+            quantize=quantize,
         )
 
     def __call__(self, x: jax.Array, visible: jax.Array, bias: jax.Array, rows: Rows) -> jax.Array:
@@ -116,11 +117,11 @@ class EncoderBlock(nnx.Module):
 class DecoderBlock(EncoderBlock):
     """A decoder layer: an encoder layer with cross-attention to the encoded input."""
 
-    def __init__(self, arch: T5Architecture, int8: bool):
-        super().__init__(arch, int8)
+    def __init__(self, arch: T5Architecture, quantize: Quantization | None):
+        super().__init__(arch, quantize)
         sizes = arch.hidden_size, arch.num_heads, arch.num_heads, arch.head_size
         self.cross_norm = RMSNorm(arch.hidden_size, arch.norm_epsilon)
-        self.cross = Attention(*sizes, int8=int8)
+        self.cross = Attention(*sizes, quantize=quantize)
 
     def __call__(self, x, sources, encoded: Source, rows: Rows):  # type: ignore[override]
         """Run the layer.

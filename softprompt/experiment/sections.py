@@ -135,6 +135,9 @@ class MeshSettings(Section):
         return self
 
 
+Quantization = Literal["int8", "int4"]
+
+
 class ComputeSettings(Section):
     """How the frozen base model is stored and run."""
 
@@ -143,9 +146,10 @@ class ComputeSettings(Section):
         description="Type of parameters and activations. Norms, softmax and loss are always "
         "computed in float32.",
     )
-    int8: bool = Field(
-        default=False,
-        description="Store the weight matrices as int8, with one scale per output channel.",
+    quantize: Quantization | None = Field(
+        default=None,
+        description="Store the weight matrices in fewer bits: `int8` with one scale per output "
+        "channel, `int4` with a scale and an offset per group of 32 inputs.",
     )
     attention: Literal["auto", "xla", "cudnn"] = Field(
         default="auto",
@@ -156,6 +160,19 @@ class ComputeSettings(Section):
         default=None,
         description="The devices to use, such as `{data: 4, model: 2}`; `null` for one device.",
     )
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _read_former_key(cls, values: Any) -> Any:
+        """Read `int8: true`, which earlier versions wrote, as `quantize: int8`."""
+        if not isinstance(values, dict) or not isinstance(values.get("int8"), bool):
+            return values
+        kept = {key: value for key, value in values.items() if key != "int8"}
+        if values["int8"]:
+            if kept.get("quantize", "int8") not in ("int8", None):
+                raise ValueError(f"int8: true and quantize: {shortened(kept['quantize'])} differ")
+            kept["quantize"] = "int8"
+        return kept
 
 
 class OptimizerSettings(Section):

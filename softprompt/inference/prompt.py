@@ -277,7 +277,7 @@ def load_prompt(
     Args:
       path: the folder of a run, or of a saved prompt.
       base: the base model or its name. By default the one that the prompt names, with the
-        `dtype` and `int8` of training.
+        `dtype` and `quantize` of training.
       mesh: the devices that the base model is divided over, see `make_mesh`; None for one device.
         A `Base` already has its mesh.
 

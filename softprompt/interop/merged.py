@@ -38,8 +38,8 @@ def export_merged(prompt: TrainedPrompt, folder: Path) -> str:
       UserError: if no plain model computes the same.
     """
     method, base = prompt.method, prompt.base
-    if base.compute.int8:
-        raise UserError("a base model in int8 cannot be merged; load it without int8")
+    if kind := base.compute.quantize:
+        raise UserError(f"a base model in {kind} cannot be merged; load it without quantize")
     backbone, vectors = method.merge_into(base.backbone, prompt.backbone)
     if prompt.task.tasks:
         raise UserError("prompts of several tasks cannot be merged into one model")

@@ -236,7 +236,7 @@ def _lora(
         factors = [_scale(config, name.format(layer=i), pair) for i, pair in enumerate(sides)]
         scale = next(factor for factor in factors if factor)
         for part, path in enumerate(paths):
-            _, inputs, outputs = linears[path].kernel.shape
+            _, inputs, outputs = linears[path].shape
             rank = max(len(pair[0]) for pair in sides if pair)
             down = np.zeros((layers, inputs, rank), np.float32)
             up = np.zeros((layers, rank, outputs), np.float32)
@@ -271,8 +271,8 @@ def _take_pair(left, module: str, linears, entry, paths, base: Base):
         missing = names[1 - names.index(here[0])]
         raise _Misfit(f"{_FILE}: there is {here[0]}, but not {missing}")
     down, up = (left.pop(name) for name in names)
-    inputs = linears[paths[0]].kernel.shape[1]
-    outputs = sum(linears[path].kernel.shape[2] for path in paths)
+    inputs = linears[paths[0]].shape[1]
+    outputs = sum(linears[path].shape[2] for path in paths)
     if down.shape[1:] != (inputs,) or up.shape != (outputs, len(down)):
         raise _Misfit(
             f"{_FILE}: {module} has A {down.shape} and B {up.shape}, but the module of the base "

@@ -27,11 +27,6 @@ def parameters_of(backbone: Backbone) -> dict[str, jax.Array]:
     return {".".join(map(str, path)): variable[...] for path, variable in flat}
 
 
-def parameter_count(backbone: Backbone) -> int:
-    """Return the number of parameters of a backbone."""
-    return sum(array.size for array in parameters_of(backbone).values())
-
-
 def with_parameters(backbone: Backbone, arrays: Mapping[str, jax.Array]) -> Backbone:
     """Return a copy of a backbone with other parameters.
 

@@ -32,9 +32,9 @@ class FullFineTuning(Method):
 
     @classmethod
     def check(cls, experiment: Experiment) -> None:
-        """Reject int8 matrices, which have no gradient."""
-        if experiment.compute.int8:
-            raise ValueError("method: full cannot train compute.int8 matrices; lora can")
+        """Reject quantized matrices, which have no gradient."""
+        if kind := experiment.compute.quantize:
+            raise ValueError(f"method: full cannot train {kind} matrices; lora can")
 
     def arrays(self, backbone: Backbone) -> dict[str, jax.Array]:
         """Return the parameters of the backbone by their paths."""

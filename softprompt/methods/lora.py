@@ -16,6 +16,7 @@ from flax import nnx
 
 from softprompt.backbones.layers import LowRankAddition
 from softprompt.backbones.loading import Backbone, Base, Prefix
+from softprompt.backbones.quantization import kind_of
 from softprompt.errors import UserError, shortened
 from softprompt.experiment.schema import Experiment
 from softprompt.experiment.sections import LARGEST_FLOAT32
@@ -102,14 +103,15 @@ class LoRA(Method):
         The given backbone keeps its matrices, so there is nothing to undo.
 
         Raises:
-          UserError: if its matrices are int8.
+          UserError: if its matrices are quantized.
         """
         backbone = copied(backbone)
         linears = matrices_of(backbone)
         for path, scale in self.scales:
-            if linears[path].scale is not None:
+            if kind := kind_of(linears[path].kernel):
                 raise UserError(
-                    "LoRA cannot be merged into int8 matrices; load the base model without int8"
+                    f"LoRA cannot be merged into {kind} matrices; load the base model without "
+                    "quantize"
                 )
             kernel, (down, up) = linears[path].kernel, self._pair(path)
             change = scale * jnp.einsum("lir,lro->lio", down, up)
@@ -138,7 +140,7 @@ class LoRA(Method):
         for path in scales:
             if path not in linears:
                 raise ValueError(f"scales: the base model has no matrix {shortened(path)}")
-            layers, inputs, outputs = linears[path].kernel.shape
+            layers, inputs, outputs = linears[path].shape
             rank = f"R of {path}"
             axes |= {f"{path}.down": (layers, inputs, rank), f"{path}.up": (layers, rank, outputs)}
         return axes
@@ -180,7 +182,7 @@ class LoRA(Method):
             ends = np.cumsum(sizes)
             for layer in range(len(matrices[learned[0]][0])):
                 down = np.concatenate([matrices[path][0][layer].T for path in learned])  # [R, in]
-                outputs = [linears[path].kernel.shape[-1] for path in paths]
+                outputs = [linears[path].shape[-1] for path in paths]
                 parts = [np.zeros((size, ends[-1]), np.float32) for size in outputs]
                 for path, size, end in zip(learned, sizes, ends, strict=True):
                     factor = np.float32(scales[path] / scales[learned[0]])
@@ -261,7 +263,7 @@ def initial_matrices(
     """
     matrices, linears = {}, matrices_of(backbone)
     for path, one in zip(paths, jax.random.split(key, len(paths)), strict=True):
-        layers, inputs, outputs = linears[path].kernel.shape
+        layers, inputs, outputs = linears[path].shape
         bound = inputs**-0.5
         down = jax.random.uniform(one, (layers, inputs, rank), minval=-bound, maxval=bound)
         matrices[path] = down, jnp.zeros((layers, rank, outputs))

@@ -12,15 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from flax import nnx
 
 from softprompt.backbones.loading import Backbone, Base
+from softprompt.backbones.quantization import parameter_count
 from softprompt.data.task import Task, make_task
 from softprompt.errors import UserError
 from softprompt.experiment.methods import method_class
 from softprompt.experiment.schema import GenerationSettings, ScoringSettings, TemplateSettings
 from softprompt.files.json_files import checked
 from softprompt.files.reading import MEBIBYTE
-from softprompt.methods.backbone_arrays import parameter_count
 from softprompt.methods.method import Method
 from softprompt.methods.prompt_file import PromptFile
 from softprompt.parallel.sharding import with_shardings
@@ -227,7 +228,7 @@ class SavedPrompt:
         except ValueError as error:
             raise UserError(f"{self.folder / _FILE}: {error}") from None
         values = sum(math.prod(array.shape) for array in form.values())
-        limit = max(_ALWAYS_ALLOWED, parameter_count(base.backbone))
+        limit = max(_ALWAYS_ALLOWED, parameter_count(nnx.state(base.backbone, nnx.Param)))
         if values > limit:
             raise UserError(
                 f"{self.folder / _FILE}: arrays: {values} values, more than the base model has"

@@ -53,6 +53,13 @@ most methods learn) are small. Every device has all of them.
 
 _MOST_MESHES = 8  # named in an error message
 
+Together = Callable[[int], int]
+
+
+def one_input(inputs: int) -> int:
+    """Return 1: the inputs of a matrix can be divided anywhere."""
+    return 1
+
 
 def axes_of(name: str, ndim: int) -> tuple[Axes, ...]:
     """Return the mesh axes that divide each axis of a parameter, or of its optimizer state.
@@ -67,7 +74,7 @@ def axes_of(name: str, ndim: int) -> tuple[Axes, ...]:
     last: tuple[Axes, ...] = ()
     if (module, leaf) == ("embedding", "table"):
         last = _TABLE
-    elif leaf == "kernel":
+    elif leaf in ("kernel", "group_scale", "group_offset"):
         last = inputs, outputs
     elif leaf in ("scale", "bias"):
         last = (outputs,)
@@ -158,12 +165,14 @@ def _name(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
-def require_divisible(arch: Any, mesh: Mesh | None) -> None:
+def require_divisible(arch: Any, mesh: Mesh | None, together: Together = one_input) -> None:
     """Check that a mesh divides a model.
 
     Args:
       arch: the architecture of the model.
       mesh: the mesh, or None.
+      together: takes the number of inputs of a matrix, and returns how many neighboring inputs
+        must be on the same device.
 
     Raises:
       UserError: names the size that is not divided, and meshes of as many devices that work.
@@ -171,11 +180,12 @@ def require_divisible(arch: Any, mesh: Mesh | None) -> None:
     if mesh is None:
         return
     sizes = {axis: size for axis, size in mesh.shape.items() if axis != "trials"}
-    for what, size, axes in _divided_sizes(arch):
+    for what, size, axes in _divided_sizes(arch, together):
         if size % axis_size(mesh, axes):
             parts = " x ".join(f"{axis} {sizes[axis]}" for axis in axes if sizes[axis] > 1)
             devices = math.prod(sizes.values())
-            working = map(mesh_name, itertools.islice(meshes_of(arch, devices), _MOST_MESHES))
+            found = itertools.islice(meshes_of(arch, devices, together), _MOST_MESHES)
+            working = map(mesh_name, found)
             raise UserError(
                 f"mesh {mesh_name(sizes)}: the model has {size} {what}, which {parts} does not "
                 f"divide; meshes of {devices} devices that work: {', '.join(working)}"
@@ -200,24 +210,40 @@ def require_rows(rows: int, mesh: Mesh | None) -> None:
         )
 
 
-def meshes_of(arch: Any, devices: int) -> Iterator[dict[str, int]]:
-    """Yield the meshes of a number of devices that divide a model, as sizes by axis."""
+def meshes_of(arch: Any, devices: int, together: Together = one_input) -> Iterator[dict[str, int]]:
+    """Yield the meshes of a number of devices that divide a model, as sizes by axis.
+
+    Args:
+      arch, together: see `require_divisible`.
+      devices: the number of devices.
+    """
     divisors = [size for size in range(1, devices + 1) if devices % size == 0]
     for shape in itertools.product(divisors, repeat=len(AXES) - 1):
         sizes = dict(zip(AXES[1:], shape, strict=True))
         if math.prod(shape) == devices and all(
             size % math.prod(sizes[axis] for axis in axes) == 0
-            for _, size, axes in _divided_sizes(arch)
+            for _, size, axes in _divided_sizes(arch, together)
         ):
             yield sizes
 
 
-def _divided_sizes(arch: Any) -> list[tuple[str, int, tuple[str, ...]]]:
+def _divided_sizes(arch: Any, together: Together) -> list[tuple[str, int, tuple[str, ...]]]:
     """List what a mesh divides in a model: its name, its size, and the axes of the mesh."""
+    inputs = [
+        ("attention", arch.num_heads * arch.head_size, ("model",)),
+        ("feed-forward", arch.feed_forward_size, ("model",)),
+        ("hidden", arch.hidden_size, ("fsdp",)),
+    ]
+    groups = [
+        (f"groups of {size} {what} features", count // size, axes)
+        for what, count, axes in inputs
+        if (size := together(count)) > 1
+    ]
     return [
         ("attention heads", arch.num_heads, ("model",)),
         ("key-value heads", getattr(arch, "num_kv_heads", arch.num_heads), ("model",)),
         ("feed-forward features", arch.feed_forward_size, ("model",)),
         ("tokens in its vocabulary", arch.vocab_size, VOCABULARY),
         ("hidden features", arch.hidden_size, ("fsdp",)),
+        *groups,
     ]

@@ -4,10 +4,10 @@ import dataclasses
 import math
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 
 from softprompt.backbones.config import architecture_of
+from softprompt.backbones.quantization import inputs_together, parameter_count
 from softprompt.errors import UserError
 from softprompt.experiment.schema import Experiment
 from softprompt.parallel.hosts import bytes_on_device
@@ -89,6 +89,7 @@ def make_plan(
         arch = architecture_of(config, ())
     except UserError as error:
         raise UserError(f"base {experiment.base}: {error}") from None
+    together = inputs_together(experiment.compute.quantize)
     sizes = sizes_of(experiment, arch, kind, chips)
     rows = _rows(experiment, arch, tokens, targets)
     missing = missing_compiler(kind)
@@ -104,7 +105,7 @@ def make_plan(
         count = math.prod(sizes.values())
         devices = virtual_cpu_devices(count) if on_cpu else absent_devices(kind, count)
         mesh = make_mesh(sizes, devices)
-        require_divisible(arch, mesh)
+        require_divisible(arch, mesh, together)
         require_rows(experiment.training.batch_size, mesh)
         return step_program(experiment, config, arch, rows, mesh), mesh
 
@@ -119,12 +120,12 @@ def make_plan(
         smallest, tried = smallest_that_fits(
             planned,
             _MOST_VIRTUAL if on_cpu else kind.most_chips,
-            lambda devices: chosen_mesh(arch, experiment.training.batch_size, devices),
+            lambda count: chosen_mesh(arch, experiment.training.batch_size, count, together),
             arguments,
             lambda sizes: measure(*program(sizes), kind, flops),
             kind.usable,
         )
-    base, trained = (_count(arrays) for arrays in (whole.frozen[1], whole.trainable))
+    base, trained = (parameter_count(arrays) for arrays in (whole.frozen[1], whole.trainable))
     return Plan(
         experiment=experiment.name,
         base=experiment.base,
@@ -164,10 +165,6 @@ def _rows(experiment: Experiment, arch: Any, tokens: int | None, targets: int | 
     targets = targets or (experiment.generation.max_new_tokens if free else _LABEL_TARGETS)
     rows = experiment.training.batch_size * experiment.training.accumulate
     return BatchShape(rows, tokens, min(targets, tokens))
-
-
-def _count(arrays: Any) -> int:
-    return sum(array.size for array in jax.tree.leaves(arrays))
 
 
 def _notes(

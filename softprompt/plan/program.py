@@ -97,7 +97,7 @@ def step_program(
     experiment = _with_random_vectors(experiment)
     kind = method_class(experiment.method)
     compute = experiment.compute
-    backbone = backbone_shapes(arch, dtype=compute.dtype, int8=compute.int8, mesh=mesh)
+    backbone = backbone_shapes(arch, dtype=compute.dtype, quantize=compute.quantize, mesh=mesh)
 
     def build(backbone: Backbone) -> Method:
         no_tokenizer: Any = None

@@ -4,10 +4,11 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from softprompt.backbones.quantization import inputs_together
 from softprompt.errors import UserError
 from softprompt.experiment.schema import Experiment
 from softprompt.parallel.mesh import mesh_name
-from softprompt.parallel.sharding import meshes_of
+from softprompt.parallel.sharding import Together, meshes_of, one_input
 from softprompt.plan.hardware import Hardware, wrong_count
 from softprompt.plan.measure import MeshPlan
 
@@ -30,7 +31,10 @@ def sizes_of(experiment: Experiment, arch: Any, hardware: Hardware, chips: int) 
     """
     if experiment.compute.mesh is None:
         rows, count = experiment.training.batch_size, chips
-        while (sizes := chosen_mesh(arch, rows, count)) is None or wrong_count(hardware, count):
+        together = inputs_together(experiment.compute.quantize)
+        while (sizes := chosen_mesh(arch, rows, count, together)) is None or wrong_count(
+            hardware, count
+        ):
             count -= 1
         return sizes
     sizes = dict(experiment.compute.mesh)
@@ -46,16 +50,18 @@ def sizes_of(experiment: Experiment, arch: Any, hardware: Hardware, chips: int) 
     return {axis: count // fixed if size == -1 else size for axis, size in sizes.items()}
 
 
-def chosen_mesh(arch: Any, rows: int, devices: int) -> Sizes | None:
+def chosen_mesh(arch: Any, rows: int, devices: int, together: Together = one_input) -> Sizes | None:
     """Return the mesh of a number of devices with the largest `fsdp`; None if there is none.
 
     Args:
-      arch: the architecture of the base model.
+      arch, together: see `require_divisible`.
       rows: the rows of a batch, which `data` and `fsdp` must divide.
       devices: the number of devices.
     """
     fitting = [
-        sizes for sizes in meshes_of(arch, devices) if rows % (sizes["data"] * sizes["fsdp"]) == 0
+        sizes
+        for sizes in meshes_of(arch, devices, together)
+        if rows % (sizes["data"] * sizes["fsdp"]) == 0
     ]
     if not fitting:
         return None

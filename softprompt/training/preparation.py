@@ -128,9 +128,10 @@ class Preparation:
             began = time.monotonic()
             settings = experiment.compute.model_dump(exclude={"mesh"})
             base = load_base(experiment.base, **settings, mesh=mesh)
+            kind = base.compute.quantize
             _log.info(
                 f"base {base.name}: loaded in {time.monotonic() - began:.1f} s, "
-                f"{base.compute.dtype}{', int8 matrices' if base.compute.int8 else ''}, "
+                f"{base.compute.dtype}{f', {kind} matrices' if kind else ''}, "
                 f"{base.compute.attention} attention"
             )
             self._bases[wanted] = base

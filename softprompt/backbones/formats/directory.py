@@ -54,6 +54,19 @@ class ModelFile(Protocol):
           part: the slice of each axis, without steps. By default, the whole tensor is read.
         """
 
+    def grid(self, name: str, part: tuple[slice, ...]) -> np.ndarray | None:
+        """Return the scales and offsets of a matrix `[out, in]` that is stored in 4 bits.
+
+        Args:
+          name: the name of the tensor.
+          part: the slice of each axis. The inputs are whole groups.
+
+        Returns:
+          The scale and the offset of each group of 32 inputs, `[out, G, 2]`, or None if the matrix
+          is stored in another form. Its values are `code * scale + offset`, with codes from 0 to
+          15.
+        """
+
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """Make the tokenizer."""
 
@@ -93,6 +106,10 @@ class ModelDirectory:
     def read(self, name: str, part: tuple[slice, ...] = ()) -> np.ndarray:
         """Read a tensor, or a part of it, in its stored dtype, but float64 as float32."""
         return self._file_of[name].read(name, part)
+
+    def grid(self, name: str, part: tuple[slice, ...]) -> np.ndarray | None:
+        """Return None: no tensor is stored in 4 bits."""
+        return None
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """Make the tokenizer from `tokenizer.json` and the files next to it."""

@@ -8,9 +8,11 @@ import gguf
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from softprompt.backbones.formats.gguf_grid import grid_of
 from softprompt.backbones.formats.gguf_header import parse_header
 from softprompt.backbones.formats.gguf_tokenizer import read_tokenizer
 from softprompt.backbones.formats.tokenizer import GuardedTokenizer, library_errors
+from softprompt.backbones.quantization import GROUP
 from softprompt.errors import UserError, shortened
 from softprompt.files.reading import open_file
 
@@ -169,6 +171,15 @@ class GGUFFile:
             stored = data.reshape(*shape[:-1], -1)[*rows, blocks]
             values = gguf.quants.dequantize(stored, tensor.kind)
         return values[..., start - first * block : end - first * block]
+
+    def grid(self, name: str, part: tuple[slice, ...]) -> np.ndarray | None:
+        """Return the scales and offsets of a matrix in 4 bits; see `ModelFile.grid`."""
+        tensor, shape = self._tensors[name], self.shape(name)
+        rows, inputs = part
+        data = np.frombuffer(self._data, np.uint8, tensor.size, tensor.offset)
+        grid = grid_of(data.reshape(shape[0], -1)[rows], tensor.kind)
+        start, end, _ = inputs.indices(shape[-1])
+        return None if grid is None else grid[:, start // GROUP : end // GROUP]
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """Make the tokenizer that the metadata describe."""

@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 
 from softprompt.backbones.formats.names import WHOLE, Names, Stored, module_and_suffix
 from softprompt.backbones.loading import Backbone
+from softprompt.backbones.quantization import COMPANIONS, dequantize, is_companion, kind_of
 
 
 def stored_tensors(backbone: Backbone, names: Names) -> Iterator[tuple[str, np.ndarray]]:
@@ -25,7 +26,7 @@ def stored_tensors(backbone: Backbone, names: Names) -> Iterator[tuple[str, np.n
 
     Yields:
       The name and the value of each tensor, with axes in PyTorch's order, in the dtype of the
-      parameter, or float32 for int8 kernels.
+      parameter, or float32 for quantized kernels.
     """
     parameters = {
         tuple(map(str, path)): variable[...]
@@ -33,7 +34,7 @@ def stored_tensors(backbone: Backbone, names: Names) -> Iterator[tuple[str, np.n
     }
     tensors: dict[Stored, dict[int, tuple[str, ...]]] = {}  # the path of each part
     for path in parameters:
-        if path[-1] == "scale" and (*path[:-1], "kernel") in parameters:
+        if is_companion(path, parameters):
             continue  # converted together with its kernel
         module, suffix = module_and_suffix(path)
         entry = find_entry(names, module, backbone.arch)
@@ -75,10 +76,9 @@ def find_entry(names: Names, module: str, arch: Any) -> Stored:
 
 def _slice(parameters: Any, path: tuple[str, ...], index: tuple[int, ...]) -> np.ndarray:
     """Return the parameter of one layer or expert, with axes in PyTorch's order."""
-    array = parameters[path][index]
     if path[-1] != "kernel":
-        return np.asarray(array)
-    scale = parameters.get((*path[:-1], "scale"))
-    if scale is not None:
-        array = array.astype(jnp.float32) * scale[index][None]
-    return np.asarray(array).T
+        return np.asarray(parameters[path][index])
+    paths = {name: (*path[:-1], name) for name in ("kernel", *COMPANIONS)}
+    arrays = {name: parameters[p][index] for name, p in paths.items() if p in parameters}
+    kernel = arrays["kernel"]
+    return np.asarray(dequantize(arrays, jnp.float32 if kind_of(kernel) else kernel.dtype)).T

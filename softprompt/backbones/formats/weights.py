@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,13 @@ from softprompt.backbones.formats.digest import RememberedDigest
 from softprompt.backbones.formats.directory import ModelFile
 from softprompt.backbones.formats.names import WHOLE, Names, Stored, module_and_suffix
 from softprompt.backbones.formats.parts import Part
+from softprompt.backbones.quantization import (
+    COMPANIONS,
+    is_companion,
+    kernel_shape,
+    kind_of,
+    quantize,
+)
 from softprompt.errors import UserError, shortened, shown
 from softprompt.parallel.hosts import is_main, text_of_main
 from softprompt.parallel.sharding import sharding_of
@@ -44,8 +51,7 @@ def load_weights(
 
     Args:
       state: the shapes and dtypes of the parameters. This function replaces them by arrays.
-        Kernels of dtype int8 are quantized: each output channel is rounded to integer multiples
-        of its largest absolute value / 127.
+        Kernels of dtype int8 or uint8 are quantized, see `quantization`.
       file: the file to read from.
       names: the table of tensor names of the family.
       arch: the architecture of the backbone.
@@ -66,43 +72,57 @@ def load_weights(
     digest = remembered.read() if mesh is None or is_main() else ""
     hasher: Any = hashlib.sha256() if digest is None else None
     reader = _Reader(file, names, arch, hasher)
-    read = {  # without the scales of kernels, which are set together with the kernels
-        path: parameter
-        for path, parameter in flat.items()
-        if not (path[-1] == "scale" and (*path[:-1], "kernel") in flat)
-    }
-    for path, parameter in read.items():
-        reader.check(path, parameter.shape)
+    read = [path for path in flat if not is_companion(path, flat)]
+    for path in read:
+        reader.check(path, _shape_of(path, flat[path]))
     if arch.tied_head:
         reader.check_tied_head()
     reader.raise_problems()
-    for path, parameter in read.items():
-        held = parts.local_parts(parameter.shape, divided[path])
-        values, scales = reader.parameter(path, parameter.shape, parameter.dtype, held)
-        parameter.set_value(parts.assembled(parameter.shape, divided[path], values))
-        if scales:
-            scale = *path[:-1], "scale"
-            flat[scale].set_value(parts.assembled(flat[scale].shape, divided[scale], scales))
-        del values, scales  # before memory for the next parameter is allocated
+    for path in read:
+        arrays = {str(path[-1]): flat[path]}
+        if path[-1] == "kernel":  # with what is stored beside it
+            beside = {name: (*path[:-1], name) for name in COMPANIONS}
+            arrays |= {name: flat[p] for name, p in beside.items() if p in flat}
+        shardings = {name: divided[*path[:-1], name] for name in arrays}
+        held = {name: parts.local_parts(a.shape, shardings[name]) for name, a in arrays.items()}
+        values = reader.parameter(path, _shape_of(path, flat[path]), arrays, held)
+        for name, array in arrays.items():
+            array.set_value(parts.assembled(array.shape, shardings[name], values[name]))
+        del values  # before memory for the next parameter is allocated
     if digest is None:
         digest = hasher.hexdigest()
         remembered.write(digest)
     return digest if mesh is None else text_of_main(digest)
 
 
-def quantize(kernel: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Quantize a kernel to int8.
+def _shape_of(path: tuple[Any, ...], parameter: Any) -> tuple[int, ...]:
+    """Return the shape of a parameter before it was quantized."""
+    return kernel_shape(parameter) if path[-1] == "kernel" else parameter.shape
+
+
+def _stored_part(block: Part, stored: tuple[int, ...], shape: tuple[int, ...]) -> Part:
+    """Return the part of an array that stores a block of a tensor: the inverse of `_source`."""
+    if len(stored) < len(shape):
+        return block[1:]
+    inputs = shape[0] // stored[0]
+    (start, end), *rest = block
+    return ((start // inputs, end // inputs), *rest)
+
+
+def _source(part: Part, stored: tuple[int, ...], shape: tuple[int, ...]) -> Part:
+    """Return the part of a tensor that determines a part of an array that stores it.
 
     Args:
-      kernel: `[in, out]`.
-
-    Returns:
-      Integers from -127 to 127, `[in, out]`, and the scale of each output channel, `[out]`.
+      part: the part of the array.
+      stored: the shape of the array. One of its rows can stand for several inputs of the tensor.
+        The scales of output channels have no rows, and depend on all inputs.
+      shape: the shape of the tensor.
     """
-    kernel = kernel.astype(np.float32)
-    scales = np.abs(kernel).max(axis=0) / 127
-    scales[scales == 0] = 1
-    return np.rint(kernel / scales).astype(np.int8), scales
+    if len(stored) < len(shape):
+        return ((0, shape[0]), *part)
+    inputs = shape[0] // stored[0]
+    (start, end), *rest = part
+    return ((start * inputs, end * inputs), *rest)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,54 +168,75 @@ class _Reader:
             self._check_tensor(tensor)
 
     def parameter(
-        self, path: tuple[Any, ...], shape: tuple[int, ...], dtype: Any, held: list[Part]
-    ) -> tuple[dict[Part, np.ndarray], dict[Part, np.ndarray]]:
+        self,
+        path: tuple[Any, ...],
+        shape: tuple[int, ...],
+        arrays: Mapping[str, Any],
+        held: Mapping[str, list[Part]],
+    ) -> dict[str, dict[Part, np.ndarray]]:
         """Read parts of a parameter for all layers and experts.
 
         Args:
           path: the path of the parameter in the backbone.
-          shape: the shape of the whole parameter.
-          dtype: the dtype of the result.
-          held: the parts. Each contains all layers and experts.
+          shape: the shape of the whole parameter, before it was quantized.
+          arrays: by name, the arrays that store it, with their shapes and dtypes.
+          held: by name, the parts of each array. Each contains all layers and experts.
 
         Returns:
-          The values of each part. If `dtype` is int8, also the scales, which have no input axis.
+          By name, the values of each part.
         """
-        quantized = dtype == np.int8
-        values = {part: np.empty(parts.shape_of(part), dtype) for part in held}
-        outputs = {part: (*part[:-2], part[-1]) for part in held} if quantized else {}
-        scales = {part: np.empty(parts.shape_of(part), np.float32) for part in outputs.values()}
+        values = {
+            name: {part: np.empty(parts.shape_of(part), arrays[name].dtype) for part in held[name]}
+            for name in arrays
+        }
         for tensor in self._tensors(path, shape):
-            stacked = {part[len(tensor.index) :]: part for part in held}
-            for part, array, scale in self._parts(tensor, list(stacked), quantized):
-                values[stacked[part]][tensor.index] = array
-                if quantized:
-                    scales[outputs[stacked[part]]][tensor.index] = scale
-        return values, scales
+            for name, part, array in self._parts(tensor, arrays, held):
+                values[name][part][tensor.index] = array
+        return values
 
     def _parts(
-        self, tensor: _Tensor, wanted: list[Part], quantized: bool
-    ) -> Iterator[tuple[Part, np.ndarray, np.ndarray | None]]:
-        """Yield parts of a tensor, with axes in the parameter's order. No value is read twice.
+        self, tensor: _Tensor, arrays: Mapping[str, Any], held: Mapping[str, list[Part]]
+    ) -> Iterator[tuple[str, Part, np.ndarray]]:
+        """Yield parts of the arrays that store a tensor. No value of the tensor is read twice.
+
+        Args:
+          tensor: the tensor.
+          arrays, held: see `parameter`.
 
         Yields:
-          One of the wanted parts, its values, and the scales of its outputs if it is quantized.
+          The name of an array, one of its parts, and the values of this layer and expert.
         """
         shape = tensor.shape[::-1] if tensor.is_kernel else tensor.shape
-        if self._hasher:
-            blocks = [parts.whole(shape)]
-        elif quantized:  # a scale depends on all inputs
-            blocks = parts.covering([((0, shape[0]), outputs) for _, outputs in wanted])
-        else:
-            blocks = parts.covering(wanted)
+        stack = len(tensor.index)
+        shapes = {name: array.shape[stack:] for name, array in arrays.items()}
+        sources = {
+            name: {part: _source(part[stack:], shapes[name], shape) for part in each}
+            for name, each in held.items()
+        }
+        # The scales come last, and depend on at least as many inputs as the codes.
+        needed = list(sources[list(arrays)[-1]].values())
+        blocks = [parts.whole(shape)] if self._hasher else parts.covering(needed)
         for block in blocks:
-            array, scale = self._read(tensor, block), None
-            if quantized:
-                array, scale = quantize(array)
-            for part in wanted:
-                if parts.contains(block, part):
-                    inside = parts.slices(part, block)
-                    yield part, array[inside], None if scale is None else scale[inside[-1]]
+            stored = self._stored_arrays(tensor, block, arrays)
+            for name, each in sources.items():
+                outer = _stored_part(block, shapes[name], shape)
+                for part, source in each.items():
+                    if parts.contains(block, source):
+                        yield name, part, stored[name][parts.slices(part[stack:], outer)]
+
+    def _stored_arrays(
+        self, tensor: _Tensor, block: Part, arrays: Mapping[str, Any]
+    ) -> dict[str, np.ndarray]:
+        """Read a block of a tensor and return the arrays that store it, by name."""
+        values = self._read(tensor, block)
+        kind = kind_of(arrays["kernel"]) if tensor.is_kernel else None
+        if kind is None:
+            return dict.fromkeys(arrays, values)
+        grid = self._block(self._file.grid, tensor, block) if kind == "int4" else None
+        try:
+            return quantize(kind, values, None if grid is None else grid.T)
+        except ValueError as error:
+            raise UserError(f"{self._file.path}: tensor {tensor.name}: {error}") from None
 
     def _tensors(self, path: tuple[Any, ...], shape: tuple[int, ...]) -> Iterator[_Tensor]:
         """Yield the tensors of a parameter, one for each layer and expert."""
@@ -244,16 +285,8 @@ class _Reader:
 
     def _read(self, tensor: _Tensor, block: Part) -> np.ndarray:
         """Read a block of a tensor, with axes in the parameter's order."""
-        index = parts.slices(block[::-1] if tensor.is_kernel else block)
-        if entry := tensor.entry:
-            # Conversions move rows, so they need all of them.
-            first = index[0] if entry.form is WHOLE else slice(None)
-            stored = (first, *index[1:])
-            stored = stored[::-1] if entry.transposed else stored
-            array = self._converted(self._file.read(tensor.name, stored), entry)
-            array = array if entry.form is WHOLE else array[index[0]]
-        else:
-            array = self._file.read(tensor.name, index)
+        array = self._block(self._file.read, tensor, block)
+        assert array is not None
         if not _is_finite(array):
             raise UserError(
                 f"{self._file.path}: tensor {tensor.name} has values that are not finite (NaN or "
@@ -263,6 +296,26 @@ class _Reader:
             self._hasher.update(f"{tensor.name} {array.shape}".encode())
             self._hasher.update(np.ascontiguousarray(array).view(np.uint8).data)
         return array.T if tensor.is_kernel else array
+
+    def _block(
+        self,
+        read: Callable[[str, tuple[slice, ...]], np.ndarray | None],
+        tensor: _Tensor,
+        block: Part,
+    ) -> np.ndarray | None:
+        """Return a block as a function reads it, converted, with axes in PyTorch's order."""
+        index = parts.slices(block[::-1] if tensor.is_kernel else block)
+        entry = tensor.entry
+        if entry is None:
+            return read(tensor.name, index)
+        # Conversions move rows, so they need all of them.
+        first = index[0] if entry.form is WHOLE else slice(None)
+        stored = (first, *index[1:])
+        array = read(tensor.name, stored[::-1] if entry.transposed else stored)
+        if array is None:
+            return None
+        array = self._converted(array, entry)
+        return array if entry.form is WHOLE else array[index[0]]
 
     def check_tied_head(self) -> None:
         """Check that a tied head, if the file stores it, equals the embedding.
