@@ -22,6 +22,12 @@ Demonstration = tuple[str, str]
 Piece = str | list[int] | None
 """Text with `{field}`s, token ids, or None for the virtual tokens."""
 
+Spans = list[tuple[int, int]]
+"""The characters where each field of a text begins and ends."""
+
+Filled = tuple[str, Spans]
+"""A text whose fields are filled in, and their characters."""
+
 
 def compile_template(
     template: TemplateSettings,
@@ -63,13 +69,10 @@ def compile_template(
     return [piece for piece in pieces if piece not in ("", [])]
 
 
-def fill(template: str, record: Record) -> tuple[str, list[tuple[int, int]]]:
-    """Fill in the fields of a template.
-
-    Returns:
-      The text, and for each field the characters where it begins and ends.
-    """
-    text, spans = "", []
+def fill(template: str, record: Record) -> Filled:
+    """Fill in the fields of a template."""
+    text = ""
+    spans: Spans = []
     for literal, field, _, _ in Formatter().parse(template):
         text += literal
         if field is not None:

@@ -129,7 +129,7 @@ class TrainedPrompt:
             raise UserError("this prompt was trained on free text and has no labels")
         if not records:
             return []
-        examples = [self.task.example(record, with_answer=False) for record in records]
+        examples = list(self.task.examples(records, with_answer=False))
         log_truncated(sum(e.truncated for e in examples), self.task, "inputs")
         scores = np.empty((len(examples), len(labels)), np.float32)
         model = self.backbone, self.prefix
@@ -193,10 +193,11 @@ class TrainedPrompt:
             raise UserError(f"{len(inputs)} inputs and {len(targets)} targets: give one for each")
         if not inputs:
             return []
-        examples = [
-            self.task.example(Record({**record.fields, fields[0]: target}, record.where))
+        pairs = [
+            Record({**record.fields, fields[0]: target}, record.where)
             for record, target in zip(self._records(inputs), targets, strict=True)
         ]
+        examples = list(self.task.examples(pairs))
         log_truncated(sum(e.truncated for e in examples), self.task, "inputs")
         perplexities = np.empty(len(examples))
         for numbers, scores in score(self.backbone, self.prefix, examples, batch_size):
