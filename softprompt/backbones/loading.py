@@ -22,6 +22,7 @@ from softprompt.backbones.flash import choose_attention
 from softprompt.backbones.formats.directory import ModelDirectory, ModelFile
 from softprompt.backbones.formats.gguf import GGUFFile
 from softprompt.backbones.formats.weights import load_weights
+from softprompt.backbones.formats.weights_copy import WeightsCopy
 from softprompt.errors import UserError, reason_of, shortened
 from softprompt.experiment.schema import ComputeSettings
 from softprompt.parallel.sharding import require_divisible
@@ -94,10 +95,10 @@ class Base:
         Raises:
           UserError: names the first token without an embedding.
         """
-        for token in set(tokens):
-            if token >= self.backbone.arch.vocab_size:
-                text = self.tokenizer.convert_ids_to_tokens(token)
-                raise UserError(f"{where}: the base model has no embedding for {text!r}")
+        size = self.backbone.arch.vocab_size
+        for token in {token for token in tokens if token >= size}:
+            text = self.tokenizer.convert_ids_to_tokens(token)
+            raise UserError(f"{where}: the base model has no embedding for {text!r}")
 
 
 def load_base(
@@ -192,8 +193,26 @@ def load_backbone(
 
     shapes = backbone_shapes(arch, dtype=dtype, int8=int8, attention=attention, mesh=mesh)
     graphdef, state = nnx.split(shapes)
-    weights = load_weights(state, file, names, arch, mesh)
+    weights = _load_weights(state, file, names, arch, mesh)
     return nnx.merge(graphdef, state), weights
+
+
+def _load_weights(
+    state: nnx.State, file: ModelFile, names: Any, arch: Any, mesh: Mesh | None
+) -> str:
+    """Fill in the parameters, from the copy of a GGUF file if there is one; return the digest."""
+    if mesh is not None or not isinstance(file, GGUFFile):
+        return load_weights(state, file, names, arch, mesh)
+    parameters = dict(nnx.to_flat_state(state))
+    copy = WeightsCopy(file, arch, {path: p.get_value() for path, p in parameters.items()})
+    if found := copy.read():
+        arrays, digest = found
+        for path, parameter in parameters.items():
+            parameter.set_value(jax.device_put(arrays[path]))
+        return digest
+    digest = load_weights(state, file, names, arch, mesh)
+    copy.write({path: p.get_value() for path, p in parameters.items()}, digest)
+    return digest
 
 
 def backbone_shapes(

@@ -4,6 +4,7 @@ A piece is text with fields to fill in, special tokens, or the place of the virt
 """
 
 import contextlib
+import functools
 from collections.abc import Mapping, Sequence
 from string import Formatter
 
@@ -73,13 +74,19 @@ def fill(template: str, record: Record) -> Filled:
     """Fill in the fields of a template."""
     text = ""
     spans: Spans = []
-    for literal, field, _, _ in Formatter().parse(template):
+    for literal, field in _parsed(template):
         text += literal
         if field is not None:
             value = record.text(field)
             spans.append((len(text), len(text) + len(value)))
             text += value
     return text, spans
+
+
+@functools.lru_cache(64)
+def _parsed(template: str) -> list[tuple[str, str | None]]:
+    """Return the texts of a template, each with the field after it."""
+    return [(literal, field) for literal, field, _, _ in Formatter().parse(template)]
 
 
 def label_of(template: TemplateSettings, verbalizer: Mapping[str, str], record: Record) -> str:

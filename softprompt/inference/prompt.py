@@ -5,8 +5,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pydantic
 from jax.sharding import Mesh
@@ -136,7 +134,9 @@ class TrainedPrompt:
         for numbers, part in score(*model, examples, batch_size):
             scores[numbers] = part
         scores = calibrated_scores(scores, examples, *model, self.task, self.scoring)
-        probabilities = np.asarray(jax.nn.softmax(jnp.asarray(scores), axis=-1))
+        # Not `jax.nn.softmax`, which compiles six programs when it is first called.
+        exponentials = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        probabilities = exponentials / exponentials.sum(axis=-1, keepdims=True)
         return [
             Prediction(labels[row.argmax()], dict(zip(labels, row.tolist(), strict=True)))
             for row in probabilities
