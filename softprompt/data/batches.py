@@ -6,8 +6,8 @@ Axis letters: B batch, T tokens, M target positions, N examples.
 import dataclasses
 import functools
 from collections.abc import Callable, Container, Iterator, Sequence
+from typing import TYPE_CHECKING
 
-import grain
 import numpy as np
 from jax.sharding import Mesh
 
@@ -15,6 +15,9 @@ from softprompt.backbones.batch import Batch
 from softprompt.data.examples import Example, Examples, Lengths
 from softprompt.parallel.hosts import rows_here
 from softprompt.runtime.memory import Result, run_batches
+
+if TYPE_CHECKING:
+    import grain
 
 _WINDOW = 32  # number of batches whose examples are sorted by length together
 _MULTIPLE = 8  # row lengths are rounded up to a multiple of this
@@ -184,6 +187,8 @@ class TrainingBatches:
         separate_targets: bool = False,
         mesh: Mesh | None = None,
     ):
+        import grain  # takes a tenth of a second, and only training needs it
+
         self._rows = None if mesh is None else set(rows_here(batch_size, mesh))
         self._examples = Examples.of(examples)
         lengths = self._examples.lengths.answer_only()
@@ -214,6 +219,8 @@ class TrainingBatches:
 
     def iterate(self) -> "grain.DatasetIterator[Batch]":
         """Return a Grain iterator. Its `get_state` and `set_state` save and set the position."""
+        import grain
+
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
         return iter(grain.MapDataset.source(self).to_iter_dataset(options))
 

@@ -99,7 +99,7 @@ class RememberedDigest:
                 return
 
     def unchanged(self) -> bool:
-        """Return whether the files are the same as at the start, and were not changed just before."""
+        """Return whether the files are as at the start, and were not changed shortly before."""
         modified = max(modified for *_, modified in self._files)
         try:
             return modified / 1e9 <= self._latest and _described(self._paths) == self._files
