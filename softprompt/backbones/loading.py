@@ -138,12 +138,11 @@ def load_base(
     backbone, weights = load_backbone(file, **options)
     compute = ComputeSettings(dtype=dtype, int8=int8, attention=backbone.attention)
     tokenizer, size = file.tokenizer(), backbone.arch.vocab_size
-    added = tokenizer.added_tokens_decoder  # these may exceed the embeddings
-    if any(token >= size and token not in added for token in tokenizer.get_vocab().values()):
+    vocabulary = tokenizer.get_vocab()
+    without = {token for token in vocabulary.values() if token >= size}
+    if not without <= tokenizer.added_tokens_decoder.keys():  # only these may lack an embedding
         raise UserError(f"{path}: its tokenizer has {len(tokenizer)} tokens, its model only {size}")
-    identity = json.dumps(
-        [_non_defaults(backbone.arch), tokenizer.get_vocab(), weights], sort_keys=True
-    )
+    identity = json.dumps([_non_defaults(backbone.arch), vocabulary, weights], sort_keys=True)
     fingerprint = hashlib.sha256(identity.encode()).hexdigest()
     return Base(name, fingerprint, file.config, backbone, tokenizer, compute)
 

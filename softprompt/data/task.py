@@ -173,7 +173,8 @@ class Task:
     def _targets(self, records: Sequence[Record], with_answer: bool) -> list[list[list[int]]]:
         """Return the ids of the candidates of each record."""
         if self.verbalizer:
-            targets = [self._label_ids(records[0].where)] * len(records)
+            label_ids = self._label_ids(self.verbalizer, records[0].where)
+            targets = [label_ids] * len(records)
         elif with_answer:
             end = self.base.tokenizer.eos_token_id
             if end is None:
@@ -192,10 +193,10 @@ class Task:
                 )
         return targets
 
-    def _label_ids(self, where: str) -> list[list[int]]:
+    def _label_ids(self, verbalizer: Mapping[str, str], where: str) -> list[list[int]]:
         """Return the ids of the text of each label."""
         (field,) = template_fields(self.template.target)
-        texts = [self.template.target.format(**{field: v}) for v in self.verbalizer.values()]
+        texts = [self.template.target.format(**{field: v}) for v in verbalizer.values()]
         encoded = encode_texts(self.base.tokenizer, texts)
         for text, encoding in zip(texts, encoded, strict=True):
             if not encoding.ids:
