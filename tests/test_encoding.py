@@ -115,6 +115,19 @@ def test_inputs_without_answers_are_the_same(smollm2, case):
     assert list(task.examples(rows, with_answer=False)) == alone
 
 
+def test_of_equally_long_fields_the_first_is_truncated(tiny):
+    template = TemplateSettings(input="{title}{prompt}{text}{tail}", target="{tail}", max_tokens=14)
+    task = make_task(tiny, template, None, virtual_tokens=1)
+    row = Record({"title": "abcdef", "text": "uvwxyz", "tail": "!"}, "")
+    (example,) = task.examples([row])
+    expected = [*tiny.tokenizer("abcd").input_ids, -1, *tiny.tokenizer("uvwxyz!").input_ids]
+    assert example.input == [token for token in expected if token not in special(tiny)]
+
+
+def special(base) -> set[int]:
+    return set(base.tokenizer("").input_ids)
+
+
 def test_prompts_of_several_tasks_are_the_same(tiny):
     template = TemplateSettings(input="{text}", target="{label}")
     verbalizer = {"good": " yes", "bad": " no"}

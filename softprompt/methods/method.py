@@ -96,7 +96,9 @@ class Method(nnx.Module):
     adapter_holds_opening: ClassVar[bool] = True
 
     def __init__(self, opening: jax.Array | Sequence[int] = ()):
-        self.opening = Constant(jnp.asarray(opening, jnp.int32))
+        if not isinstance(opening, jax.Array):
+            opening = jax.device_put(np.array(opening, np.int32))  # `jnp.asarray` would compile
+        self.opening = Constant(opening.astype(jnp.int32))
         self.span: Constant | None = nnx.data(None)
 
     # From an experiment.
