@@ -96,9 +96,10 @@ class Method(nnx.Module):
     adapter_holds_opening: ClassVar[bool] = True
 
     def __init__(self, opening: jax.Array | Sequence[int] = ()):
-        if not isinstance(opening, jax.Array):
-            opening = jax.device_put(np.array(opening, np.int32))  # `jnp.asarray` would compile
-        self.opening = Constant(opening.astype(jnp.int32))
+        if isinstance(opening, jax.Array):
+            self.opening = Constant(opening.astype(jnp.int32))
+        else:  # `jnp.asarray` would compile a program
+            self.opening = Constant(jax.device_put(np.array(opening, np.int32)))
         self.span: Constant | None = nnx.data(None)
 
     # From an experiment.
