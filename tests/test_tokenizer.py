@@ -2,6 +2,7 @@
 
 import base64
 import json
+import shutil
 import time
 
 import pytest
@@ -291,3 +292,60 @@ def test_half_of_a_surrogate_pair_in_a_template_is_one_line(settings, tiny):
 def test_gguf_files_have_guarded_tokenizers_too():
     tokenizer = GGUFFile(find_model("smollm2-135m-instruct")).tokenizer()
     assert isinstance(tokenizer, GuardedTokenizer)
+
+
+@pytest.fixture
+def trials(tmp_path, monkeypatch):
+    """The tokenizers that were tried in a process of their own; the cache folder is empty."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    asked = []
+
+    class Recorded(tokenizer_files.ConfinedProcess):
+        def ask(self, request, where):
+            asked.append(request)
+            return super().ask(request, where)
+
+    monkeypatch.setattr(tokenizer_files, "ConfinedProcess", Recorded)
+    return asked
+
+
+def test_a_tokenizer_is_tried_once(tmp_path, trials):
+    folders = [shutil.copytree(GOLDEN / "llama-grouped", tmp_path / name) for name in ("a", "b")]
+    first, second = (read_tokenizer_files(folder) for folder in folders)
+    assert len(trials) == 1
+    assert first.get_vocab() == second.get_vocab()
+    changed = folders[1] / "tokenizer.json"
+    changed.write_text(changed.read_text() + "\n")
+    read_tokenizer_files(folders[1])
+    assert len(trials) == 2
+
+
+def test_a_tokenizer_that_fails_is_tried_again(tmp_path, trials):
+    folder = shutil.copytree(GOLDEN / "llama-grouped", tmp_path / "model")
+    (folder / "tokenizer.json").write_text('{"model": {}}')
+    for _ in range(2):
+        with pytest.raises(UserError, match="the tokenizer cannot be used"):
+            read_tokenizer_files(folder)
+    assert len(trials) == 2
+
+
+def test_without_a_cache_folder_a_tokenizer_is_tried_again(tmp_path, trials):
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    for _ in range(2):
+        read_tokenizer_files(GOLDEN / "llama-grouped")
+    assert len(trials) == 2
+
+
+def test_a_tokenizer_that_changes_during_its_trial_is_not_remembered(tmp_path, trials, monkeypatch):
+    folder = shutil.copytree(GOLDEN / "llama-grouped", tmp_path / "model")
+    ask = tokenizer_files.ConfinedProcess.ask
+
+    def changed(self, request, where):
+        answer = ask(self, request, where)
+        path = folder / "tokenizer.json"
+        path.write_text(path.read_text() + "\n")
+        return answer
+
+    monkeypatch.setattr(tokenizer_files.ConfinedProcess, "ask", changed)
+    read_tokenizer_files(folder)
+    assert not list((tmp_path / "cache").rglob("tokenizers/*"))

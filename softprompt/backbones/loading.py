@@ -22,6 +22,7 @@ from softprompt.backbones.flash import choose_attention
 from softprompt.backbones.formats.directory import ModelDirectory, ModelFile
 from softprompt.backbones.formats.gguf import GGUFFile
 from softprompt.backbones.formats.weights import load_weights
+from softprompt.backbones.formats.weights_copy import WeightsCopy
 from softprompt.backbones.quantization import Quantization, inputs_together, is_companion, kind_of
 from softprompt.errors import UserError, reason_of, shortened
 from softprompt.experiment.schema import ComputeSettings
@@ -95,10 +96,10 @@ class Base:
         Raises:
           UserError: names the first token without an embedding.
         """
-        for token in set(tokens):
-            if token >= self.backbone.arch.vocab_size:
-                text = self.tokenizer.convert_ids_to_tokens(token)
-                raise UserError(f"{where}: the base model has no embedding for {text!r}")
+        size = self.backbone.arch.vocab_size
+        for token in {token for token in tokens if token >= size}:
+            text = self.tokenizer.convert_ids_to_tokens(token)
+            raise UserError(f"{where}: the base model has no embedding for {text!r}")
 
 
 def load_base(
@@ -145,12 +146,11 @@ def load_base(
     backbone, weights = load_backbone(file, **options)
     compute = ComputeSettings(dtype=dtype, quantize=quantize, attention=backbone.attention)
     tokenizer, size = file.tokenizer(), backbone.arch.vocab_size
-    added = tokenizer.added_tokens_decoder  # these may exceed the embeddings
-    if any(token >= size and token not in added for token in tokenizer.get_vocab().values()):
+    vocabulary = tokenizer.get_vocab()
+    without = {token for token in vocabulary.values() if token >= size}
+    if not without <= tokenizer.added_tokens_decoder.keys():  # only these may lack an embedding
         raise UserError(f"{path}: its tokenizer has {len(tokenizer)} tokens, its model only {size}")
-    identity = json.dumps(
-        [_non_defaults(backbone.arch), tokenizer.get_vocab(), weights], sort_keys=True
-    )
+    identity = json.dumps([_non_defaults(backbone.arch), vocabulary, weights], sort_keys=True)
     fingerprint = hashlib.sha256(identity.encode()).hexdigest()
     return Base(name, fingerprint, file.config, backbone, tokenizer, compute)
 
@@ -200,8 +200,26 @@ def load_backbone(
 
     shapes = backbone_shapes(arch, dtype=dtype, quantize=quantize, attention=attention, mesh=mesh)
     graphdef, state = nnx.split(shapes)
-    weights = load_weights(state, file, names, arch, mesh)
+    weights = _load_weights(state, file, names, arch, mesh)
     return nnx.merge(graphdef, state), weights
+
+
+def _load_weights(
+    state: nnx.State, file: ModelFile, names: Any, arch: Any, mesh: Mesh | None
+) -> str:
+    """Fill in the parameters, from the copy of a GGUF file if there is one; return the digest."""
+    if mesh is not None or not isinstance(file, GGUFFile):
+        return load_weights(state, file, names, arch, mesh)
+    parameters = dict(nnx.to_flat_state(state))
+    copy = WeightsCopy(file, arch, {path: p.get_value() for path, p in parameters.items()})
+    if found := copy.read():
+        arrays, digest = found
+        for path, parameter in parameters.items():
+            parameter.set_value(jax.device_put(arrays[path]))
+        return digest
+    digest = load_weights(state, file, names, arch, mesh)
+    copy.write({path: p.get_value() for path, p in parameters.items()}, digest)
+    return digest
 
 
 def backbone_shapes(

@@ -57,7 +57,7 @@ class Prefix:
         return Prefix(
             _padded(self.keys, width),
             _padded(self.values, width),
-            jnp.asarray(np.array([[0, self.length]], np.int32)),
+            jax.device_put(np.array([[0, self.length]], np.int32)),  # `jnp.asarray` would compile
         )
 
     @classmethod
@@ -172,7 +172,7 @@ def _padded(array: jax.Array, width: int) -> jax.Array:
     """
     padding = [(0, 0)] * array.ndim
     padding[1] = (0, width - array.shape[1])
-    return jnp.asarray(np.pad(np.asarray(array), padding))
+    return jax.device_put(np.pad(np.asarray(array), padding))
 
 
 def _spans(lengths: Sequence[int], rows: Sequence[int | None]) -> np.ndarray:

@@ -6,8 +6,8 @@ Axis letters: B batch, G packs, N examples.
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
-import grain
 import numpy as np
 from jax.sharding import Mesh
 
@@ -18,6 +18,9 @@ from softprompt.data.layout import Layout, PackedShape
 from softprompt.parallel.hosts import rows_here
 from softprompt.parallel.mesh import ROWS, axis_size
 from softprompt.runtime.memory import Result, run_batches
+
+if TYPE_CHECKING:
+    import grain
 
 _WINDOW = 2**14  # number of examples that are divided into batches together
 _SAMPLED_WINDOWS = 4  # the shapes are chosen by the batches of this many windows
@@ -61,6 +64,8 @@ class TrainingBatches:
         passes: int = 1,
         mesh: Mesh | None = None,
     ):
+        import grain  # takes a tenth of a second, and only training needs it
+
         self._packs = passes * axis_size(mesh, ("data", "fsdp"))
         self._filled = None if mesh is None else set(rows_here(self._packs, mesh))
         self._examples = Examples.of(examples)
@@ -97,6 +102,8 @@ class TrainingBatches:
 
     def iterate(self) -> "grain.DatasetIterator[Batch]":
         """Return a Grain iterator. Its `get_state` and `set_state` save and set the position."""
+        import grain
+
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
         return iter(grain.MapDataset.source(self).to_iter_dataset(options))
 

@@ -49,8 +49,10 @@ class Record:
                 raise UserError(f"{self.where}: field {field!r}: {error}") from None
         if not isinstance(value, str):
             raise UserError(f"{self.where}: field {field!r} is {type(value).__name__}, not text")
-        if any("\ud800" <= character <= "\udfff" for character in value):
-            raise UserError(f"{self.where}: field {field!r} has half of a surrogate pair")
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{self.where}: field {field!r} has half of a surrogate pair") from None
         if not value.strip():
             raise UserError(f"{self.where}: field {field!r} is empty")
         return value

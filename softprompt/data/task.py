@@ -6,15 +6,16 @@ Virtual tokens have ids too: virtual token i is `~i`, see `backbones.layers.Embe
 import dataclasses
 import itertools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-import numpy as np
-
+from softprompt.backbones.formats.tokenizer import encode_texts
 from softprompt.backbones.loading import Base
+from softprompt.data.encoding import joined, record_batches
 from softprompt.data.examples import Dataset, Example, Examples
 from softprompt.data.records import Record, Rows, as_records
 from softprompt.data.template import (
     Demonstration,
+    Filled,
     Piece,
     compile_template,
     fill,
@@ -72,6 +73,26 @@ class Task:
         """The labels, in the order of an example's candidates; empty for free text."""
         return list(self.verbalizer or ())
 
+    def examples(self, records: Iterable[Record], *, with_answer: bool = True) -> Iterator[Example]:
+        """Encode records as `example` does, but tokenize many at a time, in parallel threads.
+
+        Args:
+          records: they are read as the examples are asked for, a batch ahead.
+          with_answer: see `example`.
+
+        Yields:
+          The example of each record, in order.
+
+        Raises:
+          UserError: see `example`. The examples of all records before the bad one come first.
+        """
+        for batch in record_batches(records):
+            try:
+                examples: Iterable[Example] = self._encode(batch, with_answer)
+            except UserError:  # encoded one by one, the first bad record raises its error
+                examples = (self.example(record, with_answer=with_answer) for record in batch)
+            yield from examples
+
     def example(self, record: Record, *, with_answer: bool = True) -> Example:
         """Fill in the templates and tokenize.
 
@@ -86,32 +107,8 @@ class Task:
           UserError: if a field is missing or empty, the label or the task is not known, the
             target is too long, or the input is too long even without its longest field.
         """
-        if "prompt" in record.fields and "{prompt}" in self.template.input:
-            raise UserError(
-                f"{record.where}: {{prompt}} in template.input marks the place of the soft "
-                "prompt; give the field 'prompt' another name"
-            )
-        answer: int | None = None
-        if self.verbalizer:
-            if with_answer:
-                answer = self.labels.index(label_of(self.template, self.verbalizer, record))
-            (field,) = template_fields(self.template.target)
-            texts = [self.template.target.format(**{field: v}) for v in self.verbalizer.values()]
-        elif with_answer:
-            texts, answer = [fill(self.template.target, record)[0]], 0
-        else:
-            texts = []
-        candidates = [self._candidate(text, record) for text in texts]
-        longest = max(map(len, candidates), default=0)
-        if longest > self.max_tokens:
-            raise UserError(
-                f"{record.where}: its target has {longest} tokens, but at most "
-                f"{self.max_tokens} fit; shorten it or raise template.max_tokens"
-            )
-        taken = 0 if self.base.backbone.separate_targets else longest
-        tokens, truncated = self._input(record, self.max_tokens - taken)
-        self.base.require_embeddings(itertools.chain(tokens, *candidates), record.where)
-        return Example(tokens, candidates, answer, record, truncated)
+        (example,) = self._encode([record], with_answer)
+        return example
 
     def content_free(self, text: str) -> Example:
         """Return an example without an answer, with this text in every field, for calibration."""
@@ -147,45 +144,90 @@ class Task:
             )
         return dataclasses.replace(self, max_tokens=min(self.max_tokens, available))
 
-    def _candidate(self, text: str, record: Record) -> list[int]:
-        tokens = self.base.tokenizer(text, add_special_tokens=False).input_ids
-        if not self.verbalizer:
-            if self.base.tokenizer.eos_token_id is None:
-                raise UserError("the base model's tokenizer has no end-of-text token for free text")
-            tokens = [*tokens, self.base.tokenizer.eos_token_id]
-        if not tokens:
-            raise UserError(f"{record.where}: the target {text!r} has no tokens")
-        return tokens
+    def _encode(self, records: Sequence[Record], with_answer: bool) -> list[Example]:
+        if "{prompt}" in self.template.input:
+            for record in records:
+                if "prompt" in record.fields:
+                    raise UserError(
+                        f"{record.where}: {{prompt}} in template.input marks the place of the soft "
+                        "prompt; give the field 'prompt' another name"
+                    )
+        answers = self._answers(records) if with_answer else [None] * len(records)
+        targets = self._targets(records, with_answer)
+        inputs = self._inputs(records, [max(map(len, each), default=0) for each in targets])
+        examples = []
+        for record, (tokens, truncated), candidates, answer in zip(
+            records, inputs, targets, answers, strict=True
+        ):
+            self.base.require_embeddings(itertools.chain(tokens, *candidates), record.where)
+            examples.append(Example(tokens, candidates, answer, record, truncated))
+        return examples
 
-    def _input(self, record: Record, max_tokens: int) -> tuple[list[int], bool]:
-        """Return the ids of an input, and whether it was truncated."""
-        tokens: list[int] = []
-        fields: list[list[int]] = []  # the indices of each field's tokens in `tokens`
-        longest: tuple[int, int] = (-1, -1)  # (characters, -index) of the longest field
-        for piece in self.pieces:
-            if not isinstance(piece, str):
-                tokens += self._virtual_ids(record) if piece is None else piece
-                continue
-            text, spans = fill(piece, record)
-            encoded = self.base.tokenizer(
-                text, add_special_tokens=False, return_offsets_mapping=True
-            )
-            starts, ends = np.array(encoded.offset_mapping or [(0, 0)]).T
-            for begin, end in spans:
-                longest = max(longest, (end - begin, -len(fields)))
-                (inside,) = np.nonzero((starts >= begin) & (ends <= end) & (ends > starts))
-                fields.append((len(tokens) + inside).tolist())
-            tokens += encoded.input_ids
-        excess = len(tokens) - max_tokens
-        if excess <= 0:
-            return tokens, False
-        removable = fields[-longest[1]]
-        if len(removable) <= excess:
-            raise UserError(
-                f"{record.where}: {len(tokens)} tokens, {excess} too many, and its longest field "
-                f"has only {len(removable)}; shorten the template or raise template.max_tokens"
-            )
-        return np.delete(tokens, removable[-excess:]).tolist(), True
+    def _answers(self, records: Sequence[Record]) -> Sequence[int | None]:
+        """Return the index of the right candidate of each record."""
+        if not self.verbalizer:
+            return [0] * len(records)
+        numbers = {label: number for number, label in enumerate(self.verbalizer)}
+        return [numbers[label_of(self.template, self.verbalizer, record)] for record in records]
+
+    def _targets(self, records: Sequence[Record], with_answer: bool) -> list[list[list[int]]]:
+        """Return the ids of the candidates of each record."""
+        if self.verbalizer:
+            label_ids = self._label_ids(self.verbalizer, records[0].where)
+            targets = [label_ids] * len(records)
+        elif with_answer:
+            end = self.base.tokenizer.eos_token_id
+            if end is None:
+                raise UserError("the base model's tokenizer has no end-of-text token for free text")
+            texts = [fill(self.template.target, record)[0] for record in records]
+            encoded = encode_texts(self.base.tokenizer, texts)
+            targets = [[[*encoding.ids, end]] for encoding in encoded]
+        else:
+            targets = [[] for _ in records]
+        for record, candidates in zip(records, targets, strict=True):
+            longest = max(map(len, candidates), default=0)
+            if longest > self.max_tokens:
+                raise UserError(
+                    f"{record.where}: its target has {longest} tokens, but at most "
+                    f"{self.max_tokens} fit; shorten it or raise template.max_tokens"
+                )
+        return targets
+
+    def _label_ids(self, verbalizer: Mapping[str, str], where: str) -> list[list[int]]:
+        """Return the ids of the text of each label."""
+        (field,) = template_fields(self.template.target)
+        texts = [self.template.target.format(**{field: v}) for v in verbalizer.values()]
+        encoded = encode_texts(self.base.tokenizer, texts)
+        for text, encoding in zip(texts, encoded, strict=True):
+            if not encoding.ids:
+                raise UserError(f"{where}: the target {text!r} has no tokens")
+        return [encoding.ids for encoding in encoded]
+
+    def _inputs(
+        self, records: Sequence[Record], reserved: Sequence[int]
+    ) -> Iterator[tuple[list[int], bool]]:
+        """Yield the ids of each record's input, and whether it was truncated.
+
+        Args:
+          records: the records.
+          reserved: for each record, the number of tokens of its longest candidate.
+        """
+        filled = [[self._filled(piece, record) for piece in self.pieces] for record in records]
+        texts = [part[0] for parts in filled for part in parts if isinstance(part, tuple)]
+        encodings = iter(encode_texts(self.base.tokenizer, texts))
+        for record, parts, taken in zip(records, filled, reserved, strict=True):
+            encoded = [
+                (next(encodings), part[1]) if isinstance(part, tuple) else part for part in parts
+            ]
+            if self.base.backbone.separate_targets:
+                taken = 0
+            yield joined(encoded, self.max_tokens - taken, record.where)
+
+    def _filled(self, piece: Piece, record: Record) -> list[int] | Filled:
+        """Return the ids of a piece, or its text, which must be tokenized."""
+        if piece is None:
+            return self._virtual_ids(record)
+        return fill(piece, record) if isinstance(piece, str) else piece
 
     def _virtual_ids(self, record: Record) -> list[int]:
         first = 0
@@ -305,8 +347,8 @@ def make_examples(
 
     def encoded() -> Iterator[Example]:
         with progress(f"tokenize {split}", len(records), "examples") as bar:
-            for record in as_records(records):
-                yield task.example(record)
+            for example in task.examples(as_records(records)):
+                yield example
                 bar.advance()
 
     examples = Examples(encoded())

@@ -4,6 +4,7 @@ A piece is text with fields to fill in, special tokens, or the place of the virt
 """
 
 import contextlib
+import functools
 from collections.abc import Mapping, Sequence
 from string import Formatter
 
@@ -21,6 +22,12 @@ Demonstration = tuple[str, str]
 
 Piece = str | list[int] | None
 """Text with `{field}`s, token ids, or None for the virtual tokens."""
+
+Spans = list[tuple[int, int]]
+"""The characters where each field of a text begins and ends."""
+
+Filled = tuple[str, Spans]
+"""A text whose fields are filled in, and their characters."""
 
 
 def compile_template(
@@ -63,20 +70,23 @@ def compile_template(
     return [piece for piece in pieces if piece not in ("", [])]
 
 
-def fill(template: str, record: Record) -> tuple[str, list[tuple[int, int]]]:
-    """Fill in the fields of a template.
-
-    Returns:
-      The text, and for each field the characters where it begins and ends.
-    """
-    text, spans = "", []
-    for literal, field, _, _ in Formatter().parse(template):
+def fill(template: str, record: Record) -> Filled:
+    """Fill in the fields of a template."""
+    text = ""
+    spans: Spans = []
+    for literal, field in _parsed(template):
         text += literal
         if field is not None:
             value = record.text(field)
             spans.append((len(text), len(text) + len(value)))
             text += value
     return text, spans
+
+
+@functools.lru_cache(64)
+def _parsed(template: str) -> list[tuple[str, str | None]]:
+    """Return the texts of a template, each with the field after it."""
+    return [(literal, field) for literal, field, _, _ in Formatter().parse(template)]
 
 
 def label_of(template: TemplateSettings, verbalizer: Mapping[str, str], record: Record) -> str:

@@ -87,7 +87,7 @@ def requests_of(
       UserError: if a record does not fit the template, or the context window is too short.
     """
     task = task.for_generation(settings.max_new_tokens, prefix.length if prefix else 0)
-    examples = [task.example(record, with_answer=False) for record in records]
+    examples = list(task.examples(records, with_answer=False))
     log_truncated(sum(e.truncated for e in examples), task, "inputs")
     return [Request(example.input, prefix, task.opening) for example in examples]
 

@@ -5,8 +5,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pydantic
 from jax.sharding import Mesh
@@ -129,14 +127,16 @@ class TrainedPrompt:
             raise UserError("this prompt was trained on free text and has no labels")
         if not records:
             return []
-        examples = [self.task.example(record, with_answer=False) for record in records]
+        examples = list(self.task.examples(records, with_answer=False))
         log_truncated(sum(e.truncated for e in examples), self.task, "inputs")
         scores = np.empty((len(examples), len(labels)), np.float32)
         model = self.backbone, self.prefix
         for numbers, part in score(*model, examples, batch_size):
             scores[numbers] = part
         scores = calibrated_scores(scores, examples, *model, self.task, self.scoring)
-        probabilities = np.asarray(jax.nn.softmax(jnp.asarray(scores), axis=-1))
+        # Not `jax.nn.softmax`, which compiles six programs when it is first called.
+        exponentials = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        probabilities = exponentials / exponentials.sum(axis=-1, keepdims=True)
         return [
             Prediction(labels[row.argmax()], dict(zip(labels, row.tolist(), strict=True)))
             for row in probabilities
@@ -193,10 +193,11 @@ class TrainedPrompt:
             raise UserError(f"{len(inputs)} inputs and {len(targets)} targets: give one for each")
         if not inputs:
             return []
-        examples = [
-            self.task.example(Record({**record.fields, fields[0]: target}, record.where))
+        pairs = [
+            Record({**record.fields, fields[0]: target}, record.where)
             for record, target in zip(self._records(inputs), targets, strict=True)
         ]
+        examples = list(self.task.examples(pairs))
         log_truncated(sum(e.truncated for e in examples), self.task, "inputs")
         perplexities = np.empty(len(examples))
         for numbers, scores in score(self.backbone, self.prefix, examples, batch_size):

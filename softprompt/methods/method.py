@@ -96,7 +96,10 @@ class Method(nnx.Module):
     adapter_holds_opening: ClassVar[bool] = True
 
     def __init__(self, opening: jax.Array | Sequence[int] = ()):
-        self.opening = Constant(jnp.asarray(opening, jnp.int32))
+        if isinstance(opening, jax.Array):
+            self.opening = Constant(opening.astype(jnp.int32))
+        else:  # `jnp.asarray` would compile a program
+            self.opening = Constant(jax.device_put(np.array(opening, np.int32)))
         self.span: Constant | None = nnx.data(None)
 
     # From an experiment.

@@ -212,7 +212,7 @@ def _samples(prompt: TrainedPrompt, found: RunRecord) -> list[dict[str, str]]:
     records = list(read_records(experiment.data.validation))[:_SAMPLES]
     task = prompt.task
     if task.labels:
-        examples = [task.example(record) for record in records]
+        examples = list(task.examples(records))
         references = [task.labels[example.answer or 0] for example in examples]
         predictions = [prediction.label for prediction in prompt.classify(records)]
     else:

@@ -37,7 +37,7 @@ _SETTLED = 2.0  # seconds; the coarsest modification times of common file system
 _PACKAGES = {"site-packages", "dist-packages"}
 
 
-class _Record(pydantic.BaseModel):
+class Record(pydantic.BaseModel):
     """The content of a record.
 
     Attributes:
@@ -76,8 +76,8 @@ class RememberedDigest:
         """Return the digest, or None if no valid record has it."""
         for place in self._places():
             with contextlib.suppress(UserError):
-                record = checked(_Record, read_json(place), str(place))
-                if record == self._record(record.digest):
+                record = checked(Record, read_json(place), str(place))
+                if record == self.record(record.digest):
                     return record.digest
         return None
 
@@ -88,9 +88,9 @@ class RememberedDigest:
         modification time. The digest of such a file is not remembered. It is not an error if no
         folder can be written.
         """
-        if not self._unchanged():
+        if not self.unchanged():
             return
-        text = self._record(digest).model_dump_json(indent=1) + "\n"
+        text = self.record(digest).model_dump_json(indent=1) + "\n"
         for place in self._places():
             with contextlib.suppress(OSError):
                 if place.parent != self._paths[0].parent:
@@ -98,15 +98,17 @@ class RememberedDigest:
                 write_file(place, text)
                 return
 
-    def _unchanged(self) -> bool:
+    def unchanged(self) -> bool:
+        """Return whether the files are as at the start, and were not changed shortly before."""
         modified = max(modified for *_, modified in self._files)
         try:
             return modified / 1e9 <= self._latest and _described(self._paths) == self._files
         except OSError:  # a file was removed meanwhile
             return False
 
-    def _record(self, digest: str) -> _Record:
-        return _Record(version=_VERSION, model=self._model, files=self._files, digest=digest)
+    def record(self, digest: str) -> Record:
+        """Return the record of a digest."""
+        return Record(version=_VERSION, model=self._model, files=self._files, digest=digest)
 
     def _places(self) -> Iterator[Path]:
         """Yield the files that can hold the record, the preferred one first."""

@@ -1,10 +1,10 @@
 """The tokenizer of a base model: a fast tokenizer of transformers whose failures are one line."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from softprompt.errors import Stopped, UserError, reason_of, shortened
@@ -47,6 +47,30 @@ class GuardedTokenizer(PreTrainedTokenizerFast):
     def _decode(self, *args: Any, **kwargs: Any) -> Any:
         with library_errors(f"{self._named} cannot decode these tokens"):
             return super()._decode(*args, **kwargs)
+
+
+def encode_texts(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[Encoding]:
+    """Tokenize texts without special tokens, in the parallel threads of the tokenizers library.
+
+    Args:
+      tokenizer: the base model's.
+      texts: any number.
+
+    Returns:
+      For each text, its `ids`, and in `offsets` the characters of each token.
+
+    Raises:
+      UserError: if a text cannot be encoded; see `GuardedTokenizer`.
+    """
+    if not texts:
+        return []
+    encoded = tokenizer(
+        list(texts),
+        add_special_tokens=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+    )
+    return encoded.encodings or []
 
 
 @contextlib.contextmanager

@@ -5,11 +5,14 @@ files are read here because transformers trusts them. No class that they name is
 """
 
 import contextlib
+import hashlib
+import json
 import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pydantic
+import tokenizers
 from tokenizers import AddedToken, Tokenizer
 
 from softprompt.backbones.formats.tokenizer import GuardedTokenizer, library_errors
@@ -18,6 +21,7 @@ from softprompt.errors import UserError
 from softprompt.files.confined import ConfinedProcess
 from softprompt.files.json_files import checked, parse_json, read_json
 from softprompt.files.reading import MEBIBYTE, read_text
+from softprompt.runtime.cache import cache_folder
 
 _LARGEST_FILE = 64 * MEBIBYTE  # twice the largest of the families that can be loaded
 TRIAL_MEMORY = 2048 * MEBIBYTE
@@ -115,8 +119,7 @@ def read_tokenizer_files(folder: Path) -> GuardedTokenizer:
         raise UserError(f"{path}: not a JSON object")
     growth = require_bounded(content, str(path))
     config, added = _read_config(folder)
-    with contextlib.closing(ConfinedProcess(_WORKER, TRIAL_MEMORY, TRIAL_SECONDS)) as process:
-        process.ask(str(path), f"{path}: the tokenizer cannot be used")
+    _try(path, text)
     with library_errors(f"{folder}: its tokenizer cannot be loaded"):
         inner = Tokenizer.from_str(text)
         inner.no_truncation()  # truncated texts are counted, by the task
@@ -126,6 +129,29 @@ def read_tokenizer_files(folder: Path) -> GuardedTokenizer:
         return GuardedTokenizer(
             inner, growth=growth, name_or_path=str(folder), **_arguments(config, added)
         )
+
+
+def _try(path: Path, text: str) -> None:
+    """Try a tokenizer in a process of its own, unless the same text passed the trial before.
+
+    Args:
+      path: the `tokenizer.json`.
+      text: its content.
+
+    Raises:
+      UserError: if the tokenizer fails, or needs too much time or memory.
+    """
+    trial = [tokenizers.__version__, _WORKER.read_text(), text]
+    name = hashlib.sha256(json.dumps(trial).encode()).hexdigest()
+    passed = cache_folder() / "tokenizers" / name
+    if os.path.exists(passed):
+        return
+    with contextlib.closing(ConfinedProcess(_WORKER, TRIAL_MEMORY, TRIAL_SECONDS)) as process:
+        process.ask(str(path), f"{path}: the tokenizer cannot be used")
+    if read_text(path, _LARGEST_FILE) == text:  # what the process has read
+        with contextlib.suppress(OSError):
+            passed.parent.mkdir(parents=True, exist_ok=True)
+            passed.touch()
 
 
 def _read_config(folder: Path) -> tuple[_Config, dict[int, AddedToken]]:
