@@ -216,7 +216,7 @@ class Decoder(nnx.Module):
         def masks(kind: LayerKind, queries: _Tokens):
             """Return which keys the queries see: of the row itself, the prefix and the cache."""
             own_mask = causal_mask(queries.in_rows, tokens.in_rows, kind.window)
-            if tokens.segments is not None:
+            if tokens.segments is not None and queries.segments is not None:
                 own_mask &= same_sequence(queries.segments, tokens.segments)
             prefix_mask = cache_mask = None
             if masks_prefix:
@@ -286,7 +286,8 @@ class Decoder(nnx.Module):
         (x, of_targets), keys_values = jax.lax.scan(
             layer, (x, empty), (self.layers, kind_of_layer, is_last, from_prefix, from_cache)
         )
-        return self.norm(x if batch is None else of_targets), keys_values
+        x = x if of_targets is None else of_targets
+        return self.norm(x), keys_values
 
 
 def _same(tokens: jax.Array) -> jax.Array:

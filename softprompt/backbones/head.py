@@ -39,18 +39,19 @@ class OutputHead(nnx.Module):
         scale: float,
         softcap: float | None = None,
     ):
-        self.table = embedding.table if linear is None else None
         self.linear, self.mesh = linear, mesh
+        if linear is None:
+            self.table = embedding.table
         self.scale, self.softcap = scale, softcap
 
     def __call__(self, hidden: jax.Array) -> jax.Array:
         """Map hidden states `[B, ..., D]` to float32 logits `[B, ..., V]`."""
         hidden = divide(hidden, self.mesh, ROWS_OF_LOGITS)
-        if self.table is not None:
+        if self.linear is not None:
+            logits = self.linear(hidden).astype(jnp.float32)
+        else:
             table = self.table[...]
             logits = jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
-        else:
-            logits = self.linear(hidden).astype(jnp.float32)
         logits = divide(logits, self.mesh, ROWS_OF_LOGITS, *[None] * (logits.ndim - 2), VOCABULARY)
         logits = logits * self.scale
         return self.softcap * jnp.tanh(logits / self.softcap) if self.softcap else logits

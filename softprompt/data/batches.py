@@ -6,7 +6,7 @@ Axis letters: B batch, G packs, N examples.
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jax.sharding import Mesh
@@ -234,9 +234,13 @@ def side_by_side(batches: Sequence[Batch]) -> Batch:
         )
 
     names = [field.name for field in dataclasses.fields(Batch)]
-    static = {name: max(getattr(batch, name) for batch in batches) for name in Batch.STATIC}
+    static: dict[str, Any] = {
+        name: max(getattr(batch, name) for batch in batches) for name in Batch.STATIC
+    }
     padding = {"target_candidates": -1, "segments": -1}
-    arrays = {name: stacked(name, padding.get(name, 0)) for name in names if name not in static}
+    arrays: dict[str, Any] = {
+        name: stacked(name, padding.get(name, 0)) for name in names if name not in static
+    }
     return Batch(**arrays, **static)
 
 
