@@ -5,7 +5,6 @@ K key-value heads, h head size, L layers, V vocabulary, M target positions.
 """
 
 from functools import partial
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +14,7 @@ from jax.sharding import Mesh
 from softprompt.backbones.architecture import Architecture, LayerKind
 from softprompt.backbones.attention import Source, attend, causal_mask, same_sequence
 from softprompt.backbones.batch import Batch
-from softprompt.backbones.flash import flash_attend
+from softprompt.backbones.flash import AttentionName, flash_attend, kernel_of
 from softprompt.backbones.layers import (
     Attention,
     Embedding,
@@ -146,7 +145,7 @@ class Decoder(nnx.Module):
         arch: Architecture,
         *,
         int8: bool = False,
-        attention: Literal["xla", "cudnn"] = "xla",
+        attention: AttentionName = "xla",
         mesh: Mesh | None = None,
     ):
         self.arch, self.attention, self.mesh = arch, attention, mesh
@@ -272,7 +271,7 @@ class Decoder(nnx.Module):
         spans = None if prefix is None else prefix.spans
         # Flash attention is correct only if a row is one sequence and attends to the whole prefix.
         use_flash = (
-            self.attention == "cudnn" and positions is None and segments is None and spans is None
+            self.attention != "xla" and positions is None and segments is None and spans is None
         )
         if positions is None:
             positions = jnp.arange(x.shape[1])[None]
@@ -318,7 +317,14 @@ class Decoder(nnx.Module):
 
             def attention(queries, keys, values):
                 if use_flash:
-                    forms = [partial(flash_attend, scale=scale, window=k.window) for k in kinds]
+                    form = partial(
+                        flash_attend,
+                        kernel=kernel_of(self.attention),
+                        scale=scale,
+                        softcap=arch.attention_softcap,
+                        mesh=self.mesh,
+                    )
+                    forms = [partial(form, window=kind.window) for kind in kinds]
                     return jax.lax.switch(kind, forms, queries, keys, values, from_prefix)
                 sources = [Source(keys, values, own_mask)]
                 if from_prefix is not None:

@@ -15,10 +15,11 @@ from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerFast
 
 from softprompt.backbones import decoder, prefix, t5
+from softprompt.backbones.attention_choice import choose_attention
 from softprompt.backbones.backbone import Backbone
 from softprompt.backbones.config import architecture_of
 from softprompt.backbones.families import FAMILIES
-from softprompt.backbones.flash import choose_attention
+from softprompt.backbones.flash import AttentionName
 from softprompt.backbones.formats.directory import ModelDirectory, ModelFile
 from softprompt.backbones.formats.gguf import GGUFFile
 from softprompt.backbones.formats.weights import load_weights
@@ -119,7 +120,7 @@ def load_base(
       dtype: the dtype of parameters and activations, `float32` or `bfloat16`. Norms, softmax
         and loss are always computed in float32.
       int8: whether to quantize the kernels to int8, with one scale per output channel.
-      attention: `auto`, `xla` or `cudnn`; see `flash.choose_attention`.
+      attention: `auto`, `xla`, `cudnn` or `pallas`; see `attention_choice`.
       mesh: the devices that the model is divided over, see `make_mesh`; None for one device.
 
     Raises:
@@ -201,7 +202,7 @@ def backbone_shapes(
     *,
     dtype: str = "float32",
     int8: bool = False,
-    attention: Literal["xla", "cudnn"] = "xla",
+    attention: AttentionName = "xla",
     mesh: Mesh | None = None,
 ) -> Backbone:
     """Return a backbone without weights: its parameters are `jax.ShapeDtypeStruct`s.
@@ -210,7 +211,7 @@ def backbone_shapes(
       arch: the architecture.
       dtype: the dtype of the parameters. Norms and the scales of int8 kernels are always float32.
       int8, mesh: as in `load_base`.
-      attention: the implementation of attention, from `flash.choose_attention`.
+      attention: the implementation of attention, from `choose_attention`.
     """
 
     def build() -> Backbone:
