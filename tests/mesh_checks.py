@@ -21,8 +21,9 @@ from conftest import FAMILIES_GOLDEN, example_of, greedy
 from flax import nnx
 from programs import Program
 
-from softprompt.backbones import decoder, t5
+from softprompt.backbones import decoder, dense_kernel, t5
 from softprompt.backbones.config import architecture_of
+from softprompt.backbones.flash import flash_attend
 from softprompt.backbones.prefix import Prefix
 from softprompt.data.batches import Layout
 from softprompt.evaluation.scoring import candidate_scores, prepare_model
@@ -35,7 +36,7 @@ from softprompt.methods.lora import LoRA, find_targets, initial_matrices
 from softprompt.methods.prefix_tuning import PrefixTuning
 from softprompt.methods.soft_prompt import SoftPrompt
 from softprompt.objectives.cross_entropy import cross_entropy
-from softprompt.parallel.mesh import axis_size, make_mesh
+from softprompt.parallel.mesh import axis_size, make_mesh, sum_over_data
 from softprompt.parallel.sharding import axes_of, place
 from softprompt.training.step import split, train_step
 
@@ -377,3 +378,32 @@ def test_other_methods_learn_the_same(family, method):
 def test_other_types_of_weights_learn_the_same(family, compute, tolerance):
     step, expected = (step_of(family, mesh, **compute) for mesh in ("all", None))
     assert_equal_steps(step, expected, tolerance)
+
+
+@pytest.mark.parametrize("rows", [8, 1])
+def test_flash_attention_on_own_rows_and_heads_is_that_of_one_device(rows):
+    """A kernel cannot be divided by the compiler. One row, as of a prompt, stays whole."""
+    random = np.random.default_rng(3)
+    shapes = (rows, 7, 12, 10), (rows, 7, 4, 10), (rows, 7, 4, 10), (5, 4, 10), (5, 4, 10)
+    *own, keys, values = (jnp.asarray(random.normal(size=s), jnp.float32) for s in shapes)
+
+    def attended(mesh, inside):
+        def loss(prefix, own, _key=None):
+            options = {"kernel": dense_kernel, "scale": 0.3, "window": 9, "mesh": mesh}
+            return jnp.sin(flash_attend(*own, prefix, **options)).sum()
+
+        of_prefix = jax.value_and_grad(loss)
+        if inside:  # as in a training step
+            run = jax.jit(sum_over_data(of_prefix, mesh))
+            return run((keys, values), own, jax.random.key(0))
+        return *jax.jit(of_prefix)((keys, values), own), jax.jit(jax.grad(loss, 1))(
+            (keys, values), own
+        )
+
+    expected, mesh = attended(None, inside=False), mesh_of("all")
+    found = [attended(mesh, inside=False)]
+    if rows > 1:
+        found.append(attended(mesh, inside=True))
+    for each in found:
+        for ours, theirs in zip(jax.tree.leaves(each), jax.tree.leaves(expected), strict=False):
+            np.testing.assert_allclose(ours, theirs, atol=1e-5 * abs(theirs).max())
