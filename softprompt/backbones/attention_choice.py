@@ -113,10 +113,10 @@ def compare_with_xla(arch: Any, dtype: str, kernel: Kernel) -> str | None:
     arrays = draw(2, length, arch.num_heads, arch.head_size), *own, *prefix
     positions = jnp.arange(length)[None] + virtual
 
-    def plain(window, queries, keys, values, *prefix):
+    def plain(window, queries, keys, values, prefix_keys, prefix_values):
         own = Source(keys, values, causal_mask(positions, positions, window))
         visible = causal_mask(positions, jnp.arange(virtual)[None], window)
-        before = Source(*prefix, visible=visible)
+        before = Source(prefix_keys, prefix_values, visible)
         return attend(queries, [own, before], scale=scale, softcap=softcap)
 
     def flash(window, queries, keys, values, *prefix):

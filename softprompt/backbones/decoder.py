@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from softprompt.backbones.architecture import Architecture, LayerKind
 from softprompt.backbones.attention import Source, attend, causal_mask, same_sequence
 from softprompt.backbones.batch import Batch
-from softprompt.backbones.flash import AttentionName, flash_attend, kernel_of
+from softprompt.backbones.flash import AttentionName, Kernel, flash_attend, kernel_of
 from softprompt.backbones.layers import (
     Attention,
     Embedding,
@@ -270,9 +270,9 @@ class Decoder(nnx.Module):
         scale = arch.attention_scale or arch.head_size**-0.5
         spans = None if prefix is None else prefix.spans
         # Flash attention is correct only if a row is one sequence and attends to the whole prefix.
-        use_flash = (
-            self.attention != "xla" and positions is None and segments is None and spans is None
-        )
+        kernel: Kernel | None = None
+        if self.attention != "xla" and positions is None and segments is None and spans is None:
+            kernel = kernel_of(self.attention)
         if positions is None:
             positions = jnp.arange(x.shape[1])[None]
         prefix_length: int | jax.Array = prefix.length if prefix else 0
@@ -316,15 +316,10 @@ class Decoder(nnx.Module):
             rotary, own_mask, prefix_mask, cache_mask = jax.tree.map(lambda a: a[kind], by_kind)
 
             def attention(queries, keys, values):
-                if use_flash:
-                    form = partial(
-                        flash_attend,
-                        kernel=kernel_of(self.attention),
-                        scale=scale,
-                        softcap=arch.attention_softcap,
-                        mesh=self.mesh,
-                    )
-                    forms = [partial(form, window=kind.window) for kind in kinds]
+                if kernel is not None:
+                    options = {"scale": scale, "softcap": arch.attention_softcap}
+                    form = partial(flash_attend, kernel=kernel, mesh=self.mesh, **options)
+                    forms = [partial(form, window=each.window) for each in kinds]
                     return jax.lax.switch(kind, forms, queries, keys, values, from_prefix)
                 sources = [Source(keys, values, own_mask)]
                 if from_prefix is not None:

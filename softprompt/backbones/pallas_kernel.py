@@ -184,8 +184,10 @@ class _Layout:
     def compiler_params(self) -> pltpu.CompilerParams:
         # Keys, values and their gradients, each twice: the next ones are read ahead.
         kept = 2 * 2 * self.key_blocks * self.key_block * max(self.size, 128) * (4 + 4)
-        order = ("parallel", "arbitrary", "arbitrary", "arbitrary")
-        return pltpu.CompilerParams(dimension_semantics=order, vmem_limit_bytes=kept + _FOR_SCORES)
+        return pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary", "arbitrary", "arbitrary"),
+            vmem_limit_bytes=kept + _FOR_SCORES,
+        )
 
     def queries(self, array: jax.Array) -> jax.Array:
         """Transpose `[B, T, H, h]` to `[B, H, T, h]` and pad it."""
@@ -229,7 +231,8 @@ def _forward(
         added = _dot(values[block], weights.astype(values.dtype), 0, 0)
         mixed[...] = kept * mixed[...] + added
 
-    jax.lax.fori_loop(*_key_blocks(first, layout, scoring), add, None)
+    start, end = _key_blocks(first, layout, scoring)
+    jax.lax.fori_loop(start, end, add, None)
     # A query without keys has a sum of 0, or of masked scores.
     safe = jnp.maximum(total[...], 1e-30)
     output[...] = (mixed[...] / safe).T.astype(output.dtype)
@@ -247,7 +250,7 @@ def _backward(
         starts &= row == 0
 
     @pl.when(starts)
-    def _():
+    def zero():
         of_keys[...] = jnp.zeros_like(of_keys)
         of_values[...] = jnp.zeros_like(of_values)
 
@@ -264,7 +267,8 @@ def _backward(
         of_keys[block] += _dot(of_products, queries[...], 1, 0)
         sum_of_queries[...] += _dot(of_products, keys[block], 0, 0)
 
-    jax.lax.fori_loop(*_key_blocks(first, layout, scoring), add, None)
+    start, end = _key_blocks(first, layout, scoring)
+    jax.lax.fori_loop(start, end, add, None)
     of_queries[...] = sum_of_queries[...].astype(of_queries.dtype)
 
 
