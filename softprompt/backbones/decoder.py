@@ -317,8 +317,13 @@ class Decoder(nnx.Module):
 
             def attention(queries, keys, values):
                 if kernel is not None:
-                    options = {"scale": scale, "softcap": arch.attention_softcap}
-                    form = partial(flash_attend, kernel=kernel, mesh=self.mesh, **options)
+                    form = partial(
+                        flash_attend,
+                        kernel=kernel,
+                        scale=scale,
+                        softcap=arch.attention_softcap,
+                        mesh=self.mesh,
+                    )
                     forms = [partial(form, window=each.window) for each in kinds]
                     return jax.lax.switch(kind, forms, queries, keys, values, from_prefix)
                 sources = [Source(keys, values, own_mask)]
