@@ -21,8 +21,9 @@ from conftest import FAMILIES_GOLDEN, batch_of, example_of, greedy
 from flax import nnx
 from programs import Program
 
-from softprompt.backbones import decoder, t5
+from softprompt.backbones import decoder, dense_kernel, t5
 from softprompt.backbones.config import architecture_of
+from softprompt.backbones.flash import flash_attend
 from softprompt.backbones.prefix import Prefix
 from softprompt.evaluation.scoring import candidate_scores, prepare_model
 from softprompt.experiment.schema import GenerationSettings
@@ -34,7 +35,7 @@ from softprompt.methods.lora import LoRA, find_targets, initial_matrices
 from softprompt.methods.prefix_tuning import PrefixTuning
 from softprompt.methods.soft_prompt import SoftPrompt
 from softprompt.objectives.cross_entropy import cross_entropy
-from softprompt.parallel.mesh import ROWS, axis_size, make_mesh
+from softprompt.parallel.mesh import ROWS, axis_size, make_mesh, sum_over_data
 from softprompt.parallel.sharding import axes_of, place
 from softprompt.training.step import split, train_step
 
@@ -219,18 +220,19 @@ def test_loss_and_gradient_are_those_of_one_device(family, mesh):
 @pytest.mark.parametrize(("family", "mesh"), CASES)
 def test_a_step_holds_no_whole_weight_and_moves_little(family, mesh):
     backbone, program = backbone_of(family, mesh), step_of(family, mesh).program
-    batch = batch_on(backbone.separate_targets, mesh)
     assert_weights_stay_divided(program, backbone)
-    size, (rows, length) = backbone.arch.hidden_size, batch.tokens.shape
-    if backbone.separate_targets:  # it reads rows, not packs
-        rows, length = batch.lengths.size, batch.row_length
     if mesh == "data":  # the gradient, the loss and its weight, once
         (moved,) = program.collectives
-        assert moved.elements == VIRTUAL * size + 2
+        assert moved.elements == VIRTUAL * backbone.arch.hidden_size + 2
         return
-    rows //= axis_size(backbone.mesh, "data")
-    activations = rows * (length + VIRTUAL * backbone.separate_targets) * size
-    assert_moves_at_most(activations, program, backbone)
+    assert_moves_at_most(activations_of(backbone, mesh), program, backbone)
+
+
+def activations_of(backbone, mesh: str) -> int:
+    """Return the number of elements that a layer computes for each part of the axis `data`."""
+    batch = batch_on(backbone.separate_targets, mesh)
+    tokens = batch.tokens.size + batch.lengths.size * VIRTUAL * backbone.separate_targets
+    return tokens // axis_size(backbone.mesh, "data") * backbone.arch.hidden_size
 
 
 def assert_moves_at_most(elements: int, program: Program, backbone) -> None:
@@ -413,6 +415,33 @@ def test_int4_matrices_learn_the_same_and_are_gathered_in_four_bits(family):
     step, expected = (step_of(family, mesh, quantize="int4") for mesh in ("all", None))
     assert_equal_steps(step, expected)
     backbone = backbone_of(family, "all", quantize="int4")
-    batch = batch_of(backbone.separate_targets)
-    length = batch.tokens.shape[1] + VIRTUAL * backbone.separate_targets
-    assert_moves_at_most(8 // 2 * length * backbone.arch.hidden_size, step.program, backbone)
+    assert_moves_at_most(activations_of(backbone, "all"), step.program, backbone)
+
+
+@pytest.mark.parametrize("rows", [8, 1])
+def test_flash_attention_on_own_rows_and_heads_is_that_of_one_device(rows):
+    """A kernel cannot be divided by the compiler. One row, as of a prompt, stays whole."""
+    random = np.random.default_rng(3)
+    shapes = (rows, 7, 12, 10), (rows, 7, 4, 10), (rows, 7, 4, 10), (5, 4, 10), (5, 4, 10)
+    *own, keys, values = (jnp.asarray(random.normal(size=s), jnp.float32) for s in shapes)
+
+    def attended(mesh, inside):
+        def loss(prefix, own, _key=None):
+            options = {"kernel": dense_kernel, "scale": 0.3, "window": 9, "mesh": mesh}
+            return jnp.sin(flash_attend(*own, prefix, **options)).sum()
+
+        of_prefix = jax.value_and_grad(loss)
+        if inside:  # as in a training step
+            run = jax.jit(sum_over_data(of_prefix, mesh))
+            return run((keys, values), own, jax.random.key(0))
+        return *jax.jit(of_prefix)((keys, values), own), jax.jit(jax.grad(loss, 1))(
+            (keys, values), own
+        )
+
+    expected, mesh = attended(None, inside=False), mesh_of("all")
+    found = [attended(mesh, inside=False)]
+    if rows > 1:
+        found.append(attended(mesh, inside=True))
+    for each in found:
+        for ours, theirs in zip(jax.tree.leaves(each), jax.tree.leaves(expected), strict=False):
+            np.testing.assert_allclose(ours, theirs, atol=1e-5 * abs(theirs).max())

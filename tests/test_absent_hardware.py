@@ -13,6 +13,7 @@ from conftest import write_experiment
 
 REPOSITORY = Path(__file__).parent.parent
 NEEDED = {"v5e": "libtpu", "h100": "jax_plugins.xla_cuda12"}
+KERNELS = {"v5e": "pallas", "h100": "cudnn"}
 
 
 def is_installed(name):
@@ -49,6 +50,7 @@ def plans(request):
         "one": (f"{request.param}-1", 256),
         "several": (f"{request.param}-{several}", 256),
         "prepended": (f"{request.param}-1", 356, "template.input={text} {prompt}"),
+        "kernel": (f"{request.param}-1", 256, f"compute.attention={KERNELS[request.param]}"),
     }
     with ThreadPoolExecutor(2) as pool:
         return dict(zip(cases, pool.map(lambda case: plan(*case), cases.values()), strict=True))
@@ -72,6 +74,11 @@ def test_a_shared_prefix_needs_less_memory_than_prepending(plans):
         plans[name]["planned"]["memory"]["temporaries"] for name in ("one", "prepended")
     )
     assert shared < 0.85 * prepended
+
+
+def test_a_kernel_of_attention_needs_less_memory_than_xla(plans):
+    kernel, xla = (plans[name]["planned"]["memory"]["temporaries"] for name in ("kernel", "one"))
+    assert kernel < xla
 
 
 def test_the_weights_are_gathered_once_for_each_pass(plans):

@@ -1,4 +1,4 @@
-"""Storage and computation of a backbone: bfloat16, int8, and implementations of attention."""
+"""Storage and computation of a backbone: bfloat16 and int8."""
 
 import functools
 from functools import partial
@@ -10,10 +10,7 @@ import pytest
 from conftest import FAMILIES_GOLDEN, GOLDEN, golden_backbone
 from flax import nnx
 
-from softprompt import UserError, load_base
-from softprompt.backbones import decoder
-from softprompt.backbones.attention import Source, attend, causal_mask
-from softprompt.backbones.flash import choose_attention, compare_with_xla, flash_attend
+from softprompt import load_base
 from softprompt.backbones.quantization import quantize
 
 MIXED = "gemma3_text-pattern"  # windows shorter than the prompt, two kinds of RoPE, a soft cap
@@ -89,63 +86,3 @@ def test_the_fingerprint_does_not_depend_on_dtype_or_quantization():
         for compute in ({}, {"dtype": "bfloat16"}, {"quantize": "int8"})
     }
     assert len(fingerprints) == 1
-
-
-def draw(random, *shape):
-    return jnp.asarray(random.normal(size=shape), jnp.float32)
-
-
-@pytest.mark.parametrize("window", [None, 9, 3])
-@pytest.mark.parametrize("virtual", [0, 5])
-def test_flash_attention_agrees_with_plain_attention(window, virtual):
-    random = np.random.default_rng(0)
-    queries, keys, values = draw(random, 2, 7, 4, 8), *(draw(random, 2, 7, 2, 8) for _ in "kv")
-    prefix = (draw(random, virtual, 2, 8), draw(random, virtual, 2, 8)) if virtual else None
-    positions = jnp.arange(7)[None] + virtual
-    sources = [Source(keys, values, causal_mask(positions, positions, window))]
-    if prefix:
-        visible = causal_mask(positions, jnp.arange(virtual)[None], window)
-        sources.append(Source(*prefix, visible=visible))
-    plain = attend(queries, sources, scale=0.3)
-    flash = flash_attend(
-        queries, keys, values, prefix, scale=0.3, window=window, implementation="xla"
-    )
-    np.testing.assert_allclose(flash, plain, atol=1e-5)
-
-
-@pytest.mark.parametrize("variant", ["mistral-window", "qwen3-window"])
-def test_a_model_with_flash_attention_has_the_same_logits(variant, monkeypatch):
-    """Without a GPU, XLA replaces cuDNN inside `flash_attend`."""
-    monkeypatch.setattr(decoder, "flash_attend", partial(flash_attend, implementation="xla"))
-    golden = np.load(FAMILIES_GOLDEN / variant / "golden.npz")
-    backbone = nnx.clone(golden_backbone(variant))
-    backbone.attention = "cudnn"
-    tokens = jnp.asarray(golden["tokens"])
-
-    @quick
-    def prompted(backbone, prompt):
-        prefix = backbone.prefill(prompt)
-        return backbone.logits(backbone(backbone.embedding(tokens), prefix=prefix))
-
-    logits = prompted(backbone, jnp.asarray(golden["prompt"]))
-    real = np.arange(tokens.shape[1])[None] < golden["lengths"][:, None]
-    error = np.abs(np.asarray(logits) - golden["prompted_logits"])[real]
-    assert error.max() < 1e-4 * golden["prompted_logits"][real].std()
-
-
-def test_the_comparison_finds_wrong_and_failing_implementations(monkeypatch):
-    arch = golden_backbone("llama-biased").arch
-    assert compare_with_xla(arch, "xla") is None
-    assert "failed" in compare_with_xla(arch, "cudnn")
-    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda q, k, v, **_: q)
-    assert "disagreed" in compare_with_xla(arch, "xla")
-
-
-def test_attention_is_chosen_by_device():
-    arch = golden_backbone("llama-biased").arch
-    assert choose_attention("auto", arch, "bfloat16", None) == "xla"
-    assert choose_attention("xla", arch, "bfloat16", None) == "xla"
-    with pytest.raises(UserError, match=r"attention cudnn: it needs an NVIDIA GPU.*auto or xla"):
-        choose_attention("cudnn", arch, "bfloat16", None)
-    with pytest.raises(UserError, match="attention 'fast' is not one of auto, xla, cudnn"):
-        choose_attention("fast", arch, "bfloat16", None)

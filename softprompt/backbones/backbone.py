@@ -7,12 +7,13 @@ Axis letters: B batch, T tokens, P virtual tokens, D hidden, L layers, K key-val
 h head size, V vocabulary, G packs, M targets of a pack.
 """
 
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import jax
 from jax.sharding import Mesh
 
 from softprompt.backbones.batch import Batch
+from softprompt.backbones.flash import AttentionName
 from softprompt.backbones.head import OutputHead
 from softprompt.backbones.layers import Embedding
 
@@ -41,7 +42,7 @@ class Backbone(Protocol[PrefixType, CacheType]):
         ...
 
     @property
-    def attention(self) -> Literal["xla", "cudnn"]:
+    def attention(self) -> AttentionName:
         """The implementation that computes attention."""
         ...
 

@@ -8,7 +8,6 @@ pack.
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +18,7 @@ from softprompt.backbones.architecture import Architecture, LayerKind
 from softprompt.backbones.attention import Source, attend, causal_mask, same_sequence
 from softprompt.backbones.batch import Batch
 from softprompt.backbones.block import Block
-from softprompt.backbones.flash import flash_attend
+from softprompt.backbones.flash import AttentionName, Kernel, flash_attend, kernel_of
 from softprompt.backbones.head import OutputHead
 from softprompt.backbones.layers import Embedding, LayerNorm, Linear, RMSNorm
 from softprompt.backbones.packing import AS_ROWS, Rows
@@ -53,7 +52,7 @@ class Decoder(nnx.Module):
         arch: Architecture,
         *,
         quantize: Quantization | None = None,
-        attention: Literal["xla", "cudnn"] = "xla",
+        attention: AttentionName = "xla",
         mesh: Mesh | None = None,
     ):
         self.arch, self.attention, self.mesh = arch, attention, mesh
@@ -194,9 +193,9 @@ class Decoder(nnx.Module):
         scale = arch.attention_scale or arch.head_size**-0.5
         spans = None if prefix is None else prefix.spans
         # Flash attention is correct only if a row is one sequence and attends to the whole prefix.
-        use_flash = (
-            self.attention == "cudnn" and positions is None and segments is None and spans is None
-        )
+        kernel: Kernel | None = None
+        if self.attention != "xla" and positions is None and segments is None and spans is None:
+            kernel = kernel_of(self.attention)
         if batch is None:
             tokens = targets = _Tokens.of_rows(x, positions, segments)
         else:
@@ -255,8 +254,15 @@ class Decoder(nnx.Module):
                 def attention(q, keys, values):
                     q = queries.rows.to_rows(q)
                     keys, values = tokens.rows.to_rows(keys), tokens.rows.to_rows(values)
-                    if use_flash and queries is tokens:
-                        forms = [partial(flash_attend, scale=scale, window=k.window) for k in kinds]
+                    if kernel is not None and queries is tokens:
+                        form = partial(
+                            flash_attend,
+                            kernel=kernel,
+                            scale=scale,
+                            softcap=arch.attention_softcap,
+                            mesh=self.mesh,
+                        )
+                        forms = [partial(form, window=each.window) for each in kinds]
                         mixed = jax.lax.switch(kind, forms, q, keys, values, from_prefix)
                         return queries.rows.from_rows(mixed)
                     sources = [Source(keys, values, own_mask)]

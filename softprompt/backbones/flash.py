@@ -1,22 +1,104 @@
-"""Flash attention by cuDNN on NVIDIA GPUs, and the choice between it and XLA.
+"""Flash attention of rows to themselves and to a shared prefix, without a copy of the prefix.
 
-Flash attention is used for batches in which each row is a single sequence, as in all training
-batches. cuDNN needs all keys of a row in one array, and its causal mask and window assume one
-query per key. Therefore the keys of the prefix are copied for each row, with one dummy query for
-each key. The copies take far less memory than the attention scores, which are never stored.
+A flash kernel computes attention to one set of keys and never stores all scores. It is called
+twice: for the keys of each row, and for the prefix, which all rows share. The log-sum-exps of the
+scores say how much of the softmax belongs to each of the two outputs, so that they can be joined.
+
+The gradient needs no new kernel either. A flash kernel's backward pass recomputes the weights of
+the softmax from the scores and their log-sum-exp. Given the joint output and the joint
+log-sum-exp, it returns the part of the gradient that comes from its own keys.
+
+Axis letters: B batch, T tokens, P virtual tokens, S keys, H query heads, K key-value heads,
+h head size.
 """
 
-from typing import Literal
+import dataclasses
+from functools import partial
+from typing import Literal, Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
-from softprompt.backbones.attention import Source, attend, causal_mask
-from softprompt.errors import UserError, reason_of
+from softprompt.parallel.mesh import on_own_heads
 
-ATTENTIONS = ("auto", "xla", "cudnn")
+FlashName = Literal["cudnn", "pallas"]
+AttentionName = Literal["xla", "cudnn", "pallas"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Scoring:
+    """How queries and keys are scored: query t and key s, if 0 <= offset + t - s < window.
+
+    Attributes:
+      scale: the factor of the scores.
+      softcap: caps the scores at ±c, see `attention.attend`; None for no cap.
+      window: the number of positions a query attends to, including its own; None for all.
+      offset: the position of the first query, counted from the first key.
+    """
+
+    scale: float
+    softcap: float | None
+    window: int | None
+    offset: int
+
+    def sees_all(self, queries: int, keys: int) -> bool:
+        """Return whether each of the queries attends to each of the keys."""
+        within = self.window is None or self.offset + queries <= self.window
+        return within and keys <= self.offset + 1
+
+    def visible(self, distance: jax.Array) -> jax.Array:
+        """Return which queries attend to which keys, given their distances `offset + t - s`."""
+        visible = distance >= 0
+        return visible if self.window is None else visible & (distance < self.window)
+
+    def scores(self, products: jax.Array) -> jax.Array:
+        """Return the scores of queries and keys, given their inner products."""
+        scores = self.scale * products
+        return scores if self.softcap is None else self.softcap * jnp.tanh(scores / self.softcap)
+
+    def slope(self, scores: jax.Array) -> jax.Array | float:
+        """Return the derivative of `scores`, given its result. It is 0 for a masked score."""
+        if self.softcap is None:
+            return self.scale
+        return self.scale * (1 - jnp.maximum(scores / self.softcap, -1) ** 2)
+
+
+class Kernel(Protocol):
+    """A module with the two passes of flash attention to one set of keys.
+
+    Keys and values are `[B, S, K, h]`, or `[S, K, h]` if all rows share them.
+    """
+
+    def forward(
+        self, queries: jax.Array, keys: jax.Array, values: jax.Array, scoring: Scoring
+    ) -> tuple[jax.Array, jax.Array]:
+        """Return the output `[B, T, H, h]` and the log-sum-exps of the scores `[B, H, T]`.
+
+        A query that attends to no key has a log-sum-exp that is negative and very large, and any
+        output that is finite.
+        """
+        ...
+
+    def backward(
+        self,
+        queries: jax.Array,
+        keys: jax.Array,
+        values: jax.Array,
+        output: jax.Array,
+        sums: jax.Array,
+        gradient: jax.Array,
+        scoring: Scoring,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Return the gradients of queries, keys and values.
+
+        Args:
+          queries, keys, values, scoring: as in `forward`.
+          output: the output of attention to all sets of keys, `[B, T, H, h]`.
+          sums: the log-sum-exps over all sets of keys, `[B, H, T]`.
+          gradient: of the output.
+        """
+        ...
 
 
 def flash_attend(
@@ -25,9 +107,11 @@ def flash_attend(
     values: jax.Array,
     prefix: tuple[jax.Array, jax.Array] | None,
     *,
+    kernel: Kernel,
     scale: float,
     window: int | None,
-    implementation: Literal["cudnn", "xla"] = "cudnn",
+    softcap: float | None = None,
+    mesh: Mesh | None = None,
 ) -> jax.Array:
     """Compute causal attention of each row to itself and to a prefix.
 
@@ -35,117 +119,70 @@ def flash_attend(
       queries: `[B, T, H, h]`.
       keys, values: `[B, T, K, h]`.
       prefix: keys and values `[P, K, h]` shared by all rows, or None.
+      kernel: computes attention to one set of keys; see `kernel_of`.
       scale: the factor of the scores.
       window: the number of positions a query attends to, including its own; None for all.
-      implementation: the one that `jax.nn.dot_product_attention` uses.
+      softcap: caps the scores at ±c, see `attention.attend`; None for no cap.
+      mesh: the mesh that divides rows and heads, or None.
 
     Returns:
       `[B, T, H, h]`.
     """
-    virtual = 0
+    own = Scoring(scale, softcap, window, offset=0)
+    scorings = [own]
     if prefix is not None:
-        virtual, rows = len(prefix[0]), len(keys)
-        queries = jnp.pad(queries, [(0, 0), (virtual, 0), (0, 0), (0, 0)])
-        keys, values = (
-            jnp.concatenate([jnp.broadcast_to(before, (rows, *before.shape)), own], axis=1)
-            for before, own in zip(prefix, (keys, values), strict=True)
-        )
-    mixed = jax.nn.dot_product_attention(
-        queries,
-        keys,
-        values,
-        scale=scale,
-        is_causal=True,
-        local_window_size=None if window is None else (window - 1, 0),
-        implementation=implementation,
-    )
-    return mixed[:, virtual:]
+        scorings.append(dataclasses.replace(own, offset=len(prefix[0])))
+
+    def attend(queries, *keys_and_values):
+        sources = list(zip(keys_and_values[::2], keys_and_values[1::2], strict=True))
+        return _attend(kernel, tuple(scorings), queries, sources)
+
+    return on_own_heads(attend, mesh, (queries, keys, values), prefix or ())
 
 
-def choose_attention(
-    requested: str, arch, dtype: str, mesh: Mesh | None
-) -> Literal["xla", "cudnn"]:
-    """Choose the implementation of attention.
+def kernel_of(name: FlashName) -> Kernel:
+    """Return a kernel by its name."""
+    if name == "cudnn":
+        from softprompt.backbones import cudnn_kernel
 
-    Args:
-      requested: `xla`, `cudnn`, or `auto`, which takes cuDNN if it can be used here.
-      arch: the architecture of the backbone.
-      dtype: the dtype of parameters and activations.
-      mesh: the mesh, or None.
+        return cudnn_kernel
+    from softprompt.backbones import pallas_kernel
 
-    Raises:
-      UserError: if `requested` is unknown, or is `cudnn` and cuDNN cannot be used here.
-    """
-    if requested not in ATTENTIONS:
-        raise UserError(f"attention {requested!r} is not one of {', '.join(ATTENTIONS)}")
-    if requested == "xla":
-        return "xla"
-    reason = _reason_against_cudnn(arch, dtype, mesh)
-    if reason and requested == "cudnn":
-        raise UserError(f"attention cudnn: {reason}; use auto or xla")
-    return "xla" if reason else "cudnn"
+    return pallas_kernel
 
 
-def _reason_against_cudnn(arch, dtype: str, mesh: Mesh | None) -> str | None:
-    """Return why cuDNN's attention cannot be used, or None if it can."""
-    if mesh is not None:
-        return "it cannot be divided over a mesh"
-    device = jax.devices()[0]
-    if device.platform != "gpu" or "NVIDIA" not in device.device_kind.upper():
-        return f"it needs an NVIDIA GPU, and the device here is {device.device_kind!r}"
-    if not hasattr(arch, "attention_softcap"):
-        return "it supports only causal models"
-    if arch.attention_softcap is not None:
-        return "it does not support the soft-caps of this model"
-    if dtype != "bfloat16":
-        return f"it needs compute.dtype bfloat16, not {dtype}"
-    return compare_with_xla(arch, "cudnn")
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(kernel, scorings, queries, sources):
+    return _forward(kernel, scorings, queries, sources)[0]
 
 
-def compare_with_xla(arch, implementation: Literal["cudnn", "xla"]) -> str | None:
-    """Compare outputs and gradients of `flash_attend` with those of `attend` on a small example.
+def _forward(kernel, scorings, queries, sources):
+    parts = [
+        kernel.forward(queries, *source, scoring)
+        for source, scoring in zip(sources, scorings, strict=True)
+    ]
+    output, sums = parts[0]
+    for other, other_sums in parts[1:]:
+        joint = jnp.logaddexp(sums, other_sums)
+        output = _weighted(output, sums - joint) + _weighted(other, other_sums - joint)
+        sums = joint
+    output = output.astype(queries.dtype)
+    return output, (queries, sources, output, sums)
 
-    Args:
-      arch: the architecture whose head sizes are used.
-      implementation: the implementation of `flash_attend` to test.
 
-    Returns:
-      What went wrong, or None if the two agree.
-    """
-    scale, window = arch.head_size**-0.5, 24
-    random = np.random.default_rng(0)
+def _weighted(output: jax.Array, logarithms: jax.Array) -> jax.Array:
+    """Multiply outputs `[B, T, H, h]` by weights whose logarithms are `[B, H, T]`."""
+    return output.astype(jnp.float32) * jnp.exp(logarithms).transpose(0, 2, 1)[..., None]
 
-    def draw(*shape: int) -> jax.Array:
-        return jnp.asarray(random.standard_normal(shape), jnp.bfloat16)
 
-    own = [draw(2, 32, arch.num_kv_heads, arch.head_size) for _ in range(2)]
-    arrays = draw(2, 32, arch.num_heads, arch.head_size), *own
-    prefix = draw(16, *own[0].shape[2:]), draw(16, *own[0].shape[2:])
-    positions = jnp.arange(32)[None] + 16
+def _backward(kernel, scorings, residuals, gradient):
+    queries, sources, output, sums = residuals
+    parts = [
+        kernel.backward(queries, *source, output, sums, gradient, scoring)
+        for source, scoring in zip(sources, scorings, strict=True)
+    ]
+    of_queries = sum(part.astype(jnp.float32) for part, *_ in parts).astype(queries.dtype)
+    return of_queries, [tuple(of_source) for _, *of_source in parts]
 
-    def plain(queries, keys, values):
-        own = Source(keys, values, causal_mask(positions, positions, window))
-        before = Source(*prefix, visible=causal_mask(positions, jnp.arange(16)[None], window))
-        return attend(queries, [own, before], scale=scale)
 
-    def flash(queries, keys, values):
-        arguments = {"scale": scale, "window": window, "implementation": implementation}
-        return flash_attend(queries, keys, values, prefix, **arguments)
-
-    def run(form):
-        @jax.jit
-        def outputs_and_gradients(*arrays):
-            mixed, pull = jax.vjp(form, *arrays)
-            return [mixed, *pull(mixed)]
-
-        return jax.device_get(outputs_and_gradients(*arrays))
-
-    try:
-        results = list(zip(run(flash), run(plain), strict=True))
-    except Exception as error:  # compiler and driver raise many types
-        return f"a test run failed ({reason_of(error)})"
-    for ours, theirs in results:
-        ours, theirs = ours.astype(np.float32), theirs.astype(np.float32)
-        if not np.abs(ours - theirs).max() < 0.03 * np.abs(theirs).max():
-            return "a test run disagreed with XLA"
-    return None
+_attend.defvjp(_forward, _backward)

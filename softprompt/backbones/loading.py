@@ -15,10 +15,11 @@ from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerFast
 
 from softprompt.backbones import decoder, prefix, t5
+from softprompt.backbones.attention_choice import choose_attention
 from softprompt.backbones.backbone import Backbone
 from softprompt.backbones.config import architecture_of
 from softprompt.backbones.families import FAMILIES
-from softprompt.backbones.flash import choose_attention
+from softprompt.backbones.flash import AttentionName
 from softprompt.backbones.formats.directory import ModelDirectory, ModelFile
 from softprompt.backbones.formats.gguf import GGUFFile
 from softprompt.backbones.formats.weights import load_weights
@@ -123,7 +124,7 @@ def load_base(
       quantize: how to quantize the kernels: `int8`, with one scale per output channel, or `int4`,
         with a scale and an offset per group of 32 inputs; None for neither. Kernels that a GGUF
         file stores as Q4_0 or Q4_1 keep their values in `int4`.
-      attention: `auto`, `xla` or `cudnn`; see `flash.choose_attention`.
+      attention: `auto`, `xla`, `cudnn` or `pallas`; see `attention_choice`.
       mesh: the devices that the model is divided over, see `make_mesh`; None for one device.
 
     Raises:
@@ -227,7 +228,7 @@ def backbone_shapes(
     *,
     dtype: str = "float32",
     quantize: Quantization | None = None,
-    attention: Literal["xla", "cudnn"] = "xla",
+    attention: AttentionName = "xla",
     mesh: Mesh | None = None,
 ) -> Backbone:
     """Return a backbone without weights: its parameters are `jax.ShapeDtypeStruct`s.
@@ -236,7 +237,7 @@ def backbone_shapes(
       arch: the architecture.
       dtype: the dtype of the parameters. Norms and quantized kernels have their own.
       quantize, mesh: as in `load_base`.
-      attention: the implementation of attention, from `flash.choose_attention`.
+      attention: the implementation of attention, from `choose_attention`.
     """
 
     def build() -> Backbone:

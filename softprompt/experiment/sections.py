@@ -151,10 +151,11 @@ class ComputeSettings(Section):
         description="Store the weight matrices in fewer bits: `int8` with one scale per output "
         "channel, `int4` with a scale and an offset per group of 32 inputs.",
     )
-    attention: Literal["auto", "xla", "cudnn"] = Field(
+    attention: Literal["auto", "xla", "cudnn", "pallas"] = Field(
         default="auto",
-        description="Implementation of attention. `auto` selects `cudnn` where it is available "
-        "and `xla` elsewhere. With a mesh it is `xla`.",
+        description="Implementation of attention: by XLA, or by a kernel that never stores all "
+        "scores, `cudnn` on one NVIDIA GPU or `pallas` on TPUs. `auto` selects the kernel if a "
+        "test run agrees with XLA, and `xla` otherwise.",
     )
     mesh: MeshSettings | None = Field(
         default=None,

@@ -6,7 +6,7 @@ a mesh and adds the communication. It needs to know three things:
 - how the parameters are divided. `sharding` has one table for all of them.
 - how a few intermediate arrays are divided, where its own choice is bad: `divide`.
 - which parts of the program are better divided by hand: `sum_over_data`, `divide_trials`,
-  `on_own_rows` and `on_each_device`.
+  `on_own_rows`, `on_own_heads` and `on_each_device`.
 
 A backbone has its mesh in the attribute `mesh`, which is None for one device. The functions here
 then have no effect.
@@ -205,6 +205,39 @@ def on_own_rows(function: Callable[[jax.Array], Any], mesh: Mesh | None, x: jax.
     rows = spec_of(x.shape, mesh, (ROWS,))
     divided = jax.shard_map(function, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)
     return divided(x)
+
+
+def on_own_heads(
+    function: Callable[..., jax.Array],
+    mesh: Mesh | None,
+    rows: Sequence[jax.Array],
+    shared: Sequence[jax.Array],
+) -> jax.Array:
+    """Call a function on the rows and the heads that each device holds.
+
+    It is for kernels of attention, which the compiler cannot divide.
+
+    Args:
+      function: takes the arrays of `rows` and those of `shared`, and returns `[B, T, H, h]`. A row
+        and a head of its result depend only on the same row and head of its arguments.
+      mesh: the mesh, or None.
+      rows: queries, keys and values `[B, T, H, h]`.
+      shared: keys and values `[P, H, h]` that all rows share.
+    """
+    if mesh is None or mesh.size == 1:
+        return function(*rows, *shared)
+    current = _current(mesh)
+    manual = current.manual_axes
+    own = [spec_of(array.shape, mesh, (ROWS, None, "model"), manual) for array in rows]
+    common = [spec_of(array.shape, mesh, (None, "model"), manual) for array in shared]
+    return jax.shard_map(
+        function,
+        mesh=current,
+        in_specs=(*own, *common),
+        out_specs=own[0],
+        axis_names={*AXES} - {*manual},
+        check_vma=False,
+    )(*rows, *shared)
 
 
 def on_each_device(

@@ -11,8 +11,10 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from softprompt.backbones.attention_choice import planned_attention
 from softprompt.backbones.backbone import Backbone
 from softprompt.backbones.batch import Batch
+from softprompt.backbones.flash import AttentionName
 from softprompt.backbones.loading import Base, backbone_shapes
 from softprompt.data.layout import Layout, PackedShape
 from softprompt.errors import UserError
@@ -97,7 +99,12 @@ def step_program(
     experiment = _with_random_vectors(experiment)
     kind = method_class(experiment.method)
     compute = experiment.compute
-    backbone = backbone_shapes(arch, dtype=compute.dtype, quantize=compute.quantize, mesh=mesh)
+    attention: AttentionName = "xla"
+    if mesh is not None:
+        attention = planned_attention(compute.attention, arch, compute.dtype, mesh)
+    backbone = backbone_shapes(
+        arch, dtype=compute.dtype, quantize=compute.quantize, attention=attention, mesh=mesh
+    )
 
     def build(backbone: Backbone) -> Method:
         no_tokenizer: Any = None
