@@ -7,6 +7,7 @@
 # make attack-runs kills, signals, flipped bits and full disks in training (a quarter of an hour)
 # make transformers4-test   read merged exports with transformers 4.57
 # make plan-test   compile training steps for TPUs and NVIDIA GPUs, which need not be here
+# make bench [ARGS=--quick]   compare with peft (two hours; five minutes with --quick)
 # make wheel-test  install the wheel in a fresh environment and try it
 # make lint | format | docs | wheel | clean
 
@@ -15,7 +16,7 @@ EXP ?= sentiment
 RUN ?= runs/$(EXP)
 BIN := .venv/bin
 
-.PHONY: install train sweep model-gemma3 test test-fast attack attack-runs transformers4-test plan-test lint format docs wheel wheel-test clean
+.PHONY: install train sweep model-gemma3 test test-fast attack attack-runs transformers4-test plan-test bench lint format docs wheel wheel-test clean
 
 install: .venv/installed
 
@@ -97,6 +98,15 @@ COMPILERS ?= plan-tpu,plan-cuda
 
 plan-test: .venv/plan
 	$</bin/python -m pytest --numprocesses=0 tests/test_absent_hardware.py
+
+# peft runs in an environment of its own, with versions in which it generates the right tokens.
+PEFT := torch==2.13.0 transformers==4.57.1 peft==0.21.2
+.venv/bench: .venv/installed
+	$(PYTHON) -m venv $@
+	$@/bin/pip install --quiet --disable-pip-version-check $(PEFT)
+
+bench: .venv/bench
+	$(BIN)/python benchmarks/yardstick/main.py --peft-python .venv/bench/bin/python $(ARGS)
 
 clean:
 	rm -rf .venv site dist
