@@ -51,7 +51,7 @@ PEAKS = {"H100": "h100-1", "H200": "h100-1", "A100": "a100-1"}
 PUBLISHED = """
 peft's own comparison, Llama-3.2-3B in bfloat16, batch 4, rows of about 210 tokens, one L40S:
 4,462 tokens/s and 24.4 GB with 200 virtual tokens; 7,174 tokens/s and 22.3 GB with LoRA of rank
-32. The rows for llama-3.2-3b above have the same sizes."""
+32. The rows of llama-3.2-3b have the same sizes."""
 
 
 def prepare(folder, name, cases):
@@ -135,10 +135,10 @@ def main():
     print(f"\n{OPERATIONS_HEADER}")
     for each in operations:
         print(each.row(peak_rate(setting)))
-    if setting["platform"] == "cpu":
-        print("\nOn a CPU, the models in the shapes of Llama 3.2 are left out.")
-    else:
+    if options.shapes or setting["platform"] != "cpu":
         print(PUBLISHED)
+    else:
+        print("\nOn a CPU, the models in the shapes of Llama 3.2 are left out.")
     print(f"\nThis took {time.perf_counter() - began:.0f} s on {setting['device']}.")
 
 
