@@ -10,7 +10,6 @@ H query heads, h head size, R rank.
 
 import dataclasses
 import statistics
-import time
 
 ROWS = 704  # of the left matrix when the rate is measured: tokens in a batch of 16 film reviews
 
@@ -133,7 +132,7 @@ def _size(matrices):
     return sum(inputs * outputs for inputs, outputs in matrices)
 
 
-def measure_rate(make, forward, backward, shapes, repeats=3):
+def measure_rate(make, forward, backward, shapes, clock, repeats=3):
     """Measure matrix products of the shapes of a model's layer, and return operations per second.
 
     Args:
@@ -141,16 +140,17 @@ def measure_rate(make, forward, backward, shapes, repeats=3):
       forward: multiplies a matrix by another one, and waits for the result.
       backward: the same with the transpose of the second one.
       shapes: the sizes of the model.
+      clock: returns seconds.
       repeats: the result is the median of so many rounds.
     """
     operands = [(make(ROWS, i), make(ROWS, o), make(i, o)) for i, o in sorted({*shapes.matrices})]
 
     def run():
-        began = time.perf_counter()
+        began = clock()
         for inputs, gradients, matrix in operands:
             forward(inputs, matrix)
             backward(gradients, matrix)
-        return time.perf_counter() - began
+        return clock() - began
 
     run()
     operations = 4 * ROWS * _size({*shapes.matrices})

@@ -54,12 +54,13 @@ peft's own comparison, Llama-3.2-3B in bfloat16, batch 4, rows of about 210 toke
 32. The rows of llama-3.2-3b have the same sizes."""
 
 
-def prepare(folder, name, cases):
+def prepare(folder, name, cases, clock):
     """Run `prepare.py`, and return the setting that all cases share."""
     adapters = sorted({(method, virtual, rank) for method, virtual, rank, _ in cases})
     words = [sys.executable, HERE / "prepare.py", folder, name, json.dumps(adapters)]
     subprocess.run(list(map(str, words)), check=True)
-    return json.loads((folder / "setting.json").read_text()) | {"model": name}
+    setting = json.loads((folder / "setting.json").read_text())
+    return setting | {"model": name, "clock": clock}
 
 
 def as_case(setting, method, virtual, rank, batch):
@@ -78,10 +79,10 @@ def train_all(folder, pythons, setting, cases, batches, rounds, unit):
     return operations
 
 
-def sentiment(folder, pythons, quick):
+def sentiment(folder, pythons, clock, quick):
     """Measure everything with SmolLM2, and return the operations and the setting."""
     cases = [(m, virtual, RANK, batch) for m, virtual, batch in (QUICK if quick else FULL)]
-    setting = prepare(folder, "sentiment", cases)
+    setting = prepare(folder, "sentiment", cases, clock)
     batches, rounds = (1, 1) if quick else (4, 2)
     operations = train_all(folder, pythons, setting, cases, batches, rounds, "examples/s")
     if not quick:
@@ -96,12 +97,12 @@ def sentiment(folder, pythons, quick):
     return operations, setting
 
 
-def random_shapes(folder, pythons, cases, rounds=5):
+def random_shapes(folder, pythons, clock, cases, rounds=5):
     """Train models with random weights, and return the operations."""
     operations = []
     for name in dict.fromkeys(model for model, *_ in cases):
         own = [case for model, *case in cases if model == name]
-        setting = prepare(folder / name, name, own)
+        setting = prepare(folder / name, name, own, clock)
         operations += train_all(folder / name, pythons, setting, own, 2, rounds, "tokens/s")
     return operations
 
@@ -118,6 +119,12 @@ def main():
     )
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--peft-python", default=".venv/bench/bin/python", metavar="PYTHON")
+    parser.add_argument(
+        "--clock",
+        choices=["wall", "cpu"],
+        default="wall",
+        help="what to measure: wall time, or CPU seconds on a machine that does other work",
+    )
     parser.add_argument("--shapes", choices=["tiny"], help=argparse.SUPPRESS)
     options = parser.parse_args()
     pythons = sys.executable, options.peft_python
@@ -126,12 +133,14 @@ def main():
         folder = Path(name)
         print(HEADER, flush=True)
         if options.shapes:
-            operations = random_shapes(folder, pythons, TINY, rounds=1)
+            operations = random_shapes(folder, pythons, options.clock, TINY, rounds=1)
             setting = {"platform": "cpu", "device": "cpu"}
         else:
-            operations, setting = sentiment(folder / "sentiment", pythons, options.quick)
+            operations, setting = sentiment(
+                folder / "sentiment", pythons, options.clock, options.quick
+            )
             if setting["platform"] != "cpu":
-                operations += random_shapes(folder, pythons, SHAPES)
+                operations += random_shapes(folder, pythons, options.clock, SHAPES)
     print(f"\n{OPERATIONS_HEADER}")
     for each in operations:
         print(each.row(peak_rate(setting)))
@@ -139,6 +148,8 @@ def main():
         print(PUBLISHED)
     else:
         print("\nOn a CPU, the models in the shapes of Llama 3.2 are left out.")
+    if options.clock == "cpu":
+        print("\nAll times are CPU seconds of all threads together.")
     print(f"\nThis took {time.perf_counter() - began:.0f} s on {setting['device']}.")
 
 

@@ -1,14 +1,12 @@
 """The worker of softprompt: trains, classifies and generates for one case. See `processes.py`."""
 
-import time
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from flops import Shapes, measure_rate
 from prepare import EXPERIMENT, initial_method
-from processes import peak_memory, serve
+from processes import CLOCKS, peak_memory, serve
 from workload import Workload
 
 from softprompt import (
@@ -35,6 +33,7 @@ class Ours:
 
     def __init__(self, folder, case):
         self.work, self.case = Workload(folder, case), case
+        self.clock = CLOCKS[case["clock"]]
         self.base = load_base(str(folder / "base"), dtype=case["dtype"])
         kind, length = case["method"], case["virtual"]
         virtual = [~i for i in range(length)] if kind == "prompt" else []
@@ -59,12 +58,12 @@ class Ours:
         assert order == "sorted"
         seconds, losses = [], []
         for number in numbers:
-            began = time.perf_counter()
+            began = self.clock()
             self.trainable, self.opt_state, measured = train_step(
                 *self._arrays(number), **self.program
             )
             losses.append(float(measured["loss"]))
-            seconds.append(time.perf_counter() - began)
+            seconds.append(self.clock() - began)
         return {"seconds": seconds, "losses": losses}
 
     def program_flops(self, numbers):
@@ -77,6 +76,10 @@ class Ours:
     def _arrays(self, number):
         key = jax.random.key(0)
         return self.trainable, self.opt_state, self.frozen, self.batches[number], key
+
+    def used(self):
+        """Return the CPU seconds of this process."""
+        return CLOCKS["cpu"]()
 
     def memory(self):
         """Return the peak memory in bytes, of the accelerator or of this process."""
@@ -92,6 +95,7 @@ class Ours:
             lambda x, w: forward(x, w).block_until_ready(),
             lambda x, w: backward(x, w).block_until_ready(),
             Shapes.of(self.base.config),
+            self.clock,
         )
 
     def prepare_labels(self):
@@ -107,9 +111,9 @@ class Ours:
     def classify(self, split, numbers, batch_size):
         """Label texts, and return the seconds and the log-odds of the first label."""
         texts = [self.work.splits[split]["texts"][i] for i in numbers]
-        began = time.perf_counter()
+        began = self.clock()
         predictions = self.prompt.classify(texts, batch_size)
-        seconds = time.perf_counter() - began
+        seconds = self.clock() - began
         first, second = self.labels
         odds = [np.log(p.probabilities[first] / p.probabilities[second]) for p in predictions]
         return {"seconds": seconds, "odds": list(map(float, odds))}
@@ -127,7 +131,7 @@ class Ours:
         ends, seeds = np.full((rows, 1), -1), np.zeros(rows, np.uint32)
         sampling = Sampling.from_settings(GenerationSettings(), rows)
         jax.block_until_ready(trained.prefix.keys)
-        began = time.perf_counter()
+        began = self.clock()
         prefix = trained.prefix.packed([trained.prefix], [0] * rows)
         lengths = np.full(rows, tokens.shape[1])
         state = decoding.start(
@@ -135,7 +139,7 @@ class Ours:
         )
         state = decoding.continue_decoding(trained.backbone, prefix, state, np.full(rows, new))
         generated = np.asarray(state.tokens)[:, :new].tolist()
-        return {"seconds": time.perf_counter() - began, "tokens": generated}
+        return {"seconds": self.clock() - began, "tokens": generated}
 
 
 if __name__ == "__main__":

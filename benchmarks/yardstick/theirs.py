@@ -1,13 +1,12 @@
 """The worker of peft, in an environment with torch. It has the commands of `ours.py`."""
 
 import math
-import time
 
 import peft
 import torch
 import transformers
 from flops import Shapes, measure_rate
-from processes import peak_memory, serve
+from processes import CLOCKS, peak_memory, serve
 from safetensors.torch import load_file
 from workload import Workload
 
@@ -18,6 +17,7 @@ class Theirs:
     def __init__(self, folder, case):
         transformers.utils.logging.set_verbosity_error()
         self.work, self.case = Workload(folder, case), case
+        self.clock = CLOCKS[case["clock"]]
         self.device = torch.device("cuda" if case["platform"] != "cpu" else "cpu")
         self.dtype = getattr(torch, case["dtype"])
         model = transformers.AutoModelForCausalLM.from_pretrained(folder / "base", dtype=self.dtype)
@@ -53,7 +53,7 @@ class Theirs:
         """Train on batches, and return the seconds and the loss of each step."""
         seconds, losses = [], []
         for number in numbers:
-            began = time.perf_counter()
+            began = self.clock()
             loss = self.model(**self._training_batch(self.work.batch(order, number))).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(self.parameters, self.work.optimizer["clip_norm"])
@@ -62,7 +62,7 @@ class Theirs:
             self.optimizer.zero_grad()
             losses.append(loss.item())
             self._wait()
-            seconds.append(time.perf_counter() - began)
+            seconds.append(self.clock() - began)
         return {"seconds": seconds, "losses": losses}
 
     def _training_batch(self, rows):
@@ -84,6 +84,10 @@ class Theirs:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
+    def used(self):
+        """Return the CPU seconds of this process."""
+        return CLOCKS["cpu"]()
+
     def memory(self):
         """Return the peak memory in bytes, of the accelerator or of this process."""
         if self.device.type == "cuda":
@@ -104,7 +108,9 @@ class Theirs:
         def make(*size):
             return torch.randn(size, dtype=self.dtype, device=self.device)
 
-        return measure_rate(make, forward, backward, Shapes.of(self.model.config.to_dict()))
+        return measure_rate(
+            make, forward, backward, Shapes.of(self.model.config.to_dict()), self.clock
+        )
 
     def prepare_labels(self):
         """Nothing: the model labels rows as it is."""
@@ -118,7 +124,7 @@ class Theirs:
         order = sorted(range(len(numbers)), key=lambda i: len(inputs[numbers[i]]))
         odds = [0.0] * len(numbers)
         self.model.eval()
-        began = time.perf_counter()
+        began = self.clock()
         for start in range(0, len(order), batch_size):
             part = order[start : start + batch_size]
             rows = [[*self.work.opening, *inputs[numbers[i]]] for i in part]
@@ -129,7 +135,7 @@ class Theirs:
             pairs = logits[torch.arange(len(rows), device=self.device), last][:, self.work.labels]
             for i, odd in zip(part, (pairs[:, 0] - pairs[:, 1]).tolist(), strict=True):
                 odds[i] = odd
-        seconds = time.perf_counter() - began
+        seconds = self.clock() - began
         self.model.train()
         return {"seconds": seconds, "odds": odds}
 
@@ -139,11 +145,11 @@ class Theirs:
         settings = {"do_sample": False, "max_new_tokens": new, "min_new_tokens": new}
         mask = torch.ones_like(tokens)
         self.model.eval()
-        began = time.perf_counter()
+        began = self.clock()
         with torch.inference_mode():
             generated = self.model.generate(input_ids=tokens, attention_mask=mask, **settings)
         self._wait()
-        seconds = time.perf_counter() - began
+        seconds = self.clock() - began
         self.model.train()
         return {"seconds": seconds, "tokens": generated[:, -new:].tolist()}
 
