@@ -11,7 +11,7 @@ H query heads, h head size, R rank.
 import dataclasses
 import statistics
 
-ROWS = 704  # of the left matrix when the rate is measured: tokens in a batch of 16 film reviews
+_PASSES = 3  # products of each shape in one measurement of the rate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,26 +132,27 @@ def _size(matrices):
     return sum(inputs * outputs for inputs, outputs in matrices)
 
 
-def measure_rate(make, forward, backward, shapes, clock, repeats=3):
+def measure_rate(make, forward, backward, wait, clock, shapes, rows):
     """Measure matrix products of the shapes of a model's layer, and return operations per second.
 
     Args:
       make: returns a random matrix of a size.
-      forward: multiplies a matrix by another one, and waits for the result.
+      forward: multiplies a matrix by another one.
       backward: the same with the transpose of the second one.
-      shapes: the sizes of the model.
+      wait: waits for a list of results. An accelerator works on while products are added.
       clock: returns seconds.
-      repeats: the result is the median of so many rounds.
+      shapes: the sizes of the model.
+      rows: of the left matrices.
     """
-    operands = [(make(ROWS, i), make(ROWS, o), make(i, o)) for i, o in sorted({*shapes.matrices})]
+    operands = [(make(rows, i), make(rows, o), make(i, o)) for i, o in sorted({*shapes.matrices})]
 
     def run():
-        began = clock()
-        for inputs, gradients, matrix in operands:
-            forward(inputs, matrix)
-            backward(gradients, matrix)
+        began, results = clock(), []
+        for inputs, gradients, matrix in operands * _PASSES:
+            results += forward(inputs, matrix), backward(gradients, matrix)
+        wait(results)
         return clock() - began
 
     run()
-    operations = 4 * ROWS * _size({*shapes.matrices})
-    return operations / statistics.median(run() for _ in range(repeats))
+    operations = 4 * rows * _size({*shapes.matrices}) * _PASSES
+    return operations / statistics.median(run() for _ in range(3))

@@ -87,7 +87,7 @@ def sentiment(folder, pythons, clock, quick):
     operations = train_all(folder, pythons, setting, cases, batches, rounds, "examples/s")
     if not quick:
         with measure.Pair(folder, pythons, as_case(setting, "prompt", 20, RANK, 16)) as pair:
-            print(measure.time_to_accuracy(pair, goal=0.86, every=20), flush=True)
+            print(*measure.time_to_accuracy(pair, goal=0.86, every=20), sep="\n", flush=True)
     with measure.Pair(folder, pythons, as_case(setting, "prompt", 20, RANK, None)) as pair:
         texts, single, rounds = (64, 3, 2) if quick else (256, 9, 3)
         print(*measure.classification(pair, texts, single, rounds), sep="\n", flush=True)

@@ -94,22 +94,16 @@ class Theirs:
             return torch.cuda.max_memory_allocated()
         return peak_memory()
 
-    def rate(self):
-        """Return the rate of matrix products."""
-
-        def forward(x, w):
-            torch.mm(x, w)
-            self._wait()
-
-        def backward(x, w):
-            torch.mm(x, w.T)
-            self._wait()
-
-        def make(*size):
-            return torch.randn(size, dtype=self.dtype, device=self.device)
-
+    def rate(self, rows):
+        """Return the rate of matrix products of so many rows."""
         return measure_rate(
-            make, forward, backward, Shapes.of(self.model.config.to_dict()), self.clock
+            lambda *size: torch.randn(size, dtype=self.dtype, device=self.device),
+            torch.mm,
+            lambda x, w: torch.mm(x, w.T),
+            lambda results: self._wait(),
+            self.clock,
+            Shapes.of(self.model.config.to_dict()),
+            rows,
         )
 
     def prepare_labels(self):
