@@ -86,11 +86,8 @@ def training(pair, batches, rounds, unit):
     mine = {"order": "sorted", "numbers": numbers["sorted"]}
     matrix_rows = max(MATRIX_ROWS, sum(length for length, _ in pair.work.lengths("sorted", 0)))
     pair.ours("steps", **mine)  # compiles
-    rows, taken, rates = (
-        [Row("first step after", name, "s", ours_first, theirs_first, False)],
-        [],
-        [],
-    )
+    rows = [Row("first step after", name, "s", ours_first, theirs_first, False)]
+    taken, rates = [], []
     for order in ("sorted", "random"):
         theirs = []
         for _ in range(rounds):
