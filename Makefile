@@ -101,11 +101,12 @@ plan-test: .venv/plan
 
 # peft runs in an environment of its own, with versions in which it generates the right tokens.
 PEFT := torch==2.13.0 transformers==4.57.1 peft==0.21.2
-.venv/bench: .venv/installed
-	$(PYTHON) -m venv $@
-	$@/bin/pip install --quiet --disable-pip-version-check $(PEFT)
+.venv/bench/installed: .venv/installed
+	$(PYTHON) -m venv .venv/bench
+	.venv/bench/bin/pip install --quiet --disable-pip-version-check $(PEFT)
+	touch $@
 
-bench: .venv/bench
+bench: .venv/bench/installed
 	$(BIN)/python benchmarks/yardstick/main.py --peft-python .venv/bench/bin/python $(ARGS)
 
 clean:
