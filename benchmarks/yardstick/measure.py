@@ -212,13 +212,12 @@ def time_to_accuracy(pair, goal, every):
     everything = list(range(len(validation["answers"])))
     reached = []
     for worker, (seconds, _) in zip(pair.workers, pair.first_step, strict=True):
-        worker("prepare_labels")
         step, accuracy = 1, 0.0
         while accuracy < goal and step < pair.work.steps:
             until = min(step + every - step % every, pair.work.steps)
             turn = worker("steps", order="sorted", numbers=list(range(step, until)))
             seconds, step = seconds + sum(turn["seconds"]), until
-            worker("adopt_training")
+            worker("prepare_labels")
             turn = worker("classify", split="validation", numbers=everything, batch_size=32)
             right = [
                 (odd < 0) == answer

@@ -100,14 +100,16 @@ class Ours:
         )
 
     def prepare_labels(self):
-        """Make a prompt that labels texts."""
+        """Make a prompt that labels texts, from what was trained so far."""
         experiment = load_experiment(EXPERIMENT)
         virtual = self.case["virtual"] if self.case["method"] == "prompt" else 0
-        self.task = make_task(
-            self.base, experiment.template, experiment.verbalizer, virtual_tokens=virtual
-        )
-        self.labels = list(experiment.verbalizer)
-        self.prompt = TrainedPrompt.from_method(self.start, self.base, self.task)
+        template, verbalizer = experiment.template, experiment.verbalizer
+        task = make_task(self.base, template, verbalizer, virtual_tokens=virtual)
+        self.labels = list(verbalizer)
+        method = self.start
+        if self.case["batch"]:  # a step deletes the arrays that it started from
+            method, _ = nnx.merge(self.program["graphdef"], self.trainable, *self.frozen)
+        self.prompt = TrainedPrompt.from_method(method, self.base, task)
 
     def classify(self, split, numbers, batch_size):
         """Label texts, and return the seconds and the log-odds of the first label."""
@@ -118,11 +120,6 @@ class Ours:
         first, second = self.labels
         odds = [np.log(p.probabilities[first] / p.probabilities[second]) for p in predictions]
         return {"seconds": seconds, "odds": list(map(float, odds))}
-
-    def adopt_training(self):
-        """Label texts with what was trained so far."""
-        method, backbone = nnx.merge(self.program["graphdef"], self.trainable, *self.frozen)
-        self.prompt = TrainedPrompt.from_method(method, self.base, self.task, backbone=backbone)
 
     def generate(self, tokens, new):
         """Continue rows of equal length greedily, without stopping at an end-of-text token."""

@@ -109,9 +109,6 @@ class Theirs:
     def prepare_labels(self):
         """Nothing: the model labels rows as it is."""
 
-    def adopt_training(self):
-        """Nothing: the model labels rows as it is."""
-
     def classify(self, split, numbers, batch_size):
         """Compare the logits of the labels' tokens after each row of ids."""
         inputs = self.work.splits[split]["inputs"]
