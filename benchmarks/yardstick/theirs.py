@@ -133,7 +133,8 @@ class Theirs:
     def generate(self, tokens, new):
         """Continue rows of equal length greedily, without stopping at an end-of-text token."""
         tokens = torch.tensor(tokens, device=self.device)
-        settings = {"do_sample": False, "max_new_tokens": new, "min_new_tokens": new}
+        settings = {"do_sample": False, "max_new_tokens": new, "pad_token_id": 0}
+        self.model.generation_config.eos_token_id = None  # `min_new_tokens` would forbid the token
         mask = torch.ones_like(tokens)
         self.model.eval()
         began = self.clock()
