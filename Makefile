@@ -8,6 +8,7 @@
 # make attack-runs kills, signals, flipped bits and full disks in training (a quarter of an hour)
 # make transformers4-test   read merged exports with transformers 4.57
 # make plan-test   compile training steps for TPUs and NVIDIA GPUs, which need not be here
+# make bench [ARGS=--quick]   compare with peft (two hours; five minutes with --quick)
 # make wheel-test  install the wheel in a fresh environment and try it
 # make lint | format | docs | wheel | clean
 
@@ -16,7 +17,7 @@ EXP ?= sentiment
 RUN ?= runs/$(EXP)
 BIN := .venv/bin
 
-.PHONY: install install-dev train sweep model-gemma3 test test-fast attack attack-runs transformers4-test plan-test lint format docs wheel wheel-test clean
+.PHONY: install install-dev train sweep model-gemma3 test test-fast attack attack-runs transformers4-test plan-test bench lint format docs wheel wheel-test clean
 
 # Python compiles each module at its first import. Pip would compile thousands that nobody imports.
 PIP = $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
@@ -109,6 +110,16 @@ COMPILERS ?= plan-tpu,plan-cuda
 
 plan-test: .venv/plan
 	$</bin/python -m pytest --numprocesses=0 tests/test_absent_hardware.py
+
+# peft runs in an environment of its own, with versions in which it generates the right tokens.
+PEFT := torch==2.13.0 transformers==4.57.1 peft==0.21.2
+.venv/bench/installed: .venv/installed
+	$(PYTHON) -m venv .venv/bench
+	.venv/bench/bin/pip install --quiet --disable-pip-version-check $(PEFT)
+	touch $@
+
+bench: .venv/bench/installed
+	$(BIN)/python benchmarks/yardstick/main.py --peft-python .venv/bench/bin/python $(ARGS)
 
 clean:
 	rm -rf .venv site dist
