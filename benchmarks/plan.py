@@ -59,7 +59,7 @@ def print_memory() -> None:
     import jax
 
     from softprompt.backbones.loading import load_base
-    from softprompt.data.batches import Layout
+    from softprompt.data.layout import Layout, PackedShape
     from softprompt.experiment.reading import load_experiment
     from softprompt.methods.soft_prompt import SoftPrompt
     from softprompt.plan.plan import make_plan
@@ -73,9 +73,8 @@ def print_memory() -> None:
     base = load_base(experiment.base)
     method = SoftPrompt.build(experiment, base, [~i for i in range(100)])
     state = TrainState(experiment, method, base.backbone)
-    batch = Layout(separate_targets=False, branching=False, shapes=[]).lay_out(
-        [], rows, tokens, targets
-    )
+    shape = PackedShape(1, rows, rows * tokens, rows * targets, tokens, targets)
+    batch = Layout(separate_targets=False, branching=False).lay_out([], shape)
     run = train_step.lower(*state.arrays, batch, state.key, **state.program).compile()
     compiled = run.memory_analysis()
     results = run(*state.arrays, batch, state.key)  # the first run also loads code

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import FAMILIES_GOLDEN, example_of, golden_backbone
+from conftest import FAMILIES_GOLDEN, batch_of, example_of, golden_backbone
 from flax import nnx
 from test_compute import loss_and_gradient
 from test_sharded_loading import write_gguf

@@ -51,6 +51,9 @@ class Backbone(Protocol[PrefixType, CacheType]):
         """The devices that the parameters are divided over; None for one device."""
         ...
 
+    trained: bool
+    """Whether the parameters of the layers are trained."""
+
     @property
     def separate_targets(self) -> bool:
         """Whether a separate decoder reads the targets.

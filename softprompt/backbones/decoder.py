@@ -39,6 +39,9 @@ class Decoder(nnx.Module):
       quantize: how the kernels are quantized, see `quantization`; None for floating point.
       attention: the implementation of attention.
       mesh: the devices that the parameters are divided over; None for one device.
+
+    Attributes:
+      trained: whether the parameters of the layers are trained.
     """
 
     separate_targets = False
@@ -56,6 +59,7 @@ class Decoder(nnx.Module):
         mesh: Mesh | None = None,
     ):
         self.arch, self.attention, self.mesh = arch, attention, mesh
+        self.trained = False
         self.embedding = Embedding(arch.vocab_size, arch.hidden_size, arch.embedding_scale)
         if arch.learned_positions:
             self.positions = nnx.Param(jnp.zeros((arch.context_length, arch.hidden_size)))
@@ -230,38 +234,25 @@ class Decoder(nnx.Module):
             return jax.tree.map(lambda *each: jnp.stack(each), *map(function, kinds))
 
         rotary = by_kind(lambda k: k.rope and angles(k.rope, tokens.positions + prefix_length))
-        masks_of_tokens = by_kind(partial(masks, queries=tokens))
-        masks_of_targets = by_kind(partial(masks, queries=targets))
         kind_of_layer = jnp.array([kinds.index(kind) for kind in arch.layers])
-        is_last = jnp.arange(len(arch.layers)) == len(arch.layers) - 1
 
-        # For the backward pass, keep the outputs of the weight matrices and recompute the rest.
-        # On a CPU this is faster than keeping everything, because it saves memory traffic.
-        @partial(
-            jax.checkpoint,
-            policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-            prevent_cse=False,
-        )
-        def layer(carry, inputs):
-            block, kind, is_last, from_prefix, from_cache = inputs
-            x, of_targets = carry
-            block, x = gather_layer(block, self.mesh), divide(x, self.mesh, ROWS)
+        def layer_for(queries: _Tokens):
+            """Return the function that computes a layer's outputs for some tokens."""
+            masks_by_kind = by_kind(partial(masks, queries=queries))
 
-            def run(x, queries: _Tokens, masks_by_kind):
+            def layer(x, inputs):
+                block, kind, from_prefix, from_cache = inputs
+                block, x = gather_layer(block, self.mesh), divide(x, self.mesh, ROWS)
                 angles, masks = jax.tree.map(lambda a: a[kind], (rotary, masks_by_kind))
                 own_mask, prefix_mask, cache_mask = masks
 
                 def attention(q, keys, values):
                     q = queries.rows.to_rows(q)
                     keys, values = tokens.rows.to_rows(keys), tokens.rows.to_rows(values)
+                    softcap = arch.attention_softcap
                     if kernel is not None and queries is tokens:
-                        form = partial(
-                            flash_attend,
-                            kernel=kernel,
-                            scale=scale,
-                            softcap=arch.attention_softcap,
-                            mesh=self.mesh,
-                        )
+                        options = {"kernel": kernel, "softcap": softcap, "mesh": self.mesh}
+                        form = partial(flash_attend, scale=scale, **options)
                         forms = [partial(form, window=each.window) for each in kinds]
                         mixed = jax.lax.switch(kind, forms, q, keys, values, from_prefix)
                         return queries.rows.from_rows(mixed)
@@ -270,30 +261,53 @@ class Decoder(nnx.Module):
                         sources.append(Source(from_prefix[0], from_prefix[1], prefix_mask))
                     if from_cache is not None:
                         sources.append(Source(from_cache[0], from_cache[1], cache_mask))
-                    mixed = attend(q, sources, scale=scale, softcap=arch.attention_softcap)
+                    mixed = attend(q, sources, scale=scale, softcap=softcap)
                     return queries.rows.from_rows(mixed)
 
                 return block(x, angles, attention, queries.select)
 
-            if batch is None:
-                x, keys_values = run(x, tokens, masks_of_tokens)
-                return (x, of_targets), keys_values
-            return jax.lax.cond(
-                is_last,
-                lambda x, _: (x, run(x, targets, masks_of_targets)[0]),
-                lambda x, of_targets: (run(x, tokens, masks_of_tokens)[0], of_targets),
-                x,
-                of_targets,
-            ), None
+            return layer
 
         from_prefix = (prefix.keys, prefix.values) if prefix else None
         from_cache = (cache.keys, cache.values) if cache else None
-        empty = None if batch is None else jnp.zeros((*batch.targets.shape, x.shape[-1]), x.dtype)
-        (x, of_targets), keys_values = jax.lax.scan(
-            layer, (x, empty), (self.layers, kind_of_layer, is_last, from_prefix, from_cache)
-        )
-        x = x if of_targets is None else of_targets
-        return self.norm(x), keys_values
+        inputs = self.layers, kind_of_layer, from_prefix, from_cache
+        if batch is None:
+            x, keys_values = jax.lax.scan(_recomputed(layer_for(tokens)), x, inputs)
+            return self.norm(x), keys_values
+        x = _all_but_last(layer_for(tokens), x, inputs, self.trained)
+        x, _ = _recomputed(layer_for(targets))(x, jax.tree.map(lambda a: a[-1], inputs))
+        return self.norm(x), None
+
+
+# For the backward pass, keep the outputs of the weight matrices and recompute the rest. On a CPU
+# this is faster than keeping everything, because it saves memory traffic.
+_recomputed = partial(
+    jax.checkpoint,
+    policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    prevent_cse=False,
+)
+
+
+def _all_but_last(layer, x, inputs, trained: bool):
+    """Run all layers but the last.
+
+    Args:
+      layer: a function from hidden states and the inputs of a layer to hidden states and more.
+      x: hidden states.
+      inputs: a pytree of arrays `[L, ...]`.
+      trained: whether all inputs are differentiated.
+    """
+    if trained:  # a scan over an index would add up gradients of the size of all layers
+        sliced = jax.tree.map(lambda a: a[:-1], inputs)
+        return jax.lax.scan(_recomputed(lambda x, each: (layer(x, each)[0], None)), x, sliced)[0]
+
+    @_recomputed
+    def numbered(x, number):
+        return layer(x, jax.tree.map(lambda a: a[number], inputs))[0], None
+
+    # Slices of all layers but the last would be a copy of the model.
+    count = len(jax.tree.leaves(inputs)[0])
+    return jax.lax.scan(numbered, x, jnp.arange(count - 1))[0]
 
 
 def _same(tokens: jax.Array) -> jax.Array:

@@ -51,6 +51,7 @@ class T5(nnx.Module):
         mesh: Mesh | None = None,
     ):
         self.arch, self.mesh = arch, mesh
+        self.trained = False
         self.embedding = Embedding(arch.vocab_size, arch.hidden_size)
         buckets = (arch.num_buckets, arch.num_heads)
         norm = partial(RMSNorm, arch.hidden_size, arch.norm_epsilon)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-_CLASS_RATIO = 4  # between the longest rows of two length classes
-_ATTENTION_KEYS = 512  # attention to this many keys costs about as much as a layer's matrices
+_CLASS_RATIO = 1.6  # between the longest rows of two length classes
+_ATTENTION_KEYS = 128  # attention to this many keys takes about as long as all matrices of a layer
 _WORTHWHILE = 0.05  # the share of time that another length class must save
 
 
@@ -26,7 +26,7 @@ def length_classes(lengths: np.ndarray) -> list[int]:
     """
     bounds = [int(lengths.max())]
     while True:
-        shorter = lengths[lengths <= bounds[-1] // _CLASS_RATIO]
+        shorter = lengths[lengths <= bounds[-1] / _CLASS_RATIO]
         if not shorter.size:
             return bounds
         bound = int(shorter.max())

@@ -36,6 +36,12 @@ class FullFineTuning(Method):
         if kind := experiment.compute.quantize:
             raise ValueError(f"method: full cannot train {kind} matrices; lora can")
 
+    def adapt(self, backbone: Backbone, key: jax.Array | None = None) -> Backbone:
+        """Return a view of the backbone that says that its layers are trained."""
+        view = nnx.merge(*nnx.split(backbone))
+        view.trained = True
+        return view
+
     def arrays(self, backbone: Backbone) -> dict[str, jax.Array]:
         """Return the parameters of the backbone by their paths."""
         return parameters_of(backbone)
