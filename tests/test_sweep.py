@@ -299,8 +299,8 @@ def test_a_killed_sweep_resumes(space):
 
 
 def test_stopping_a_sweep_saves_the_other_trials_if_one_fails(space):
-    """The infinite loss of the failing trial is detected after the signal."""
-    found = space("  optimizer.learning_rate: [1e38, 0.1]\n  at_once: 2\n", "evaluation.every=6")
+    """The infinite parameters of the failing trial are detected after the signal."""
+    found = space("  optimizer.learning_rate: [3e38, 0.1]\n  at_once: 2\n", "evaluation.every=6")
     stops = "if slots[0].session.run.step == 1: os.kill(os.getpid(), 15)"
     stopping = sweep_process(found, stops, "evaluation.every=6")
     errors = stopping.communicate()[1]

@@ -15,6 +15,7 @@ from workload import Workload, random_rows
 HERE = Path(__file__).parent
 TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}  # relative, of the first loss
 INPUT, NEW = 32, 64  # tokens to read and to generate
+ORDERS = "ours", "sorted", "random"
 MATRIX_ROWS = 704  # the least number of rows of matrix products: 16 film reviews
 
 
@@ -42,7 +43,7 @@ class Pair:
         worker = Worker(python, HERE / script, self.folder, case, self.folder / f"{script}.log")
         if case["batch"]:
             worker("prepare_training")
-            (loss,) = worker("steps", order="sorted", numbers=[0])["losses"]
+            (loss,) = worker("steps", order="ours", numbers=[0])["losses"]
             seconds = time.perf_counter() - worker.began
             self.first_step.append((worker("used") if case["clock"] == "cpu" else seconds, loss))
         return worker
@@ -64,7 +65,10 @@ class Pair:
 
 
 def training(pair, batches, rounds, unit):
-    """Measure training steps on batches sorted by length and on random batches.
+    """Measure training steps. Each side trains on its own batches.
+
+    Both train their first step on the same batch. After it, peft trains on batches sorted by length
+    and on random batches.
 
     Args:
       pair: the workers, which have trained one step.
@@ -82,9 +86,9 @@ def training(pair, batches, rounds, unit):
     losses = f"first losses {loss:.6f} and {their_loss:.6f}, {difference:.1e} apart"
     print(f"{name}: {losses}", file=sys.stderr)
 
-    numbers = {order: pair.work.typical(order, batches) for order in ("sorted", "random")}
-    mine = {"order": "sorted", "numbers": numbers["sorted"]}
-    matrix_rows = max(MATRIX_ROWS, sum(length for length, _ in pair.work.lengths("sorted", 0)))
+    numbers = {order: pair.work.typical(order, batches) for order in ORDERS}
+    mine = {"order": "ours", "numbers": numbers["ours"]}
+    matrix_rows = max(MATRIX_ROWS, sum(length for length, _ in pair.work.lengths("ours", 0)))
     pair.ours("steps", **mine)  # compiles
     rows = [Row("first step after", name, "s", ours_first, theirs_first, False)]
     taken, rates = [], []
@@ -95,7 +99,7 @@ def training(pair, batches, rounds, unit):
             theirs.append(pair.theirs("steps", order=order, numbers=numbers[order])["seconds"])
             rates.append([worker("rate", rows=matrix_rows) for worker in pair.workers])
         seconds = sum_of_medians(taken), sum_of_medians(theirs)
-        amounts = (_amount(pair, unit, each, numbers[each]) for each in ("sorted", order))
+        amounts = (_amount(pair, unit, each, numbers[each]) for each in ("ours", order))
         speeds = [amount / each for amount, each in zip(amounts, seconds, strict=True)]
         memory = [worker("memory") / 1e9 for worker in pair.workers]
         rows += [
@@ -111,9 +115,11 @@ def sum_of_medians(rounds):
 
 
 def _amount(pair, unit, order, numbers):
-    if unit == "examples/s":
+    if unit == "examples/s" and order != "ours":
         return len(numbers) * pair.case["batch"]
-    return sum(length for number in numbers for length, _ in pair.work.lengths(order, number))
+    tokens = sum(length for number in numbers for length, _ in pair.work.lengths(order, number))
+    # The time of a step of ours depends on its tokens, and the measured batches may have fewer.
+    return tokens / pair.work.mean_length() if unit == "examples/s" else tokens
 
 
 def _operations(pair, name, numbers, seconds, rates):
@@ -135,8 +141,8 @@ def _operations(pair, name, numbers, seconds, rates):
 
     return Operations(
         name,
-        total(required, "sorted"),
-        pair.ours("program_flops", numbers=numbers["sorted"]),
+        total(required, "ours"),
+        pair.ours("program_flops", numbers=numbers["ours"]),
         total(prepended, "sorted"),
         total(prepended, "random"),
         seconds,
@@ -200,9 +206,9 @@ def generation(pair, batch, rounds):
 def time_to_accuracy(pair, goal, every):
     """Train until an evaluation reaches an accuracy on the validation texts.
 
-    The time is that from the start of the process to the step, without evaluations. Both sides
-    train on the same batches, with the settings of the experiment. The programs of softprompt were
-    compiled by an earlier process.
+    The time counts from the start of the process to the step, without evaluations. Both sides use
+    the settings of the experiment. softprompt trains on its own batches, whose programs an earlier
+    process compiled, and peft on batches sorted by length.
 
     Args:
       pair: the workers, which have trained one step.
@@ -212,11 +218,12 @@ def time_to_accuracy(pair, goal, every):
     validation = pair.work.splits["validation"]
     everything = list(range(len(validation["answers"])))
     reached = []
-    for worker, (seconds, _) in zip(pair.workers, pair.first_step, strict=True):
+    sides = zip(pair.workers, ("ours", "sorted"), pair.first_step, strict=True)
+    for worker, order, (seconds, _) in sides:
         step, accuracy = 1, 0.0
         while accuracy < goal and step < pair.work.steps:
             until = min(step + every - step % every, pair.work.steps)
-            turn = worker("steps", order="sorted", numbers=list(range(step, until)))
+            turn = worker("steps", order=order, numbers=list(range(step, until)))
             seconds, step = seconds + sum(turn["seconds"]), until
             worker("prepare_labels")
             turn = worker("classify", split="validation", numbers=everything, batch_size=32)

@@ -114,12 +114,23 @@ def _length(example):
 
 
 def write_rows(folder, examples, opening, batch_sizes, count, more):
-    """Write token ids, and for each batch size the rows of sorted and of random batches."""
+    """Write token ids, and for each batch size the rows of batches in three orders."""
     order = np.random.default_rng(0).permutation(len(examples)).tolist()
+
+    def batches_of(order, size):
+        return [order[i : i + size] for i in range(0, len(order) - size + 1, size)][:count]
+
+    def grouped(size):
+        """Sort 50 batches at a time by length, as transformers' `group_by_length` does."""
+        parts = [order[i : i + 50 * size] for i in range(0, len(order), 50 * size)]
+        by_length = [sorted(part, key=lambda i: _length(examples[i])) for part in parts]
+        return [number for part in by_length for number in part]
+
     batches = {
         size: {
-            "sorted": batch_rows(examples, size, min(count, len(examples) // size)),
-            "random": [order[i : i + size] for i in range(0, len(order) - size + 1, size)][:count],
+            "ours": batch_rows(examples, size, min(count, len(examples) // size)),
+            "sorted": batches_of(grouped(size), size),
+            "random": batches_of(order, size),
         }
         for size in batch_sizes
     }

@@ -29,7 +29,8 @@ class Workload:
         """Return the rows of a batch, as pairs of input and target.
 
         Args:
-          order: `sorted`, as softprompt trains, or `random`, as a `Trainer` does by default.
+          order: `ours`, as softprompt trains; `sorted`, as a `Trainer` does with
+            `group_by_length`; or `random`, as it does by default.
           number: its place in training.
         """
         return [self.rows[i] for i in self._batches[order][number]]
@@ -38,11 +39,16 @@ class Workload:
         """Return for each row its tokens after the opening, and its targets."""
         return [(len(i) + len(t) - 1, len(t)) for i, t in self.batch(order, number)]
 
+    def mean_length(self):
+        """Return the mean number of tokens of a row after the opening."""
+        return sum(len(i) + len(t) - 1 for i, t in self.rows) / len(self.rows)
+
     def typical(self, order, count):
         """Return the numbers of `count` batches that together have the size of all batches."""
 
         def size(number):
-            return max(length for length, _ in self.lengths(order, number))
+            lengths = [length for length, _ in self.lengths(order, number)]
+            return sum(lengths) if order == "ours" else max(lengths)
 
         numbers = sorted(range(len(self._batches[order])), key=size)
         in_group = len(numbers) // count

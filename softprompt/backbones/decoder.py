@@ -251,9 +251,8 @@ class Decoder(nnx.Module):
                     keys, values = tokens.rows.to_rows(keys), tokens.rows.to_rows(values)
                     softcap = arch.attention_softcap
                     if kernel is not None and queries is tokens:
-                        options = {"kernel": kernel, "softcap": softcap, "mesh": self.mesh}
-                        form = partial(flash_attend, scale=scale, **options)
-                        forms = [partial(form, window=each.window) for each in kinds]
+                        flash = partial(flash_attend, kernel=kernel, scale=scale, softcap=softcap)
+                        forms = [partial(flash, window=k.window, mesh=self.mesh) for k in kinds]
                         mixed = jax.lax.switch(kind, forms, q, keys, values, from_prefix)
                         return queries.rows.from_rows(mixed)
                     sources = [Source(keys, values, own_mask)]

@@ -16,7 +16,7 @@ def length_classes(lengths: np.ndarray) -> list[int]:
     """Choose classes of row lengths. The rows of a batch belong to one class.
 
     In attention, each row is padded to the longest row of its class. Every class needs a compiled
-    program, so one is added only if it saves 5 % of the time. Most datasets have a single class.
+    program, so one is added only if it saves 5 % of the time.
 
     Args:
       lengths: the number of tokens in each row, `[N]`.
