@@ -47,12 +47,10 @@ class Program:
 
     Attributes:
       shapes: the shapes of all arrays.
-      shapes_outside_layers: those of arrays that exist outside of the loops over layers.
       collectives: see `Collective`.
     """
 
     shapes: frozenset[Shape]
-    shapes_outside_layers: frozenset[Shape]
     collectives: tuple[Collective, ...]
 
     @classmethod
@@ -65,7 +63,7 @@ class Program:
         """
         computations, entry = _computations(compiled.as_text())
         inside = _in_loops(computations, entry, layers)
-        shapes: dict[bool, set[Shape]] = {True: set(), False: set()}
+        shapes: set[Shape] = set()
         collectives = []
         for name, lines in computations.items():
             for line in lines:
@@ -73,7 +71,7 @@ class Program:
                     continue
                 sizes = [_sizes(text) for text in _SHAPE.findall(found[1])]
                 plain = [tuple(sorted(size for size in each if size > 1)) for each in sizes]
-                shapes[name in inside].update(plain)
+                shapes.update(plain)
                 opcode = found[2].removesuffix("-start")
                 if opcode in _COLLECTIVES and not _ALONE.search(line):
                     counts = [math.prod(each) for each in sizes]
@@ -82,8 +80,7 @@ class Program:
                             opcode, frozenset(plain), sum(counts), max(counts), name in inside
                         )
                     )
-        outside = frozenset(shapes[False])
-        return cls(outside | shapes[True], outside, tuple(collectives))
+        return cls(frozenset(shapes), tuple(collectives))
 
 
 def _sizes(text: str) -> list[int]:

@@ -29,7 +29,7 @@ STRINGS_FOR_NUMBERS = """{"steps": 1, "train_seconds": 1.0, "peak_memory_bytes":
 SWEEP = """\
 sweep:
   prompt.length: [2, 4]
-  optimizer.learning_rate: [0.1, 0.03, 1e38]
+  optimizer.learning_rate: [0.1, 0.03, 3e38]
   seed: [0, 1]
 """
 

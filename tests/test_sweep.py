@@ -263,7 +263,7 @@ def test_a_sweep_killed_between_rungs_makes_the_same_decisions(space):
 
 
 def test_a_failed_trial_is_recorded_and_the_others_continue(space, capsys):
-    found = space("  optimizer.learning_rate: [0.1, 1e38]\n  prompt.length: [2, 300]\n")
+    found = space("  optimizer.learning_rate: [0.1, 3e38]\n  prompt.length: [2, 300]\n")
     command = ["sweep", str(found.file.path), "--folder", str(found.folder)]
     assert main(command) == 1
     captured = capsys.readouterr()

@@ -178,10 +178,10 @@ def test_the_base_is_not_copied_for_each_trial(ran):
 
 
 def test_evaluations_divide_rows_over_the_devices_of_the_trials(ran):
-    """There are 9 examples in 16 rows."""
+    """There are 9 examples in 8 packs, one for each device."""
     text = (ran.folder / "eight.candidate_scores").read_text()
-    assert "f32[2,16,32]" in text
-    assert not re.search(r"f32\[16,\d+,(32|260)\]", text)
+    assert re.search(r"f32\[1,\d+,32\]", text)
+    assert not re.search(r"f32\[8,\d+,(32|260)\]", text)
 
 
 def collectives(text):

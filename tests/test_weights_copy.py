@@ -71,7 +71,7 @@ def assert_equal(found: tuple[dict, str], expected: tuple[dict, str]) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"dtype": "bfloat16"}, {"int8": True}, {"dtype": "bfloat16", "int8": True}],
+    [{}, {"dtype": "bfloat16"}, {"quantize": "int8"}, {"dtype": "bfloat16", "quantize": "int8"}],
     ids=str,
 )
 def test_the_copy_holds_the_same_parameters(model, tmp_path, conversions, options):
@@ -106,7 +106,7 @@ def test_a_donated_parameter_does_not_change_the_copy(model, tmp_path):
 
 
 def test_each_choice_of_dtypes_has_a_copy(model, tmp_path, conversions):
-    for options in ({}, {"dtype": "bfloat16"}, {"int8": True}, {}):
+    for options in ({}, {"dtype": "bfloat16"}, {"quantize": "int8"}, {}):
         parameters(model, **options)
     assert len(copies(tmp_path)) == len(conversions) == 3
 

@@ -17,7 +17,7 @@ from softprompt.data.examples import Example, Examples
 from softprompt.data.layout import Layout, PackedShape
 from softprompt.parallel.hosts import rows_here
 from softprompt.parallel.mesh import ROWS, axis_size
-from softprompt.runtime.memory import Result, run_batches
+from softprompt.runtime.memory import Result, require_batch_size, run_batches
 
 if TYPE_CHECKING:
     import grain
@@ -172,6 +172,7 @@ def evaluation_batches(
     Yields:
       The indices of the examples in the first rows of a batch, and the result of `run`.
     """
+    require_batch_size(batch_size)
     dataset, packs = Examples.of(examples), axis_size(mesh, ROWS)
     layout = Layout.of(dataset.lengths, separate_targets)
     lengths, targets = layout.row_lengths(dataset.lengths), dataset.lengths.targets

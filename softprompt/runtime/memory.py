@@ -88,6 +88,12 @@ def is_out_of_memory(error: jax.errors.JaxRuntimeError) -> bool:
     return "RESOURCE_EXHAUSTED" in str(error)
 
 
+def require_batch_size(batch_size: int) -> None:
+    """Raise a `UserError` if a batch size is not positive."""
+    if batch_size < 1:
+        raise UserError(f"batch_size {batch_size}: must be 1 or more")
+
+
 def run_batches(
     groups: Iterable[list[int]], batch_size: int, run: Callable[[list[int], int], Result]
 ) -> Iterator[tuple[list[int], Result]]:
@@ -106,8 +112,7 @@ def run_batches(
     Raises:
       UserError: if the batch size is not positive, or a single input needs too much memory.
     """
-    if batch_size < 1:
-        raise UserError(f"batch_size {batch_size}: must be 1 or more")
+    require_batch_size(batch_size)
     for group in groups:
         left = group
         while left:
