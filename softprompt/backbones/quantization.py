@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 
 from softprompt.errors import UserError
-from softprompt.experiment.sections import Quantization
+from softprompt.experiment.compute_settings import Quantization
 from softprompt.parallel.sharding import Together, one_input
 
 GROUP = 32  # inputs
