@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import grain
 
 _WINDOW = 2**14  # number of examples that are divided into batches together
-_SAMPLED_WINDOWS = 4  # the shapes are chosen by the batches of this many windows
+_SAMPLED_WINDOWS = 4  # the batches of this many windows determine the shapes
 
 
 class TrainingBatches:
@@ -125,7 +125,7 @@ class TrainingBatches:
         return [batches[i] for i in random.permutation(count)]
 
     def _choose_shapes(self) -> list[PackedShape]:
-        """Choose a shape for each length class, by the batches of the first windows."""
+        """Choose a shape for each length class, in which the batches of the first windows fit."""
         # A sample may lack the longest example, which must fit all the same.
         largest = np.array([[bound, 1] for bound in self._bounds])
         windows = -(-self._per_epoch // self._per_window)
@@ -146,7 +146,7 @@ class TrainingBatches:
         ]
 
     def _shape(self, length_class: int, packs: Sequence[np.ndarray]) -> PackedShape:
-        """Return the shape of a batch: that of its class, or a larger one if it does not fit."""
+        """Return the shape of a class, or a larger one if the packs do not fit into it."""
         shape = self._shapes[length_class]
         tokens, targets = _largest(packs, self._row_lengths, self._target_lengths)
         return dataclasses.replace(
