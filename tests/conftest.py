@@ -71,6 +71,7 @@ SLOW = [
     "test_evaluation",
     "test_figures",
     "test_lora",
+    "test_positions",
     "test_plan",
     "test_sharded_loading",
     "test_decoder",

@@ -158,6 +158,15 @@ def test_rows_of_very_different_lengths_have_two_shapes():
     assert batches.largest().tokens.shape == max(b.tokens.shape for b in epoch)
 
 
+def test_the_largest_shape_has_space_for_the_longest_example_if_no_sample_has_it(monkeypatch):
+    monkeypatch.setattr("softprompt.data.batches._WINDOW", 4)
+    short = [example_of([i, 1], [[1000]], 0) for i in range(400)]
+    batches = TrainingBatches([*short, example_of([400] * 900, [[1]], 0)], batch_size=4, seed=0)
+    sampled = [number for i in range(4) for number in numbers(batches[i])]
+    assert 400 not in sampled
+    assert batches.largest().tokens.size == 904
+
+
 def test_a_batch_that_does_not_fit_gets_a_larger_shape():
     short = [example_of([i, 1], [[1000]], 0) for i in range(64)]
     batches = TrainingBatches(short, batch_size=4, seed=0)

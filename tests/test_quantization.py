@@ -28,7 +28,7 @@ from softprompt.backbones.quantization import (
     quantize,
 )
 from softprompt.evaluation.scoring import candidate_scores
-from softprompt.experiment.sections import ComputeSettings
+from softprompt.experiment.compute_settings import ComputeSettings
 from softprompt.methods.backbone_arrays import parameters_of, with_parameters
 
 

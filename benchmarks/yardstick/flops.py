@@ -1,8 +1,8 @@
 """Floating-point operations of a training step, and the rate of matrix products.
 
-Products count as two operations for each multiplication and addition. All arrays are frozen but
-the prompt, so the backward pass needs the gradients of inputs only: as many operations as the
-forward pass. Attention needs twice as many backward as forward.
+Each multiplication and addition of a matrix product counts as two operations. The weights of the
+model are frozen, so their backward pass needs the gradients of inputs only: as many operations as
+the forward pass. Attention needs twice as many backward as forward.
 
 Axis letters: T tokens of a row, S keys before a row, M targets, P tokens of the opening, D hidden,
 H query heads, h head size, R rank.

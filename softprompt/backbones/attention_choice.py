@@ -47,7 +47,7 @@ def choose_attention(requested: str, arch: Any, dtype: str, mesh: Mesh | None) -
 def planned_attention(requested: str, arch: Any, dtype: str, mesh: Mesh) -> AttentionName:
     """Return the attention for a mesh of devices that need not be here.
 
-    Only a run can find out whether `auto` would take a kernel. Until then it stands for XLA.
+    Only a run can find out whether `auto` selects a kernel. A plan assumes that it selects XLA.
 
     Args:
       requested, arch, dtype: as in `choose_attention`.

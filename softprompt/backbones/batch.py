@@ -40,9 +40,10 @@ class Batch:
       target_indices: `[G, M]`, the index in the pack of the token from which each target is
         predicted; None for an encoder-decoder.
       positions: `[G, N]`, positions in the row. The positions of every candidate continue those
-        of the input. None if no row holds more than one candidate.
-      segments: `[G, N]`: 0 for the input, 1, 2, … for the candidates. None if `positions` is: the
-        causal mask is then enough.
+        of the input. None if no row holds two candidates of more than one token: its tokens are
+        then one sequence, and the causal mask is enough.
+      segments: `[G, N]`: 0 for the input, 1, 2, … for the candidates, -1 for padding. None if
+        `positions` is.
       row_length: T, at least the length of the longest row.
       row_targets: at least the number of targets of every row.
     """

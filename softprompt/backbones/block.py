@@ -74,7 +74,7 @@ class Block(nnx.Module):
         """Run the layer.
 
         Args:
-          x: `[B, T, D]`.
+          x: `[B, T, D]`, or packed.
           rotary: angles as returned by `rope.angles`, or None.
           attention: a function from queries, keys and values to attention outputs
             `[B, M, H, h]`.
@@ -82,7 +82,8 @@ class Block(nnx.Module):
             default these are all tokens.
 
         Returns:
-          Hidden states `[B, M, D]`, and the layer's keys and values `[B, T, K, h]`.
+          Hidden states `[B, M, D]`, and the layer's keys and values `[B, T, K, h]`. If `x` is
+          packed, all of these are packed too.
         """
         mixed, keys_values = self._attention(x, rotary, attention, select)
         x = select(x)

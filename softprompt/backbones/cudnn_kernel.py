@@ -1,11 +1,11 @@
 """Flash attention by cuDNN for NVIDIA GPUs; see `flash.Kernel`.
 
-cuDNN masks by position only if there is one query per key. The keys of a prefix, which all rows
-share, are therefore attended to without a mask, by the queries of all rows as if they were one
+cuDNN can mask by position only if there are as many queries as keys. All rows share the keys of a
+prefix. Therefore the queries of all rows attend to these keys without a mask, as if they were one
 row. If a window hides some of these keys, XLA computes attention to them.
 
-JAX's public function rounds the log-sum-exps to bfloat16 and cannot be given a joint output for
-its backward pass. Therefore its operations are used directly.
+JAX's public function rounds the log-sum-exps to bfloat16, and its backward pass does not accept a
+joint output. This module therefore calls the private operations of that function.
 
 Axis letters: B batch, T tokens, S keys, H query heads, K key-value heads, h head size.
 """

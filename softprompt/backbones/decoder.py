@@ -1,8 +1,7 @@
 """The backbone of causal language models: one decoder, configured by an `Architecture`.
 
 Axis letters: B batch, T tokens, P virtual tokens, D hidden, H query heads, K key-value heads,
-h head size, L layers, V vocabulary, G packs, N tokens of a pack, M targets of a
-pack.
+h head size, L layers, V vocabulary, G packs, N tokens of a pack, M targets of a pack.
 """
 
 import dataclasses

@@ -84,7 +84,8 @@ def log_probabilities(
         return chosen - jax.nn.logsumexp(logits, axis=-1)
 
     def with_gradient(weights: Any, hidden: jax.Array, targets: jax.Array):
-        # A log-probability depends on its own hidden state alone, so one pull gives all gradients.
+        # Each log-probability depends only on its own hidden state. The gradient of their sum
+        # therefore holds the gradients of all of them.
         results, pull = jax.vjp(lambda hidden: of_chunk(weights, hidden, targets), hidden)
         return results, pull(jnp.ones_like(results))[0]
 

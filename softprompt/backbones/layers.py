@@ -64,11 +64,12 @@ class Embedding(nnx.Module):
         """Look up ids and add the offsets of their positions.
 
         Args:
-          tokens: `[B, T]` ids.
-          positions: `[B, T]`, counted from the first token of each row; by default 0, 1, ….
+          tokens: ids `[B, T]`, or packed, `[G, N]`.
+          positions: of each token in its row, in the shape of `tokens`. The default, 0, 1, …, is
+            for rows.
 
         Returns:
-          `[B, T, D]`.
+          `[B, T, D]` or `[G, N, D]`.
         """
         embeddings = self(tokens)
         if self.offsets is None:

@@ -24,7 +24,7 @@ from softprompt.backbones.flash import Scoring
 
 _BLOCKS = (512, 256, 128)  # a TPU stores 128 numbers in a row
 _MASKED = -1e30  # finite, so that a query without keys gets a finite output
-_FOR_SCORES = 16 * 2**20  # bytes of on-chip memory for the scores of a block and the like
+_FOR_SCORES = 16 * 2**20  # bytes of on-chip memory for arrays of one block, such as scores
 
 
 def forward(

@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 
 from softprompt.errors import UserError
-from softprompt.experiment.sections import Quantization
+from softprompt.experiment.compute_settings import Quantization
 from softprompt.parallel.sharding import Together, one_input
 
 GROUP = 32  # inputs
@@ -109,8 +109,8 @@ def quantize(
         value / 127. `int4` rounds each group to 16 equidistant values from its smallest to its
         largest one.
       kernel: `[in, out]`.
-      grid: the scale and the offset of each group for `int4`, `[2, G, out]`, if the kernel was
-        stored in this form. Its codes are then found again.
+      grid: for `int4`, the scale and the offset of each group, `[2, G, out]`, if the file stores
+        the kernel in this form. The result then has the codes of the file.
 
     Returns:
       The parameters of `stored_arrays`, by name.

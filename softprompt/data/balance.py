@@ -45,8 +45,8 @@ def divide_by_class(
       numbers: the examples to divide, indices of `lengths`.
       lengths: the number of tokens in each row, `[N]`.
       bounds: what `length_classes` returned.
-      size: the examples of a batch. Each class but the last gets whole batches. Shorter examples
-        fill them up.
+      size: the number of examples in a batch. Each class but the last gets whole batches. If its
+        own examples do not fill them, the next shorter ones do.
 
     Returns:
       The examples of each class, the longest first.
@@ -87,8 +87,7 @@ def balanced(
     rounds = -(-len(numbers) // count)
     for turn in range(rounds):
         dealt = numbers[turn * count : (turn + 1) * count]
-        is_random = random is not None and (rounds - turn) % 2 == 0
-        if random is not None and is_random:
+        if random is not None and (rounds - turn) % 2 == 0:
             order = random.permutation(count)
         else:
             order = np.argsort(totals, kind="stable")

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import grain
 
 _WINDOW = 2**14  # number of examples that are divided into batches together
-_SAMPLED_WINDOWS = 4  # the shapes are chosen by the batches of this many windows
+_SAMPLED_WINDOWS = 4  # the batches of this many windows determine the shapes
 
 
 class TrainingBatches:
@@ -31,17 +31,18 @@ class TrainingBatches:
 
     Each epoch is shuffled anew. All batches have almost the same number of tokens, so that they
     share a compiled program with little padding. If the lengths of the examples differ much, there
-    are a few classes of batches with rows of similar length. Examples at the end of an epoch that
-    do not fill a batch are dropped.
+    are a few classes of batches, each with rows of similar length and with its own program.
+    Examples at the end of an epoch that do not fill a batch are dropped.
 
     Args:
       examples: at least `batch_size`, each with its answer.
       batch_size: examples in a batch, B.
       seed: seed of the order.
       separate_targets: whether the backbone reads targets apart from the input.
-      passes: the number of passes that a batch is run in.
+      passes: the number of passes that a batch is run in. Passes times devices must divide
+        `batch_size`.
       mesh: the devices that divide the rows, or None. In a run of several processes, each one
-        fills in only the rows that its devices hold; see `hosts.divide_rows`.
+        fills in only the packs that its devices hold; see `hosts.divide_rows`.
 
     Examples:
       >>> base = load_base("smollm2-135m-instruct")
@@ -124,8 +125,9 @@ class TrainingBatches:
         return [batches[i] for i in random.permutation(count)]
 
     def _choose_shapes(self) -> list[PackedShape]:
-        """Choose a shape for each length class, by the batches of the first windows."""
-        largest = np.full((len(self._bounds), 2), 1)
+        """Choose a shape for each length class, in which the batches of the first windows fit."""
+        # A sample may lack the longest example, which must fit all the same.
+        largest = np.array([[bound, 1] for bound in self._bounds])
         windows = -(-self._per_epoch // self._per_window)
         for sampled in range(_SAMPLED_WINDOWS):
             for length_class, packs in self._window(*divmod(sampled, windows)):
@@ -144,7 +146,7 @@ class TrainingBatches:
         ]
 
     def _shape(self, length_class: int, packs: Sequence[np.ndarray]) -> PackedShape:
-        """Return the shape of a batch: that of its class, or a larger one if it does not fit."""
+        """Return the shape of a class, or a larger one if the packs do not fit into it."""
         shape = self._shapes[length_class]
         tokens, targets = _largest(packs, self._row_lengths, self._target_lengths)
         return dataclasses.replace(
@@ -179,6 +181,7 @@ def evaluation_batches(
 
     def in_packs(batch: Sequence[int], rows: int) -> list[np.ndarray]:
         ordered = np.concatenate(balanced(np.array(batch), lengths, packs))
+        # Full packs come first, so that all empty rows are at the end of the batch.
         return [ordered[start : start + rows] for start in range(0, len(ordered), rows)]
 
     def shape_of(batches: Sequence[Sequence[int]], rows: int) -> PackedShape:

@@ -39,7 +39,8 @@ class Layout:
 
     Attributes:
       separate_targets: whether the backbone reads candidates apart from the input.
-      branching: whether rows may hold several candidates, for which attention needs a mask.
+      branching: whether a row may hold several candidates of more than one token, for which
+        attention needs more than the causal mask.
     """
 
     separate_targets: bool
@@ -51,7 +52,7 @@ class Layout:
         return cls(separate_targets, lengths.branching and not separate_targets)
 
     def row_lengths(self, lengths: Lengths) -> np.ndarray:
-        """Return the number of tokens in the row of each example, `[N]`."""
+        """Return for each example the number of tokens in its row."""
         return lengths.input if self.separate_targets else lengths.input + lengths.read
 
     def lay_out(

@@ -77,7 +77,7 @@ class Task:
         """Encode records as `example` does, but tokenize many at a time, in parallel threads.
 
         Args:
-          records: they are read as the examples are asked for, a batch ahead.
+          records: they are read lazily, one batch at a time.
           with_answer: see `example`.
 
         Yields:

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Self
 import pydantic
 from pydantic import Field
 
+from softprompt.experiment.compute_settings import ComputeSettings
 from softprompt.experiment.method_settings import (
     DePTSettings,
     LoRASettings,
@@ -15,7 +16,6 @@ from softprompt.experiment.methods import METHODS, method_class, require_method
 from softprompt.experiment.metric_names import LABEL_METRICS, MODEL_METRICS
 from softprompt.experiment.sections import (
     CheckpointSettings,
-    ComputeSettings,
     DataSettings,
     EvaluationSettings,
     GenerationSettings,

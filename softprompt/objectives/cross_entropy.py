@@ -1,6 +1,6 @@
 """Cross-entropy of the target tokens.
 
-Axis letters: B batch, T tokens, G packs, M targets of a pack.
+Axis letters: G packs, M targets of a pack.
 """
 
 from typing import Any

@@ -91,10 +91,10 @@ def _largest(numbers: jax.Array) -> jax.Array:
 
 
 def rows_here(count: int, mesh: Mesh | None) -> Sequence[int]:
-    """Return the indices of the rows of a batch that the devices of this process hold.
+    """Return the indices of the rows, or packs, that the devices of this process hold.
 
     Args:
-      count: number of rows of the whole batch, B.
+      count: number of rows or packs of the whole batch.
       mesh: the mesh, or None.
     """
     if mesh is None or jax.process_count() == 1:
@@ -105,10 +105,11 @@ def rows_here(count: int, mesh: Mesh | None) -> Sequence[int]:
 
 
 def divide_rows(batch: Arrays, mesh: Mesh | None) -> Arrays:
-    """Divide the arrays of a batch over the devices of a mesh, by rows.
+    """Divide the arrays of a batch over the devices of a mesh, by rows or packs.
 
     Args:
-      batch: a pytree of NumPy arrays `[B, ...]`. A process needs only the values of `rows_here`.
+      batch: a pytree of NumPy arrays whose first axis is rows or packs. A process needs only the
+        values of `rows_here`.
       mesh: the mesh, or None.
     """
     if mesh is None:

@@ -11,7 +11,7 @@ a mesh and adds the communication. It needs to know three things:
 A backbone has its mesh in the attribute `mesh`, which is None for one device. The functions here
 then have no effect.
 
-Axis letters: B batch, P virtual tokens, D hidden.
+Axis letters: B batch, G packs, P virtual tokens, D hidden.
 """
 
 import math
@@ -140,7 +140,7 @@ def sum_over_data(function: Callable[..., Any], mesh: Mesh | None) -> Callable[.
     numbers.
 
     Args:
-      function: takes a pytree that all parts share, a batch whose arrays have a first axis B, and a
+      function: takes a pytree that all parts share, a batch whose arrays have a first axis G, and a
         random key. It returns a pytree of sums over the rows of the batch.
       mesh: the mesh, or None.
     """

@@ -166,8 +166,7 @@ def trials_that_fit(session: Session, count: int) -> int:
     """Return how many trials like this one fit into memory together.
 
     On each device, this is a power of two. The temporary arrays of a step may use most of the free
-    memory of an accelerator. It is one trial on a CPU and on devices that do not report their
-    memory.
+    memory of an accelerator. A CPU, or a device that does not report its memory, gets one trial.
 
     Args:
       session: one of the trials.

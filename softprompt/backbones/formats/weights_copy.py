@@ -1,16 +1,16 @@
-"""A copy of the dequantized weights of a GGUF file, from which the next process starts faster.
+"""A copy of the weights of a GGUF file, from which the next process starts faster.
 
-To dequantize a model takes a second for 135 million parameters, mostly because the operating
+Dequantizing a model of 135 million parameters takes a second, mostly because the operating
 system must provide new memory. A copy in the user's cache folder holds the parameters as the
 backbone uses them. It is mapped into memory, and JAX on a CPU computes on the mapped file itself,
-so that nothing is read, converted or copied.
+so that nothing is converted or copied.
 
 A copy is only used for the very file that it was made from, by the code that made it: its header
 holds the record of `digest.py`, with size and modification time, and a hash of this package's code.
 Names, shapes and dtypes must equal those of the backbone, and determine the size of the copy.
 
 At each start, the whole copy is checked for damage. SHA-256 reads 0.4 GB/s on a CPU without
-instructions for it, which would take longer than to dequantize. Therefore the 8-byte words of each
+instructions for it, which would take longer than dequantizing. Therefore the 8-byte words of each
 page of 4 KiB are added, at the speed of the memory, and the header holds the SHA-256 of all sums.
 This finds every change within one word, and pages that are missing, empty or in another place. It
 does not stop somebody who can write to the cache folder, but they can also replace the compiled
