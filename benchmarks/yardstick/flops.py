@@ -16,7 +16,7 @@ _PASSES = 3  # products of each shape in one measurement of the rate
 
 @dataclasses.dataclass(frozen=True)
 class Shapes:
-    """The sizes of a Llama: `matrices` are those of a layer, `(inputs, outputs)`."""
+    """The sizes of a Llama. `matrices` has the matrices of a layer as `(inputs, outputs)`."""
 
     hidden: int
     inner: int
@@ -42,12 +42,12 @@ class Shapes:
 
     @property
     def query(self):
-        """The matrix of queries; that of the output projection has the same size."""
+        """The size of the query matrix, and of the output projection."""
         return self.hidden, self.heads * self.head
 
     @property
     def value(self):
-        """The matrix of values; that of keys has the same size."""
+        """The size of the value matrix, and of the key matrix."""
         return self.hidden, self.kv_heads * self.head
 
     @property

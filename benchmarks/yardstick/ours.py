@@ -67,7 +67,7 @@ class Ours:
         return {"seconds": seconds, "losses": losses}
 
     def program_flops(self, numbers):
-        """Count the operations of the compiled step, with padding and what is computed twice."""
+        """Count the operations of the compiled step, including padding and recomputation."""
         return sum(
             count_flops(train_step.trace(*self._arrays(number), **self.program))
             for number in numbers
@@ -100,7 +100,7 @@ class Ours:
         )
 
     def prepare_labels(self):
-        """Make a prompt that labels texts, from what was trained so far."""
+        """Make a prompt that labels texts, from the current state of training."""
         experiment = load_experiment(EXPERIMENT)
         virtual = self.case["virtual"] if self.case["method"] == "prompt" else 0
         template, verbalizer = experiment.template, experiment.verbalizer

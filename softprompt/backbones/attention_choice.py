@@ -91,7 +91,7 @@ def reason_against(
 
 
 def compare_with_xla(arch: Any, dtype: str, kernel: Kernel) -> str | None:
-    """Compare outputs and gradients of flash attention with those of `attend` on small examples.
+    """Compare flash attention with `attend` on small examples: outputs and gradients.
 
     Args:
       arch: the architecture whose heads and soft-cap are used.

@@ -28,8 +28,8 @@ class Batch:
 
     In an encoder-decoder, `tokens` holds only the input, and the decoder reads the targets.
 
-    A batch has one pack for each pass and device. Both its tokens and its targets are packed: those
-    of a row follow those of the row before.
+    A batch has one pack for each pass and device. Both its tokens and its targets are packed: the
+    rows follow each other without gaps.
 
     Attributes:
       tokens: `[G, N]` ids.

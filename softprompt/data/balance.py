@@ -82,6 +82,8 @@ def balanced(
       The examples of each group. If they cannot be divided equally, some groups have one less.
     """
     numbers = numbers[np.argsort(-lengths[numbers], kind="stable")]
+    if count == 1:
+        return [numbers]
     groups: list[list[int]] = [[] for _ in range(count)]
     totals = np.zeros(count, np.int64)
     rounds = -(-len(numbers) // count)

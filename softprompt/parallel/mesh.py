@@ -218,7 +218,7 @@ def on_own_heads(
     It is for kernels of attention, which the compiler cannot divide.
 
     Args:
-      function: takes the arrays of `rows` and those of `shared`, and returns `[B, T, H, h]`. A row
+      function: takes the arrays of `rows` and of `shared`, and returns `[B, T, H, h]`. A row
         and a head of its result depend only on the same row and head of its arguments.
       mesh: the mesh, or None.
       rows: queries, keys and values `[B, T, H, h]`.

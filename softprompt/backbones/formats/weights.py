@@ -80,7 +80,7 @@ def load_weights(
     reader.raise_problems()
     for path in read:
         arrays = {str(path[-1]): flat[path]}
-        if path[-1] == "kernel":  # with what is stored beside it
+        if path[-1] == "kernel":  # the scales of a quantized kernel are arrays of their own
             beside = {name: (*path[:-1], name) for name in COMPANIONS}
             arrays |= {name: flat[p] for name, p in beside.items() if p in flat}
         shardings = {name: divided[*path[:-1], name] for name in arrays}

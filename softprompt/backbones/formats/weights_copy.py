@@ -7,7 +7,7 @@ so that nothing is converted or copied.
 
 A copy is only used for the very file that it was made from, by the code that made it: its header
 holds the record of `digest.py`, with size and modification time, and a hash of this package's code.
-Names, shapes and dtypes must equal those of the backbone, and determine the size of the copy.
+Names, shapes and dtypes must be the same as in the backbone. They determine the size of the copy.
 
 At each start, the whole copy is checked for damage. SHA-256 reads 0.4 GB/s on a CPU without
 instructions for it, which would take longer than dequantizing. Therefore the 8-byte words of each
@@ -204,7 +204,7 @@ def _code() -> str:
 
 
 def _remove_useless(folder: Path) -> None:
-    """Remove the copies of files that no longer exist, and what is not a copy."""
+    """Remove the copies of files that no longer exist, and files that are not copies."""
     for path in folder.iterdir():
         if path.name == ".lock":
             continue
