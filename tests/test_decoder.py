@@ -113,33 +113,34 @@ def test_no_token_attends_to_a_later_token_or_another_candidate(tiny):
     np.testing.assert_array_equal(seen, expected)
 
 
-def test_attention_is_a_softmax_over_prefix_and_own_keys():
+def test_attention_is_a_softmax_over_keys_of_all_rows_of_some_rows_and_of_one_row():
     """The reference is computed in float64, one query and head at a time."""
     random = np.random.default_rng(0)
-    batch, length, kv_heads, group, size, virtual = 2, 5, 2, 3, 4, 3
+    batch, length, kv_heads, group, size, virtual = 4, 5, 2, 3, 4, 3
     queries = random.normal(size=(batch, length, kv_heads * group, size))
-    keys, values = random.normal(size=(2, batch, length, kv_heads, size))
-    prefix_keys, prefix_values = random.normal(size=(2, virtual, kv_heads, size))
+    own = random.normal(size=(2, batch, length, kv_heads, size))
+    of_pairs = random.normal(size=(2, 2, virtual, kv_heads, size))
+    of_all = random.normal(size=(2, 1, virtual, kv_heads, size))
     positions = np.broadcast_to(np.arange(length), (batch, length))
     visible = causal_mask(jnp.asarray(positions), jnp.asarray(positions), None)
 
     expected = np.empty(queries.shape)
     for row, head, query in np.ndindex(batch, kv_heads * group, length):
         kv = head // group
-        seen = np.concatenate([prefix_keys[:, kv], keys[row, : query + 1, kv]])
-        mixed = np.concatenate([prefix_values[:, kv], values[row, : query + 1, kv]])
+        parts = of_all[:, 0], of_pairs[:, row // 2], own[:, row, : query + 1]
+        seen, mixed = np.concatenate([part[:, :, kv] for part in parts], axis=1)
         weights = np.exp(seen @ queries[row, query, head] / size**0.5)
         expected[row, query, head] = weights @ mixed / weights.sum()
 
-    arrays = (queries, keys, values, prefix_keys, prefix_values)
-    queries, keys, values, *prefix = (jnp.asarray(a, jnp.float32) for a in arrays)
+    arrays = (queries, own, of_pairs, of_all)
+    queries, own, of_pairs, of_all = (jnp.asarray(array, jnp.float32) for array in arrays)
 
     @jax.jit
-    def attention(queries, keys, values, prefix):
-        sources = [Source(keys, values, visible), Source(*prefix)]
+    def attention(queries, own, of_pairs, of_all):
+        sources = [Source(*own, visible), Source(*of_pairs), Source(*of_all)]
         return attend(queries, sources, scale=size**-0.5)
 
-    got = attention(queries, keys, values, prefix)
+    got = attention(queries, own, of_pairs, of_all)
     np.testing.assert_allclose(got, expected, atol=1e-6)
 
 

@@ -25,6 +25,7 @@ from softprompt.backbones.config import ConfigFields, RopeFields
 from softprompt.backbones.families import FAMILIES
 from softprompt.backbones.formats.directory import ModelDirectory
 from softprompt.backbones.loading import load_backbone
+from softprompt.backbones.opening import Opening
 
 EXACT = 1e-4  # tolerance in units of the standard deviation of the reference logits
 VARIANTS = sorted(path.name for path in FAMILIES_GOLDEN.iterdir())
@@ -64,7 +65,7 @@ def causal(backbone, batch, tokens, real, prompt):
     """Return the logits without and with a prompt, and the loss and gradient of the prompt."""
 
     def prompted(prompt):
-        logits = backbone.logits(backbone.target_states(batch, backbone.prefill(prompt)))
+        logits = backbone.logits(backbone.target_states(batch, Opening(prompt)))
         logits = batch.target_rows.to_rows(logits)[: len(tokens)]
         scores = jax.nn.log_softmax(logits[:, :-1])
         scores = jnp.take_along_axis(scores, tokens[:, 1:, None], axis=-1)[..., 0]

@@ -41,7 +41,7 @@ def plain_attend(queries, keys, values, prefix, *, scale, window, softcap=None):
     sources = [Source(keys, values, causal_mask(positions, positions, window))]
     if prefix:
         visible = causal_mask(positions, jnp.arange(virtual)[None], window)
-        sources.append(Source(*prefix, visible=visible))
+        sources.append(Source(prefix[0][None], prefix[1][None], visible))
     return attend(queries, sources, scale=scale, softcap=softcap)
 
 

@@ -1,7 +1,7 @@
 """Attention over several sets of keys and values with one softmax.
 
-Axis letters: B batch, T tokens, S keys, H query heads, K key-value heads,
-G = H / K query heads per key-value head, h head size.
+Axis letters: B batch, Z groups of B / Z consecutive rows, T tokens, S keys, H query heads,
+K key-value heads, G = H / K query heads per key-value head, h head size.
 """
 
 import dataclasses
@@ -20,7 +20,8 @@ class Source:
     In `visible` and `bias`, B is 1 if all rows share them, and T is 1 if all queries do.
 
     Attributes:
-      keys, values: `[B, S, K, h]`, or `[S, K, h]` if all rows share them.
+      keys, values: `[Z, S, K, h]`. The rows of a group share them: Z is B if each row has its own,
+        and 1 if all rows share them.
       visible: booleans `[B, T, S]`, the keys that each query attends to; None for all keys.
       bias: `[B, H, T, S]`, added to the scores; None for no bias.
     """
@@ -56,11 +57,14 @@ def attend(
     queries = (queries.astype(jnp.float32) * scale).astype(queries.dtype)
     queries = queries.reshape(batch, length, kv_heads, -1, size).transpose(2, 0, 1, 3, 4)
 
+    def product(equation: str, x: jax.Array, of_source: jax.Array) -> jax.Array:
+        """Multiply `[K, B, T, G, ...]` by keys or values."""
+        groups = x.reshape(kv_heads, len(of_source), -1, *x.shape[2:])  # [K, Z, B / Z, T, G, ...]
+        result = jnp.einsum(equation, groups, of_source, preferred_element_type=jnp.float32)
+        return result.reshape(*x.shape[:-1], -1)
+
     def scores(source: Source) -> jax.Array:  # [K, B, T, G, S]
-        keys = "skh" if source.keys.ndim == 3 else "bskh"
-        scores = jnp.einsum(
-            f"kbtgh,{keys}->kbtgs", queries, source.keys, preferred_element_type=jnp.float32
-        )
+        scores = product("kzbtgh,zskh->kzbtgs", queries, source.keys)
         if softcap is not None:
             scores = softcap * jnp.tanh(scores / softcap)
         if source.bias is not None:
@@ -82,13 +86,7 @@ def attend(
     for part, source in zip(all_scores, sources, strict=True):
         weights = jnp.exp(part - largest)
         total = total + weights.sum(axis=-1, keepdims=True)
-        values = "skh" if source.values.ndim == 3 else "bskh"
-        mixed = mixed + jnp.einsum(
-            f"kbtgs,{values}->kbtgh",
-            weights.astype(dtype),
-            source.values,
-            preferred_element_type=jnp.float32,
-        )
+        mixed = mixed + product("kzbtgs,zskh->kzbtgh", weights.astype(dtype), source.values)
     mixed = (mixed / total).astype(dtype).transpose(1, 2, 0, 3, 4)  # [B, T, K, G, h]
     return mixed.reshape(batch, length, heads, size)
 

@@ -116,7 +116,7 @@ def compare_with_xla(arch: Any, dtype: str, kernel: Kernel) -> str | None:
     def plain(window, queries, keys, values, prefix_keys, prefix_values):
         own = Source(keys, values, causal_mask(positions, positions, window))
         visible = causal_mask(positions, jnp.arange(virtual)[None], window)
-        before = Source(prefix_keys, prefix_values, visible)
+        before = Source(prefix_keys[None], prefix_values[None], visible)
         return attend(queries, [own, before], scale=scale, softcap=softcap)
 
     def flash(window, queries, keys, values, *prefix):

@@ -120,8 +120,26 @@ class Backbone(Protocol[PrefixType, CacheType]):
         """
         ...
 
-    def target_states(self, batch: Batch, prefix: PrefixType | None) -> jax.Array:
-        """Return the hidden states `[G, M, D]` from which the targets are predicted."""
+    def opening(
+        self, embeddings: jax.Array, prefix: PrefixType | None = None, spans: Any = None
+    ) -> Any:
+        """Return what has the same effect as the result of `prefill`, for `target_states`.
+
+        Args:
+          embeddings: `[P, D]`.
+          prefix: what comes before them.
+          spans: `[1, 2]`, start and end of the embeddings that are not padding; None if all of them
+            are not. Only a causal model can have padding here.
+        """
+        ...
+
+    def target_states(self, batch: Batch, prefix: Any) -> jax.Array:
+        """Return the hidden states `[G, M, D]` from which the targets are predicted.
+
+        Args:
+          batch: the batch.
+          prefix: a prefix, the result of `opening`, or None.
+        """
         ...
 
     @property

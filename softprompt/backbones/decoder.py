@@ -4,8 +4,6 @@ Axis letters: B batch, T tokens, P virtual tokens, D hidden, H query heads, K ke
 h head size, L layers, V vocabulary, G packs, N tokens of a pack, M targets of a pack.
 """
 
-import dataclasses
-from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -14,16 +12,17 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from softprompt.backbones.architecture import Architecture, LayerKind
-from softprompt.backbones.attention import Source, attend, causal_mask, same_sequence
+from softprompt.backbones.attention import Source, attend
 from softprompt.backbones.batch import Batch
 from softprompt.backbones.block import Block
 from softprompt.backbones.flash import AttentionName, Kernel, flash_attend, kernel_of
 from softprompt.backbones.head import OutputHead
 from softprompt.backbones.layers import Embedding, LayerNorm, Linear, RMSNorm
-from softprompt.backbones.packing import AS_ROWS, Rows
-from softprompt.backbones.prefix import Cache, Prefix, positions_within
+from softprompt.backbones.opening import Opening, computed
+from softprompt.backbones.prefix import Cache, Prefix
 from softprompt.backbones.quantization import Quantization
 from softprompt.backbones.rope import angles
+from softprompt.backbones.tokens import Tokens, tokens_before, tokens_of_batch, tokens_of_targets
 from softprompt.parallel.mesh import ROWS, divide
 from softprompt.parallel.sharding import gather_layer
 
@@ -127,11 +126,42 @@ class Decoder(nnx.Module):
             values = jnp.concatenate([prefix.values, values], axis=1)
         return Prefix(keys, values)
 
-    def target_states(self, batch: Batch, prefix: Prefix | None) -> jax.Array:
-        """Return the hidden states `[G, M, D]` from which the targets are predicted."""
+    def opening(
+        self, embeddings: jax.Array, prefix: Prefix | None = None, spans: jax.Array | None = None
+    ) -> Opening:
+        """Return an opening of embeddings `[P, D]`. `target_states` reads it with the rows."""
+        return Opening(embeddings, prefix, spans)
+
+    def target_states(self, batch: Batch, prefix: Prefix | Opening | None) -> jax.Array:
+        """Return the hidden states `[G, M, D]` from which the targets are predicted.
+
+        Each pack reads an opening together with its rows. The last layer computes only what the
+        targets need.
+        """
+        kernel = self._kernel(batch.segments, prefix)
+        if kernel is not None:  # it needs keys and values
+            prefix = computed(self, prefix)
+        opening = prefix if isinstance(prefix, Opening) else None
+        first: Prefix | None = prefix.prefix if isinstance(prefix, Opening) else prefix
+        groups, before = tokens_before(first, opening)
+        size = 0 if opening is None else opening.length
+        groups["row"] = tokens_of_batch(batch, before, size)
+        targets, select = tokens_of_targets(batch, before, size)
         positions = batch.rows.positions if batch.positions is None else batch.positions
-        embeddings = self.embedding.with_offsets(batch.tokens, positions)
-        return self._run(embeddings, batch.positions, batch.segments, prefix, batch=batch)[0]
+        x = self.embedding.with_offsets(batch.tokens, positions)
+        positions, queries = positions + before, ["row"]
+        if opening is not None:
+            x = _put_in_front(opening.embeddings, x)
+            in_opening = jnp.arange(size) + groups["opening"].before
+            positions, queries = _put_in_front(in_opening, positions), ["opening", "row"]
+
+        layer_for = self._layer_functions(positions, groups, kernel)
+        inputs = self._inputs(first)
+        x = self._with_positions(x, positions)
+        x = _all_but_last(layer_for(*map(groups.get, queries)), x, inputs, self.trained)
+        last = _recomputed(layer_for(targets, select=select))
+        x, _ = last(x, jax.tree.map(lambda a: a[-1], inputs))
+        return self.norm(x)
 
     @property
     def output_head(self) -> OutputHead:
@@ -179,102 +209,123 @@ class Decoder(nnx.Module):
         hidden, (keys, values) = self._run(embeddings, positions, None, prefix, cache)
         return hidden[:, 0], cache.append(keys, values)
 
-    def _run(self, x, positions=None, segments=None, prefix=None, cache=None, batch=None):
-        """Run all layers on `x`, attending to the prefix, the cache and the row itself.
+    def _run(self, x, positions=None, segments=None, prefix=None, cache=None):
+        """Run all layers on rows, attending to the prefix, the cache and the row itself.
 
         Args:
-          x: rows `[B, T, D]`, or the packed tokens `[G, N, D]` of `batch`.
-          positions, segments: `[B, T]`, or `[G, N]` with a batch; None if each row is one sequence.
+          x: `[B, T, D]`.
+          positions, segments: `[B, T]`; None if each row is one sequence.
           prefix, cache: what rows attend to before their own tokens.
-          batch: if given, the last layer computes only the states of its targets.
 
         Returns:
-          Normalized hidden states `[B, T, D]`, and the new keys and values `[L, B, T, K, h]`. With
-          a batch, the hidden states `[G, M, D]` of its targets, and None.
+          Normalized hidden states `[B, T, D]`, and the new keys and values `[L, B, T, K, h]`.
         """
-        arch = self.arch
-        scale = arch.attention_scale or arch.head_size**-0.5
-        spans = None if prefix is None else prefix.spans
-        # Flash attention is correct only if a row is one sequence and attends to the whole prefix.
-        kernel: Kernel | None = None
-        if self.attention != "xla" and positions is None and segments is None and spans is None:
-            kernel = kernel_of(self.attention)
-        if batch is None:
-            tokens = targets = _Tokens.of_rows(x, positions, segments)
-        else:
-            tokens = _Tokens.of_batch(batch)
-            targets = _Tokens.of_targets(batch, tokens)
-        prefix_length: int | jax.Array = prefix.length if prefix else 0
-        prefix_positions = jnp.arange(prefix_length)[None]
-        if spans is not None:
-            prefix_positions, prefix_length = positions_within(spans, prefix_positions.size)
-        if arch.learned_positions:
-            x = x + self.positions[...][tokens.positions + prefix_length]
+        prefix, kernel = computed(self, prefix), None
+        if positions is None:
+            kernel = self._kernel(segments, prefix)
+            positions = jnp.arange(x.shape[1])[None]
+        groups, before = tokens_before(prefix, None, cache)
+        groups["row"] = rows = Tokens(positions, before, segments)
+        positions = positions + before
+        layer = self._layer_functions(positions, groups, kernel)(rows)
+        inputs = self._inputs(prefix, cache)
+        x, keys_values = jax.lax.scan(
+            _recomputed(layer), self._with_positions(x, positions), inputs
+        )
+        return self.norm(x), keys_values
 
-        kinds = list(dict.fromkeys(arch.layers))
+    def _kernel(self, segments, prefix) -> Kernel | None:
+        """Return the kernel of flash attention, or None if it cannot be used.
+
+        It is correct only if a row is one sequence and attends to the whole prefix.
+        """
+        is_whole = prefix is None or prefix.spans is None
+        if self.attention == "xla" or segments is not None or not is_whole:
+            return None
+        return kernel_of(self.attention)
+
+    def _with_positions(self, x, positions):
+        """Add learned positions to embeddings."""
+        return x + self.positions[...][positions] if self.arch.learned_positions else x
+
+    def _inputs(self, prefix, cache=None):
+        """Return what differs between layers, as arrays `[L, ...]`."""
+        kinds = _kinds(self.arch)
+        stored = {}
+        if prefix is not None:
+            stored["prefix"] = prefix.keys[:, None], prefix.values[:, None]
+        if cache is not None:
+            stored["cache"] = cache.keys, cache.values
+        return self.layers, jnp.array([kinds.index(kind) for kind in self.arch.layers]), stored
+
+    def _layer_functions(self, positions, groups, kernel):
+        """Return a function that makes the function of a layer.
+
+        Args:
+          positions: of all tokens that a layer reads, including those before the rows.
+          groups: by name, the tokens that can be attended to. "row" are the tokens of the rows.
+          kernel: computes attention of all tokens; None for XLA.
+        """
+        arch, mesh, kinds = self.arch, self.mesh, _kinds(self.arch)
+        scale, softcap = arch.attention_scale or arch.head_size**-0.5, arch.attention_softcap
         has_windows = any(kind.window for kind in kinds)
-        masks_prefix = prefix is not None and (spans is not None or has_windows)
-
-        def masks(kind: LayerKind, queries: _Tokens):
-            """Return which keys the queries see: of the row itself, the prefix and the cache."""
-            own_mask = causal_mask(queries.in_rows, tokens.in_rows, kind.window)
-            if tokens.segments is not None and queries.segments is not None:
-                own_mask &= same_sequence(queries.segments, tokens.segments)
-            prefix_mask = cache_mask = None
-            if masks_prefix:
-                positions = queries.in_rows + prefix_length
-                prefix_mask = causal_mask(positions, prefix_positions, kind.window)
-            if cache:
-                cache_mask = causal_mask(queries.in_rows, cache.positions, kind.window)
-            return own_mask, prefix_mask, cache_mask
 
         def by_kind(function):
             """Stack what a function returns for each kind: all layers run in one scan."""
             return jax.tree.map(lambda *each: jnp.stack(each), *map(function, kinds))
 
-        rotary = by_kind(lambda k: k.rope and angles(k.rope, tokens.positions + prefix_length))
-        kind_of_layer = jnp.array([kinds.index(kind) for kind in arch.layers])
+        def masks(kind: LayerKind, queries: Tokens) -> dict[str, jax.Array | None]:
+            """Return which tokens of each group the queries attend to; None for all."""
+            return {
+                name: None
+                if keys.is_whole and keys is not queries and not has_windows
+                else queries.mask(keys, kind.window)
+                for name, keys in groups.items()
+                if name != "row" or queries is not groups.get("opening")
+            }
 
-        def layer_for(queries: _Tokens):
-            """Return the function that computes a layer's outputs for some tokens."""
-            masks_by_kind = by_kind(partial(masks, queries=queries))
+        rotary = by_kind(lambda kind: kind.rope and angles(kind.rope, positions))
+
+        def layer_for(*queries: Tokens, select=_same):
+            """Return the function that computes the outputs of a layer for some tokens.
+
+            Args:
+              queries: the groups of these tokens.
+              select: takes these tokens from all that the layer reads.
+            """
+            masks_by_kind = [by_kind(partial(masks, queries=group)) for group in queries]
 
             def layer(x, inputs):
-                block, kind, from_prefix, from_cache = inputs
-                block, x = gather_layer(block, self.mesh), divide(x, self.mesh, ROWS)
+                block, kind, stored = inputs
+                block, x = gather_layer(block, mesh), divide(x, mesh, ROWS)
                 angles, masks = jax.tree.map(lambda a: a[kind], (rotary, masks_by_kind))
-                own_mask, prefix_mask, cache_mask = masks
 
                 def attention(q, keys, values):
-                    q = queries.rows.to_rows(q)
-                    keys, values = tokens.rows.to_rows(keys), tokens.rows.to_rows(values)
-                    softcap = arch.attention_softcap
-                    if kernel is not None and queries is tokens:
+                    own = {
+                        name: (group.to_rows(keys), group.to_rows(values))
+                        for name, group in groups.items()
+                        if name not in stored
+                    }
+                    if kernel is not None and select is _same:
                         flash = partial(flash_attend, kernel=kernel, scale=scale, softcap=softcap)
-                        forms = [partial(flash, window=k.window, mesh=self.mesh) for k in kinds]
-                        mixed = jax.lax.switch(kind, forms, q, keys, values, from_prefix)
-                        return queries.rows.from_rows(mixed)
-                    sources = [Source(keys, values, own_mask)]
-                    if from_prefix is not None:
-                        sources.append(Source(from_prefix[0], from_prefix[1], prefix_mask))
-                    if from_cache is not None:
-                        sources.append(Source(from_cache[0], from_cache[1], cache_mask))
-                    mixed = attend(q, sources, scale=scale, softcap=softcap)
-                    return queries.rows.from_rows(mixed)
+                        forms = [partial(flash, window=k.window, mesh=mesh) for k in kinds]
+                        (group,) = queries
+                        shared = jax.tree.map(lambda array: array[0], stored.get("prefix"))
+                        mixed = jax.lax.switch(kind, forms, group.to_rows(q), *own["row"], shared)
+                        return group.from_rows(mixed)
+                    arrays, outputs = own | stored, []
+                    for group, visible in zip(queries, masks, strict=True):
+                        pairs = ((*arrays[name], mask) for name, mask in visible.items())
+                        sources = [Source(*each) for each in pairs]
+                        mixed = attend(group.to_rows(q), sources, scale=scale, softcap=softcap)
+                        outputs.append(group.from_rows(mixed))
+                    return jnp.concatenate(outputs, axis=1)
 
-                return block(x, angles, attention, queries.select)
+                return block(x, angles, attention, select)
 
             return layer
 
-        from_prefix = (prefix.keys, prefix.values) if prefix else None
-        from_cache = (cache.keys, cache.values) if cache else None
-        inputs = self.layers, kind_of_layer, from_prefix, from_cache
-        if batch is None:
-            x, keys_values = jax.lax.scan(_recomputed(layer_for(tokens)), x, inputs)
-            return self.norm(x), keys_values
-        x = _all_but_last(layer_for(tokens), x, inputs, self.trained)
-        x, _ = _recomputed(layer_for(targets))(x, jax.tree.map(lambda a: a[-1], inputs))
-        return self.norm(x), None
+        return layer_for
 
 
 # For the backward pass, keep the outputs of the weight matrices and recompute the rest. On a CPU
@@ -308,55 +359,15 @@ def _all_but_last(layer, x, inputs, trained: bool):
     return jax.lax.scan(numbered, x, jnp.arange(count - 1))[0]
 
 
+def _kinds(arch: Architecture) -> list[LayerKind]:
+    """Return the different kinds of layers."""
+    return list(dict.fromkeys(arch.layers))
+
+
+def _put_in_front(first: jax.Array, packed: jax.Array) -> jax.Array:
+    """Put an array `[P, ...]` in front of each pack of an array `[G, N, ...]`."""
+    return jnp.concatenate([jnp.broadcast_to(first, (len(packed), *first.shape)), packed], axis=1)
+
+
 def _same(tokens: jax.Array) -> jax.Array:
     return tokens
-
-
-@dataclasses.dataclass(frozen=True)
-class _Tokens:
-    """The tokens that a layer reads, or those whose outputs it computes.
-
-    Attributes:
-      positions: of the tokens in their rows, `[B or 1, T]`; `[G, N]` if they are packed.
-      in_rows: the same positions as rows, `[B or 1, T]`.
-      segments: as rows, `[B, T]`, see `same_sequence`; None if each row is one sequence.
-      rows: where the rows are.
-      select: takes these tokens from all.
-    """
-
-    positions: jax.Array
-    in_rows: jax.Array
-    segments: jax.Array | None
-    rows: Rows = AS_ROWS
-    select: Callable[[jax.Array], jax.Array] = _same
-
-    @classmethod
-    def of_rows(cls, x, positions, segments) -> "_Tokens":
-        """Return the tokens of rows, with the arguments of `Decoder._run`."""
-        positions = jnp.arange(x.shape[1])[None] if positions is None else positions
-        return cls(positions, positions, segments)
-
-    @classmethod
-    def of_batch(cls, batch: Batch) -> "_Tokens":
-        """Return all tokens of a batch."""
-        rows = batch.rows
-        if batch.positions is None:
-            in_rows = jnp.arange(rows.row_length)[None]
-            return cls(rows.positions, in_rows, None, rows)
-        in_rows, segments = rows.to_rows(batch.positions), rows.to_rows(batch.segments + 1) - 1
-        return cls(batch.positions, in_rows, segments, rows)
-
-    @classmethod
-    def of_targets(cls, batch: Batch, tokens: "_Tokens") -> "_Tokens":
-        """Return the tokens of a batch from which its targets are predicted."""
-
-        def select(tokens: jax.Array) -> jax.Array:
-            indices = batch.target_indices.reshape(*batch.targets.shape, *[1] * (tokens.ndim - 2))
-            return jnp.take_along_axis(tokens, indices, axis=1)
-
-        rows = batch.target_rows
-        positions, segments = select(tokens.positions), None
-        if batch.segments is not None:
-            segments = rows.to_rows(select(batch.segments) + 1) - 1
-        in_rows = rows.to_rows(positions)
-        return cls(positions, in_rows, segments, rows, select)

@@ -238,19 +238,21 @@ def _take_slices(pool: jax.Array, begins: jax.Array, *, width: int) -> jax.Array
     return jnp.take(pool, begins[:, None] + jnp.arange(width)[None], axis=0, mode="clip")
 
 
-def positions_within(spans: jax.Array, width: int) -> tuple[jax.Array, jax.Array]:
+def positions_within(spans: jax.Array | None, width: int) -> tuple[jax.Array, int | jax.Array]:
     """Compute the positions of the tokens of a prefix in each row.
 
     Args:
-      spans: `[B, 2]`, see `Prefix`.
+      spans: `[B, 2]`, see `Prefix`; None if all rows attend to all tokens.
       width: P.
 
     Returns:
       Positions `[B, P]`, which are `MASKED_POSITION` outside a row's span, and the number of
-      tokens in each row's span, `[B, 1]`.
+      tokens in each row's span, `[B, 1]`. Without spans, positions `[1, P]` and P.
     """
-    begin, end = spans[:, :1], spans[:, 1:]
     places = jnp.arange(width)[None]
+    if spans is None:
+        return places, width
+    begin, end = spans[:, :1], spans[:, 1:]
     inside = (places >= begin) & (places < end)
     return jnp.where(inside, places - begin, MASKED_POSITION), end - begin
 

@@ -116,6 +116,13 @@ class T5(nnx.Module):
             embeddings = jnp.concatenate([prefix.embeddings, embeddings])
         return dataclasses.replace(prefix, embeddings=embeddings)
 
+    def opening(
+        self, embeddings: jax.Array, prefix: T5Prefix | None = None, spans: jax.Array | None = None
+    ) -> T5Prefix:
+        """Return the same as `prefill`, which runs nothing. Prompts are not padded here."""
+        assert spans is None
+        return self.prefill(embeddings, prefix)
+
     def encode(
         self,
         embeddings: jax.Array,
@@ -276,15 +283,13 @@ class T5(nnx.Module):
           prefix: its keys and values are for the decoder.
           positions: `[B, T]`, of the queries, without the prefix.
         """
-        if prefix is None or prefix.keys is None:
+        if prefix is None or prefix.keys is None or prefix.values is None:
             return None, None, None
-        length: int | jax.Array = prefix.keys.shape[1]
-        virtual = jnp.arange(length)[None]
-        if prefix.spans is not None:
-            virtual, length = positions_within(prefix.spans, virtual.size)
+        virtual, length = positions_within(prefix.spans, prefix.keys.shape[1])
         positions = positions + length
         bias = self._bias(self.decoder_bias, positions, virtual, bidirectional=False)
-        return (prefix.keys, prefix.values), causal_mask(positions, virtual, None), bias
+        keys, values = prefix.keys[:, None], prefix.values[:, None]
+        return (keys, values), causal_mask(positions, virtual, None), bias
 
     def _bias(self, table: nnx.Param, queries, keys, *, bidirectional: bool) -> jax.Array:
         """Return the relative position bias of attention scores, float32 `[B, H, T, S]`.

@@ -7,7 +7,6 @@ Axis letters: S tokens of the opening, P virtual tokens, D hidden, L layers, K k
 h head size.
 """
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -17,6 +16,7 @@ import numpy as np
 from flax import nnx
 
 from softprompt.backbones.loading import Backbone, Base, Prefix
+from softprompt.backbones.opening import Opening, computed
 from softprompt.errors import UserError, shortened
 from softprompt.experiment.schema import Experiment
 
@@ -170,26 +170,41 @@ class Method(nnx.Module):
 
     def apply(
         self, backbone: Backbone, key: jax.Array | None = None
-    ) -> tuple[Backbone, Prefix | None]:
-        """Return the backbone to run, and the prefix that all rows share.
+    ) -> tuple[Backbone, Prefix | Opening | None]:
+        """Return the backbone to run, and what every row begins with.
 
         Args:
           backbone: the frozen one; it is not changed.
           key: for random numbers in training, such as dropout; None outside of training.
         """
         backbone = self.adapt(backbone, key)
-        return backbone, self.make_prefix(backbone)
+        return backbone, self.beginning(backbone)
 
     def adapt(self, backbone: Backbone, key: jax.Array | None = None) -> Backbone:
-        """Return the backbone to run. The first half of `apply`."""
+        """Return the backbone to run."""
         return backbone
 
-    def make_prefix(self, backbone: Backbone) -> Prefix | None:
-        """Return the prefix, given what `adapt` returned. The second half of `apply`."""
+    def beginning(self, backbone: Backbone) -> Prefix | Opening | None:
+        """Return what every row begins with, given what `adapt` returned.
+
+        This is the learned prefix, if there is one, followed by the opening.
+        """
+        prefix = self.learned_prefix(backbone)
         if not self.opening.size:
-            return None
-        prefix = backbone.prefill(backbone.embedding(self.opening[...]))
-        return prefix if self.span is None else dataclasses.replace(prefix, spans=self.span[...])
+            return prefix
+        spans = None if self.span is None else self.span[...]
+        return backbone.opening(backbone.embedding(self.opening[...]), prefix, spans)
+
+    def learned_prefix(self, backbone: Backbone) -> Prefix | None:
+        """Return the prefix that is learned, given what `adapt` returned."""
+        return None
+
+    def make_prefix(self, backbone: Backbone) -> Prefix | None:
+        """Return the prefix that has the same effect as `beginning`.
+
+        It is computed once and used for many batches.
+        """
+        return computed(backbone, self.beginning(backbone))
 
     # Padding, so that prompts of different lengths have the same shapes.
 

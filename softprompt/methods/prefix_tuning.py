@@ -81,15 +81,13 @@ class PrefixTuning(Method):
             return cls(keys, values, opening)
         return ReparametrizedPrefix(keys, values, settings.size, key, opening)
 
-    def make_prefix(self, backbone: Backbone) -> Prefix:
-        """Return the learned keys and values, followed by the opening's."""
+    def learned_prefix(self, backbone: Backbone) -> Prefix:
+        """Return the learned keys and values."""
         dtype = backbone.embedding.table.dtype
         prefix: Any = backbone.prefix_from(
             self.keys[...].astype(dtype), self.values[...].astype(dtype)
         )
-        if not self.opening.size:
-            return prefix
-        return backbone.prefill(backbone.embedding(self.opening[...]), prefix)
+        return prefix
 
     def arrays(self, backbone: Backbone) -> dict[str, jax.Array]:
         """Return `keys` and `values`."""
@@ -168,9 +166,9 @@ class ReparametrizedPrefix(Method):
         self.down_bias = PromptParam(jnp.zeros(size))
         self.up = PromptParam(jnp.zeros((size, self.first.size // length)))
 
-    def make_prefix(self, backbone: Backbone) -> Prefix:
-        """Fold to a `PrefixTuning`, then make its prefix."""
-        return self.folded().make_prefix(backbone)
+    def learned_prefix(self, backbone: Backbone) -> Prefix:
+        """Fold to a `PrefixTuning`, and return its prefix."""
+        return self.folded().learned_prefix(backbone)
 
     def folded(self) -> PrefixTuning:
         """Return the plain prefix with the current keys and values."""

@@ -58,7 +58,7 @@ class SoftPrompt(Method):
       >>> prompt = SoftPrompt.from_vocabulary(base, 20, jax.random.key(0))
       >>> backbone, prefix = prompt.apply(base.backbone)
       >>> prefix
-      Prefix(30 layers, 20 virtual tokens)
+      Opening(20 tokens)
     """
 
     name: ClassVar[str] = "prompt"

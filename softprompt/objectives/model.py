@@ -7,6 +7,7 @@ import jax
 
 from softprompt.backbones.batch import Batch
 from softprompt.backbones.loading import Backbone, Prefix
+from softprompt.backbones.opening import Opening
 from softprompt.methods.method import Method
 
 
@@ -24,13 +25,13 @@ class Model(NamedTuple):
       >>> model = Model(prompt, base.backbone)
       >>> backbone, prefix = model.apply(jax.random.key(1))
       >>> prefix
-      Prefix(30 layers, 20 virtual tokens)
+      Opening(20 tokens)
     """
 
     method: Method
     backbone: Backbone
 
-    def apply(self, key: jax.Array) -> tuple[Backbone, Prefix | None]:
+    def apply(self, key: jax.Array) -> tuple[Backbone, Prefix | Opening | None]:
         """Return the backbone and the prefix to run; see `Method.apply`."""
         return self.method.apply(self.backbone, key)
 
