@@ -20,7 +20,8 @@ from softprompt import (
     load_experiment,
     load_prompt,
 )
-from softprompt.backbones.prefix import Cache, Prefix, T5Cache, T5Prefix
+from softprompt.backbones.cache import Cache, T5Cache
+from softprompt.backbones.prefix import Prefix, T5Prefix
 from softprompt.data.task import make_examples, make_task
 from softprompt.experiment.schema import TemplateSettings
 from softprompt.methods import initializers

@@ -15,11 +15,12 @@ from softprompt.backbones.architecture import Architecture, LayerKind
 from softprompt.backbones.attention import Source, attend
 from softprompt.backbones.batch import Batch
 from softprompt.backbones.block import Block
+from softprompt.backbones.cache import Cache
 from softprompt.backbones.flash import AttentionName, Kernel, flash_attend, kernel_of
 from softprompt.backbones.head import OutputHead
 from softprompt.backbones.layers import Embedding, LayerNorm, Linear, RMSNorm
 from softprompt.backbones.opening import Opening, computed
-from softprompt.backbones.prefix import Cache, Prefix
+from softprompt.backbones.prefix import Prefix
 from softprompt.backbones.quantization import Quantization
 from softprompt.backbones.rope import angles
 from softprompt.backbones.tokens import Tokens, tokens_before, tokens_of_batch, tokens_of_targets

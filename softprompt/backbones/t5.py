@@ -16,10 +16,11 @@ from jax.sharding import Mesh
 
 from softprompt.backbones.attention import Source, causal_mask, same_sequence
 from softprompt.backbones.batch import Batch
+from softprompt.backbones.cache import T5Cache
 from softprompt.backbones.head import OutputHead
 from softprompt.backbones.layers import Embedding, Linear, RMSNorm
 from softprompt.backbones.packing import AS_ROWS, Packing, Rows
-from softprompt.backbones.prefix import T5Cache, T5Prefix, positions_within
+from softprompt.backbones.prefix import T5Prefix, positions_within
 from softprompt.backbones.quantization import Quantization
 from softprompt.backbones.t5_block import DecoderBlock, EncoderBlock, T5Architecture
 from softprompt.parallel.mesh import ROWS, divide

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 
 from softprompt.backbones.attention import causal_mask, same_sequence
 from softprompt.backbones.batch import Batch
+from softprompt.backbones.cache import Cache
 from softprompt.backbones.opening import Opening
-from softprompt.backbones.prefix import Cache, Prefix, positions_within
+from softprompt.backbones.prefix import Prefix, positions_within
 
 Take = Callable[[jax.Array], jax.Array]
 

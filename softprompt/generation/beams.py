@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from softprompt.backbones.prefix import take_rows
+from softprompt.backbones.cache import take_rows
 from softprompt.generation.sampling import penalize
 from softprompt.parallel.mesh import on_own_rows, whole
 
