@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+import jax
 import numpy as np
 import pytest
 from conftest import batch_of, example_of
@@ -128,6 +129,19 @@ def test_passes_divide_the_same_examples():
         assert sorted(numbers(halves[i])) == sorted(numbers(whole[i]))
 
 
+@pytest.mark.parametrize(
+    ("batch_size", "passes", "message"),
+    [
+        (3, 2, "batch_size 3: must be a multiple of 2, the number of passes times"),
+        (11, 1, "batch_size 11: must be between 1 and the number of examples, 10"),
+        (0, 1, "batch_size 0: must be between 1 and"),
+    ],
+)
+def test_a_batch_size_that_cannot_be_used_is_rejected(batch_size, passes, message):
+    with pytest.raises(ValueError, match=message):
+        TrainingBatches(examples(10), batch_size, seed=0, passes=passes)
+
+
 def test_the_iterator_resumes_from_its_state():
     iterator = TrainingBatches(examples(100), 4, seed=1).iterate()
     for _ in range(5):
@@ -228,3 +242,46 @@ def test_evaluation_batches_have_two_shapes_and_little_padding():
 def test_a_batch_has_few_more_rows_than_there_are_examples(count, size):
     ((_, batch),) = evaluation_batches(examples(count), 10**19, lambda batch: batch)
     assert batch.lengths.shape == (1, size)
+
+
+def limited(most, calls=()):
+    """Return a function that runs out of memory: with more rows, or in calls of these numbers."""
+    number = 0
+
+    def run(batch):
+        nonlocal number
+        number += 1
+        if batch.lengths.size > most or number in calls:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+        return batch
+
+    return run
+
+
+def test_one_shape_per_class_is_added_when_memory_runs_out():
+    random = np.random.default_rng(0)
+    some = [
+        example_of([i, *range(1, random.integers(1, 60))], [[1] * random.integers(1, 40)], 0)
+        for i in range(500)
+    ]
+    seen, shapes = [], set()
+    for which, batch in evaluation_batches(some, 32, limited(8)):
+        assert numbers(batch) == which
+        seen += which
+        shapes.add((batch.tokens.shape, batch.targets.shape, batch.row_length, batch.row_targets))
+    assert sorted(seen) == list(range(500))
+    assert len(shapes) == 2
+
+
+def test_a_class_of_few_examples_keeps_its_few_rows_when_memory_runs_out():
+    some = [example_of([1] * (1000 if i < 32 else 300), [[1]], 0) for i in range(35)]
+    found = [batch.lengths.size for _, batch in evaluation_batches(some, 32, limited(16))]
+    assert found == [16, 16, 4]
+
+
+def test_parts_of_a_batch_fit_after_memory_runs_out_a_second_time():
+    # 14, 7 and then 3 examples at a time: three with many targets come together.
+    targets = [60 if 7 <= i < 10 else 1 for i in range(14)]
+    some = [example_of([i] * (100 - n), [[1] * n], 0) for i, n in enumerate(targets)]
+    batches = [batch for _, batch in evaluation_batches(some, 14, limited(14, calls=(1, 3)))]
+    assert [int(batch.target_lengths.sum()) for batch in batches] == [7, 180, 3, 1]

@@ -237,6 +237,19 @@ def test_help_and_version_do_not_import_jax(option):
     assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL).returncode == 0
 
 
+def test_matplotlib_does_not_warn_about_its_cache_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    code = (
+        "from softprompt.cli.progress import printed_log\n"
+        "with printed_log():\n    import matplotlib\n    matplotlib.get_cachedir()"
+    )
+    unusable = dict.fromkeys(["XDG_CACHE_HOME", "XDG_CONFIG_HOME"], str(tmp_path / "file"))
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | unusable, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_the_version_of_the_installed_package_is_printed(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--version"])

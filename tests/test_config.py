@@ -301,7 +301,26 @@ def test_accuracy_and_init_labels_need_a_verbalizer(file):
     file.write_text(MINIMAL.replace('verbalizer: {yes: " yes", no: " no"}\n', ""))
     for override in ("evaluation.metric=accuracy", "prompt.init=labels"):
         key, value = override.split("=")
-        assert mistakes(file, override) == [f"{file}:1: {key}: {value} needs a verbalizer"]
+        assert mistakes(file, override, "seed=1") == [
+            f"{file}:1 with override {override}: {key}: {value} needs a verbalizer"
+        ]
+
+
+def test_an_error_about_several_settings_names_the_overrides_that_cause_it(file):
+    both = ["method=full", "seed=1", "compute={quantize: int8}"]
+    assert mistakes(file, *both) == [
+        f"{file}:1 with override method=full and override compute={{quantize: int8}}: "
+        "method: full cannot train int8 matrices; lora can"
+    ]
+    assert mistakes(file, "prompt.length=5", "prompt.init=text") == [
+        "override prompt.init=text: prompt: init: text and init_text must be set together"
+    ]
+
+
+def test_an_override_of_a_missing_key_does_not_cause_other_errors(file):
+    text = MINIMAL.replace("base: tiny\n", "").replace('" yes", no', '" no", no')
+    file.write_text(text)
+    assert mistakes(file, "base=tiny") == [f"{file}:1: verbalizer: two labels have the same text"]
 
 
 def test_extends_replaces_the_whole_verbalizer_and_an_override_sets_one_label(file):

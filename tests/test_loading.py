@@ -355,6 +355,22 @@ def test_loading_a_base_keeps_a_configured_compilation_cache(unconfigured_cache,
     assert jax.config.jax_compilation_cache_dir == str(tmp_path / "mine")
 
 
+def test_a_cache_folder_that_cannot_be_written_gives_one_warning(
+    unconfigured_cache, monkeypatch, tmp_path, capsys
+):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    for _ in range(2):
+        load_base(str(GOLDEN / "llama-untied"))
+    assert jax.config.jax_compilation_cache_dir is None
+    (line,) = [each for each in capsys.readouterr().err.splitlines() if "cannot be" in each]
+    assert line == (
+        f"{tmp_path}/file/softprompt/jax: cannot be written (Not a directory), so compiled "
+        "programs are not kept for the next start; set XDG_CACHE_HOME to a folder that can be "
+        "written"
+    )
+
+
 def test_an_empty_environment_variable_turns_the_compilation_cache_off(
     unconfigured_cache, monkeypatch
 ):

@@ -325,7 +325,8 @@ from softprompt.plan import devices
 devices._PACKAGES["tpu"] = "no-such-package"
 plans = []
 for hardware, *words in json.loads(sys.argv[2]):
-    plan = make_plan(load_experiment(Path(sys.argv[1]), words), hardware, 32, 4)
+    sizes = (32, 4) if hardware == "cpu-8" else ()
+    plan = make_plan(load_experiment(Path(sys.argv[1]), words), hardware, *sizes)
     plans.append(dataclasses.asdict(plan))
 print(json.dumps(plans))
 """
@@ -388,3 +389,11 @@ def test_a_missing_compiler_is_named_and_virtual_devices_take_its_place(plans):
     assert plan["compiler"] == "cpu"
     assert "pip install 'softprompt[plan-tpu]'" in plan["notes"][0]
     assert plan["planned"]["time"]["limit"] in ("compute", "memory", "links")
+
+
+def test_assumed_numbers_of_tokens_and_targets_are_named(plans):
+    assert plans["missing"]["notes"][-1] == (
+        "the data is not read, so each row is assumed to have 128 tokens and 8 targets; give "
+        "tokens and targets to plan for other rows"
+    )
+    assert not any("assumed" in note for note in plans["one"]["notes"])

@@ -168,9 +168,19 @@ def test_train_rejects_a_sweep_and_sweep_rejects_a_file_without_one(space, exper
     path = space("  seed: [0]\n").file.path
     assert main(["train", str(path)]) == 1
     assert (
-        f"{path}:9: sweep: this file describes many trials; run it as a sweep"
+        f"{path}:9: sweep: this section describes many trials; use softprompt sweep, or remove it"
         in capsys.readouterr().err
     )
     path.write_text(path.read_text().split("sweep:")[0])
+    assert main(["train", str(path), "sweep.halving=null"]) == 1
+    assert capsys.readouterr().err == (
+        "override sweep.halving=null: sweep: this section describes many trials; use softprompt "
+        "sweep, or remove it\n"
+    )
     assert main(["sweep", str(path)]) == 1
     assert "has no section sweep" in capsys.readouterr().err
+
+
+def test_an_error_about_the_whole_section_names_its_overrides(space):
+    with pytest.raises(UserError, match=r":9 with override sweep.how=zip: sweep: how: zip needs"):
+        space("  seed: [0, 1]\n  prompt.length: [1]\n", "sweep.how=zip", "shots=0")

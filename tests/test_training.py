@@ -356,6 +356,7 @@ def test_free_text_trains_and_is_measured_by_its_loss(experiment_file, tmp_path)
     ("override", "message"),
     [
         ("training.batch_size=31", "30 examples do not fill a batch of 31"),
+        ("training.accumulate=8", "set a smaller training.batch_size or training.accumulate"),
         ("prompt.length=127", "too short for the 127 that every input begins with"),
         (
             "template.max_tokens=126",

@@ -29,6 +29,8 @@ def printed_log() -> Iterator[None]:
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     log.propagate = False  # libraries that we use add a handler to the root logger
+    # Matplotlib works without a cache of its own, but warns about it.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
     try:
         yield
     finally:

@@ -44,6 +44,10 @@ class TrainingBatches:
       mesh: the devices that divide the rows, or None. In a run of several processes, each one
         fills in only the packs that its devices hold; see `hosts.divide_rows`.
 
+    Raises:
+      ValueError: if there are fewer examples than `batch_size`, or if passes times devices do
+        not divide it.
+
     Examples:
       >>> base = load_base("smollm2-135m-instruct")
       >>> task = make_task(base, TemplateSettings(input="{text}"), None, virtual_tokens=5)
@@ -68,6 +72,16 @@ class TrainingBatches:
         import grain  # takes a tenth of a second, and only training needs it
 
         self._packs = passes * axis_size(mesh, ("data", "fsdp"))
+        if not 1 <= batch_size <= len(examples):
+            raise ValueError(
+                f"batch_size {batch_size}: must be between 1 and the number of examples, "
+                f"{len(examples)}"
+            )
+        if batch_size % self._packs:
+            raise ValueError(
+                f"batch_size {batch_size}: must be a multiple of {self._packs}, the number of "
+                "passes times the number of devices that divide the rows"
+            )
         self._filled = None if mesh is None else set(rows_here(self._packs, mesh))
         self._examples = Examples.of(examples)
         lengths = self._examples.lengths.answer_only()
@@ -147,11 +161,8 @@ class TrainingBatches:
 
     def _shape(self, length_class: int, packs: Sequence[np.ndarray]) -> PackedShape:
         """Return the shape of a class, or a larger one if the packs do not fit into it."""
-        shape = self._shapes[length_class]
-        tokens, targets = _largest(packs, self._row_lengths, self._target_lengths)
-        return dataclasses.replace(
-            shape, tokens=_grown(shape.tokens, tokens), targets=_grown(shape.targets, targets)
-        )
+        sizes = _largest(packs, self._row_lengths, self._target_lengths)
+        return _enlarged(self._shapes[length_class], *sizes)
 
 
 def evaluation_batches(
@@ -212,11 +223,18 @@ def evaluation_batches(
         shapes.append(shape_of(batches, min(rows, batch_size)))
         groups += batches
 
+    @functools.cache
+    def smaller(number: int, most: int) -> PackedShape:
+        """Return the shape of a class for fewer rows, because memory ran out."""
+        own = [group for group in groups if class_of[group[0]] == number]
+        parts = [group[i : i + most] for group in own for i in range(0, len(group), most)]
+        return shape_of(parts, min(most, shapes[number].rows * packs))
+
     def run_part(numbers: list[int], most: int) -> tuple[list[int], Result]:
-        shape = shapes[class_of[numbers[0]]]
-        if most < batch_size:  # memory ran out
-            shape = shape_of([numbers], most)
+        number = int(class_of[numbers[0]])
+        shape = shapes[number] if most == batch_size else smaller(number, most)
         ordered = in_packs(numbers, shape.rows)
+        shape = _enlarged(shape, *_largest(ordered, lengths, targets))
         batch = layout.lay_out([[dataset[int(i)] for i in pack] for pack in ordered], shape)
         return np.concatenate(ordered).tolist(), run(batch)
 
@@ -263,6 +281,13 @@ def _rounded(number: int) -> int:
     """Round up to a multiple of 8, and from 512 on to one of 32 numbers up to the double."""
     multiple = max(8, 2 ** (number.bit_length() - 6))
     return -(-number // multiple) * multiple
+
+
+def _enlarged(shape: PackedShape, tokens: int, targets: int) -> PackedShape:
+    """Return the shape, or a larger one if packs of so many tokens and targets do not fit."""
+    return dataclasses.replace(
+        shape, tokens=_grown(shape.tokens, tokens), targets=_grown(shape.targets, targets)
+    )
 
 
 def _grown(size: int, needed: int) -> int:

@@ -51,6 +51,9 @@ _ADVICE = {  # for a required key that is missing
 _SWEEP: Key = ("sweep",)
 _MAX_LINES = 20  # mistakes that are listed
 
+Causes = Callable[[Any], Sequence[str]]
+"""Returns the overrides that cause one of pydantic's errors about several settings."""
+
 
 class ExperimentFile:
     """An experiment file with overrides, before its values are checked.
@@ -70,6 +73,7 @@ class ExperimentFile:
 
     def __init__(self, path: str | Path, overrides: Sequence[str] = ()):
         self.path = Path(path)
+        self._overrides = list(overrides)
         self._tree, origins = read_tree(self.path)
         mistakes = []
         for override in overrides:
@@ -94,11 +98,9 @@ class ExperimentFile:
         Raises:
           UserError: one line per mistake, with file, line and key.
         """
-        tree, origins = _copied(self._tree), dict(self._origins)
-        for name, value in (parameters or {}).items():
-            set_value(tuple(name.split(".")), value, self._sweep_origin(name), tree, origins)
-        _resolve_paths(tree, origins)
-        return self._validated(Experiment, tree, origins, ())
+        tree, origins = self._with_parameters(parameters or {})
+        causes = partial(self._causes, parameters or {})
+        return self._validated(Experiment, tree, origins, (), causes)
 
     def settings(
         self, schema: type[Settings], tree: Mapping[str, Any], name: str | None = None
@@ -114,7 +116,9 @@ class ExperimentFile:
           UserError: one line per mistake, with file, line and key.
         """
         section = _SWEEP if name is None else (*_SWEEP, *name.split("."))
-        return self._validated(schema, tree, self._sweep_origins, section)
+        beginning = f"{'.'.join(section)}."
+        within = [override for override in self._overrides if override.startswith(beginning)]
+        return self._validated(schema, tree, self._sweep_origins, section, lambda mistake: within)
 
     def where(self, name: str) -> str:
         """Return the place of a key of the section `sweep`, for error messages."""
@@ -125,17 +129,49 @@ class ExperimentFile:
         found = (self._sweep_origins[key] for key in keys if key in self._sweep_origins)
         return next(found, Origin(str(self.path), self.path.parent))
 
+    def _with_parameters(self, parameters: Mapping[str, Any]) -> tuple[Tree, Origins]:
+        """Return a copy of the settings with the parameters of a trial."""
+        tree, origins = _copied(self._tree), dict(self._origins)
+        for name, value in parameters.items():
+            set_value(tuple(name.split(".")), value, self._sweep_origin(name), tree, origins)
+        _resolve_paths(tree, origins)
+        return tree, origins
+
     def _validated(
-        self, schema: type[Settings], tree: Mapping[str, Any], origins: Origins, section: Key
+        self,
+        schema: type[Settings],
+        tree: Mapping[str, Any],
+        origins: Origins,
+        section: Key,
+        causes: Causes,
     ) -> Settings:
         try:
             return schema.model_validate(tree)
         except pydantic.ValidationError as errors:
             found = errors.errors(include_url=False)
-            lines = [_explain(e, schema, section, origins, self.path) for e in found[:_MAX_LINES]]
+            lines = [
+                _explain(error, schema, section, origins, self.path, causes)
+                for error in found[:_MAX_LINES]
+            ]
             if len(found) > _MAX_LINES:
                 lines.append(f"{self.path}: and {len(found) - _MAX_LINES:,} more mistakes")
             raise UserError("\n".join(lines)) from None
+
+    def _causes(self, parameters: Mapping[str, Any], mistake: Any) -> list[str]:
+        """Return the overrides without which a trial would not have this mistake."""
+        causes = []
+        for place, override in enumerate(self._overrides):
+            others = self._overrides[:place] + self._overrides[place + 1 :]
+            tree, _ = ExperimentFile(self.path, others)._with_parameters(parameters)
+            try:
+                Experiment.model_validate(tree)
+            except pydantic.ValidationError as errors:
+                left = errors.errors(include_url=False)
+                # Combinations are checked only if no key is missing.
+                if any(e["type"] == "missing" or _is_same(e, mistake) for e in left):
+                    continue
+            causes.append(override)
+        return causes
 
 
 def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
@@ -155,7 +191,8 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
     file = ExperimentFile(path, overrides)
     if file.sweep is not None:
         raise UserError(
-            f"{file.where('')}: sweep: this file describes many trials; run it as a sweep"
+            f"{file.where('')}: sweep: this section describes many trials; use softprompt sweep, "
+            "or remove it"
         )
     return file.experiment()
 
@@ -230,7 +267,12 @@ def _resolved(value: str, folder: Path, *, is_base: bool) -> str:
 
 
 def _explain(
-    error: Any, schema: type[pydantic.BaseModel], section: Key, origins: Origins, path: Path
+    error: Any,
+    schema: type[pydantic.BaseModel],
+    section: Key,
+    origins: Origins,
+    path: Path,
+    causes: Causes,
 ) -> str:
     """Return one line for one of pydantic's errors: where, which key, and what is wrong."""
     key = (*section, *map(str, error["loc"]))
@@ -254,7 +296,18 @@ def _explain(
         message = f"missing{_ADVICE.get('.'.join(key), '')}"
     elif error["type"] in ("model_type", "dict_type"):
         message = f"must be a mapping of keys to values, not {shortened(error['input'])}"
-    elif not isinstance(error["input"], dict):
+    elif isinstance(error["input"], dict):
+        overrides = " and ".join(f"override {shown(override)}" for override in causes(error))
+        if overrides and where.startswith("override "):
+            where = overrides
+        elif overrides:
+            where = f"{where} with {overrides}"
+    else:
         message = f"{message}, not {shortened(error['input'])}"
     name = ".".join(map(shown, key))
     return f"{where}: {name}: {message}" if name else f"{where}: {message}"
+
+
+def _is_same(error: Any, other: Any) -> bool:
+    """Whether two of pydantic's errors are about the same mistake."""
+    return (error["loc"], error["msg"]) == (other["loc"], other["msg"])

@@ -141,7 +141,10 @@ def make_plan(
         planned=planned,
         smallest=smallest,
         tried=tried,
-        notes=_notes(experiment, kind, planned, missing),
+        notes=[
+            *_notes(experiment, kind, planned, missing),
+            *_assumptions(experiment, rows, tokens, targets),
+        ],
     )
 
 
@@ -165,6 +168,24 @@ def _rows(experiment: Experiment, arch: Any, tokens: int | None, targets: int | 
     targets = targets or (experiment.generation.max_new_tokens if free else _LABEL_TARGETS)
     rows = experiment.training.batch_size * experiment.training.accumulate
     return BatchShape(rows, tokens, min(targets, tokens))
+
+
+def _assumptions(
+    experiment: Experiment, rows: BatchShape, tokens: int | None, targets: int | None
+) -> list[str]:
+    """Return a note about the sizes of a row that neither the user nor the experiment gives."""
+    assumed = []
+    if tokens is None and experiment.template.max_tokens is None:
+        assumed.append(f"{rows.tokens} tokens")
+    if targets is None:
+        assumed.append(f"{rows.targets} targets")
+    if not assumed:
+        return []
+    names = " and ".join(text.split()[1] for text in assumed)
+    return [
+        f"the data is not read, so each row is assumed to have {' and '.join(assumed)}; give "
+        f"{names} to plan for other rows"
+    ]
 
 
 def _notes(

@@ -86,9 +86,11 @@ class Session:
         self._stop, self._progress = stop, progress
         self.rows = experiment.training.batch_size * experiment.training.accumulate
         if len(self.examples["train"]) < self.rows:
+            accumulates = experiment.training.accumulate > 1
             raise UserError(
                 f"{experiment.data.train}: {len(self.examples['train'])} examples do not fill a "
                 f"batch of {self.rows}; set a smaller training.batch_size"
+                f"{' or training.accumulate' if accumulates else ''}"
             )
         self.batches = TrainingBatches(
             self.examples["train"],
