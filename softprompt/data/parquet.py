@@ -30,7 +30,7 @@ def read_parquet(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         try:
             file = parquet.ParquetFile(content)
             names = file.schema_arrow.names
-        except (pyarrow.ArrowException, OSError) as error:
+        except (pyarrow.ArrowException, OSError, ValueError) as error:
             raise _invalid(str(path), error) from None
         if repeated := [name for name in names if names.count(name) > 1]:
             raise UserError(f"{path}: two columns have the name {shortened(repeated[0])}")
@@ -41,7 +41,7 @@ def read_parquet(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
                     for row in _plain_rows(batch, where, count):
                         count += 1
                         yield f"{where}, row {count}", row
-            except (pyarrow.ArrowException, OSError) as error:
+            except (pyarrow.ArrowException, OSError, ValueError) as error:
                 raise _invalid(where, error) from None
 
 

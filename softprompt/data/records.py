@@ -183,6 +183,7 @@ def _read_saved(source: str) -> Sequence[Record]:
     datasets = _import_datasets(source)
     try:
         rows = datasets.load_from_disk(source).with_format(None)
+        rows.data.validate(full=True)  # otherwise a damaged file could end the process later
     except Exception as error:  # the package raises errors of a dozen unrelated kinds
         raise UserError(f"{source}: cannot be loaded ({reason_of(error)})") from error
     return as_records(rows, f"{source} row")
