@@ -121,8 +121,8 @@ def test_a_missing_key_is_reported(file):
     ]
     file.write_text(MINIMAL.replace("  validation: /abs/b.jsonl\n", ""))
     assert mistakes(file) == [
-        f"{file}:2: data.validation: missing; split the data, for example: "
-        "head -n 100 all.jsonl > validation.jsonl; tail -n +101 all.jsonl > train.jsonl"
+        f"{file}:2: data.validation: missing; to take a tenth of the training data, "
+        "set data.validation=0.1"
     ]
 
 

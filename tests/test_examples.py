@@ -10,7 +10,7 @@ import pytest
 from conftest import example_of
 
 from softprompt import UserError
-from softprompt.data import records
+from softprompt.data import formats
 from softprompt.data.examples import Example, Examples, data_digest, same_data
 from softprompt.data.records import Record, read_records
 from softprompt.data.task import make_examples, make_task
@@ -67,7 +67,7 @@ def test_csv_records_remember_their_lines_and_may_contain_newlines(tmp_path):
         ("d.jsonl", "\n", "d.jsonl: has no records"),
         ("d.csv", "a,b\n1\n", "d.csv:2: not the same number of columns as the header"),
         ("d.csv", "a,b\n1,2,3\n", "d.csv:2: not the same number of columns as the header"),
-        ("d.txt", "x", "d.txt: unknown kind of dataset (known: .jsonl, .csv"),
+        ("d.xml", "x", "d.xml: unknown kind of dataset (known: .jsonl, .csv"),
     ],
 )
 def test_the_error_about_an_invalid_dataset_names_file_and_line(tmp_path, name, content, message):
@@ -86,7 +86,7 @@ def test_bytes_that_are_not_utf8_are_rejected(tmp_path):
     ("name", "message"),
     [
         ("nul\0.jsonl", "embedded null byte"),
-        ("folder.csv", "Is a directory"),
+        ("folder.csv", "the folder has no .jsonl, .csv, .parquet, .txt file"),
         ("a" * 300 + ".csv", "File name too long"),
     ],
 )
@@ -113,7 +113,7 @@ def test_a_pipe_is_read_once(tmp_path):
 
 
 def test_an_endless_line_is_rejected(tmp_path, monkeypatch):
-    monkeypatch.setattr(records, "LONGEST_LINE", 10)
+    monkeypatch.setattr(formats, "LONGEST_LINE", 10)
     (tmp_path / "a.jsonl").write_text("{}\n" + " " * 11)
     with pytest.raises(UserError, match=r"a\.jsonl:2: longer than"):
         read_records(str(tmp_path / "a.jsonl"))

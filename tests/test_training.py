@@ -365,7 +365,7 @@ def test_free_text_trains_and_is_measured_by_its_loss(experiment_file, tmp_path)
         ("template.input='{title}'", "train.jsonl:1: no field 'title'"),
         ("base=./nowhere", "no such file or directory"),
         ("data.train=./nowhere.jsonl", "nowhere.jsonl: no such file"),
-        ("data.validation=./nowhere.jsonl", "nowhere.jsonl: no such file; split the data, for"),
+        ("data.validation=./nowhere.jsonl", "nowhere.jsonl: no such file; to take a tenth"),
         ("data.test=./nowhere.jsonl", "no such file; for a run without test data, set data.test"),
     ],
 )

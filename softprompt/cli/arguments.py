@@ -89,8 +89,8 @@ def add_inputs(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--input",
         metavar="FILE",
-        help="read inputs from a file (.jsonl and .csv: fields by name; others: one text per "
-        "line), or from standard input if FILE is -",
+        help="read inputs from a file (.jsonl, .csv and .parquet: fields by name; others: one "
+        "text per line), or from standard input if FILE is -",
     )
     command.add_argument(
         "--jsonl", action="store_true", help="standard input has one JSON object per line"

@@ -72,16 +72,16 @@ def run(options: argparse.Namespace) -> None:
     if others and (options.metrics or options.output or options.calibrate or options.normalize):
         raise UserError("--metrics, --output, --normalize and --calibrate need a single run")
     experiment = _load_experiment(config, options)
-    data = experiment.data.model_dump(exclude_none=True)
-    if options.split not in data:
+    splits = experiment.data.model_dump(exclude_none=True)
+    if options.split not in splits:
         raise UserError(
-            f"{config}: has no data.{options.split}; choose another --split ({', '.join(data)}), "
+            f"{config}: has no data.{options.split}; choose another --split ({', '.join(splits)}), "
             f"or train with data.{options.split}=FILE"
         )
     if others:
-        _evaluate_several(options, data[options.split])
+        _evaluate_several(options, experiment)
     else:
-        _evaluate_one(options, experiment, data[options.split])
+        _evaluate_one(options, experiment)
 
 
 def _load_experiment(config: Path, options: argparse.Namespace) -> "Experiment":
@@ -93,8 +93,8 @@ def _load_experiment(config: Path, options: argparse.Namespace) -> "Experiment":
     return load_experiment(config, overrides)
 
 
-def _evaluate_one(options: argparse.Namespace, experiment: "Experiment", data: str) -> None:
-    from softprompt.data.records import read_records
+def _evaluate_one(options: argparse.Namespace, experiment: "Experiment") -> None:
+    from softprompt.data.splits import read_split
     from softprompt.data.task import make_examples
     from softprompt.evaluation.evaluate import evaluate
     from softprompt.evaluation.predictions import require_output
@@ -107,7 +107,8 @@ def _evaluate_one(options: argparse.Namespace, experiment: "Experiment", data: s
         require_output(options.output)
     mesh = requested_mesh(options)
     prompt = with_scoring(load_prompt(options.runs[0], options.base, mesh=mesh), options)
-    examples = make_examples(prompt.task, read_records(data), options.split, Bar)
+    records = read_split(experiment, options.split)
+    examples = make_examples(prompt.task, records, options.split, Bar)
     needs_predictions = options.output or set(experiment.evaluation.metrics) - {*MODEL_METRICS}
     measured = evaluate(
         prompt.backbone,
@@ -138,15 +139,16 @@ def _print_result(about: Mapping[str, Any], scores: "Mapping[str, Scores]") -> N
         print_table(rows, "a pipe or a file gets all values as JSON")
 
 
-def _evaluate_several(options: argparse.Namespace, data: str) -> None:
-    from softprompt.data.records import read_records
+def _evaluate_several(options: argparse.Namespace, experiment: "Experiment") -> None:
+    from softprompt.data.splits import read_split
     from softprompt.data.task import make_examples
     from softprompt.inference.ensemble import evaluate_ensemble, shared_task
     from softprompt.inference.prompt import load_prompt
 
     first = load_prompt(options.runs[0], options.base, mesh=requested_mesh(options))
     prompts = [first, *(load_prompt(run, first.base) for run in options.runs[1:])]
-    examples = make_examples(shared_task(prompts), read_records(data), options.split, Bar)
+    records = read_split(experiment, options.split)
+    examples = make_examples(shared_task(prompts), records, options.split, Bar)
     results = evaluate_ensemble(prompts, examples, options.batch_size, options.split, Bar)
     for name, metrics in zip([*options.runs, "vote", "mean"], results.values(), strict=True):
         about = {"run": str(name), "split": options.split, "examples": len(examples)}

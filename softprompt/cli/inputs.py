@@ -72,7 +72,7 @@ def with_scoring(prompt: "TrainedPrompt", options: argparse.Namespace) -> "Train
 def _read_inputs(prompt: "TrainedPrompt", name: str, jsonl: bool) -> "Iterator[Record]":
     from softprompt.data.records import parse_jsonl, read_records
 
-    if name.endswith((".jsonl", ".csv")):
+    if name.endswith((".jsonl", ".csv", ".parquet")):
         yield from read_records(name)
         return
     where = "standard input" if name == "-" else name

@@ -17,6 +17,7 @@ from softprompt.runtime.platforms import ignore_compilers
 # The modules of the commands in this package, in the order in which the help lists them.
 # Each has `add_to(subparsers)`, which declares its arguments, and `run(options)`.
 _COMMANDS = (
+    "init",
     "train",
     "sweep",
     "plan",
@@ -135,6 +136,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Train and use soft prompts for frozen language models.",
         epilog="""\
 examples:
+  softprompt init tickets.csv
   softprompt train experiments/sentiment.yaml
   softprompt eval runs/sentiment --split test
   softprompt predict runs/sentiment "A dull, lifeless film."

@@ -1,19 +1,17 @@
 """Records: the rows of a dataset before a template turns them into text."""
 
-import csv
 import dataclasses
-import io
 import json
+import math
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from types import ModuleType
 from typing import Any, overload
 
+from softprompt.data.formats import read_rows
+from softprompt.data.sources import Source, files_of, source_name
 from softprompt.errors import UserError, reason_of
 from softprompt.files.json_lines import parse_json_lines
-from softprompt.files.reading import MEBIBYTE, missing_file
-
-LONGEST_LINE = 64 * MEBIBYTE
-"""The most bytes of a line of a file."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +40,8 @@ class Record:
             names = ", ".join(map(str, self.fields))
             raise UserError(f"{self.where}: no field {field!r} (its fields: {names})")
         value = self.fields[field]
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{self.where}: field {field!r} is {value}, not a number")
         if isinstance(value, bool | int | float):
             try:
                 value = json.dumps(value)
@@ -102,20 +102,38 @@ def read_records(source: str | Rows, name: str = "row") -> Sequence[Record]:
     """Read a dataset.
 
     Args:
-      source: a `.jsonl` file (one JSON object per line; blank lines are skipped), a `.csv`
-        file with a header, `hub:NAME#SPLIT` for a dataset on the Hugging Face Hub (needs
-        the `datasets` package), or a sequence of mappings.
+      source: a source as in `read_source`, or a sequence of mappings.
       name: the name of a row of a sequence in error messages, before its number.
 
     Raises:
-      UserError: if a line cannot be read, with its file and line, or if there are no records.
+      UserError: if a row cannot be read, with its place, or if there are no records.
     """
-    if not isinstance(source, str):
-        records, where = as_records(source, name), f"sequence of {name}s"
-    elif source.startswith("hub:"):
-        records, where = _read_hub(source), source
-    else:
-        records, where = _read_file(Path(source)), source
+    if isinstance(source, str):
+        return read_source(source)
+    return _require_records(as_records(source, name), f"sequence of {name}s")
+
+
+def read_source(source: Source) -> Sequence[Record]:
+    """Read the records of a source.
+
+    Args:
+      source: a file: `.jsonl` (one JSON object per line; blank lines are skipped), `.csv` with a
+        header, `.parquet` (needs the `pyarrow` package), or `.txt`, which is one record with the
+        field `text`; a folder of such files, or a pattern such as `data/*.jsonl`; a folder that
+        `save_to_disk` of the `datasets` package wrote; `hub:NAME#SPLIT` for a dataset on the
+        Hugging Face Hub (both need that package); or a sequence of these.
+
+    Raises:
+      MissingData: if a file does not exist.
+      UserError: if a row cannot be read, with its file and line, or if there are no records.
+    """
+    if isinstance(source, str):
+        return _require_records(_read_one(source), source)
+    records = [record for text in source for record in _read_one(text)]
+    return _require_records(records, source_name(source))
+
+
+def _require_records(records: Sequence[Record], where: str) -> Sequence[Record]:
     if not len(records):
         raise UserError(f"{where}: has no records")
     return records
@@ -131,61 +149,25 @@ def parse_jsonl(lines: Iterable[str], source: str) -> Iterator[Record]:
         yield Record(fields, where)
 
 
-def _read_file(path: Path) -> list[Record]:
-    readers = {".jsonl": _read_jsonl, ".csv": _read_csv}
-    if path.suffix not in readers:
-        raise UserError(f"{path}: unknown kind of dataset (known: .jsonl, .csv, hub:NAME#SPLIT)")
-    try:
-        return list(readers[path.suffix](path))
-    except FileNotFoundError:
-        raise missing_file(path) from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+def _read_one(source: str) -> Sequence[Record]:
+    if source.startswith("hub:"):
+        return _read_hub(source)
+    if os.path.isfile(os.path.join(source, "dataset_dict.json")):
+        raise UserError(
+            f"{source}: holds the splits {', '.join(_folders_in(source))}; name one of them, such "
+            f"as {os.path.join(source, 'train')}"
+        )
+    if os.path.isfile(os.path.join(source, "dataset_info.json")):
+        return _read_saved(source)
+    return [Record(row, where) for path in files_of(source) for where, row in read_rows(path)]
 
 
-def _lines(path: Path) -> Iterator[str]:
-    """Iterate over the lines of a text file with their line breaks. The file may be a pipe."""
-    try:
-        file = path.open("rb")
-    except ValueError as error:  # a NUL in the path
-        raise UserError(f"{str(path)!r}: cannot be read ({error})") from None
-    with file:
-        number = 0
-        while line := file.readline(LONGEST_LINE + 1):
-            number += 1
-            if len(line) > LONGEST_LINE:
-                raise UserError(f"{path}:{number}: longer than {LONGEST_LINE // MEBIBYTE} MiB")
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError:
-                raise UserError(f"{path}:{number}: not UTF-8 text") from None
-            yield from io.StringIO(text, newline="")  # a carriage return also ends a line
-
-
-def _read_jsonl(path: Path) -> Iterator[Record]:
-    yield from parse_jsonl(_lines(path), str(path))
-
-
-def _read_csv(path: Path) -> Iterator[Record]:
-    csv.field_size_limit(2**31 - 1)  # long fields are truncated later, and counted
-    rows = csv.DictReader(_lines(path), strict=True)
-    try:
-        for row in rows:
-            where = f"{path}:{rows.line_num}"
-            if None in row or None in row.values():
-                raise UserError(f"{where}: not the same number of columns as the header")
-            yield Record(row, where)
-    except csv.Error as error:
-        raise UserError(f"{path}:{rows.line_num}: not valid CSV ({error})") from None
+def _folders_in(folder: str) -> list[str]:
+    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
 
 
 def _read_hub(source: str) -> Sequence[Record]:
-    try:
-        import datasets
-    except ImportError:
-        raise UserError(
-            f"{source}: needs the datasets package; run: pip install datasets"
-        ) from None
+    datasets = _import_datasets(source)
     name, _, split = source.removeprefix("hub:").partition("#")
     if not split:
         raise UserError(f"{source}: name a split, as in hub:stanfordnlp/sst2#train")
@@ -194,3 +176,24 @@ def _read_hub(source: str) -> Sequence[Record]:
     except Exception as error:  # the package raises errors of a dozen unrelated kinds
         raise UserError(f"{source}: cannot be loaded ({reason_of(error)})") from error
     return as_records(rows, f"{source} row")
+
+
+def _read_saved(source: str) -> Sequence[Record]:
+    """Read a folder that `save_to_disk` wrote; it holds Arrow files and JSON, and no code."""
+    datasets = _import_datasets(source)
+    try:
+        rows = datasets.load_from_disk(source).with_format(None)
+        rows.data.validate(full=True)  # otherwise a damaged file could end the process later
+    except Exception as error:  # the package raises errors of a dozen unrelated kinds
+        raise UserError(f"{source}: cannot be loaded ({reason_of(error)})") from error
+    return as_records(rows, f"{source} row")
+
+
+def _import_datasets(source: str) -> ModuleType:
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(
+            f"{source}: needs the datasets package; run: pip install datasets"
+        ) from None
+    return datasets

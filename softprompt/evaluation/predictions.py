@@ -4,7 +4,8 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from softprompt.data.records import LONGEST_LINE, read_records
+from softprompt.data.formats import LONGEST_LINE
+from softprompt.data.records import read_records
 from softprompt.errors import UserError
 from softprompt.files.json_lines import parse_json_lines
 from softprompt.files.writing import require_writable

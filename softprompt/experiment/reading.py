@@ -38,10 +38,7 @@ PATH_KEYS: Sequence[Key] = (
     ("prefix", "init_prompts"),
 )
 
-SPLIT_ADVICE = (
-    "split the data, for example: "
-    "head -n 100 all.jsonl > validation.jsonl; tail -n +101 all.jsonl > train.jsonl"
-)
+SPLIT_ADVICE = "to take a tenth of the training data, set data.validation=0.1"
 """What to do without validation data."""
 
 _ADVICE = {  # for a required key that is missing
@@ -255,6 +252,8 @@ def _relative(value: str, folder: Path) -> str:
 
 
 def _resolved(value: str, folder: Path, *, is_base: bool) -> str:
+    if not value:  # the schema rejects it
+        return value
     try:
         path = os.path.abspath(folder / Path(value).expanduser())
     except RuntimeError:  # `~` of an unknown user; the schema rejects it

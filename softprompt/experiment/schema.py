@@ -6,6 +6,7 @@ import pydantic
 from pydantic import Field
 
 from softprompt.experiment.compute_settings import ComputeSettings
+from softprompt.experiment.data_settings import DataSettings
 from softprompt.experiment.method_settings import (
     DePTSettings,
     LoRASettings,
@@ -16,7 +17,6 @@ from softprompt.experiment.methods import METHODS, method_class, require_method
 from softprompt.experiment.metric_names import LABEL_METRICS, MODEL_METRICS
 from softprompt.experiment.sections import (
     CheckpointSettings,
-    DataSettings,
     EvaluationSettings,
     GenerationSettings,
     OptimizerSettings,
@@ -78,8 +78,8 @@ class Experiment(Section):
         default=0,
         ge=0,
         lt=2**32,
-        description="Seed of the initial values, the order of the data, dropout and the choice of "
-        "shots.",
+        description="Seed of the initial values, the order of the data, dropout, and the choice of "
+        "shots and of shares of the data.",
     )
     data: DataSettings
     template: TemplateSettings

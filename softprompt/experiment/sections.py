@@ -24,7 +24,7 @@ class Section(pydantic.BaseModel):
 LARGEST_FLOAT32 = 3.4e38
 
 
-def _require_path(path: str) -> str:
+def require_path(path: str) -> str:
     """Reject text that cannot be a path. `reading` has already expanded the `~` of known users."""
     if "\0" in path:
         raise ValueError("a path cannot contain NUL")
@@ -33,21 +33,7 @@ def _require_path(path: str) -> str:
     return path
 
 
-PathText = Annotated[str, pydantic.AfterValidator(_require_path)]
-
-
-class DataSettings(Section):
-    """Where the data comes from.
-
-    Each source is a `.jsonl` file with one JSON object per line, a `.csv` file with a header,
-    or `hub:NAME#SPLIT` for a dataset on the Hugging Face Hub.
-    """
-
-    train: PathText = Field(description="Training data.")
-    validation: PathText = Field(description="Validation data, by which the best prompt is chosen.")
-    test: PathText | None = Field(
-        default=None, description="Test data, on which the best prompt is evaluated at the end."
-    )
+PathText = Annotated[str, pydantic.AfterValidator(require_path)]
 
 
 class TemplateSettings(Section):

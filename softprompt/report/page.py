@@ -10,7 +10,7 @@ from typing import Any
 import jinja2
 import matplotlib
 
-from softprompt.data.records import read_records
+from softprompt.data.splits import read_split
 from softprompt.errors import FolderError, UserError
 from softprompt.experiment.methods import method_class
 from softprompt.experiment.reading import load_experiment
@@ -209,7 +209,7 @@ def _best_run(
 def _samples(prompt: TrainedPrompt, found: RunRecord) -> list[dict[str, str]]:
     """Inputs, references and predictions of the first validation examples."""
     experiment = load_experiment(found.folder / "config.yaml")
-    records = list(read_records(experiment.data.validation))[:_SAMPLES]
+    records = read_split(experiment, "validation")[:_SAMPLES]
     task = prompt.task
     if task.labels:
         examples = list(task.examples(records))

@@ -74,8 +74,8 @@ def compare(
 
     The experiment's own method keeps the learning rate of the file; every other method uses
     its default. The folder of a run is `folder/<method>/seed-<seed>`. The base model alone
-    (`none`) does not depend on the seed and is evaluated once. A run that fails does not stop
-    the others; its error is in the row of its method.
+    (`none`) is evaluated once, unless the seed chooses the data that it is evaluated on. A run
+    that fails does not stop the others; its error is in the row of its method.
 
     Args:
       file: the experiment.
@@ -110,7 +110,7 @@ def compare(
     planned = {
         method: [_plan(file, method, seed, own, overrides, folder) for seed in of_method]
         for method in methods
-        for of_method in [seeds if method == FEW_SHOT or _is_trained(method) else seeds[:1]]
+        for of_method in [seeds if _depends_on_seed(method, own) else seeds[:1]]
     }
     rows = []
     for method, runs in planned.items():
@@ -164,6 +164,10 @@ def _overrides(method: str, own: Experiment, given: Sequence[str]) -> list[str]:
         return [*given, f"method={method}", "shots=0"]
     rate = [] if method == own.method else ["optimizer.learning_rate=null"]
     return [*rate, *given, f"method={method}"]
+
+
+def _depends_on_seed(method: str, own: Experiment) -> bool:
+    return method == FEW_SHOT or _is_trained(method) or bool(own.data.shares)
 
 
 def _is_trained(method: str) -> bool:

@@ -2,24 +2,21 @@
 
 import dataclasses
 import logging
-import os
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import jax
 from jax.sharding import Mesh
 
 from softprompt.backbones.loading import Base, load_base
 from softprompt.data.examples import Dataset
-from softprompt.data.records import Record, Rows, read_records
+from softprompt.data.records import Record, Rows
+from softprompt.data.splits import SplitReader
 from softprompt.data.task import Task, make_examples, make_task
 from softprompt.data.template import draw_demonstrations
 from softprompt.errors import UserError
 from softprompt.experiment.methods import method_class
-from softprompt.experiment.reading import SPLIT_ADVICE
 from softprompt.experiment.schema import Experiment
-from softprompt.files.reading import missing_file
 from softprompt.inference.prompt import load_prompt
 from softprompt.methods.method import Method
 from softprompt.parallel.mesh import make_mesh
@@ -28,8 +25,6 @@ from softprompt.runtime.progress import Progress, silent
 from softprompt.training.requirements import require_memory
 
 _log = logging.getLogger(__name__)
-
-_ADVICE = {"validation": SPLIT_ADVICE, "test": "for a run without test data, set data.test=null"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +59,7 @@ class Preparation:
     def __init__(self, progress: Progress = silent, trial_devices: int = 1) -> None:
         self._progress, self._trial_devices = progress, trial_devices
         self._bases: dict[str, Base] = {}
-        self._records: dict[str, Sequence[Record]] = {}
+        self._splits = SplitReader()
         self._examples: dict[str, tuple[Task, Sequence[Record], Dataset]] = {}
 
     def prepare(
@@ -81,7 +76,7 @@ class Preparation:
         """
         began = time.monotonic()
         mesh = mesh_of(experiment, self._trial_devices)
-        splits = self._read_splits(experiment, records or {})
+        splits = self._splits.read(experiment, records or {})
         base = self._base(experiment, mesh)
         texts = experiment.template, experiment.verbalizer
         shown = draw_demonstrations(*texts, splits["train"], experiment.shots, experiment.seed)
@@ -103,22 +98,6 @@ class Preparation:
         require_memory(experiment, base, task.opening, trained)
         method = kind.build(experiment, base, task.opening, trained)
         return Prepared(base, task, examples, method, time.monotonic() - began)
-
-    def _read_splits(
-        self, experiment: Experiment, given: Mapping[str, Rows]
-    ) -> dict[str, Sequence[Record]]:
-        """Read the records of each split, in the order of the section `data`."""
-        names = type(experiment.data).model_fields
-        if unknown := given.keys() - names.keys():
-            raise UserError(f"records: {min(unknown)!r} is not one of {', '.join(names)}")
-        sources = experiment.data.model_dump(exclude_none=True, exclude=set(given))
-        self._records = {
-            source: self._records.get(source) or _read(source, split)
-            for split, source in sources.items()
-        }
-        splits = {split: self._records[source] for split, source in sources.items()}
-        splits |= {split: read_records(rows, f"{split} row") for split, rows in given.items()}
-        return {split: splits[split] for split in names if split in splits}
 
     def _base(self, experiment: Experiment, mesh: Mesh | None) -> Base:
         wanted = experiment.model_dump_json(include={"base", "compute"})
@@ -178,13 +157,6 @@ def mesh_of(experiment: Experiment, trial_devices: int = 1) -> Mesh | None:
         raise UserError(f"sweep.devices: {error}") from None
     require_rows(experiment.training.batch_size, mesh)
     return mesh
-
-
-def _read(source: str, split: str) -> Sequence[Record]:
-    """Read the records of a split; a missing file of another split than `train` gets advice."""
-    if split in _ADVICE and not source.startswith("hub:") and not os.path.lexists(source):
-        raise UserError(f"{missing_file(Path(source))}; {_ADVICE[split]}")
-    return read_records(source)
 
 
 def _fit(examples: Dataset, task: Task) -> bool:

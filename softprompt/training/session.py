@@ -21,6 +21,7 @@ from softprompt.backbones.batch import Batch
 from softprompt.backbones.loading import Backbone
 from softprompt.data.batches import TrainingBatches
 from softprompt.data.examples import Example, data_digest, same_data
+from softprompt.data.sources import source_name
 from softprompt.errors import FolderError, Stopped, UserError
 from softprompt.evaluation.evaluate import EvaluationResult, evaluate
 from softprompt.evaluation.scoring import prepare_model
@@ -88,8 +89,8 @@ class Session:
         if len(self.examples["train"]) < self.rows:
             accumulates = experiment.training.accumulate > 1
             raise UserError(
-                f"{experiment.data.train}: {len(self.examples['train'])} examples do not fill a "
-                f"batch of {self.rows}; set a smaller training.batch_size"
+                f"{source_name(experiment.data.train)}: {len(self.examples['train'])} examples do "
+                f"not fill a batch of {self.rows}; set a smaller training.batch_size"
                 f"{' or training.accumulate' if accumulates else ''}"
             )
         self.batches = TrainingBatches(

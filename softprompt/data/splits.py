@@ -1,0 +1,200 @@
+"""The splits of an experiment: read from their sources, or taken as shares of the training data.
+
+Axis letters: N records.
+"""
+
+import dataclasses
+import datetime
+import decimal
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, overload
+
+import numpy as np
+
+from softprompt.data.records import Record, Rows, as_records, read_records, read_source
+from softprompt.data.sources import MissingData, Source
+from softprompt.errors import UserError, reason_of
+from softprompt.experiment.data_settings import DataSettings
+from softprompt.experiment.reading import SPLIT_ADVICE
+from softprompt.experiment.schema import Experiment
+
+_ADVICE = {"validation": SPLIT_ADVICE, "test": "for a run without test data, set data.test=null"}
+_PLAIN = bytes, datetime.date, datetime.time, datetime.timedelta, decimal.Decimal
+
+
+class _Part(Sequence[Record]):
+    """Some records of a sequence, which are read on access.
+
+    Args:
+      records: the sequence.
+      numbers: which records, `[N]`.
+    """
+
+    def __init__(self, records: Sequence[Record], numbers: np.ndarray):
+        self._records, self._numbers = records, numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Record]: ...
+    def __getitem__(self, index: int | slice) -> Record | Sequence[Record]:
+        if isinstance(index, slice):
+            return _Part(self._records, self._numbers[index])
+        return self._records[int(self._numbers[index])]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Divided:
+    """Training data that was divided, and how."""
+
+    records: Sequence[Record]
+    shares: Mapping[str, float]
+    seed: int
+    parts: Mapping[str, Sequence[Record]]
+
+
+class SplitReader:
+    """Reads the splits of experiments one after another, and keeps those that were read last."""
+
+    def __init__(self) -> None:
+        self._records: dict[str | tuple[str, ...], Sequence[Record]] = {}
+        self._divided: _Divided | None = None
+
+    def read(
+        self, experiment: Experiment, given: Mapping[str, Rows]
+    ) -> dict[str, Sequence[Record]]:
+        """Read the records of each split, in the order of the section `data`.
+
+        The same data gives the same object as in the last call.
+
+        Args:
+          experiment: the experiment.
+          given: by split, rows that replace what the experiment names.
+
+        Raises:
+          UserError: if data is missing or cannot be read, or a share of it has no record.
+        """
+        data = experiment.data
+        names = DataSettings.model_fields
+        if unknown := given.keys() - names.keys():
+            raise UserError(f"records: {min(unknown)!r} is not one of {', '.join(names)}")
+        sources = {split: source for split, source in data.sources.items() if split not in given}
+        shares = {split: share for split, share in data.shares.items() if split not in given}
+        self._records = {
+            _key(source): self._records.get(_key(source)) or _read(source, split)
+            for split, source in sources.items()
+        }
+        splits = {split: self._records[_key(source)] for split, source in sources.items()}
+        for split, rows in given.items():
+            name = f"{split} row"
+            splits[split] = read_records(as_records(rows, name), name)
+        if shares:
+            splits |= self._divide(splits["train"], shares, experiment.seed)
+        return {split: splits[split] for split in names if split in splits}
+
+    def _divide(
+        self, records: Sequence[Record], shares: Mapping[str, float], seed: int
+    ) -> Mapping[str, Sequence[Record]]:
+        last = self._divided
+        if not (last and last.records is records and (last.shares, last.seed) == (shares, seed)):
+            last = _Divided(records, shares, seed, divide(records, shares, seed))
+            self._divided = last
+        return last.parts
+
+
+def read_split(experiment: Experiment, split: str) -> Sequence[Record]:
+    """Read the records of one split that the experiment has.
+
+    Raises:
+      UserError: if the data is missing or cannot be read.
+    """
+    data = experiment.data
+    if split in data.shares or (split == "train" and data.shares):
+        return divide(_read(data.train, "train"), data.shares, experiment.seed)[split]
+    return _read(data.sources[split], split)
+
+
+def divide(
+    records: Sequence[Record], shares: Mapping[str, float], seed: int
+) -> dict[str, Sequence[Record]]:
+    """Take shares of the training data for other splits.
+
+    The seed and the fields of a record decide its split, so records with the same fields are in
+    the same split, and another order of the records gives the same splits. A split has at most
+    its share of the records, rounded, and at least one. Its records are in random order, so that
+    the first of them are a fair sample. The training data keeps its order.
+
+    Args:
+      records: all N records.
+      shares: the share of each other split, in (0, 1). The first split is taken first.
+      seed: a whole number of 32 bits.
+
+    Returns:
+      The records of each split, and those of `train`, which are the rest.
+
+    Raises:
+      UserError: if a split has no record.
+    """
+    numbers = (_digest(record, seed) for record in records)
+    digests = np.fromiter(numbers, np.uint64, len(records))
+    _, groups, sizes = np.unique(digests, return_inverse=True, return_counts=True)  # random order
+    part_of = np.zeros(len(sizes), np.int8)  # 0 for training
+    for part, share in enumerate(shares.values(), 1):
+        wanted = max(1, round(share * len(records)))
+        for group in np.flatnonzero(part_of == 0):
+            if sizes[group] <= wanted:
+                part_of[group] = part
+                wanted -= sizes[group]
+            if wanted == 0:
+                break
+    by_group = np.argsort(groups, kind="stable")
+    of_part = {split: by_group[part_of[groups[by_group]] == i] for i, split in enumerate(shares, 1)}
+    of_part["train"] = np.flatnonzero(part_of[groups] == 0)
+    parts: dict[str, Sequence[Record]] = {
+        split: _Part(records, numbers) for split, numbers in of_part.items()
+    }
+    for split, chosen in parts.items():
+        if not chosen:
+            raise UserError(
+                f"data.{split}: no record is left for it; the training data has {len(records)} "
+                f"records, {len(sizes)} of them different; name files instead of shares"
+            )
+    return parts
+
+
+def _digest(record: Record, seed: int) -> int:
+    """Return a number of 64 bits that depends on the seed and on the values of all fields."""
+    fields = {str(name): value for name, value in record.fields.items()}
+    try:
+        text = json.dumps(fields, sort_keys=True, default=_as_text)
+    except (TypeError, ValueError, RecursionError) as error:  # only rows in memory have such values
+        raise UserError(
+            f"{record.where}: its fields cannot be compared with those of other records "
+            f"({reason_of(error)}), so no split can be taken from this data"
+        ) from None
+    digest = hashlib.blake2b(text.encode(), digest_size=8, key=seed.to_bytes(4, "little"))
+    return int.from_bytes(digest.digest(), "little")
+
+
+def _as_text(value: Any) -> str:
+    """Return a value that JSON does not have as text that is the same in every process."""
+    return str(value) if isinstance(value, _PLAIN) else type(value).__name__
+
+
+def _key(source: Source) -> str | tuple[str, ...]:
+    return source if isinstance(source, str) else tuple(source)
+
+
+def _read(source: Source, split: str) -> Sequence[Record]:
+    """Read the records of a split; missing data of another split than `train` gets advice."""
+    try:
+        return read_source(source)
+    except MissingData as error:
+        if split not in _ADVICE:
+            raise
+        raise UserError(f"{error}; {_ADVICE[split]}") from None
