@@ -2,11 +2,12 @@
 
 import os
 import signal
-import sys
 from types import FrameType
 from typing import NoReturn
 
 from softprompt.runtime.signals import handled_signals
+
+_STDERR = 2  # the descriptor. `sys.stderr` may be an object without one.
 
 
 def end_on_signals() -> None:
@@ -25,8 +26,6 @@ def _end(number: int, frame: FrameType | None) -> NoReturn:
     Nothing needs the cleanup: whatever this process has written is complete on disk, or has a
     temporary name.
     """
-    clear_line = "\r\x1b[K" if os.isatty(sys.stderr.fileno()) else ""
-    os.write(
-        sys.stderr.fileno(), f"{clear_line}stopped by {signal.Signals(number).name}\n".encode()
-    )
+    clear_line = "\r\x1b[K" if os.isatty(_STDERR) else ""
+    os.write(_STDERR, f"{clear_line}stopped by {signal.Signals(number).name}\n".encode())
     os._exit(128 + number)
