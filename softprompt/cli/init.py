@@ -75,6 +75,7 @@ def run(options: argparse.Namespace) -> None:
     from softprompt.data.columns import columns_of
     from softprompt.data.guess import guess_task
     from softprompt.data.records import read_source
+    from softprompt.data.splits import divide
     from softprompt.files.writing import write_errors, write_file
 
     path = Path(f"{_name(options.source)}.yaml")
@@ -86,8 +87,11 @@ def run(options: argparse.Namespace) -> None:
     guess = guess_task(columns_of(records), options.source)
     for column in (*guess.inputs, guess.target):
         _require_field(column, records, options.source)
-    counts = {split: len(part) for split, part in splits.items()}
-    text = _experiment(files, counts, guess, path)
+    shares = _shares(files, splits["train"])
+    sizes = {split: len(part) for split, part in splits.items()}
+    if shares:  # an error if there are too few records
+        sizes |= {split: len(part) for split, part in divide(splits["train"], shares, 0).items()}
+    text = _experiment(files, shares, sizes, guess, path)
     with write_errors(path):
         write_file(path, text)
     print(path)
@@ -113,6 +117,12 @@ def _other_files(source: str) -> dict[str, str]:
     return found
 
 
+def _shares(files: Mapping[str, str], train: "Sequence[Record]") -> dict[str, float]:
+    """Return the share of the training data for each split that has no file."""
+    share = min(_SHARE, float(f"{_ENOUGH / len(train):.1g}"))
+    return {split: share for split in _SPLIT_NAMES if split not in files}
+
+
 def _require_field(column: "Column", records: "Sequence[Record]", where: str) -> None:
     """Require that a template can have this field, and that all records have text in it."""
     if not column.name.isidentifier() or column.name == "prompt":
@@ -130,26 +140,27 @@ def _plain_name(name: str) -> str:
 
 
 def _experiment(
-    files: Mapping[str, str], counts: Mapping[str, int], guess: "Guess", path: Path
+    files: Mapping[str, str],
+    shares: Mapping[str, float],
+    sizes: Mapping[str, int],
+    guess: "Guess",
+    path: Path,
 ) -> str:
     """Return the experiment as YAML with comments.
 
     Args:
       files: the data by split.
-      counts: the number of records by split.
+      shares: the share of the training data of each other split.
+      sizes: the number of records by split.
       guess: the task.
       path: the file of the experiment.
     """
     from softprompt.experiment.yaml_values import dump_yaml
 
-    held_out = [split for split in _SPLIT_NAMES if split not in files]
-    share = min(_SHARE, float(f"{_ENOUGH / counts['train']:.1g}"))
-    sizes = {**dict.fromkeys(held_out, max(1, round(share * counts["train"]))), **counts}
-    sizes["train"] -= sum(sizes[split] for split in held_out)
     why = "Validation data chooses the best prompt, and test data measures it at the end."
-    if held_out:
+    if shares:
         why += (
-            f" There is no file for {' and '.join(held_out)}, so this share of the training data "
+            f" There is no file for {' and '.join(shares)}, so this share of the training data "
             "is held out. The seed chooses the records, and equal records stay together."
         )
     fields = ", ".join(shown(column.name) for column in (*guess.inputs, guess.target))
@@ -161,7 +172,7 @@ def _experiment(
         ),
         _comment("The default base model. It is small enough for a laptop.")
         + "base: smollm2-135m-instruct\n",
-        _comment(why) + dump_yaml({"data": {**files, **dict.fromkeys(held_out, share)}}),
+        _comment(why) + dump_yaml({"data": {**files, **shares}}),
         _template(guess),
         *([_verbalizer(guess.target)] if guess.target.has_labels else []),
         _comment("More virtual tokens can learn more, and take longer to train.")
@@ -215,12 +226,12 @@ def _verbalizer(target: "Column") -> str:
 def _training(sizes: Mapping[str, int], guess: "Guess") -> list[str]:
     """Return the sections `training`, `evaluation` and `generation`."""
     count = sizes["train"]
-    batch = min(_BATCH, 2 ** max(count.bit_length() - 1, 0))
+    batch = min(_BATCH, 2 ** (count.bit_length() - 1))
     steps = min(_MOST_STEPS, max(_FEWEST_STEPS, _PASSES * count // batch))
     every = -(-steps // _EVALUATIONS)
     training = _comment(
         f"{steps} steps of {batch} examples read the {count:,} training records about "
-        f"{steps * batch / max(count, 1):.1f} times."
+        f"{steps * batch / count:.1f} times."
     )
     training += f"training: {{steps: {steps}, batch_size: {batch}}}\n"
     first = min(_EVALUATED, sizes["validation"])

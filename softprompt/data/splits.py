@@ -162,7 +162,7 @@ def divide(
         if not chosen:
             raise UserError(
                 f"data.{split}: no record is left for it; the training data has {len(records)} "
-                f"records, {len(sizes)} of them different"
+                f"records, {len(sizes)} of them different; name files instead of shares"
             )
     return parts
 
