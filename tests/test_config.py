@@ -223,7 +223,7 @@ def test_a_long_chain_of_files_is_rejected(file, tmp_path):
         ("optimizer.learning_rate=1e39", "less than or equal to 34000"),
         ("lora.alpha=1e300", "less than or equal to 1000000"),
         ("prompt.init_scale=1e300", "less than or equal to 1000000"),
-        ("evaluation.metric=" + "x" * 5000, "is not one of loss, accuracy"),
+        ("evaluation.metric=" + "x" * 5000, "is not one of loss, perplexity, accuracy"),
     ],
 )
 def test_invalid_values_and_combinations_are_rejected(file, override, message):

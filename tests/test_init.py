@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import pyarrow as pa
 import pytest
@@ -39,11 +40,26 @@ def write(path, rows):
         file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
-def train_briefly(path, run):
+@pytest.fixture
+def chat_model(tmp_path):
+    """A tiny model with a chat template."""
+    folder = tmp_path / "model"
+    shutil.copytree(GOLDEN / "llama-grouped", folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["chat_template"] = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def train_briefly(path, run, *overrides):
     """Train the experiment for a step on a tiny model."""
-    overrides = ["training.steps=1", "prompt.length=2", "optimizer.warmup_steps=0"]
-    overrides += ["evaluation.samples=1", "generation.max_new_tokens=2"]
-    return train(load_experiment(path, [f"base={GOLDEN / 'llama-grouped'}", *overrides]), run)
+    brief = [f"base={GOLDEN / 'llama-grouped'}", "training.steps=1"]
+    brief += ["prompt.length=2", "optimizer.warmup_steps=0", "evaluation.samples=1"]
+    brief += ["generation.max_new_tokens=2"]
+    return train(load_experiment(path, [*brief, *overrides]), run)
 
 
 def test_labels_in_a_file(init, tmp_path):
@@ -146,6 +162,49 @@ def test_the_sizes_fit_the_data(init, tmp_path, count):
     assert "words that say what they mean" in " ".join((tmp_path / "a.yaml").read_text().split())
 
 
+def test_names_that_are_not_plain_can_be_in_a_template(init, tmp_path):
+    rows = [{'Review\u2028 "text"': f"{i}x", "prompt": f"{i}y", "label": i % 2} for i in range(9)]
+    write("a.jsonl", rows)
+    assert init("a.jsonl")[0] == 0
+    text = load_experiment("a.yaml").template.input
+    assert text.endswith('{record[Review\u2028 "text"]}\nPrompt: {record[prompt]}\nLabel:')
+    train_briefly("a.yaml", tmp_path / "run")
+
+
+def test_pairs_of_prompt_and_completion(init, tmp_path):
+    write("a.jsonl", [{"prompt": f"{i}, ", "completion": f"{i + 1}"} for i in range(20)])
+    assert init("a.jsonl")[0] == 0
+    template = load_experiment("a.yaml").template
+    assert (template.input, template.target) == ("{record[prompt]}", "{completion}")
+    assert "chrf" in train_briefly("a.yaml", tmp_path / "run")["test"]
+
+
+def test_conversations(init, chat_model):
+    rows = [
+        {"id": i, "messages": [{"role": r, "content": f"{r} {i}"} for r in ("user", "assistant")]}
+        for i in range(20)
+    ]
+    write("a.jsonl", rows)
+    assert init("a.jsonl")[0] == 0
+    experiment = load_experiment("a.yaml")
+    assert experiment.template.messages == "messages"
+    assert (
+        "chrf" in train_briefly("a.yaml", chat_model.parent / "run", f"base={chat_model}")["test"]
+    )
+
+
+def test_a_folder_of_text_files(init, tmp_path):
+    (tmp_path / "manual").mkdir()
+    for i in range(20):
+        (tmp_path / f"manual/{i}.txt").write_text(f"Page {i} of the manual.\n" * 40)
+    assert init("manual")[0] == 0
+    experiment = load_experiment("manual.yaml")
+    assert (experiment.template.text, experiment.template.max_tokens) == ("text", 256)
+    assert experiment.evaluation.metric == "perplexity"
+    short = "template.max_tokens=64"  # the tiny model has a short context window
+    assert "perplexity" in train_briefly("manual.yaml", tmp_path / "run", short)["test"]
+
+
 def test_long_inputs_are_truncated(init):
     write("a.jsonl", [{"text": f"{i} " * 2000, "label": f"{i % 2}"} for i in range(20)])
     assert init("a.jsonl")[0] == 0
@@ -155,16 +214,17 @@ def test_long_inputs_are_truncated(init):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"text": "a"}, {"text": "b"}], "found no input and target among its fields with text"),
+        ([{"n": 1}, {"n": 2}], "found no input and target among its fields with text (n)"),
         ([{"n": [1]}], "found no input and target among its fields with text (none)"),
         (
-            [{"Review text": str(i) + "x", "label": i % 2} for i in range(9)],
-            "cannot have a field with the name 'Review text'; rename it to 'review_text'",
+            [{"a{b}": f"{i}x", "label": i % 2} for i in range(9)],
+            "cannot have a field with the name 'a{b}'; rename it to 'a_b'",
         ),
         (
-            [{"prompt": f"{i}x", "label": i % 2} for i in range(9)],
-            "the name 'prompt'; rename it to 'field_prompt'",
+            [{"messages": [{"role": "user", "content": c}]} for c in ("Hello", "")],
+            "a.jsonl:2: field 'messages': message 1: field 'content' is empty",
         ),
+        ([{"text": "x"}, {"text": "y"}], "data.train: no record is left for it"),
         (
             [{"text": f"{i}x", "label": i % 2 if i != 3 else " "} for i in range(9)],
             "a.jsonl:4: field 'label' is empty",

@@ -87,5 +87,5 @@ def test_a_base_model_without_a_chat_template_is_rejected(tiny):
 
 def test_a_field_named_prompt_is_rejected_if_the_template_has_a_prompt(tiny):
     task = make_task(tiny, TemplateSettings(input="{text}{prompt}"), VERBALIZER, virtual_tokens=1)
-    with pytest.raises(UserError, match="give the field 'prompt' another name"):
+    with pytest.raises(UserError, match=r"write {record\[prompt\]} for the field 'prompt'"):
         task.example(Record({"text": "a", "prompt": "b"}, "here"), with_answer=False)

@@ -1,6 +1,7 @@
 """`softprompt init`: write an experiment for a data file."""
 
 import argparse
+import json
 import os
 import re
 import shlex
@@ -33,6 +34,8 @@ _SHOWN_LABELS = 8
 _RARE = 5  # records of a label
 _LONG = 2000  # characters of an input
 _CHARACTERS_PER_TOKEN = 2  # at least, in most languages
+_MOST_CHARACTERS_PER_TOKEN = 8
+_ROW = 256  # tokens of plain text
 _MOST_NEW_TOKENS = 512
 _WIDTH = 96  # of a comment
 
@@ -59,7 +62,7 @@ examples:
     command.add_argument(
         "source",
         metavar="DATA",
-        help="a .jsonl, .csv or .parquet file, a folder of such files, or a pattern",
+        help="a .jsonl, .csv, .parquet or .txt file, a folder of such files, or a pattern",
     )
     command.add_argument(
         "--force", action="store_true", help="replace an experiment that already exists"
@@ -85,8 +88,7 @@ def run(options: argparse.Namespace) -> None:
     splits = {split: read_source(source) for split, source in files.items()}
     records = [record for part in splits.values() for record in part]
     guess = guess_task(columns_of(records), options.source)
-    for column in (*guess.inputs, guess.target):
-        _require_field(column, records, options.source)
+    _require_fields(guess, records, options.source)
     shares = _shares(files, splits["train"])
     sizes = {split: len(part) for split, part in splits.items()}
     if shares:  # an error if there are too few records
@@ -123,20 +125,32 @@ def _shares(files: Mapping[str, str], train: "Sequence[Record]") -> dict[str, fl
     return {split: share for split in _SPLIT_NAMES if split not in files}
 
 
-def _require_field(column: "Column", records: "Sequence[Record]", where: str) -> None:
-    """Require that a template can have this field, and that all records have text in it."""
-    if not column.name.isidentifier() or column.name == "prompt":
-        raise UserError(
-            f"{where}: a template cannot have a field with the name {shown(column.name)!r}; rename "
-            f"it to {_plain_name(column.name)!r}, for example"
-        )
-    for record in records:
-        record.text(column.name)
+def _require_fields(guess: "Guess", records: "Sequence[Record]", where: str) -> None:
+    """Require that a template can have these fields, and that all records have text in them."""
+    from softprompt.data.guess import Format
+    from softprompt.experiment.templates import template_fields, written_field
+
+    for column in (*guess.inputs, guess.target):
+        try:
+            template_fields(written_field(column.name))
+        except ValueError:
+            raise UserError(
+                f"{where}: a template cannot have a field with the name {shown(column.name)!r}; "
+                f"rename it to {_plain_name(column.name)!r}, for example"
+            ) from None
+        if guess.format is Format.MESSAGES:
+            from softprompt.data.conversations import messages_of  # imports JAX
+
+            for record in records:
+                messages_of(record, column.name)
+        else:
+            for record in records:
+                record.text(column.name)
 
 
 def _plain_name(name: str) -> str:
     plain = re.sub(r"\W+", "_", name).strip("_").lower()
-    return plain if plain.isidentifier() and plain != "prompt" else f"field_{plain}"
+    return plain if plain.isidentifier() else f"field_{plain}"
 
 
 def _experiment(
@@ -155,6 +169,7 @@ def _experiment(
       guess: the task.
       path: the file of the experiment.
     """
+    from softprompt.data.guess import Format
     from softprompt.experiment.yaml_values import dump_yaml
 
     why = "Validation data chooses the best prompt, and test data measures it at the end."
@@ -174,7 +189,7 @@ def _experiment(
         + "base: smollm2-135m-instruct\n",
         _comment(why) + dump_yaml({"data": {**files, **shares}}),
         _template(guess),
-        *([_verbalizer(guess.target)] if guess.target.has_labels else []),
+        *([_verbalizer(guess.target)] if guess.format is Format.LABELS else []),
         _comment("More virtual tokens can learn more, and take longer to train.")
         + "prompt: {length: 20}\n",
         _comment("The learning rate rises in the first steps, which makes training more stable.")
@@ -185,22 +200,34 @@ def _experiment(
 
 
 def _template(guess: "Guess") -> str:
-    from softprompt.experiment.yaml_values import dump_yaml
+    from softprompt.data.guess import Format
+    from softprompt.experiment.templates import written_field
 
-    lines = [f"{_title(column.name)}: {{{column.name}}}" for column in guess.inputs]
-    text = "\\n".join([*lines, f"{_title(guess.target.name)}:"])
-    why = f"The field {shown(guess.target.name)} {guess.reason}, so it is what the model predicts."
-    if guess.target.has_labels:
-        target = f"{{{guess.target.name}}}"
-        why += " The input ends without a space, because the text of a label begins with one."
-    else:
-        target = f" {{{guess.target.name}}}"
-        why += " The input ends without a space, because the target begins with one."
+    name = guess.target.name
+    why = f"The field {shown(name)} {guess.reason}, so it is what the model "
+    if guess.format is Format.MESSAGES:
+        why += "learns: the base model's chat template writes it, and every answer is a target."
+        return _comment(why) + f"template:\n  messages: {_quoted(name)}\n"
+    if guess.format is Format.PLAIN_TEXT:
+        why += f"learns. Long texts are divided into rows of {_ROW} tokens."
+        return _comment(why) + f"template:\n  text: {_quoted(name)}\n  max_tokens: {_ROW}\n"
+    if guess.format is Format.PROMPTS:
+        why += "learns to write after it. `{record[prompt]}` is the field; `{prompt}` would mark "
+        why += "the place of the virtual tokens."
+        return _comment(why) + (
+            'template:\n  input: "{record[prompt]}"\n  target: "{completion}"\n'
+        )
+    lines = [f"{_title(column.name)}: {written_field(column.name)}" for column in guess.inputs]
+    text = _quoted("\n".join([*lines, f"{_title(name)}:"]))
+    why += "predicts. The input ends without a space, because the text of the target begins with "
+    why += "one."
     if guess.left_out:
         names = ", ".join(shown(column.name) for column in guess.left_out)
         why += f" Some records have no text in these fields, so they are left out: {names}."
-    section = f'template:\n  input: "{text}"\n' + _indented(dump_yaml({"target": target}))
-    if sum(column.typical_length() for column in guess.inputs) > _LONG and guess.target.has_labels:
+    target = written_field(name) if guess.format is Format.LABELS else f" {written_field(name)}"
+    section = f"template:\n  input: {text}\n  target: {_quoted(target)}\n"
+    is_long = sum(column.typical_length() for column in guess.inputs) > _LONG
+    if is_long and guess.format is Format.LABELS:
         why += (
             " Many inputs are long. They are truncated, because shorter rows train faster and "
             "need less memory."
@@ -225,42 +252,61 @@ def _verbalizer(target: "Column") -> str:
 
 def _training(sizes: Mapping[str, int], guess: "Guess") -> list[str]:
     """Return the sections `training`, `evaluation` and `generation`."""
-    count = sizes["train"]
+    from softprompt.data.guess import Format
+
+    count, of = sizes["train"], "training records"
+    if guess.format is Format.PLAIN_TEXT:
+        count, of = _fewest_rows(guess.target, count), f"or more rows of {_ROW} tokens at most"
     batch = min(_BATCH, 2 ** (count.bit_length() - 1))
     steps = min(_MOST_STEPS, max(_FEWEST_STEPS, _PASSES * count // batch))
     every = -(-steps // _EVALUATIONS)
     training = _comment(
-        f"{steps} steps of {batch} examples read the {count:,} training records about "
-        f"{steps * batch / count:.1f} times."
+        f"{steps} steps of {batch} examples read the data about {steps * batch / count:.1f} times: "
+        f"it has {count:,} {of}."
     )
     training += f"training: {{steps: {steps}, batch_size: {batch}}}\n"
-    first = min(_EVALUATED, sizes["validation"])
-    some, when = "", f"every: {every}"
-    if first < sizes["validation"]:
-        some = f" The first {first} validation records are used."
-        when += f", examples: {first}"
-    if guess.target.has_labels:
-        counts = guess.target.values.values()
-        if max(counts) >= _UNEVEN * min(counts):
-            why = "Some labels are rare, so macro_f1 decides which prompt is best: it weighs all "
-            why += "labels equally, and accuracy does not."
-            metric = "metrics: [macro_f1], metric: macro_f1"
-        else:
-            why, metric = "The accuracy decides which prompt is best.", "metric: accuracy"
-        evaluation = _comment(why + some) + f"evaluation: {{{when}, {metric}}}\n"
-        return [training, evaluation]
-    evaluation = _comment(
-        "chrF decides which prompt is best. It compares the characters of generated and given "
-        f"texts, and suits every language. Texts are generated for 32 validation records.{some}"
-    )
-    evaluation += f"evaluation: {{{when}, samples: 32, metrics: [chrf], metric: chrf}}\n"
+    why, metric = _metric(guess)
+    when = f"every: {every}"
+    if sizes["validation"] > _EVALUATED:
+        why += f" The first {_EVALUATED} validation examples are used."
+        when += f", examples: {_EVALUATED}"
+    sections = [training, _comment(why) + f"evaluation: {{{when}, {metric}}}\n"]
+    if guess.format in (Format.LABELS, Format.PLAIN_TEXT):
+        return sections
     length = guess.target.typical_length()
     tokens = min(_MOST_NEW_TOKENS, max(16, -(-length // _CHARACTERS_PER_TOKEN)))
-    generation = _comment(
-        f"95 % of the targets have at most {length:,} characters, so {tokens} tokens are enough "
-        "for most."
-    )
-    return [training, evaluation, generation + f"generation: {{max_new_tokens: {tokens}}}\n"]
+    why = f"95 % of the targets have at most {length:,} characters, so {tokens} tokens are enough "
+    return [*sections, _comment(why + "for most.") + f"generation: {{max_new_tokens: {tokens}}}\n"]
+
+
+def _metric(guess: "Guess") -> tuple[str, str]:
+    """Return why a metric decides, and the settings that say so."""
+    from softprompt.data.guess import Format
+
+    if guess.format is Format.PLAIN_TEXT:
+        why = "The perplexity decides which prompt is best: how well the model predicts the texts."
+        return why, "metrics: [perplexity], metric: perplexity"
+    if guess.format is not Format.LABELS:
+        why = "chrF decides which prompt is best. It compares the characters of generated and "
+        why += "given texts, and suits every language. Texts are generated for 32 validation "
+        return why + "records.", "samples: 32, metrics: [chrf], metric: chrf"
+    counts = guess.target.values.values()
+    if max(counts) < _UNEVEN * min(counts):
+        return "The accuracy decides which prompt is best.", "metric: accuracy"
+    why = "Some labels are rare, so macro_f1 decides which prompt is best: it weighs all labels "
+    return why + "equally, and accuracy does not.", "metrics: [macro_f1], metric: macro_f1"
+
+
+def _fewest_rows(column: "Column", records: int) -> int:
+    """Return a number of rows that texts fill at least, as far as their lengths tell."""
+    characters = sum(column.lengths) * records // column.records
+    return max(records, characters // (_ROW * _MOST_CHARACTERS_PER_TOKEN))
+
+
+def _quoted(text: str) -> str:
+    """Return a text for YAML, with escapes for what is not printable."""
+    quoted = json.dumps(text, ensure_ascii=False)
+    return "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in quoted)
 
 
 def _title(name: str) -> str:
@@ -272,7 +318,3 @@ def _title(name: str) -> str:
 def _comment(text: str) -> str:
     lines = textwrap.wrap(text, _WIDTH, break_long_words=False, break_on_hyphens=False)
     return "".join(f"# {line}\n" for line in lines)
-
-
-def _indented(text: str) -> str:
-    return textwrap.indent(text, "  ")

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerFast
 
@@ -15,7 +16,22 @@ RENDERING_MEMORY = 1024 * MEBIBYTE
 RENDERING_SECONDS = 5
 """The most CPU time for one conversation."""
 
+Messages = Sequence[Mapping[str, str]]
+"""The turns of a conversation, with `role` and `content`."""
+
 _WORKER = Path(__file__).with_name("chat_worker.py")
+
+
+class Rendered(NamedTuple):
+    """A conversation as text.
+
+    Attributes:
+      text: the text.
+      answers: start and stop of each answer in the text, with the token that ends it.
+    """
+
+    text: str
+    answers: Sequence[tuple[int, int]]
 
 
 class ChatRenderer:
@@ -38,28 +54,86 @@ class ChatRenderer:
         if not isinstance(template, str):
             raise UserError("the base model has no chat template")
         self._template, self._special = template, tokenizer.special_tokens_map
+        added = tokenizer.added_tokens_decoder.values()
+        self._tokens = [token.content for token in added if token.content.strip()]
         self._where = f"the chat template of {tokenizer.name_or_path or 'the base model'}"
         self._process = ConfinedProcess(_WORKER, RENDERING_MEMORY, RENDERING_SECONDS)
+        self._ending: tuple[str, int] | None = None
 
     def close(self) -> None:
         """End the process."""
         self._process.close()
 
-    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
+    def render(self, messages: Messages) -> str:
         """Return a conversation as text that ends where the answer begins.
-
-        Args:
-          messages: the turns, with `role` and `content`.
 
         Raises:
           UserError: if the template fails, or needs too much time or memory.
         """
+        return str(self._ask(messages, add_generation_prompt=True))
+
+    def render_answers(self, messages: Messages) -> Rendered:
+        """Return a conversation as text, with the places of its answers.
+
+        A template that has `{% generation %}` marks the answers itself, and this function equals
+        `apply_chat_template(..., return_assistant_tokens_mask=True)` in transformers. With other
+        templates, an answer is what follows the generation prompt, up to and including the first
+        special token after its content.
+
+        Args:
+          messages: the turns, the last one from the assistant.
+
+        Raises:
+          UserError: see `render`, and if the answers cannot be separated from the rest.
+        """
+        text, spans, marked = self._ask(messages, answers=True)
+        answers = [(start, stop) for start, stop in spans]
+        if not marked:
+            ending, kept = self._turn_ending()
+            if not all(text[:stop].endswith(ending) for _, stop in answers):
+                raise UserError(
+                    f"{self._where}: it does not end every answer with {ending!r}, so that the "
+                    "answers cannot be separated exactly"
+                )
+            answers = [(start, stop - len(ending) + kept) for start, stop in answers]
+        if not answers or any(start < 1 or stop <= start for start, stop in answers):
+            raise UserError(f"{self._where}: it writes no answer, or nothing before it")
+        return Rendered(text, answers)
+
+    def turn_end(self) -> str:
+        """Return the text that the model writes after the content of an answer."""
+        turns = _probe()
+        text, answers = self.render_answers(turns)
+        mark = turns[-1]["content"]
+        return text[: answers[-1][1]].partition(mark)[2].strip()
+
+    def _turn_ending(self) -> tuple[str, int]:
+        """Return the text after the content of an answer, and how much of it the model writes."""
+        if self._ending is None:
+            turns = _probe()
+            text, mark = self._ask(turns), turns[-1]["content"]
+            if text.count(mark) != 1:
+                raise UserError(f"{self._where}: it leaves out or repeats an answer")
+            ending = text.partition(mark)[2]
+            found = [(ending.find(t), -len(t)) for t in self._tokens if t in ending]
+            place, size = min(found, default=(0, 0))
+            self._ending = ending, place - size
+        return self._ending
+
+    def _ask(
+        self, messages: Messages, *, add_generation_prompt: bool = False, answers: bool = False
+    ) -> Any:
         variables = {
             **self._special,
             "messages": [dict(message) for message in messages],
             "tools": None,
             "documents": None,
-            "add_generation_prompt": True,
+            "add_generation_prompt": add_generation_prompt,
         }
-        request = {"template": self._template, "variables": variables}
-        return str(self._process.ask(request, self._where))
+        request = {"template": self._template, "variables": variables, "answers": answers}
+        return self._process.ask(request, self._where)
+
+
+def _probe() -> list[dict[str, str]]:
+    """Return a conversation whose answer is a private-use character, which no template changes."""
+    return [{"role": "user", "content": "a"}, {"role": "assistant", "content": "\U000f0000"}]

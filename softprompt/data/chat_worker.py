@@ -15,17 +15,23 @@ from jinja2 import ext, nodes, sandbox
 
 
 class _Generation(ext.Extension):
-    """The tag `generation`, which marks the answers. Rendering ignores it."""
+    """The tag `generation`, which marks the answers.
+
+    The characters `environment.marks` are written before and after them. The environment has the
+    attribute `marks` if a template has the tag.
+    """
 
     tags = {"generation"}  # noqa: RUF012 (declared without an annotation by Jinja)
 
     def parse(self, parser: Any) -> nodes.Node:
+        self.environment.extend(marks=("", ""))
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return nodes.CallBlock(self.call_method("_content"), [], [], body).set_lineno(line)
 
     def _content(self, caller: Any) -> str:
-        return caller()
+        begin, end = self.environment.marks  # type: ignore[attr-defined]
+        return f"{begin}{caller()}{end}"
 
 
 class _Dict:
@@ -96,12 +102,67 @@ def _compiled(template: str) -> jinja2.Template:
     return environment.from_string(template)
 
 
-def answer(request: dict[str, Any]) -> str:
+def answer(request: dict[str, Any]) -> Any:
     """Render a conversation.
 
     Args:
-      request: `template`, and `variables` that it sees.
+      request: `template`, and `variables` that it sees; with `answers: true`, the places of the
+        assistant turns are wanted.
+
+    Returns:
+      The text; with `answers`, a list: the text, where each answer starts and stops, and whether
+      the template itself marks them. Otherwise a turn stops where the next message starts.
     """
-    text = _compiled(request["template"]).render(request["variables"])
+    template, variables = _compiled(request["template"]), request["variables"]
+    text = template.render(variables)
     text.encode()  # a template can write half of a surrogate pair
-    return text
+    if not request.get("answers"):
+        return text
+    if hasattr(template.environment, "marks"):
+        return [text, _marked(template, variables, text), True]
+    return [text, _turns(template, variables, text), False]
+
+
+def _marked(template: Any, variables: dict[str, Any], text: str) -> list[tuple[int, int]]:
+    """Return where the parts of the text that the template marks start and stop."""
+    unused = (chr(code) for code in range(0xF0000, 0xFFFFE) if chr(code) not in text)
+    begin, end = marks = next(unused), next(unused)
+    template.environment.marks = marks
+    try:
+        written = template.render(variables)
+    finally:
+        template.environment.marks = "", ""
+    if written.replace(begin, "").replace(end, "") != text:
+        raise jinja2.TemplateError("it changes the text that it marks with {% generation %}")
+    spans, length = [], 0
+    for number, part in enumerate(written.split(begin)):
+        inside, *after = part.split(end)
+        if len(after) != (number > 0):
+            raise jinja2.TemplateError("it marks text twice with {% generation %}")
+        if inside and after:
+            spans.append((length, length + len(inside)))
+        length += len(inside) + sum(map(len, after))
+    return spans
+
+
+def _turns(template: Any, variables: dict[str, Any], text: str) -> list[tuple[int, int]]:
+    """Return where the assistant turns start and stop, found by rendering parts of the chat."""
+    spans = []
+    messages = variables["messages"]
+    for number, message in enumerate(messages):
+        if message["role"] == "assistant":
+            asked = variables | {"messages": messages[:number], "add_generation_prompt": True}
+            answered = variables | {"messages": messages[: number + 1]}
+            before, whole = template.render(asked), template.render(answered)
+            if not whole.startswith(before):
+                raise jinja2.TemplateError(
+                    f"it does not write message {number + 1} right after the generation prompt, "
+                    "so that its answer cannot be separated exactly"
+                )
+            if not text.startswith(whole):
+                raise jinja2.TemplateError(
+                    f"it changes the text up to message {number + 1} when other messages follow, "
+                    "so that the answers cannot be separated exactly"
+                )
+            spans.append((len(before), len(whole)))
+    return spans

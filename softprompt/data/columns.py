@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from softprompt.data.records import Record
@@ -25,6 +25,8 @@ class Column:
       lengths: number of characters of each record that has text in this field.
       numeric: whether all of these texts are numbers.
       whole: whether all of these texts are whole numbers.
+      conversations: number of records with a list of messages in this field. `lengths` has the
+        characters of their last messages.
       records: number of all records.
     """
 
@@ -33,12 +35,22 @@ class Column:
     lengths: list[int] = dataclasses.field(default_factory=list)
     numeric: bool = True
     whole: bool = True
+    conversations: int = 0
     records: int = 0
 
     @property
     def useful(self) -> bool:
         """Whether enough records have text in this field, and not all the same text."""
-        return len(self.values) > 1 and len(self.lengths) >= _ENOUGH * self.records
+        return (
+            len(self.values) > 1
+            and not self.conversations
+            and len(self.lengths) >= _ENOUGH * self.records
+        )
+
+    @property
+    def has_conversations(self) -> bool:
+        """Whether enough records have messages in this field."""
+        return self.conversations >= max(1, _ENOUGH * self.records)
 
     @property
     def complete(self) -> bool:
@@ -68,8 +80,12 @@ def columns_of(records: Sequence[Record]) -> list[Column]:
     """Return the fields of all records, in the order in which they first occur."""
     columns: dict[str, Column] = {}
     for record in records:
-        for name in record.fields:
+        for name, value in record.fields.items():
             column = columns.setdefault(str(name), Column(str(name)))
+            if _are_messages(value):
+                column.conversations += 1
+                column.lengths.append(len(str(value[-1]["content"])))
+                continue
             try:
                 column.add(record.text(name))
             except UserError:  # not text, or empty
@@ -77,6 +93,12 @@ def columns_of(records: Sequence[Record]) -> list[Column]:
     for column in columns.values():
         column.records = len(records)
     return list(columns.values())
+
+
+def _are_messages(value: Any) -> bool:
+    if not isinstance(value, list) or not value:
+        return False
+    return all(isinstance(each, Mapping) and {"role", "content"} <= each.keys() for each in value)
 
 
 def _is_a(kind: Any, text: str) -> bool:

@@ -26,6 +26,9 @@ class Example:
       answer: index of the right candidate; None if it is not known.
       record: the record that the example was made from.
       truncated: whether the input was truncated.
+      earlier: start and stop in `input` of each earlier target, such as an earlier answer of a
+        conversation. The input does not begin with one. An example that has any has a single
+        candidate.
     """
 
     input: Sequence[int]
@@ -33,9 +36,15 @@ class Example:
     answer: int | None
     record: Record
     truncated: bool
+    earlier: Sequence[tuple[int, int]] = ()
 
     def __repr__(self) -> str:
         return f"Example({len(self.input)} tokens, {len(self.candidates)} candidates)"
+
+    @property
+    def earlier_targets(self) -> int:
+        """Number of tokens of earlier targets, which count as tokens of the only candidate."""
+        return sum(stop - start for start, stop in self.earlier)
 
     def answer_only(self) -> "Example":
         """Return the example to train on, whose only candidate is the right one."""
@@ -51,8 +60,9 @@ class Lengths:
       input: tokens of the input.
       answer: tokens of the right candidate; 0 if it is not known.
       longest: tokens of the longest candidate.
-      targets: tokens of all candidates together.
+      targets: tokens of all candidates and earlier targets together.
       candidates: number of candidates.
+      earlier: tokens of earlier targets.
     """
 
     input: np.ndarray
@@ -60,11 +70,12 @@ class Lengths:
     longest: np.ndarray
     targets: np.ndarray
     candidates: np.ndarray
+    earlier: np.ndarray
 
     @property
     def read(self) -> np.ndarray:
         """Candidate tokens that are inputs of a decoder: all but the last of each candidate."""
-        return self.targets - self.candidates
+        return self.targets - self.earlier - self.candidates
 
     @property
     def branching(self) -> bool:
@@ -75,7 +86,8 @@ class Lengths:
     def answer_only(self) -> "Lengths":
         """Return the lengths of the same examples with the right candidate alone."""
         one = np.ones_like(self.candidates)
-        return Lengths(self.input, self.answer, self.answer, self.answer, one)
+        targets = self.answer + self.earlier
+        return Lengths(self.input, self.answer, self.answer, targets, one, self.earlier)
 
 
 class Dataset(Sequence[Example]):
@@ -127,15 +139,17 @@ class Examples(Dataset):
             sizes = list(map(len, example.candidates))
             answer = -1 if example.answer is None else example.answer
             right = 0 if example.answer is None else sizes[answer]
-            counts.append(
-                (len(example.input), right, max(sizes, default=0), sum(sizes), len(sizes))
-            )
+            earlier = example.earlier_targets
+            longest, targets = max(sizes, default=0), sum(sizes) + earlier
+            counts.append((len(example.input), right, longest, targets, len(sizes), earlier))
             # The sizes come first, so that no two examples are hashed as the same numbers.
             content = [len(example.input), len(sizes), *sizes, answer, *example.input]
             for candidate in example.candidates:
                 content += candidate
+            for start, stop in example.earlier:
+                content += [-start, -stop]  # no other number after the candidates is negative
             digest.update(np.array(content, "<i8").tobytes())
-        self.lengths = Lengths(*np.array(counts, np.int32).reshape(-1, 5).T)
+        self.lengths = Lengths(*np.array(counts, np.int32).reshape(-1, 6).T)
         self.digest = digest.hexdigest()
         self.truncated = sum(example.truncated for example in self._examples)
 

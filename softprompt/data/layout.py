@@ -88,11 +88,12 @@ class Layout:
                 length = len(example.input)
                 if not self.separate_targets:
                     length += sum(sizes) - len(sizes)
+                targets = sum(sizes) + example.earlier_targets
                 batch.lengths[pack, row] = length
-                batch.target_lengths[pack, row] = sum(sizes)
+                batch.target_lengths[pack, row] = targets
                 if filled is None or pack in filled:
                     self._fill(batch, pack, begin, target, example)
-                begin, target = begin + length, target + sum(sizes)
+                begin, target = begin + length, target + targets
         if self.separate_targets:
             batch = dataclasses.replace(batch, target_indices=None)
         if not self.branching:
@@ -106,6 +107,12 @@ class Layout:
         batch.tokens[pack, begin:end] = example.input
         batch.positions[pack, begin:end] = np.arange(length)
         batch.segments[pack, begin:end] = 0
+        for start, stop in example.earlier:
+            scored = slice(target, target + stop - start)
+            batch.targets[pack, scored] = example.input[start:stop]
+            batch.target_candidates[pack, scored] = 0
+            batch.target_indices[pack, scored] = np.arange(begin + start, begin + stop) - 1
+            target = scored.stop
         last = end - 1
         for number, candidate in enumerate(example.candidates):
             scored = slice(target, target + len(candidate))

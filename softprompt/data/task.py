@@ -3,27 +3,34 @@
 Virtual tokens have ids too: virtual token i is `~i`, see `backbones.layers.Embedding`.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from softprompt.backbones.formats.tokenizer import encode_texts
 from softprompt.backbones.loading import Base
+from softprompt.data.chat import ChatRenderer
+from softprompt.data.conversations import ConversationEncoder, messages_of, question_of
 from softprompt.data.encoding import joined, record_batches
 from softprompt.data.examples import Dataset, Example, Examples
+from softprompt.data.plain_text import document_rows
 from softprompt.data.records import Record, Rows, as_records
 from softprompt.data.template import (
     Demonstration,
     Filled,
     Piece,
+    check_names,
     compile_template,
+    end_of_text,
     fill,
     label_of,
 )
 from softprompt.errors import UserError
-from softprompt.experiment.schema import TemplateSettings
-from softprompt.experiment.templates import template_fields
+from softprompt.experiment.schema import GenerationSettings, TemplateSettings
+from softprompt.experiment.templates import filled_in, template_fields
 from softprompt.runtime.progress import Progress, silent
 
 _log = logging.getLogger(__name__)
@@ -76,27 +83,31 @@ class Task:
     def examples(self, records: Iterable[Record], *, with_answer: bool = True) -> Iterator[Example]:
         """Encode records as `example` does, but tokenize many at a time, in parallel threads.
 
+        Plain text of more than `max_tokens` becomes several examples.
+
         Args:
           records: they are read lazily, one batch at a time.
           with_answer: see `example`.
 
         Yields:
-          The example of each record, in order.
+          The examples of each record, in order.
 
         Raises:
           UserError: see `example`. The examples of all records before the bad one come first.
         """
-        for batch in record_batches(records):
-            try:
-                examples: Iterable[Example] = self._encode(batch, with_answer)
-            except UserError:  # encoded one by one, the first bad record raises its error
-                examples = (self.example(record, with_answer=with_answer) for record in batch)
-            yield from examples
+        with self._encoder() as encode:
+            for batch in record_batches(records):
+                try:
+                    yield from encode(batch, with_answer)
+                except UserError:  # encoded one by one, the first bad record raises its error
+                    for record in batch:
+                        yield from encode([record], with_answer)
 
     def example(self, record: Record, *, with_answer: bool = True) -> Example:
         """Fill in the templates and tokenize.
 
-        An input that exceeds `max_tokens` is truncated at the end of its longest field.
+        An input that exceeds `max_tokens` is truncated at the end of its longest field. A
+        conversation loses its first turns. Plain text is divided, and this is its first part.
 
         Args:
           record: the record to encode.
@@ -107,8 +118,8 @@ class Task:
           UserError: if a field is missing or empty, the label or the task is not known, the
             target is too long, or the input is too long even without its longest field.
         """
-        (example,) = self._encode([record], with_answer)
-        return example
+        with self._encoder() as encode:
+            return encode([record], with_answer)[0]
 
     def content_free(self, text: str) -> Example:
         """Return an example without an answer, with this text in every field, for calibration."""
@@ -117,11 +128,37 @@ class Task:
 
     def reference(self, record: Record) -> str:
         """Return the free text that a prediction for this record is compared with."""
+        if field := self.template.messages:
+            return messages_of(record, field)[-1]["content"].strip()
         return fill(self.template.target, record)[0].strip()
 
-    def input_fields(self, record: Record) -> dict[str, str]:
+    def with_target(self, record: Record, target: str) -> Record:
+        """Return a record with a free text as its target."""
+        if field := self.template.messages:
+            question = question_of(messages_of(record, field))
+            value: Any = [*question, {"role": "assistant", "content": target}]
+        else:
+            (field,), value = template_fields(self.template.target), target
+        return Record({**record.fields, field: value}, record.where)
+
+    def input_fields(self, record: Record) -> dict[str, Any]:
         """Return the fields of a record that its input uses."""
+        if field := self.template.messages:
+            return {field: question_of(messages_of(record, field))}
         return {field: record.text(field) for field in template_fields(self.template.input)}
+
+    def stopping(self, settings: GenerationSettings) -> GenerationSettings:
+        """Return the settings with the token that ends an answer of the chat template.
+
+        Many chat models end their turns with another token than their texts.
+        """
+        if not self.template.messages:
+            return settings
+        with contextlib.closing(ChatRenderer(self.base.tokenizer)) as renderer:
+            end = renderer.turn_end()
+        if end in ("", self.base.tokenizer.eos_token, *settings.stop):
+            return settings
+        return settings.model_copy(update={"stop": [*settings.stop, end]})
 
     def for_generation(self, new_tokens: int, prefix_length: int) -> "Task":
         """Return the task with `max_tokens` low enough to leave space for generated tokens.
@@ -144,14 +181,27 @@ class Task:
             )
         return dataclasses.replace(self, max_tokens=min(self.max_tokens, available))
 
+    @contextlib.contextmanager
+    def _encoder(self) -> Iterator[Callable[[Sequence[Record], bool], list[Example]]]:
+        """Yield a function that encodes records, with answers or without."""
+        if field := self.template.messages:
+            encoder = ConversationEncoder(self.base, field, self.max_tokens, self._row_opening)
+            with contextlib.closing(encoder):
+                yield encoder.encode
+        else:
+            yield self._encode
+
+    def _row_opening(self, record: Record) -> list[int]:
+        """Return the virtual tokens of a record that stand in its row."""
+        return self._virtual_ids(record) if None in self.pieces else []
+
     def _encode(self, records: Sequence[Record], with_answer: bool) -> list[Example]:
-        if "{prompt}" in self.template.input:
-            for record in records:
-                if "prompt" in record.fields:
-                    raise UserError(
-                        f"{record.where}: {{prompt}} in template.input marks the place of the soft "
-                        "prompt; give the field 'prompt' another name"
-                    )
+        if self.template.text and with_answer:
+            texts = [fill(self.template.input, record)[0] for record in records]
+            return list(
+                document_rows(self.base, records, texts, self._row_opening, self.max_tokens)
+            )
+        check_names(self.template, records)
         answers = self._answers(records) if with_answer else [None] * len(records)
         targets = self._targets(records, with_answer)
         inputs = self._inputs(records, [max(map(len, each), default=0) for each in targets])
@@ -176,9 +226,7 @@ class Task:
             label_ids = self._label_ids(self.verbalizer, records[0].where)
             targets = [label_ids] * len(records)
         elif with_answer:
-            end = self.base.tokenizer.eos_token_id
-            if end is None:
-                raise UserError("the base model's tokenizer has no end-of-text token for free text")
+            end = end_of_text(self.base.tokenizer)
             texts = [fill(self.template.target, record)[0] for record in records]
             encoded = encode_texts(self.base.tokenizer, texts)
             targets = [[[*encoding.ids, end]] for encoding in encoded]
@@ -196,7 +244,7 @@ class Task:
     def _label_ids(self, verbalizer: Mapping[str, str], where: str) -> list[list[int]]:
         """Return the ids of the text of each label."""
         (field,) = template_fields(self.template.target)
-        texts = [self.template.target.format(**{field: v}) for v in verbalizer.values()]
+        texts = [filled_in(self.template.target, {field: v}) for v in verbalizer.values()]
         encoded = encode_texts(self.base.tokenizer, texts)
         for text, encoding in zip(texts, encoded, strict=True):
             if not encoding.ids:
@@ -276,13 +324,23 @@ def make_task(
     """
     if base.backbone.separate_targets:
         prefix_length = 0
+    for name in ("messages", "text"):
+        if base.backbone.separate_targets and getattr(template, name) is not None:
+            raise UserError(
+                f"template.{name}: base {base.name!r} is an encoder-decoder, which cannot predict "
+                "the tokens that it reads; use template.input and template.target"
+            )
     context = base.backbone.arch.context_length
     if prefix_length + virtual_tokens > context:  # before a list of them fills the memory
         raise UserError(
             f"base {base.name!r} has a context window of {context} tokens, too short for "
             f"{prefix_length + virtual_tokens} virtual tokens"
         )
-    pieces = compile_template(template, demonstrations, base.tokenizer, virtual=virtual_tokens > 0)
+    virtual = virtual_tokens > 0
+    if template.messages:  # the chat template writes everything but the virtual tokens
+        pieces: list[Piece] = [None] if virtual else []
+    else:
+        pieces = compile_template(template, demonstrations, base.tokenizer, virtual=virtual)
     constant = list(itertools.takewhile(lambda piece: _is_constant(piece, tasks), pieces))
     while constant and isinstance(constant[-1], list):
         constant.pop()  # special tokens at the end of the opening stay in the rows
@@ -347,9 +405,12 @@ def make_examples(
 
     def encoded() -> Iterator[Example]:
         with progress(f"tokenize {split}", len(records), "examples") as bar:
+            last = None
             for example in task.examples(as_records(records)):
                 yield example
-                bar.advance()
+                if example.record is not last:  # a record may become several examples
+                    bar.advance()
+                last = example.record
 
     examples = Examples(encoded())
     _log.info(f"{split}: {len(examples)} examples")
@@ -360,10 +421,11 @@ def make_examples(
 def log_truncated(count: int, task: Task, split: str) -> None:
     """Log how many inputs were truncated, if any were."""
     if count:
-        _log.info(
-            f"{split}: {count} truncated to {task.max_tokens} tokens, at the end of their longest "
-            "field"
-        )
+        if task.template.messages:
+            where = "without their first turns"
+        else:
+            where = "at the end of their longest field"
+        _log.info(f"{split}: {count} truncated to {task.max_tokens} tokens, {where}")
 
 
 def _is_constant(piece: Piece, tasks: Sequence[str]) -> bool:

@@ -15,7 +15,13 @@ from softprompt.data.chat import ChatRenderer
 from softprompt.data.records import Record
 from softprompt.errors import UserError
 from softprompt.experiment.schema import TemplateSettings
-from softprompt.experiment.templates import template_fields, template_pieces
+from softprompt.experiment.templates import (
+    PROMPT_FIELD,
+    field_name,
+    filled_in,
+    template_fields,
+    template_pieces,
+)
 
 Demonstration = tuple[str, str]
 """The input and the target of a solved example."""
@@ -40,7 +46,7 @@ def compile_template(
     """Return the pieces of an input, which are tokenized one by one.
 
     Args:
-      template: the experiment's template.
+      template: the experiment's template. One of conversations stands for a single user message.
       demonstrations: solved examples to write before the input.
       tokenizer: the base model's. It supplies the special tokens or the chat template.
       virtual: whether the input contains virtual tokens. They come first unless the
@@ -51,12 +57,12 @@ def compile_template(
     """
     begin: list[int] = []
     end: list[int] = []
-    if template.chat:  # a chat template writes special tokens as text
+    if template.chat or template.messages:  # a chat template writes special tokens as text
         texts = _apply_chat_template(template, demonstrations, tokenizer)
     else:
         solved = [f"{_escape(text)}{_escape(target)}\n\n" for text, target in demonstrations]
         texts = ["".join(solved), template.input]
-        begin, end = _special_tokens(tokenizer)
+        begin, end = special_tokens(tokenizer)
     pieces: list[Piece] = [begin]
     for text in texts:
         first, *rest = template_pieces(text)
@@ -64,7 +70,8 @@ def compile_template(
             pieces += [first, *(piece for part in rest for piece in (None, part))]
         else:
             pieces.append("".join([first, *rest]))
-    pieces.append(end)
+    if not template.text:  # the text goes on
+        pieces.append(end)
     if virtual and None not in pieces:
         pieces.insert(0, None)
     return [piece for piece in pieces if piece not in ("", [])]
@@ -86,7 +93,32 @@ def fill(template: str, record: Record) -> Filled:
 @functools.lru_cache(64)
 def _parsed(template: str) -> list[tuple[str, str | None]]:
     """Return the texts of a template, each with the field after it."""
-    return [(literal, field) for literal, field, _, _ in Formatter().parse(template)]
+    parts = Formatter().parse(template)
+    return [(literal, field and field_name(field)) for literal, field, _, _ in parts]
+
+
+def check_names(template: TemplateSettings, records: Sequence[Record]) -> None:
+    """Reject records with fields that the template may mean, but does not name.
+
+    Raises:
+      UserError: if `{prompt}` may mean a field, or a record without a template is no pair of
+        `prompt` and `completion`.
+    """
+    marked = "{prompt}" in template.input and "prompt" not in template_fields(template.input)
+    is_default = "input" not in template.model_fields_set
+    for record in records:
+        fields = record.fields
+        if marked and "prompt" in fields:
+            raise UserError(
+                f"{record.where}: {{prompt}} in template.input marks the place of the soft "
+                f"prompt; write {PROMPT_FIELD} for the field 'prompt'"
+            )
+        if is_default and ("prompt" not in fields or "messages" in fields):
+            raise UserError(
+                f"{record.where}: without a template, a record has the fields 'prompt' and "
+                f"'completion', and no 'messages' (its fields: {', '.join(map(str, fields))}); "
+                "set template.input, template.messages or template.text"
+            )
 
 
 def label_of(template: TemplateSettings, verbalizer: Mapping[str, str], record: Record) -> str:
@@ -131,7 +163,7 @@ def _demonstrate(
         return text, fill(template.target, record)[0]
     (field,) = template_fields(template.target)
     label = label_of(template, verbalizer, record)
-    return text, template.target.format(**{field: verbalizer[label]})
+    return text, filled_in(template.target, {field: verbalizer[label]})
 
 
 def _apply_chat_template(
@@ -171,7 +203,18 @@ def _escape(text: str) -> str:
     return text.replace("{", "{{").replace("}", "}}")
 
 
-def _special_tokens(tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[int]]:
+def end_of_text(tokenizer: PreTrainedTokenizerFast) -> int:
+    """Return the end-of-text token.
+
+    Raises:
+      UserError: if there is none.
+    """
+    if tokenizer.eos_token_id is None:
+        raise UserError("the base model's tokenizer has no end-of-text token for free text")
+    return tokenizer.eos_token_id
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[int]]:
     """Return the ids that the tokenizer adds before and after every text."""
     plain = tokenizer("a", add_special_tokens=False).input_ids
     whole = tokenizer("a").input_ids

@@ -68,8 +68,9 @@ def evaluate(
       progress: shows how many examples are done.
 
     Returns:
-      `loss`, the mean negative log-likelihood per target token in nats; `accuracy`, for
-      labels; and the experiment's metrics of the predicted labels or the generated texts.
+      `loss`, the mean negative log-likelihood per target token in nats; `perplexity`, for plain
+      text; `accuracy`, for labels; and the experiment's metrics of the predicted labels or the
+      generated texts.
     """
     settings = experiment.evaluation
     scores = np.empty((len(examples), len(examples[0].candidates)), np.float32)
@@ -77,17 +78,20 @@ def evaluate(
         for numbers, part in score(backbone, prefix, examples, settings.batch_size):
             scores[numbers] = part
             bar.advance(len(numbers))
-    of_model = dict.fromkeys(["loss", *(n for n in settings.metrics if n in MODEL_METRICS)])
+    named = MODEL_METRICS if task.template.text else [*settings.metrics, settings.metric]
+    of_model = dict.fromkeys(["loss", *(name for name in named if name in MODEL_METRICS)])
     results = {name: likelihood(name, examples, scores) for name in of_model}
     names = [name for name in settings.metrics if name not in MODEL_METRICS]
-    if task.labels:
+    if task.template.text:  # there is nothing to answer
+        answered, predictions, references = examples[:0], [], []
+    elif task.labels:
         answered = examples
         names = list(dict.fromkeys(["accuracy", *names]))
         calibrated = calibrated_scores(scores, examples, backbone, prefix, task, experiment.scoring)
         predictions = [task.labels[i] for i in calibrated.argmax(axis=1)]
         references = [task.labels[example.answer or 0] for example in examples]
     else:
-        answered, generation = examples[:max_generated], experiment.generation
+        answered, generation = examples[:max_generated], task.stopping(experiment.generation)
         requests = []
         if answered:  # without requests, max_new_tokens may exceed the context window
             requests = requests_of([e.record for e in answered], task, prefix, generation)
@@ -115,7 +119,10 @@ def likelihood(name: str, examples: Sequence[Example], scores: np.ndarray) -> Sc
     """
     answers = [example.answer or 0 for example in examples]
     right = scores[np.arange(len(examples)), answers].astype(np.float64)
-    tokens = [len(e.candidates[answer]) for e, answer in zip(examples, answers, strict=True)]
+    tokens = [
+        len(example.candidates[answer]) + example.earlier_targets
+        for example, answer in zip(examples, answers, strict=True)
+    ]
 
     def combine(total: np.ndarray, count: int) -> dict[str, float]:
         loss = float(total[0] / total[1])

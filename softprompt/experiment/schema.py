@@ -82,7 +82,7 @@ class Experiment(Section):
         "shots and of shares of the data.",
     )
     data: DataSettings
-    template: TemplateSettings
+    template: TemplateSettings = TemplateSettings()
     verbalizer: dict[str, str] | None = Field(
         default=None,
         min_length=2,
@@ -126,6 +126,7 @@ class Experiment(Section):
 
     @pydantic.model_validator(mode="after")
     def _check_parts(self) -> Self:
+        self._check_format()
         if self.verbalizer is None:
             self._check_free_text()
             for method in ("prompt", "prefix"):
@@ -156,6 +157,22 @@ class Experiment(Section):
         """Return this experiment with another metric that decides."""
         evaluation = self.evaluation.model_copy(update={"metric": metric})
         return self.model_copy(update={"evaluation": evaluation})
+
+    def _check_format(self) -> None:
+        """Check what only a template with an input can have, or one that answers."""
+        template, evaluation = self.template, self.evaluation
+        for kind in ("messages", "text"):
+            if getattr(template, kind) is not None:
+                if self.verbalizer is not None:
+                    raise ValueError(f"verbalizer cannot be used with template.{kind}")
+                if self.shots:
+                    raise ValueError(f"shots cannot be used with template.{kind}")
+        if template.text is not None:
+            for name in (evaluation.metric, *evaluation.metrics):
+                if name not in MODEL_METRICS:
+                    raise ValueError(
+                        f"evaluation: template.text is measured by loss and perplexity, not {name}"
+                    )
 
     def _check_free_text(self) -> None:
         evaluation = self.evaluation

@@ -9,8 +9,13 @@ import pydantic
 from pydantic import Field
 
 from softprompt.errors import shortened
-from softprompt.experiment.metric_names import metric_values
-from softprompt.experiment.templates import template_fields, template_pieces
+from softprompt.experiment.metric_names import MODEL_METRICS, metric_values
+from softprompt.experiment.templates import (
+    PROMPT_FIELD,
+    template_fields,
+    template_pieces,
+    written_field,
+)
 
 
 class Section(pydantic.BaseModel):
@@ -37,7 +42,11 @@ PathText = Annotated[str, pydantic.AfterValidator(require_path)]
 
 
 class TemplateSettings(Section):
-    """How a record becomes text. `{field}` is replaced by a field of the record.
+    """How a record becomes text.
+
+    `{field}` is replaced by a field of the record, and so is `{record[field]}`, which also allows
+    names such as `prompt` and names with spaces. Without `input`, `messages` and `text`, a record
+    has the fields `prompt` and `completion`.
 
     Examples:
       >>> template = TemplateSettings(input="Review: {text} Sentiment:", target=" {label}")
@@ -46,10 +55,28 @@ class TemplateSettings(Section):
     """
 
     input: str = Field(
+        default=PROMPT_FIELD,
         description="Text that the model reads. `{prompt}` marks the position of the virtual "
-        "tokens; by default they come first."
+        "tokens; by default they come first.",
     )
-    target: str = Field(default="{label}", description="Text that the model learns to generate.")
+    target: str = Field(
+        default="{label}",
+        description="Text that the model learns to generate. Without `input`, the default is "
+        "`{completion}`.",
+    )
+    messages: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Field with a conversation, a list of `{role: ..., content: ...}`. The base "
+        "model's chat template writes it, and every assistant turn is a target. It replaces "
+        "`input` and `target`.",
+    )
+    text: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Field with plain text, all of which is the target. It replaces `input` and "
+        "`target`.",
+    )
     chat: bool = Field(
         default=False,
         description="Wrap `input` as a user message in the base model's chat template.",
@@ -62,9 +89,36 @@ class TemplateSettings(Section):
         ge=2,
         le=10_000_000,
         description="Limit for the tokens of an input and its target together, not counting those "
-        "that every input begins with. The longest field of a longer input is truncated. The "
+        "that every input begins with. The longest field of a longer input is truncated; a longer "
+        "conversation loses its first turns; a longer plain text is divided into rows. The "
         "default is the rest of the context window.",
     )
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, tree: Any) -> Any:
+        """Set the input and the target that `messages` and `text` replace."""
+        if not isinstance(tree, dict):
+            return tree
+        formats = [name for name in ("input", "messages", "text") if tree.get(name) is not None]
+        if not formats:
+            return {"target": "{completion}", **tree}
+        kind = formats[-1]
+        if kind == "input" or not isinstance(tree[kind], str):
+            return tree
+        replaced = {"input", "target", "chat", "messages"} & {*tree} - {kind}
+        if given := [name for name in sorted(replaced) if tree[name]]:
+            raise ValueError(f"{kind} cannot be used with {given[0]}")
+        field = written_field(tree[kind])
+        return {**tree, "input": field, "target": field}
+
+    @pydantic.model_serializer(mode="wrap")
+    def _written(self, handler: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out the input and the target that `messages` and `text` set."""
+        values = handler(self)
+        if self.messages or self.text:
+            return {k: v for k, v in values.items() if k not in ("input", "target")}
+        return values
 
     @pydantic.field_validator("input", "target")
     @classmethod
@@ -85,7 +139,9 @@ class TemplateSettings(Section):
         if sum(len(template_pieces(text)) - 1 for text in texts) > 1:
             raise ValueError("{prompt} may occur only once")
         if "{prompt}" in self.target:
-            raise ValueError("target: {prompt} may occur only in the input")
+            raise ValueError(
+                "target: {prompt} may occur only in the input; write {record[prompt]} for a field"
+            )
         return self
 
 
@@ -267,9 +323,9 @@ class EvaluationSettings(Section):
     )
     metric: str = Field(
         default="loss",
-        description="The metric that selects the best prompt: `loss`, `accuracy`, or a value of "
-        "one of `metrics`, such as `rougeL.f1` or `bleu`. The default is `accuracy` with a "
-        "verbalizer and `loss` without.",
+        description="The metric that selects the best prompt: `loss`, `perplexity`, "
+        "`accuracy`, or a value of one of `metrics`, such as `rougeL.f1` or `bleu`. The default is "
+        "`accuracy` with a verbalizer and `loss` without.",
     )
     stem: bool = Field(default=False, description="Stem English words before ROUGE compares them.")
     samples: int = Field(
@@ -297,7 +353,11 @@ class EvaluationSettings(Section):
 
     @pydantic.model_validator(mode="after")
     def _check_metric(self) -> Self:
-        measured = ["loss", "accuracy", *(v for name in self.metrics for v in metric_values(name))]
+        measured = [
+            *MODEL_METRICS,
+            "accuracy",
+            *(v for name in self.metrics for v in metric_values(name)),
+        ]
         if self.metric not in measured:
             known = ", ".join(dict.fromkeys(measured))
             raise ValueError(f"metric: {shortened(self.metric)} is not one of {known}")

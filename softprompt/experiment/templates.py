@@ -1,6 +1,17 @@
-"""Templates: texts in which `{field}` is replaced by a field of a record."""
+"""Templates: texts in which `{field}` is replaced by a field of a record.
 
+`{prompt}` marks the place of the virtual tokens. `{record[prompt]}` is the field `prompt` of the
+record. Any other name can be written in this form, too.
+"""
+
+import re
+from collections.abc import Mapping
 from string import Formatter
+
+PROMPT_FIELD = "{record[prompt]}"
+"""A template that consists of the field `prompt`."""
+
+_IN_RECORD = re.compile(r"record\[([^\[\]{}]*[^\[\]{}0-9][^\[\]{}]*)\]")
 
 
 def template_pieces(template: str) -> list[str]:
@@ -16,7 +27,7 @@ def template_pieces(template: str) -> list[str]:
 
 
 def template_fields(template: str) -> list[str]:
-    """Return the fields of a template in order, each once and without `prompt`.
+    """Return the names of the fields of a template in order, each once.
 
     Raises:
       ValueError: if the template is malformed.
@@ -29,8 +40,25 @@ def template_fields(template: str) -> list[str]:
     for _, field, spec, conversion in parts:
         if field is None:
             continue
-        if not field.isidentifier() or spec or conversion:
+        if spec or conversion or not (field.isidentifier() or _IN_RECORD.fullmatch(field)):
             raise ValueError(f"{{{field}}} is not a field name; write {{{{ for a brace")
         if field != "prompt":
-            fields[field] = None
+            fields[field_name(field)] = None
     return list(fields)
+
+
+def field_name(written: str) -> str:
+    """Return the name of a field that a template writes as `name` or as `record[name]`."""
+    found = _IN_RECORD.fullmatch(written)
+    return found[1] if found else written
+
+
+def written_field(name: str) -> str:
+    """Return a template that consists of one field."""
+    plain = name.isidentifier() and name != "prompt"
+    return f"{{{name}}}" if plain else f"{{record[{name}]}}"
+
+
+def filled_in(template: str, values: Mapping[str, str]) -> str:
+    """Replace the fields of a template by values."""
+    return template.format_map({"record": values, **values})

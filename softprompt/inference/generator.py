@@ -1,6 +1,6 @@
 """A bank of prompts on one base model, in which every input of a batch names its own prompt."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -139,9 +139,13 @@ class Generator:
             records = [prompt.record(inputs[i], f"input {i + 1}") for i in indices]
             requests.update(zip(indices, prompt.requests(records, generation), strict=True))
         backbones = [self.base.backbone if p.is_prefix else p.backbone for p in chosen]
+        stopping = {id(prompt): prompt.task.stopping(generation) for prompt in chosen}
+        settings_of = [stopping[id(prompt)] for prompt in chosen]
+        keys = zip(map(id, backbones), (tuple(each.stop) for each in settings_of), strict=True)
         results: dict[int, Generated] = {}
-        for indices in _grouped(map(id, backbones)):
-            engine = Engine(backbones[indices[0]], self.base.tokenizer, generation)
+        for indices in _grouped(keys):
+            first = indices[0]
+            engine = Engine(backbones[first], self.base.tokenizer, settings_of[first])
             generated = engine.generate(
                 [requests[i] for i in indices], batch_size, progress=progress
             )
@@ -169,9 +173,9 @@ class Generator:
         return self._bank[name]
 
 
-def _grouped(keys: Iterable[int]) -> list[list[int]]:
+def _grouped(keys: Iterable[Hashable]) -> list[list[int]]:
     """The indices of equal keys, group by group."""
-    groups: dict[int, list[int]] = {}
+    groups: dict[Hashable, list[int]] = {}
     for index, key in enumerate(keys):
         groups.setdefault(key, []).append(index)
     return list(groups.values())

@@ -175,7 +175,8 @@ class TrainedPrompt:
 
         Args:
           inputs: as for `classify`.
-          targets: for each input, the text of the field in `template.target`.
+          targets: for each input, the text of the field in `template.target`, or the answer to a
+            conversation.
           batch_size: the number of pairs per batch.
 
         Returns:
@@ -183,21 +184,23 @@ class TrainedPrompt:
           end-of-text token is the last token of a target.
 
         Raises:
-          UserError: if a text is empty, the prompt was trained on labels, or
+          UserError: if a text is empty, the prompt was trained on labels or plain text, or
             `template.target` has more than one field.
         """
         fields = template_fields(self.task.template.target)
-        if self.task.labels or len(fields) > 1:
+        if self.task.labels or len(fields) > 1 or self.task.template.text:
             raise UserError("perplexity needs free text, and template.target must have one field")
         if len(inputs) != len(targets):
             raise UserError(f"{len(inputs)} inputs and {len(targets)} targets: give one for each")
         if not inputs:
             return []
         pairs = [
-            Record({**record.fields, fields[0]: target}, record.where)
+            self.task.with_target(record, target)
             for record, target in zip(self._records(inputs), targets, strict=True)
         ]
-        examples = list(self.task.examples(pairs))
+        examples = [
+            dataclasses.replace(example, earlier=()) for example in self.task.examples(pairs)
+        ]
         log_truncated(sum(e.truncated for e in examples), self.task, "inputs")
         perplexities = np.empty(len(examples))
         for numbers, scores in score(self.backbone, self.prefix, examples, batch_size):
@@ -229,14 +232,14 @@ class TrainedPrompt:
         Raises:
           UserError: if an input is empty or lacks a field, or the context window is too short.
         """
-        how = changed(self.generation, settings)
+        how = self.task.stopping(changed(self.generation, settings))
         engine = Engine(self.backbone, self.base.tokenizer, how)
         requests = self.requests(self._records(inputs), how)
         return engine.generate(requests, batch_size, progress=progress)
 
     def stream(self, text: Input, **settings: Any) -> Iterator[str]:
         """Generate text after one input, and yield its pieces as soon as they are final."""
-        how = changed(self.generation, settings)
+        how = self.task.stopping(changed(self.generation, settings))
         (request,) = self.requests(self._records([text]), how)
         return Engine(self.backbone, self.base.tokenizer, how).stream(request)
 

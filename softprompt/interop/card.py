@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from softprompt.data.task import Task
 from softprompt.data.template import Piece, compile_template
-from softprompt.experiment.templates import template_fields
+from softprompt.experiment.templates import filled_in, template_fields
 from softprompt.inference.prompt import TrainedPrompt
 
 
@@ -22,7 +22,7 @@ def adapter_card(prompt: TrainedPrompt) -> str:
     """Return the card of a `peft` adapter."""
     task, model = prompt.task, prompt.base.backbone.auto_class
     pieces = task.pieces  # what follows the opening
-    if not prompt.method.adapter_holds_opening:
+    if task.template.messages or not prompt.method.adapter_holds_opening:
         pieces = compile_template(
             task.template, task.demonstrations, task.base.tokenizer, virtual=False
         )
@@ -56,7 +56,7 @@ from transformers import AutoTokenizer, {model}
 
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 model = {model}.from_pretrained("path/to/this/folder")
-text = {written!r}.format_map({_example_of(prompt.task.template.input)!r})
+text = {written!r}.format_map({_values_of(prompt.task.template.input)!r})
 inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt")
 output = model.generate(**inputs, do_sample=False)"""
     return f"""{_metadata(prompt, "transformers")}
@@ -129,7 +129,12 @@ def _about(prompt: TrainedPrompt) -> str:
 def _usage(prompt: TrainedPrompt, written: str) -> str:
     """Describe inputs and answers: the template, the form of an input, and a filled example."""
     template = prompt.task.template
-    texts = {"Input": template.input, "Target": template.target}
+    if template.messages:
+        texts = {"A conversation, written by the base model's chat template": template.input}
+    elif template.text:
+        texts = {"Plain text, which the model continues": template.input}
+    else:
+        texts = {"Input": template.input, "Target": template.target}
     if template.system is not None:
         texts = {"System message": template.system, **texts}
     braces = " `{{` and `}}` stand for single braces." if re.search("{{|}}", written) else ""
@@ -138,11 +143,12 @@ def _usage(prompt: TrainedPrompt, written: str) -> str:
             "## Template",
             *(f"{name}:\n\n{_block(text)}" for name, text in texts.items()),
             "## Input",
+            *(["This is the form of a single user message."] if template.messages else []),
             "Every input must look like this, with its fields filled in. Tokenize it without "
             f"adding special tokens, because they are written out.{braces}",
             _block(written),
             "For example:",
-            _block(written.format_map(_example_of(template.input))),
+            _block(filled_in(written, _example_of(template.input))),
             "## Answer",
             _answer(prompt.task),
         ]
@@ -152,12 +158,16 @@ def _usage(prompt: TrainedPrompt, written: str) -> str:
 def _answer(task: Task) -> str:
     """Describe what the model writes after an input."""
     target = task.template.target
+    if task.template.messages:
+        return "The model continues with the answer and the token that ends its turn."
+    if task.template.text:
+        return "The model continues the text, up to its end-of-text token."
     if not task.verbalizer:
         text = "The model continues with the answer and its end-of-text token. For example:"
-        return f"{text}\n\n{_block(target.format_map(_example_of(target)))}"
+        return f"{text}\n\n{_block(filled_in(target, _example_of(target)))}"
     (field,) = template_fields(target)
     lines = [
-        f"- {_code(label)}: {_code(_quoted(target.format_map({field: text})))}"
+        f"- {_code(label)}: {_code(_quoted(filled_in(target, {field: text})))}"
         for label, text in task.verbalizer.items()
     ]
     return "\n".join(["The model continues with the text of a label:", "", *lines])
@@ -166,6 +176,12 @@ def _answer(task: Task) -> str:
 def _example_of(template: str) -> dict[str, str]:
     """Made-up values for the fields of a template: a card does not publish the user's data."""
     return {name: f"An example of {name}." for name in template_fields(template)}
+
+
+def _values_of(template: str) -> dict[str, Any]:
+    """Return what `format_map` needs to fill in a template."""
+    values = _example_of(template)
+    return {"record": values, **values} if "{record[" in template else dict(values)
 
 
 def _quoted(value: Any) -> str:

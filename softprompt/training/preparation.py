@@ -92,7 +92,7 @@ class Preparation:
             task_field=experiment.prompt.task_field,
         )
         examples = {split: self._examples_of(task, part, split) for split, part in splits.items()}
-        if not task.labels and experiment.evaluation.samples:
+        if not task.labels and not task.template.text and experiment.evaluation.samples:
             task.for_generation(experiment.generation.max_new_tokens, before + len(task.opening))
         trained = [_vectors_of(path, base) for path in kind.initial_prompts(experiment)]
         require_memory(experiment, base, task.opening, trained)

@@ -290,7 +290,8 @@ class Session:
             run.best_step, run.best_metrics = run.step, metrics
         run.stale = 0 if is_best else run.stale + 1
         run.evaluated = run.step
-        self.reporter.validation(result, best=is_best, free_text=not self.task.labels)
+        answers = not self.task.labels and not self.task.template.text
+        self.reporter.validation(result, best=is_best, free_text=answers)
         self.save()
         if is_best:
             self._checkpoints.wait()

@@ -1,0 +1,179 @@
+"""Conversations: records of messages as examples with a target for every assistant turn.
+
+The row of a conversation is the text of the chat template. The answers are targets where they
+stand, so the history is read once. The last answer is the candidate of the example.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from tokenizers import Encoding
+
+from softprompt.backbones.formats.tokenizer import encode_texts
+from softprompt.backbones.loading import Base
+from softprompt.data.chat import ChatRenderer, Messages, Rendered
+from softprompt.data.examples import Example
+from softprompt.data.records import Record
+from softprompt.errors import UserError
+
+_IGNORED = ("weight", "tool_calls")  # keys of a message that change what it means
+
+
+class ConversationEncoder:
+    """Encodes conversations with the chat template of a base model. Close it after use.
+
+    Args:
+      base: the base model.
+      field: the field of a record that holds its messages.
+      max_tokens: limit for the tokens of a row.
+      before: the ids that the row of a record begins with.
+    """
+
+    def __init__(
+        self, base: Base, field: str, max_tokens: int, before: Callable[[Record], list[int]]
+    ):
+        self._tokenizer, self._field, self._max_tokens = base.tokenizer, field, max_tokens
+        self._require_embeddings, self._before = base.require_embeddings, before
+        self._renderer = ChatRenderer(base.tokenizer)
+
+    def close(self) -> None:
+        """End the process that renders the template."""
+        self._renderer.close()
+
+    def encode(self, records: Sequence[Record], with_answer: bool) -> list[Example]:
+        """Encode conversations.
+
+        A conversation of more than `max_tokens` loses its first turns, but not a system message.
+
+        Args:
+          records: the conversations.
+          with_answer: whether to read the answers. Without it, an answer at the end is left out.
+
+        Raises:
+          UserError: if a record is malformed, its last turn does not fit, or the template cannot
+            be split.
+        """
+        conversations = [messages_of(record, self._field) for record in records]
+        if with_answer:
+            for turns, record in zip(conversations, records, strict=True):
+                if turns[-1]["role"] != "assistant":
+                    raise UserError(
+                        f"{record.where}: field {self._field!r}: its last message is not from the "
+                        "assistant"
+                    )
+        else:
+            conversations = [question_of(turns) for turns in conversations]
+        rendered = [
+            self._render(turns, record, with_answer)
+            for turns, record in zip(conversations, records, strict=True)
+        ]
+        encodings = encode_texts(self._tokenizer, [each.text for each in rendered])
+        return [
+            self._example(*parts, with_answer)
+            for parts in zip(records, conversations, rendered, encodings, strict=True)
+        ]
+
+    def _render(self, turns: Messages, record: Record, with_answer: bool) -> Rendered:
+        try:
+            if with_answer:
+                return self._renderer.render_answers(turns)
+            return Rendered(self._renderer.render(turns), [])
+        except UserError as error:
+            raise UserError(f"{record.where}: {error}") from None
+
+    def _example(
+        self,
+        record: Record,
+        turns: Messages,
+        rendered: Rendered,
+        encoding: Encoding,
+        with_answer: bool,
+    ) -> Example:
+        before = self._before(record)
+        truncated = False
+        while True:
+            ids = [*before, *encoding.ids]
+            where = f"{record.where}: field {self._field!r}"
+            spans = [
+                (len(before) + start, len(before) + stop)
+                for start, stop in target_spans(encoding, rendered.answers, where)
+            ]
+            length = spans[-1][1] if with_answer else len(ids)
+            if length <= self._max_tokens:
+                break
+            shorter = _without_first_turn(turns)
+            if shorter is None:
+                raise UserError(
+                    f"{where}: its last turn has {length} tokens, but at most {self._max_tokens} "
+                    "fit; shorten it or raise template.max_tokens"
+                )
+            turns, truncated = shorter, True
+            rendered = self._render(turns, record, with_answer)
+            (encoding,) = encode_texts(self._tokenizer, [rendered.text])
+        self._require_embeddings(ids, record.where)
+        if not with_answer:
+            return Example(ids, [], 0, record, truncated)
+        *earlier, (start, stop) = spans
+        return Example(ids[:start], [ids[start:stop]], 0, record, truncated, earlier)
+
+
+def messages_of(record: Record, field: str) -> Messages:
+    """Return the messages of a record. A text is a conversation of one user message.
+
+    Raises:
+      UserError: if the field is missing or malformed, with the number of the message.
+    """
+    value = record.fields.get(field)
+    if field not in record.fields or isinstance(value, str):
+        return [{"role": "user", "content": record.text(field)}]
+    where = f"{record.where}: field {field!r}"
+    if not isinstance(value, Sequence | np.ndarray) or not len(value):
+        raise UserError(f"{where}: must be a list of messages")
+    messages = []
+    for number, message in enumerate(value, 1):
+        if not isinstance(message, Mapping):
+            raise UserError(f"{where}: message {number} is not an object with role and content")
+        one = Record(message, f"{where}: message {number}")
+        if given := [key for key in _IGNORED if message.get(key) is not None]:
+            raise UserError(f"{one.where}: {given[0]!r} is not supported; leave it out")
+        messages.append({key: one.text(key) for key in ("role", "content")})
+    return messages
+
+
+def question_of(turns: Messages) -> Messages:
+    """Return a conversation without the answer at its end."""
+    return turns[:-1] if turns[-1]["role"] == "assistant" else turns
+
+
+def target_spans(
+    encoding: Encoding, answers: Sequence[tuple[int, int]], where: str
+) -> list[tuple[int, int]]:
+    """Return the tokens of each answer, as start and stop.
+
+    Args:
+      encoding: the tokens of a conversation.
+      answers: the characters of each answer, as start and stop.
+      where: names the conversation in error messages.
+
+    Raises:
+      UserError: if a token holds a part of an answer and a part of the text around it.
+    """
+    starts, ends = np.array(encoding.offsets or [(0, 0)]).T
+    spans = []
+    for number, (start, stop) in enumerate(answers, 1):
+        inside = np.flatnonzero((ends > start) & (starts < stop))
+        if not inside.size or starts[inside[0]] < start or ends[inside[-1]] > stop:
+            raise UserError(
+                f"{where}: answer {number} shares a token with the text around it, so that it "
+                "cannot be separated exactly; remove white space at its ends"
+            )
+        spans.append((int(inside[0]), int(inside[-1]) + 1))
+    return spans
+
+
+def _without_first_turn(turns: Messages) -> Messages | None:
+    """Leave out the first user message and what answers it; None if there is no other."""
+    asked = [number for number, turn in enumerate(turns) if turn["role"] == "user"]
+    if len(asked) < 2:
+        return None
+    return [*turns[: asked[0]], *turns[asked[1] :]]

@@ -1,0 +1,447 @@
+"""Conversations: every assistant turn is a target, in one row, as the chat template writes it."""
+
+import contextlib
+import copy
+import dataclasses
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from conftest import GOLDEN, batch_of, write_experiment
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from softprompt import (
+    Model,
+    Record,
+    SoftPrompt,
+    TemplateSettings,
+    UserError,
+    cross_entropy,
+    load_base,
+    load_experiment,
+    load_prompt,
+    make_examples,
+    make_task,
+    train,
+)
+from softprompt.backbones.formats.tokenizer import encode_texts
+from softprompt.cli.main import main
+from softprompt.data.chat import ChatRenderer
+from softprompt.data.conversations import target_spans
+from softprompt.data.examples import Examples
+
+# Small templates in the style of five families. The answers are marked, with the token that ends
+# a turn. `plain` removes the marks.
+CHATML = """\
+{%- for message in messages %}
+    {%- if message.role == 'assistant' %}
+        {{- '<|im_start|>assistant\\n' }}
+        {%- generation %}{{ message.content + '<|im_end|>' }}{% endgeneration %}{{ '\\n' }}
+    {%- else %}
+        {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{% endif %}
+"""
+LLAMA3 = """\
+{{- bos_token }}
+{%- for message in messages %}
+    {{- '<|start_header_id|>' + message.role + '<|end_header_id|>\\n\\n' }}
+    {%- if message.role == 'assistant' %}
+        {%- generation %}{{ message.content | trim + '<|eot_id|>' }}{% endgeneration %}
+    {%- else %}{{- message.content | trim + '<|eot_id|>' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
+{%- endif %}
+"""
+GEMMA = """\
+{{- bos_token }}
+{%- set ns = namespace(first='') %}
+{%- for message in messages %}
+    {%- if message.role == 'system' %}
+        {%- set ns.first = message.content + '\\n\\n' %}
+    {%- elif message.role == 'assistant' %}
+        {{- '<start_of_turn>model\\n' }}
+        {%- generation %}{{ message.content | trim + '<end_of_turn>' }}{% endgeneration %}
+        {{- '\\n' }}
+    {%- else %}
+        {{- '<start_of_turn>user\\n' + ns.first + message.content | trim + '<end_of_turn>\\n' }}
+        {%- set ns.first = '' %}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<start_of_turn>model\\n' }}{% endif %}
+"""
+MISTRAL = """\
+{%- macro turn(message) %}{{ ' ' ~ message.content ~ eos_token }}{% endmacro %}
+{{- bos_token }}
+{%- for message in messages %}
+    {%- if message.role == 'assistant' %}
+        {%- generation %}{{ turn(message) }}{% endgeneration %}
+    {%- elif message.role == 'user' %}{{- '[INST] ' ~ message.content ~ '[/INST]' }}
+    {%- else %}{{- message.content ~ '\\n\\n' }}
+    {%- endif %}
+{%- endfor %}
+"""
+PHI = """\
+{%- for message in messages %}
+    {{- '<|' + message.role + '|>\\n' }}
+    {%- if message.role == 'assistant' %}
+        {%- generation %}{{ message.content + '<|end|>' }}{% endgeneration %}{{ '\\n' }}
+    {%- else %}{{- message.content + '<|end|>\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|assistant|>\\n' }}{% else %}{{- eos_token }}{% endif %}
+"""
+SHORT = """\
+{%- for message in messages %}
+    {{- '<|start|>' + message.role[0] + message.content + '<|endoftext|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|start|>a' }}{% endif %}
+"""
+FAMILIES = {"chatml": CHATML, "llama3": LLAMA3, "gemma": GEMMA, "mistral": MISTRAL, "phi": PHI}
+SPECIAL = [
+    *("<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>"),
+    *("<|eot_id|>", "<start_of_turn>", "<end_of_turn>", "[INST]", "[/INST]"),
+    *("<|user|>", "<|assistant|>", "<|system|>", "<|end|>"),
+]
+
+TURNS = [
+    {"role": "system", "content": "Be brief & <kind>."},
+    {"role": "user", "content": "What is 2 + 2?\n\nThink."},
+    {"role": "assistant", "content": "It is 4.\n\n\U0001f642 Äh — 我."},
+    {"role": "user", "content": "  and 3 + 3?"},
+    {"role": "assistant", "content": "It is 6."},
+    {"role": "user", "content": "And 4?"},
+    {"role": "assistant", "content": "8"},
+]
+
+
+def plain(template: str) -> str:
+    """Return a template without marks."""
+    return template.replace("generation %}", "if true %}").replace("endif true", "endif")
+
+
+@pytest.fixture(scope="module")
+def bpe() -> Tokenizer:
+    """A byte-level tokenizer with merges, also of line breaks and punctuation."""
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
+    texts = [turn["content"] for turn in TURNS] * 5 + ["assistant\n", "user\n", ".\n\n\n"] * 9
+    inner.train_from_iterator(texts, trainer)
+    return inner
+
+
+def tokenizer_with(bpe: Tokenizer, template: str) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", chat_template=template
+    )
+
+
+def mask_of(tokenizer, turns) -> tuple[list[int], list[int]]:
+    """Return the ids of a conversation, and 1 for those of the answers."""
+    with contextlib.closing(ChatRenderer(tokenizer)) as renderer:
+        rendered = renderer.render_answers(turns)
+    (encoding,) = encode_texts(tokenizer, [rendered.text])
+    mask = [0] * len(encoding.ids)
+    for start, stop in target_spans(encoding, rendered.answers, "a test"):
+        mask[start:stop] = [1] * (stop - start)
+    return encoding.ids, mask
+
+
+@pytest.mark.parametrize("count", [3, 5, 7])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_targets_are_those_of_transformers(bpe, family, count):
+    tokenizer = tokenizer_with(bpe, FAMILIES[family])
+    expected = tokenizer.apply_chat_template(
+        TURNS[:count], return_dict=True, return_assistant_tokens_mask=True
+    )
+    ids, mask = mask_of(tokenizer, TURNS[:count])
+    assert ids == expected["input_ids"]
+    assert mask == expected["assistant_masks"]
+    assert 0 < sum(mask) < len(mask)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_are_found_without_marks(bpe, family):
+    marked, unmarked = FAMILIES[family], plain(FAMILIES[family])
+    assert "generation %}" not in unmarked
+    if family == "phi":  # it ends a text, but not a turn, with another token
+        unmarked = unmarked.replace("{% else %}{{- eos_token }}", "")
+        marked = marked.replace("{% else %}{{- eos_token }}", "")
+    expected = mask_of(tokenizer_with(bpe, marked), TURNS)
+    assert mask_of(tokenizer_with(bpe, unmarked), TURNS) == expected
+
+
+UNSPLITTABLE = {
+    "{{ messages[-1].content }}": "does not write message 2 right after the generation prompt",
+    "{% for m in messages %}{{ m.content if loop.last or m.role == 'user' "
+    "else m.content | upper }}\n{% endfor %}": (
+        "changes the text up to message 2 when other messages follow"
+    ),
+    "a{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}": "leaves out",
+    "a{% generation %}{{ messages[0].content }}{% generation %}b{% endgeneration %}"
+    "{% endgeneration %}": "marks text twice",
+    "{% set a %}{% generation %} b {% endgeneration %}{% endset %}{{ a | trim }}": (
+        "changes the text that it marks"
+    ),
+    "{% generation %}a{% endgeneration %}": "nothing before it",
+    "a{% if false %}{% generation %}a{% endgeneration %}{% endif %}": "writes no answer",
+    "{% for m in messages %}{{ m.content }}.\n{{ '' if m.content == '8' else 'b' }}{% endfor %}": (
+        "does not end every answer with"
+    ),
+    "{% for m in messages %}Q. {{ m.content }}\n{% endfor %}": "answer 1 shares a token",
+}
+
+
+@pytest.mark.parametrize("template", UNSPLITTABLE, ids=lambda template: template[:40])
+def test_a_template_that_cannot_be_split_exactly_is_rejected(bpe, template):
+    turns = [*TURNS[5:], *TURNS[1:3]] if "'8'" in template else TURNS[1:5]
+    if template.startswith("{% for m in messages %}Q"):
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b.\n"}]
+        bpe = Tokenizer.from_str(bpe.to_str())
+        bpe.add_tokens([".\n\n"])
+    with pytest.raises(UserError, match=UNSPLITTABLE[template]) as error:
+        mask_of(tokenizer_with(bpe, template), turns)
+    assert "\n" not in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def chat_base(tiny):
+    """The small model with a chat template of few tokens, without marks."""
+    tokenizer = copy.deepcopy(tiny.tokenizer)
+    tokenizer.chat_template = SHORT
+    return dataclasses.replace(tiny, tokenizer=tokenizer)
+
+
+def conversation(*contents: str, **more) -> dict:
+    roles = ["user", "assistant"] * len(contents)
+    return {"messages": [{"role": r, "content": c} for r, c in zip(roles, contents, strict=False)]}
+
+
+def test_a_row_of_three_turns_has_the_loss_of_three_rows(chat_base):
+    task = make_task(chat_base, TemplateSettings(messages="messages"), None, virtual_tokens=4)
+    assert task.opening == [-1, -2, -3, -4]
+    whole = task.example(Record(conversation("Hi", "a b", "And?", "cd", "So", "efg"), "a"))
+    parts = [
+        dataclasses.replace(task.example(Record(each, "a")), earlier=())
+        for each in (
+            conversation("Hi", "a b"),
+            conversation("Hi", "a b", "And?", "cd"),
+            conversation("Hi", "a b", "And?", "cd", "So", "efg"),
+        )
+    ]
+    assert len(whole.earlier) == 2
+    assert whole.earlier_targets == len("a b") + len("cd") + 2
+    model = Model(SoftPrompt.from_vocabulary(chat_base, 4, jax.random.key(0)), chat_base.backbone)
+
+    def loss(examples, **layout):
+        return cross_entropy(model, batch_of(examples, **layout), jax.random.key(0))[:2]
+
+    total, weight = loss([whole])
+    expected, targets = loss(parts)
+    assert weight == targets == 3 + 2 + 3 + 3
+    np.testing.assert_allclose(total, expected, rtol=1e-5)
+    other = task.example(Record(conversation("x", "yz"), "a"))
+    total, weight = loss([other, whole, whole, other], packs=2)
+    alone, more = loss([other])
+    np.testing.assert_allclose(total, 2 * (expected + alone), rtol=1e-5)
+    assert weight == 2 * (targets + more)
+
+
+def test_lengths_and_digests_count_earlier_targets(chat_base):
+    task = make_task(chat_base, TemplateSettings(messages="messages"), None)
+    rows = [conversation("Hi", "a b", "And?", "cd"), conversation("x", "yz")]
+    examples = make_examples(task, rows)
+    lengths = examples.lengths
+    assert lengths.earlier.tolist() == [4, 0]
+    assert lengths.answer.tolist() == [3, 3]
+    assert lengths.targets.tolist() == [7, 3]
+    assert lengths.read.tolist() == [2, 2]
+    assert not lengths.branching
+    assert lengths.answer_only().targets.tolist() == [7, 3]
+    without = Examples([dataclasses.replace(e, earlier=()) for e in examples])
+    assert without.digest != examples.digest
+
+
+def test_the_virtual_tokens_of_a_task_stand_in_the_row(chat_base):
+    template = TemplateSettings(messages="messages")
+    task = make_task(chat_base, template, None, virtual_tokens=2, tasks=["a", "b"])
+    alone = make_task(chat_base, template, None)
+    row = conversation("Hi", "a b", "And?", "cd")
+    example = task.example(Record({**row, "task": "b"}, "a"))
+    expected = alone.example(Record(row, "a"))
+    assert example.input == [~2, ~3, *expected.input]
+    assert example.earlier == [(start + 2, stop + 2) for start, stop in expected.earlier]
+    assert example.candidates == expected.candidates
+
+
+def test_a_long_conversation_loses_its_first_turns(chat_base, caplog):
+    system = {"role": "system", "content": "Be kind."}
+    row = conversation("Hi", "a b", "And?", "cd", "So", "efg")
+    row["messages"].insert(0, system)
+    whole = make_task(chat_base, TemplateSettings(messages="messages"), None)
+    length = sum(map(len, (whole.example(Record(row, "a")).input, "efg."))) - 1
+    template = TemplateSettings(messages="messages", max_tokens=length)
+    task = make_task(chat_base, template, None)
+    (example,) = make_examples(task, [row])
+    assert example.truncated
+    assert "1 truncated to" in caplog.text
+    assert "without their first turns" in caplog.text
+    shorter = {"messages": [system, *row["messages"][3:]]}
+    assert example.input == whole.example(Record(shorter, "a")).input
+    assert len(example.earlier) == 1
+    question = task.example(Record(row, "a"), with_answer=False)
+    assert not question.truncated
+    assert question.input == whole.example(Record(row, "a")).input
+    tight = make_task(chat_base, TemplateSettings(messages="messages", max_tokens=20), None)
+    with pytest.raises(UserError, match=r"^a: field 'messages': its last turn has .* at most 20"):
+        tight.example(Record(row, "a"))
+
+
+MALFORMED = [
+    (5, "must be a list of messages"),
+    ([], "must be a list of messages"),
+    ("Hi", "its last message is not from the assistant"),
+    ([{"role": "user", "content": "a"}], "its last message is not from the assistant"),
+    (["a"], "message 1 is not an object with role and content"),
+    ([{"content": "a"}], "message 1: no field 'role'"),
+    ([{"role": "user"}], "message 1: no field 'content'"),
+    ([{"role": "user", "content": ["a"]}], "message 1: field 'content' is list, not text"),
+    ([{"role": "user", "content": " "}], "message 1: field 'content' is empty"),
+    (
+        [{"role": "assistant", "content": "a", "weight": 0}],
+        "message 1: 'weight' is not supported",
+    ),
+]
+
+
+@pytest.mark.parametrize(("value", "message"), MALFORMED)
+def test_a_malformed_conversation_is_named(chat_base, value, message):
+    task = make_task(chat_base, TemplateSettings(messages="messages"), None)
+    rows = [Record(conversation("a", "b"), "f:1"), Record({"messages": value}, "f:2")]
+    with pytest.raises(UserError, match=rf"^f:2: field 'messages': {message}"):
+        make_examples(task, rows)
+    with pytest.raises(UserError, match=r"^f:3: no field 'messages' \(its fields: turns\)"):
+        task.example(Record({"turns": []}, "f:3"))
+
+
+def test_an_error_of_the_template_names_the_record(chat_base):
+    tokenizer = copy.deepcopy(chat_base.tokenizer)
+    tokenizer.chat_template = "{{ raise_exception('no system messages') }}"
+    base = dataclasses.replace(chat_base, tokenizer=tokenizer)
+    task = make_task(base, TemplateSettings(messages="messages"), None)
+    with pytest.raises(UserError, match=r"^f:1: the chat template of .*: no system messages$"):
+        task.example(Record(conversation("a", "b"), "f:1"))
+
+
+def test_an_encoder_decoder_is_rejected(t5_folder):
+    with pytest.raises(UserError, match=r"^template.messages: base .* is an encoder-decoder"):
+        make_task(load_base(str(t5_folder)), TemplateSettings(messages="messages"), None)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("template={messages: m, input: '{a}'}", "messages cannot be used with input"),
+        ("template={messages: m, text: a}", "text cannot be used with messages"),
+        ("template={messages: m, chat: true}", "messages cannot be used with chat"),
+        ("template={messages: m, system: a}", "system needs chat: true"),
+        ("template={messages: m}", "verbalizer cannot be used with template.messages"),
+        ("shots=2", "shots cannot be used with template.messages"),
+    ],
+)
+def test_settings_that_do_not_fit_conversations_are_named(tmp_path, override, message):
+    path = write_experiment(tmp_path)
+    text = path.read_text().replace('template: {input: "{text} is"}\n', "")
+    path.write_text(text)
+    overrides = [override]
+    if override == "shots=2":
+        overrides += ["template={messages: m}", "verbalizer=null", "evaluation.metric=loss"]
+    with pytest.raises(UserError, match=message):
+        load_experiment(path, overrides)
+
+
+def test_a_run_on_conversations(tmp_path, capsys):
+    base = tmp_path / "base"
+    shutil.copytree(GOLDEN / "llama-grouped", base)
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    # Turns end with another token than texts, as in Gemma.
+    config["chat_template"] = SHORT.replace("<|endoftext|>", "<|pad|>")
+    (base / "tokenizer_config.json").write_text(json.dumps(config))
+    path = write_experiment(tmp_path)
+    rows = [conversation("ab", "c", "de", "fg"), conversation("h", "ij")] * 8
+    for split in ("train", "validation", "test"):
+        lines = [json.dumps(row) + "\n" for row in rows]
+        (tmp_path / f"{split}.jsonl").write_text("".join(lines))
+    settings = [
+        *(f"base={base}", "template={messages: messages}", "verbalizer=null"),
+        *("evaluation.metric=loss", "evaluation.metrics=[exact_match]", "evaluation.samples=2"),
+        *("training.steps=60", "evaluation.every=60", "generation.max_new_tokens=8"),
+    ]
+    path.write_text(path.read_text().replace('template: {input: "{text} is"}\n', ""))
+    experiment = load_experiment(path, settings)
+    summary = train(experiment, tmp_path / "run")
+    assert summary["validation"]["loss"] < 5
+    prompt = load_prompt(tmp_path / "run")
+    assert prompt.task.template == experiment.template
+    lines = (tmp_path / "run/samples.jsonl").read_text().splitlines()
+    samples = [json.loads(line) for line in lines]
+    assert samples[0]["input"] == {"messages": rows[0]["messages"][:3]}
+    assert samples[0]["reference"] == "fg"
+    # A text is a user message, and generation ends with the turn.
+    assert prompt.task.stopping(prompt.generation).stop == ["<|pad|>"]
+    whole = conversation("h")
+    texts = [each.text for each in prompt.generate(["h", whole, conversation("h", "ij")])]
+    assert texts[0] == texts[1] == texts[2]
+    # The perplexity is that of the answer, not of the history.
+    question = {"messages": rows[0]["messages"][:3]}
+    example = dataclasses.replace(prompt.task.example(Record(rows[0], "a")), earlier=())
+    model = Model(prompt.method, prompt.base.backbone)
+    total, weight = cross_entropy(model, batch_of([example]), jax.random.key(0))[:2]
+    np.testing.assert_allclose(
+        prompt.perplexity([question], ["fg"]), np.exp(total / weight), rtol=1e-4
+    )
+    capsys.readouterr()
+    assert main(["eval", str(tmp_path / "run"), "--metrics", "perplexity"]) == 0
+    measured = json.loads(capsys.readouterr().out)
+    assert measured["loss"] == pytest.approx(summary["test"]["loss"])
+    assert main(["generate", str(tmp_path / "run"), "h"]) == 0
+    assert capsys.readouterr().out == f"{texts[0]}\n"
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "out")]) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "<|start|>u{messages}<|pad|>\n<|start|>a" in card
+    assert "the token that ends its turn" in card
+
+
+def test_pairs_of_prompt_and_completion_need_no_template(tiny):
+    task = make_task(tiny, TemplateSettings(), None, virtual_tokens=2)
+    named = make_task(tiny, TemplateSettings(input="{a}", target="{b}"), None, virtual_tokens=2)
+    (example,) = make_examples(task, [{"prompt": "One, two,", "completion": " three"}])
+    (expected,) = make_examples(named, [{"a": "One, two,", "b": " three"}])
+    assert example.input == expected.input
+    assert example.candidates == expected.candidates
+    for fields in ({"text": "a"}, {"prompt": "a", "completion": "b", "messages": []}):
+        with pytest.raises(UserError, match=r"^f:1: without a template, a record has the fields"):
+            task.example(Record(fields, "f:1"))
+    with pytest.raises(UserError, match=r"^f:1: no field 'completion'"):
+        task.example(Record({"prompt": "a"}, "f:1"))
+
+
+def test_a_template_can_name_the_field_prompt_and_mark_the_soft_prompt(tiny):
+    template = TemplateSettings(input="{record[prompt]} {prompt}so", target=" {record[my label]}")
+    task = make_task(tiny, template, {"x": "ab", "y": "c"}, virtual_tokens=2)
+    encoded = task.example(Record({"prompt": "One", "my label": "y"}, "a"))
+    ids = tiny.tokenizer
+    assert encoded.input == [*ids("One ").input_ids, -1, -2, *ids("so").input_ids]
+    assert encoded.candidates == [ids(" ab").input_ids, ids(" c").input_ids]
+    assert encoded.answer == 1
