@@ -4,8 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from softprompt.data.examples import Dataset, Example
 from softprompt.data.task import Task
-from softprompt.data.template import fill
-from softprompt.experiment.templates import filled_in, template_fields
+from softprompt.data.template import fill, label_texts
 
 _LOOKED_AT = 100  # examples whose texts are compared
 
@@ -80,11 +79,8 @@ def _target_texts(task: Task, example: Example) -> Mapping[str, str]:
     target = task.template.target
     if not task.verbalizer:
         return {"the target": fill(target, example.record)[0]}
-    (field,) = template_fields(target)
-    return {
-        f"the text of label {label!r}": filled_in(target, {field: text})
-        for label, text in task.verbalizer.items()
-    }
+    texts = label_texts(task.template, task.verbalizer)
+    return {f"the text of label {label!r}": text for label, text in texts.items()}
 
 
 def _beginnings(task: Task, candidates: Sequence[Sequence[int]]) -> Iterator[str]:
