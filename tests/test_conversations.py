@@ -311,7 +311,7 @@ def test_a_long_conversation_loses_its_first_turns(chat_base, caplog):
 MALFORMED = [
     (5, "must be a list of messages"),
     ([], "must be a list of messages"),
-    ("Hi", "its last message is not from the assistant"),
+    ("Hi", "must be a list of messages, not text"),
     ([{"role": "user", "content": "a"}], "its last message is not from the assistant"),
     (["a"], "message 1 is not an object with role and content"),
     ([{"content": "a"}], "message 1: no field 'role'"),

@@ -89,7 +89,7 @@ class ChatRenderer:
     def _placed(self, text: str, spans: Sequence[tuple[int, int]], marked: bool) -> Rendered:
         answers = [(start, stop) for start, stop in spans]
         if not marked:
-            ending, kept = self._turn_ending()
+            ending, kept = self.turn_ending()
             if not all(text[:stop].endswith(ending) for _, stop in answers):
                 raise UserError(
                     f"{self._where}: it does not end every answer with {ending!r}, so that the "
@@ -100,11 +100,17 @@ class ChatRenderer:
             raise UserError(f"{self._where}: it writes no answer, or nothing before it")
         return Rendered(text, answers)
 
-    def _turn_ending(self) -> tuple[str, int]:
-        """Return the text after the content of an answer, and how much of it the model writes."""
+    def turn_ending(self) -> tuple[str, int]:
+        """Return the text after the content of an answer, and how much of it the model writes.
+
+        Raises:
+          UserError: see `render`, and if the template leaves out or repeats the answer.
+        """
         if self._ending is None:
-            turns = _probe()
-            (text,), mark = self._ask([turns]), turns[-1]["content"]
+            # A private-use character is an answer that no template changes.
+            mark = "\U000f0000"
+            turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": mark}]
+            (text,) = self._ask([turns])
             if text.count(mark) != 1:
                 raise UserError(f"{self._where}: it leaves out or repeats an answer")
             ending = text.partition(mark)[2]
@@ -153,14 +159,8 @@ def turn_end(tokenizer: PreTrainedTokenizerFast) -> str:
     """Return the text that the model writes after the content of an answer, such as `<|eot_id|>`.
 
     Raises:
-      UserError: see `ChatRenderer.render_answers`.
+      UserError: see `ChatRenderer.turn_ending`.
     """
-    turns = _probe()
     with contextlib.closing(ChatRenderer(tokenizer)) as renderer:
-        ((text, answers),) = renderer.render_answers([turns])
-    return text[: answers[-1][1]].partition(turns[-1]["content"])[2].strip()
-
-
-def _probe() -> list[dict[str, str]]:
-    """Return a conversation whose answer is a private-use character, which no template changes."""
-    return [{"role": "user", "content": "a"}, {"role": "assistant", "content": "\U000f0000"}]
+        ending, kept = renderer.turn_ending()
+    return ending[:kept].strip()

@@ -57,11 +57,11 @@ class ConversationEncoder:
         conversations = [messages_of(record, self._field) for record in records]
         if with_answer:
             for turns, record in zip(conversations, records, strict=True):
+                where = f"{record.where}: field {self._field!r}"
+                if isinstance(record.fields[self._field], str):
+                    raise UserError(f"{where}: must be a list of messages, not text")
                 if turns[-1]["role"] != "assistant":
-                    raise UserError(
-                        f"{record.where}: field {self._field!r}: its last message is not from the "
-                        "assistant"
-                    )
+                    raise UserError(f"{where}: its last message is not from the assistant")
         else:
             conversations = [question_of(turns) for turns in conversations]
         rendered: list[Rendered] = []
@@ -116,7 +116,7 @@ class ConversationEncoder:
             (encoding,) = encode_texts(self._tokenizer, [rendered.text])
         self._require_embeddings(ids, record.where)
         if not with_answer:
-            return Example(ids, [], 0, record, truncated)
+            return Example(ids, [], None, record, truncated)
         *earlier, (start, stop) = spans
         return Example(ids[:start], [ids[start:stop]], 0, record, truncated, earlier)
 
