@@ -35,6 +35,7 @@ def test_good_input_is_accepted(good, worker, tmp_path):
     for arguments in (
         ("train", "letters.yaml", "--run-dir", "out/run"),
         ("train", "letters.yaml", "base=./base.gguf", "--run-dir", "out/run"),
+        ("show", "letters.yaml", "--split", "test"),
         ("sweep", "sweep.yaml", "--folder", "out/sweep"),
         ("predict", "runs/labels", "--input", "texts.csv"),
         ("generate", "runs/text", "aaaaa", "--max-new-tokens", "2"),

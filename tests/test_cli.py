@@ -217,7 +217,7 @@ def test_inputs_come_from_pipes_but_not_without_limit(call, run, tmp_path, monke
 @pytest.mark.parametrize(
     "command",
     [
-        *("init", "train", "sweep", "eval", "predict", "generate", "score"),
+        *("init", "train", "show", "sweep", "eval", "predict", "generate", "score"),
         *("inspect", "compare", "runs", "report", "export", "import"),
     ],
 )

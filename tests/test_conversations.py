@@ -150,7 +150,7 @@ def tokenizer_with(bpe: Tokenizer, template: str) -> PreTrainedTokenizerFast:
 def mask_of(tokenizer, turns) -> tuple[list[int], list[int]]:
     """Return the ids of a conversation, and 1 for those of the answers."""
     with contextlib.closing(ChatRenderer(tokenizer)) as renderer:
-        rendered = renderer.render_answers(turns)
+        (rendered,) = renderer.render_answers([turns])
     (encoding,) = encode_texts(tokenizer, [rendered.text])
     mask = [0] * len(encoding.ids)
     for start, stop in target_spans(encoding, rendered.answers, "a test"):
@@ -311,7 +311,7 @@ def test_a_long_conversation_loses_its_first_turns(chat_base, caplog):
 MALFORMED = [
     (5, "must be a list of messages"),
     ([], "must be a list of messages"),
-    ("Hi", "its last message is not from the assistant"),
+    ("Hi", "must be a list of messages, not text"),
     ([{"role": "user", "content": "a"}], "its last message is not from the assistant"),
     (["a"], "message 1 is not an object with role and content"),
     ([{"content": "a"}], "message 1: no field 'role'"),
@@ -342,6 +342,11 @@ def test_an_error_of_the_template_names_the_record(chat_base):
     task = make_task(base, TemplateSettings(messages="messages"), None)
     with pytest.raises(UserError, match=r"^f:1: the chat template of .*: no system messages$"):
         task.example(Record(conversation("a", "b"), "f:1"))
+
+
+def test_a_base_without_a_chat_template_is_rejected(tiny):
+    with pytest.raises(UserError, match="the base model has no chat template"):
+        make_task(tiny, TemplateSettings(messages="messages"), None)
 
 
 def test_an_encoder_decoder_is_rejected(t5_folder):

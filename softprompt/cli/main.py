@@ -19,6 +19,7 @@ from softprompt.runtime.platforms import ignore_compilers
 _COMMANDS = (
     "init",
     "train",
+    "show",
     "sweep",
     "plan",
     "evaluate",

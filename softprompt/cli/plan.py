@@ -50,8 +50,8 @@ examples:
         "--targets",
         type=positive_integer,
         metavar="N",
-        help="number of target tokens per row (default: 8 with a verbalizer, "
-        "generation.max_new_tokens without)",
+        help="number of target tokens per row (default: 8 with a verbalizer, all "
+        "tokens for plain text and conversations, and otherwise generation.max_new_tokens)",
     )
     command.add_argument("--json", action="store_true", help="print JSON")
 

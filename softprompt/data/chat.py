@@ -1,5 +1,6 @@
 """Chat templates: conversations as text, rendered with limits because templates are programs."""
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ RENDERING_MEMORY = 1024 * MEBIBYTE
 """The most memory for the process that renders a chat template."""
 
 RENDERING_SECONDS = 5
-"""The most CPU time for one conversation."""
+"""The most CPU time for one request to that process."""
 
 Messages = Sequence[Mapping[str, str]]
 """The turns of a conversation, with `role` and `content`."""
@@ -48,12 +49,8 @@ class ChatRenderer:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast):
-        template = tokenizer.chat_template
-        if isinstance(template, Mapping):  # templates by name
-            template = template.get("default")
-        if not isinstance(template, str):
-            raise UserError("the base model has no chat template")
-        self._template, self._special = template, tokenizer.special_tokens_map
+        self._template = require_chat_template(tokenizer)
+        self._special = tokenizer.special_tokens_map
         added = tokenizer.added_tokens_decoder.values()
         self._tokens = [token.content for token in added if token.content.strip()]
         self._where = f"the chat template of {tokenizer.name_or_path or 'the base model'}"
@@ -70,10 +67,11 @@ class ChatRenderer:
         Raises:
           UserError: if the template fails, or needs too much time or memory.
         """
-        return str(self._ask(messages, add_generation_prompt=True))
+        (text,) = self._ask([messages], add_generation_prompt=True)
+        return str(text)
 
-    def render_answers(self, messages: Messages) -> Rendered:
-        """Return a conversation as text, with the places of its answers.
+    def render_answers(self, conversations: Sequence[Messages]) -> list[Rendered]:
+        """Return conversations as text, with the places of their answers.
 
         A template that has `{% generation %}` marks the answers itself, and this function equals
         `apply_chat_template(..., return_assistant_tokens_mask=True)` in transformers. With other
@@ -81,15 +79,17 @@ class ChatRenderer:
         special token after its content.
 
         Args:
-          messages: the turns, the last one from the assistant.
+          conversations: each ends with a turn of the assistant.
 
         Raises:
           UserError: see `render`, and if the answers cannot be separated from the rest.
         """
-        text, spans, marked = self._ask(messages, answers=True)
+        return [self._placed(*each) for each in self._ask(conversations, answers=True)]
+
+    def _placed(self, text: str, spans: Sequence[tuple[int, int]], marked: bool) -> Rendered:
         answers = [(start, stop) for start, stop in spans]
         if not marked:
-            ending, kept = self._turn_ending()
+            ending, kept = self.turn_ending()
             if not all(text[:stop].endswith(ending) for _, stop in answers):
                 raise UserError(
                     f"{self._where}: it does not end every answer with {ending!r}, so that the "
@@ -100,18 +100,17 @@ class ChatRenderer:
             raise UserError(f"{self._where}: it writes no answer, or nothing before it")
         return Rendered(text, answers)
 
-    def turn_end(self) -> str:
-        """Return the text that the model writes after the content of an answer."""
-        turns = _probe()
-        text, answers = self.render_answers(turns)
-        mark = turns[-1]["content"]
-        return text[: answers[-1][1]].partition(mark)[2].strip()
+    def turn_ending(self) -> tuple[str, int]:
+        """Return the text after the content of an answer, and how much of it the model writes.
 
-    def _turn_ending(self) -> tuple[str, int]:
-        """Return the text after the content of an answer, and how much of it the model writes."""
+        Raises:
+          UserError: see `render`, and if the template leaves out or repeats the answer.
+        """
         if self._ending is None:
-            turns = _probe()
-            text, mark = self._ask(turns), turns[-1]["content"]
+            # A private-use character is an answer that no template changes.
+            mark = "\U000f0000"
+            turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": mark}]
+            (text,) = self._ask([turns])
             if text.count(mark) != 1:
                 raise UserError(f"{self._where}: it leaves out or repeats an answer")
             ending = text.partition(mark)[2]
@@ -121,19 +120,47 @@ class ChatRenderer:
         return self._ending
 
     def _ask(
-        self, messages: Messages, *, add_generation_prompt: bool = False, answers: bool = False
-    ) -> Any:
+        self,
+        conversations: Sequence[Messages],
+        *,
+        add_generation_prompt: bool = False,
+        answers: bool = False,
+    ) -> list[Any]:
         variables = {
             **self._special,
-            "messages": [dict(message) for message in messages],
             "tools": None,
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
         }
-        request = {"template": self._template, "variables": variables, "answers": answers}
+        request = {
+            "template": self._template,
+            "conversations": [[dict(turn) for turn in turns] for turns in conversations],
+            "variables": variables,
+            "answers": answers,
+        }
         return self._process.ask(request, self._where)
 
 
-def _probe() -> list[dict[str, str]]:
-    """Return a conversation whose answer is a private-use character, which no template changes."""
-    return [{"role": "user", "content": "a"}, {"role": "assistant", "content": "\U000f0000"}]
+def require_chat_template(tokenizer: PreTrainedTokenizerFast) -> str:
+    """Return the chat template of a tokenizer.
+
+    Raises:
+      UserError: if it has none.
+    """
+    template = tokenizer.chat_template
+    if isinstance(template, Mapping):  # templates by name
+        template = template.get("default")
+    if not isinstance(template, str):
+        raise UserError("the base model has no chat template")
+    return template
+
+
+def turn_end(tokenizer: PreTrainedTokenizerFast) -> str:
+    """Return the text that the model writes after the content of an answer, such as `<|eot_id|>`.
+
+    Raises:
+      UserError: see `ChatRenderer.turn_ending`.
+    """
+    with contextlib.closing(ChatRenderer(tokenizer)) as renderer:
+        ending, kept = renderer.turn_ending()
+    return ending[:kept].strip()

@@ -103,20 +103,28 @@ def _compiled(template: str) -> jinja2.Template:
 
 
 def answer(request: dict[str, Any]) -> Any:
-    """Render a conversation.
+    """Render conversations.
 
     Args:
-      request: `template`, and `variables` that it sees; with `answers: true`, the places of the
-        assistant turns are wanted.
+      request: `template`, `conversations`, and the other `variables` that the template sees; with
+        `answers: true`, the places of the assistant turns are wanted.
 
     Returns:
-      The text; with `answers`, a list: the text, where each answer starts and stops, and whether
-      the template itself marks them. Otherwise a turn stops where the next message starts.
+      The text of each conversation; with `answers`, a list: the text, where each answer starts
+      and stops, and whether the template itself marks them. Otherwise a turn stops where the
+      next message starts.
     """
-    template, variables = _compiled(request["template"]), request["variables"]
+    template, answers = _compiled(request["template"]), request["answers"]
+    return [
+        _rendered(template, request["variables"] | {"messages": messages}, answers)
+        for messages in request["conversations"]
+    ]
+
+
+def _rendered(template: Any, variables: dict[str, Any], answers: bool) -> Any:
     text = template.render(variables)
     text.encode()  # a template can write half of a surrogate pair
-    if not request.get("answers"):
+    if not answers:
         return text
     if hasattr(template.environment, "marks"):
         return [text, _marked(template, variables, text), True]

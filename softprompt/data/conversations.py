@@ -16,7 +16,8 @@ from softprompt.data.examples import Example
 from softprompt.data.records import Record
 from softprompt.errors import UserError
 
-_IGNORED = ("weight", "tool_calls")  # keys of a message that change what it means
+_UNSUPPORTED = ("weight", "tool_calls")  # keys of a message that change what it means
+_RENDERED_TOGETHER = 32  # conversations
 
 
 class ConversationEncoder:
@@ -56,30 +57,33 @@ class ConversationEncoder:
         conversations = [messages_of(record, self._field) for record in records]
         if with_answer:
             for turns, record in zip(conversations, records, strict=True):
+                where = f"{record.where}: field {self._field!r}"
+                if isinstance(record.fields[self._field], str):
+                    raise UserError(f"{where}: must be a list of messages, not text")
                 if turns[-1]["role"] != "assistant":
-                    raise UserError(
-                        f"{record.where}: field {self._field!r}: its last message is not from the "
-                        "assistant"
-                    )
+                    raise UserError(f"{where}: its last message is not from the assistant")
         else:
             conversations = [question_of(turns) for turns in conversations]
-        rendered = [
-            self._render(turns, record, with_answer)
-            for turns, record in zip(conversations, records, strict=True)
-        ]
+        rendered: list[Rendered] = []
+        for start in range(0, len(records), _RENDERED_TOGETHER):
+            part = slice(start, start + _RENDERED_TOGETHER)
+            rendered += self._render(conversations[part], records[start].where, with_answer)
         encodings = encode_texts(self._tokenizer, [each.text for each in rendered])
         return [
             self._example(*parts, with_answer)
             for parts in zip(records, conversations, rendered, encodings, strict=True)
         ]
 
-    def _render(self, turns: Messages, record: Record, with_answer: bool) -> Rendered:
+    def _render(
+        self, conversations: Sequence[Messages], where: str, with_answer: bool
+    ) -> list[Rendered]:
+        """Render conversations. An error names the first of them, `where`, and is exact for one."""
         try:
             if with_answer:
-                return self._renderer.render_answers(turns)
-            return Rendered(self._renderer.render(turns), [])
+                return self._renderer.render_answers(conversations)
+            return [Rendered(self._renderer.render(turns), []) for turns in conversations]
         except UserError as error:
-            raise UserError(f"{record.where}: {error}") from None
+            raise UserError(f"{where}: {error}") from None
 
     def _example(
         self,
@@ -108,11 +112,11 @@ class ConversationEncoder:
                     "fit; shorten it or raise template.max_tokens"
                 )
             turns, truncated = shorter, True
-            rendered = self._render(turns, record, with_answer)
+            (rendered,) = self._render([turns], record.where, with_answer)
             (encoding,) = encode_texts(self._tokenizer, [rendered.text])
         self._require_embeddings(ids, record.where)
         if not with_answer:
-            return Example(ids, [], 0, record, truncated)
+            return Example(ids, [], None, record, truncated)
         *earlier, (start, stop) = spans
         return Example(ids[:start], [ids[start:stop]], 0, record, truncated, earlier)
 
@@ -134,7 +138,7 @@ def messages_of(record: Record, field: str) -> Messages:
         if not isinstance(message, Mapping):
             raise UserError(f"{where}: message {number} is not an object with role and content")
         one = Record(message, f"{where}: message {number}")
-        if given := [key for key in _IGNORED if message.get(key) is not None]:
+        if given := [key for key in _UNSUPPORTED if message.get(key) is not None]:
             raise UserError(f"{one.where}: {given[0]!r} is not supported; leave it out")
         messages.append({key: one.text(key) for key in ("role", "content")})
     return messages

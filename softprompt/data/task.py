@@ -12,7 +12,7 @@ from typing import Any
 
 from softprompt.backbones.formats.tokenizer import encode_texts
 from softprompt.backbones.loading import Base
-from softprompt.data.chat import ChatRenderer
+from softprompt.data.chat import require_chat_template, turn_end
 from softprompt.data.conversations import ConversationEncoder, messages_of, question_of
 from softprompt.data.encoding import joined, record_batches
 from softprompt.data.examples import Dataset, Example, Examples
@@ -26,11 +26,13 @@ from softprompt.data.template import (
     compile_template,
     end_of_text,
     fill,
+    label_ids,
     label_of,
+    split_opening,
 )
 from softprompt.errors import UserError
 from softprompt.experiment.schema import GenerationSettings, TemplateSettings
-from softprompt.experiment.templates import filled_in, template_fields
+from softprompt.experiment.templates import template_fields
 from softprompt.runtime.progress import Progress, silent
 
 _log = logging.getLogger(__name__)
@@ -148,14 +150,8 @@ class Task:
         return {field: record.text(field) for field in template_fields(self.template.input)}
 
     def stopping(self, settings: GenerationSettings) -> GenerationSettings:
-        """Return the settings with the token that ends an answer of the chat template.
-
-        Many chat models end their turns with another token than their texts.
-        """
-        if not self.template.messages:
-            return settings
-        with contextlib.closing(ChatRenderer(self.base.tokenizer)) as renderer:
-            end = renderer.turn_end()
+        """Return the settings with the token that ends an answer, if it ends no text."""
+        end = turn_end(self.base.tokenizer) if self.template.messages else ""
         if end in ("", self.base.tokenizer.eos_token, *settings.stop):
             return settings
         return settings.model_copy(update={"stop": [*settings.stop, end]})
@@ -223,8 +219,9 @@ class Task:
     def _targets(self, records: Sequence[Record], with_answer: bool) -> list[list[list[int]]]:
         """Return the ids of the candidates of each record."""
         if self.verbalizer:
-            label_ids = self._label_ids(self.verbalizer, records[0].where)
-            targets = [label_ids] * len(records)
+            tokenizer, where = self.base.tokenizer, records[0].where
+            labels = label_ids(self.template, self.verbalizer, tokenizer, where)
+            targets = [labels] * len(records)
         elif with_answer:
             end = end_of_text(self.base.tokenizer)
             texts = [fill(self.template.target, record)[0] for record in records]
@@ -240,16 +237,6 @@ class Task:
                     f"{self.max_tokens} fit; shorten it or raise template.max_tokens"
                 )
         return targets
-
-    def _label_ids(self, verbalizer: Mapping[str, str], where: str) -> list[list[int]]:
-        """Return the ids of the text of each label."""
-        (field,) = template_fields(self.template.target)
-        texts = [filled_in(self.template.target, {field: v}) for v in verbalizer.values()]
-        encoded = encode_texts(self.base.tokenizer, texts)
-        for text, encoding in zip(texts, encoded, strict=True):
-            if not encoding.ids:
-                raise UserError(f"{where}: the target {text!r} has no tokens")
-        return [encoding.ids for encoding in encoded]
 
     def _inputs(
         self, records: Sequence[Record], reserved: Sequence[int]
@@ -338,20 +325,13 @@ def make_task(
         )
     virtual = virtual_tokens > 0
     if template.messages:  # the chat template writes everything but the virtual tokens
+        require_chat_template(base.tokenizer)
         pieces: list[Piece] = [None] if virtual else []
     else:
         pieces = compile_template(template, demonstrations, base.tokenizer, virtual=virtual)
-    constant = list(itertools.takewhile(lambda piece: _is_constant(piece, tasks), pieces))
-    while constant and isinstance(constant[-1], list):
-        constant.pop()  # special tokens at the end of the opening stay in the rows
-    opening: list[int] = []
-    for piece in constant:
-        if piece is None:
-            opening += [~i for i in range(virtual_tokens)]
-        elif isinstance(piece, str):
-            opening += base.tokenizer(piece.format(), add_special_tokens=False).input_ids
-        else:
-            opening += piece
+    opening, pieces = split_opening(
+        pieces, base.tokenizer, virtual_tokens, virtual_varies=bool(tasks)
+    )
     base.require_embeddings(opening, "template")
     taken = prefix_length + len(opening)
     available = context - taken
@@ -371,7 +351,7 @@ def make_task(
         tasks,
         task_field,
         opening,
-        pieces[len(constant) :],
+        pieces,
     )
 
 
@@ -426,10 +406,3 @@ def log_truncated(count: int, task: Task, split: str) -> None:
         else:
             where = "at the end of their longest field"
         _log.info(f"{split}: {count} truncated to {task.max_tokens} tokens, {where}")
-
-
-def _is_constant(piece: Piece, tasks: Sequence[str]) -> bool:
-    """Whether a piece is the same in every row."""
-    if piece is None:
-        return not tasks
-    return isinstance(piece, list) or not template_fields(piece)

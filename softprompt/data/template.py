@@ -5,12 +5,14 @@ A piece is text with fields to fill in, special tokens, or the place of the virt
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Mapping, Sequence
 from string import Formatter
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from softprompt.backbones.formats.tokenizer import encode_texts
 from softprompt.data.chat import ChatRenderer
 from softprompt.data.records import Record
 from softprompt.errors import UserError
@@ -77,6 +79,44 @@ def compile_template(
     return [piece for piece in pieces if piece not in ("", [])]
 
 
+def split_opening(
+    pieces: Sequence[Piece],
+    tokenizer: PreTrainedTokenizerFast,
+    virtual_tokens: int,
+    *,
+    virtual_varies: bool,
+) -> tuple[list[int], list[Piece]]:
+    """Split an input after the pieces that are the same in every row.
+
+    Args:
+      pieces: as returned by `compile_template`.
+      tokenizer: the base model's.
+      virtual_tokens: number of virtual tokens.
+      virtual_varies: whether they depend on the record.
+
+    Returns:
+      The ids of the opening, and the pieces of a row.
+    """
+
+    def is_constant(piece: Piece) -> bool:
+        if piece is None:
+            return not virtual_varies
+        return isinstance(piece, list) or not template_fields(piece)
+
+    constant = list(itertools.takewhile(is_constant, pieces))
+    while constant and isinstance(constant[-1], list):
+        constant.pop()  # special tokens at the end of the opening stay in the rows
+    opening: list[int] = []
+    for piece in constant:
+        if piece is None:
+            opening += [~i for i in range(virtual_tokens)]
+        elif isinstance(piece, str):
+            opening += tokenizer(piece.format(), add_special_tokens=False).input_ids
+        else:
+            opening += piece
+    return opening, list(pieces[len(constant) :])
+
+
 def fill(template: str, record: Record) -> Filled:
     """Fill in the fields of a template."""
     text = ""
@@ -137,6 +177,31 @@ def label_of(template: TemplateSettings, verbalizer: Mapping[str, str], record: 
     return label
 
 
+def label_texts(template: TemplateSettings, verbalizer: Mapping[str, str]) -> dict[str, str]:
+    """Return the target of each label."""
+    (field,) = template_fields(template.target)
+    return {label: filled_in(template.target, {field: t}) for label, t in verbalizer.items()}
+
+
+def label_ids(
+    template: TemplateSettings,
+    verbalizer: Mapping[str, str],
+    tokenizer: PreTrainedTokenizerFast,
+    where: str,
+) -> list[list[int]]:
+    """Return the ids of the target of each label.
+
+    Raises:
+      UserError: beginning with `where`, if a target has no tokens.
+    """
+    texts = list(label_texts(template, verbalizer).values())
+    encoded = encode_texts(tokenizer, texts)
+    for text, encoding in zip(texts, encoded, strict=True):
+        if not encoding.ids:
+            raise UserError(f"{where}: the target {text!r} has no tokens")
+    return [encoding.ids for encoding in encoded]
+
+
 def draw_demonstrations(
     template: TemplateSettings,
     verbalizer: Mapping[str, str] | None,
@@ -161,9 +226,7 @@ def _demonstrate(
     text = fill("".join(template_pieces(template.input)), record)[0]
     if not verbalizer:
         return text, fill(template.target, record)[0]
-    (field,) = template_fields(template.target)
-    label = label_of(template, verbalizer, record)
-    return text, filled_in(template.target, {field: verbalizer[label]})
+    return text, label_texts(template, verbalizer)[label_of(template, verbalizer, record)]
 
 
 def _apply_chat_template(

@@ -100,7 +100,8 @@ class TemplateSettings(Section):
         """Set the input and the target that `messages` and `text` replace."""
         if not isinstance(tree, dict):
             return tree
-        formats = [name for name in ("input", "messages", "text") if tree.get(name) is not None]
+        tree = {key: value for key, value in tree.items() if value is not None}
+        formats = [name for name in ("input", "messages", "text") if name in tree]
         if not formats:
             return {"target": "{completion}", **tree}
         kind = formats[-1]
@@ -108,7 +109,9 @@ class TemplateSettings(Section):
             return tree
         replaced = {"input", "target", "chat", "messages"} & {*tree} - {kind}
         if given := [name for name in sorted(replaced) if tree[name]]:
-            raise ValueError(f"{kind} cannot be used with {given[0]}")
+            raise ValueError(
+                f"{kind} cannot be used with {given[0]}; leave it out, or set it to null"
+            )
         field = written_field(tree[kind])
         return {**tree, "input": field, "target": field}
 

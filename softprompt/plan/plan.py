@@ -162,10 +162,15 @@ def _rows(experiment: Experiment, arch: Any, tokens: int | None, targets: int | 
             f"{setting} {tokens}: the context window of {experiment.base} has "
             f"{arch.context_length} tokens"
         )
-    free = experiment.verbalizer is None
     if targets is not None and targets > tokens:
         raise UserError(f"{targets} targets do not fit in a row of {tokens} tokens")
-    targets = targets or (experiment.generation.max_new_tokens if free else _LABEL_TARGETS)
+    if experiment.verbalizer is not None:
+        usual = _LABEL_TARGETS
+    elif experiment.template.messages or experiment.template.text:
+        usual = tokens  # at most
+    else:
+        usual = experiment.generation.max_new_tokens
+    targets = targets or usual
     rows = experiment.training.batch_size * experiment.training.accumulate
     return BatchShape(rows, tokens, min(targets, tokens))
 

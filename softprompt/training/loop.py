@@ -25,6 +25,7 @@ from softprompt.runtime.signals import StopSignals
 from softprompt.storage.run_folder import open_run, read_summary
 from softprompt.training.forecast import Forecast
 from softprompt.training.preparation import Preparation
+from softprompt.training.reporting import log_data
 from softprompt.training.session import Session
 from softprompt.training.step import train_step
 
@@ -69,6 +70,8 @@ def train(
             _log.info(f"{folder}: this run is finished; choose another folder to train again")
             return summary
         prepared = Preparation(progress).prepare(experiment, records)
+        if is_main():
+            log_data(prepared)
         agreement = Agreement() if jax.process_count() > 1 else None
         with (
             StopSignals(agreement) as stop,

@@ -75,22 +75,9 @@ class Preparation:
           UserError: if the experiment, its data or its base model is invalid.
         """
         began = time.monotonic()
-        mesh = mesh_of(experiment, self._trial_devices)
-        splits = self._splits.read(experiment, records or {})
-        base = self._base(experiment, mesh)
-        texts = experiment.template, experiment.verbalizer
-        shown = draw_demonstrations(*texts, splits["train"], experiment.shots, experiment.seed)
-        kind = method_class(experiment.method)
-        virtual, before = kind.virtual_tokens(experiment)
-        task = make_task(
-            base,
-            *texts,
-            shown,
-            virtual_tokens=virtual,
-            prefix_length=before,
-            tasks=kind.tasks(experiment),
-            task_field=experiment.prompt.task_field,
-        )
+        task, splits = self.task(experiment, records)
+        base, kind = task.base, method_class(experiment.method)
+        _, before = kind.virtual_tokens(experiment)
         examples = {split: self._examples_of(task, part, split) for split, part in splits.items()}
         if not task.labels and not task.template.text and experiment.evaluation.samples:
             task.for_generation(experiment.generation.max_new_tokens, before + len(task.opening))
@@ -98,6 +85,38 @@ class Preparation:
         require_memory(experiment, base, task.opening, trained)
         method = kind.build(experiment, base, task.opening, trained)
         return Prepared(base, task, examples, method, time.monotonic() - began)
+
+    def task(
+        self, experiment: Experiment, records: Mapping[str, Rows] | None = None
+    ) -> tuple[Task, Mapping[str, Sequence[Record]]]:
+        """Read the data of an experiment, load its base model, and compile its template.
+
+        Args:
+          experiment, records: see `prepare`.
+
+        Returns:
+          The task, and the records of each split.
+
+        Raises:
+          UserError: see `prepare`.
+        """
+        mesh = mesh_of(experiment, self._trial_devices)
+        splits = self._splits.read(experiment, records or {})
+        base = self._base(experiment, mesh)
+        texts = experiment.template, experiment.verbalizer
+        solved = draw_demonstrations(*texts, splits["train"], experiment.shots, experiment.seed)
+        kind = method_class(experiment.method)
+        virtual, before = kind.virtual_tokens(experiment)
+        task = make_task(
+            base,
+            *texts,
+            solved,
+            virtual_tokens=virtual,
+            prefix_length=before,
+            tasks=kind.tasks(experiment),
+            task_field=experiment.prompt.task_field,
+        )
+        return task, splits
 
     def _base(self, experiment: Experiment, mesh: Mesh | None) -> Base:
         wanted = experiment.model_dump_json(include={"base", "compute"})
@@ -119,7 +138,8 @@ class Preparation:
     def _examples_of(self, task: Task, records: Sequence[Record], split: str) -> Dataset:
         """Encode the examples of a split, or reuse the examples of the last experiment."""
         # The opening is not part of an example. It only limits the length of the input.
-        key = dataclasses.replace(task, opening=(), max_tokens=0, virtual_tokens=0)
+        most = task.max_tokens if task.template.text else 0  # it divides plain text
+        key = dataclasses.replace(task, opening=(), max_tokens=most, virtual_tokens=0)
         prompt_in_rows = any(piece is None for piece in task.pieces)
         if split in self._examples and not prompt_in_rows:
             last_key, source, examples = self._examples[split]

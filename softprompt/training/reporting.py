@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from softprompt.data.mistakes import data_mistakes, template_mistakes
+from softprompt.data.showing import LEGEND, counts_of, shown_example
 from softprompt.evaluation.evaluate import EvaluationResult
 from softprompt.experiment.schema import Experiment
 from softprompt.parallel.hosts import is_main
@@ -18,9 +20,12 @@ from softprompt.storage.run_folder import (
     write_summary,
 )
 from softprompt.training.curves import draw_curves
+from softprompt.training.preparation import Prepared
 from softprompt.training.state import RunState, TrainState
 
 _log = logging.getLogger(__name__)
+
+_LONGEST_EXAMPLE = 2000  # characters that are logged
 
 
 class Reporter:
@@ -146,6 +151,21 @@ class Reporter:
         """Flush and close the metrics."""
         if self._metrics:
             self._metrics.close()
+
+
+def log_data(prepared: Prepared) -> None:
+    """Log one training example as the model reads it, and warn of likely mistakes."""
+    task, training = prepared.task, prepared.examples["train"]
+    example = training[0]
+    text = shown_example(task, example)
+    if len(text) > _LONGEST_EXAMPLE:
+        half = _LONGEST_EXAMPLE // 2
+        text = f"{text[:half]} … {text[-half:]}"
+    lines = text.replace("\n", "\n  ")
+    counts = counts_of(task, example)
+    _log.info(f"example {example.record.where} ({counts}; {LEGEND}):\n  {lines}")
+    for mistake in (*template_mistakes(task, training), *data_mistakes(task, training)):
+        _log.warning(f"likely mistake: {mistake}")
 
 
 def log_message(name: str, text: str) -> None:

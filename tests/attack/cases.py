@@ -306,6 +306,7 @@ _WORDS = [
 ]
 _COMMANDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "train": (("letters.yaml", *_SHORT, "--run-dir", "out/run"), ("--run-dir",)),
+    "show": (("letters.yaml", *_SHORT), ("--split", "--number")),
     "eval": (
         ("runs/labels",),
         (
