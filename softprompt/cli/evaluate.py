@@ -94,6 +94,7 @@ def _load_experiment(config: Path, options: argparse.Namespace) -> "Experiment":
 
 
 def _evaluate_one(options: argparse.Namespace, experiment: "Experiment", data: str) -> None:
+    from softprompt.data.preferences import preference_examples
     from softprompt.data.records import read_records
     from softprompt.data.task import make_examples
     from softprompt.evaluation.evaluate import evaluate
@@ -107,7 +108,9 @@ def _evaluate_one(options: argparse.Namespace, experiment: "Experiment", data: s
         require_output(options.output)
     mesh = requested_mesh(options)
     prompt = with_scoring(load_prompt(options.runs[0], options.base, mesh=mesh), options)
-    examples = make_examples(prompt.task, read_records(data), options.split, Bar)
+    pairs = experiment.objective.name == "preference"
+    encode = preference_examples if pairs else make_examples
+    examples = encode(prompt.task, read_records(data), options.split, Bar)
     needs_predictions = options.output or set(experiment.evaluation.metrics) - {*MODEL_METRICS}
     measured = evaluate(
         prompt.backbone,

@@ -14,6 +14,7 @@ from softprompt.experiment.method_settings import (
 )
 from softprompt.experiment.methods import METHODS, method_class, require_method
 from softprompt.experiment.metric_names import LABEL_METRICS, MODEL_METRICS
+from softprompt.experiment.objective_settings import ObjectiveSettings
 from softprompt.experiment.sections import (
     CheckpointSettings,
     DataSettings,
@@ -92,6 +93,7 @@ class Experiment(Section):
     prefix: PrefixSettings = PrefixSettings()
     dept: DePTSettings = DePTSettings()
     lora: LoRASettings = LoRASettings()
+    objective: ObjectiveSettings = ObjectiveSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     training: TrainingSettings
     evaluation: EvaluationSettings = EvaluationSettings()
@@ -137,6 +139,8 @@ class Experiment(Section):
             raise ValueError("verbalizer: two labels have the same text")
         if self.scoring.calibrate and self.prompt.tasks:
             raise ValueError("scoring.calibrate cannot be used with prompt.tasks")
+        if self.objective.name == "preference":
+            self._check_preference()
         method_class(self.method).check(self)
         return self
 
@@ -156,6 +160,20 @@ class Experiment(Section):
         """Return this experiment with another metric that decides."""
         evaluation = self.evaluation.model_copy(update={"metric": metric})
         return self.model_copy(update={"evaluation": evaluation})
+
+    def _check_preference(self) -> None:
+        if self.verbalizer is not None:
+            raise ValueError("objective: preference learns from free text, without a verbalizer")
+        if "chosen" not in template_fields(self.template.target):
+            raise ValueError(
+                "template.target: objective preference reads the answers from the fields chosen "
+                'and rejected; write target: "{chosen}"'
+            )
+        if not method_class(self.method).keeps_backbone:
+            raise ValueError(
+                f"objective: preference compares with the base model, which method {self.method} "
+                "changes; choose another method, such as lora"
+            )
 
     def _check_free_text(self) -> None:
         evaluation = self.evaluation

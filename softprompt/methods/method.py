@@ -83,6 +83,8 @@ class Method(nnx.Module):
         tokens are in the opening. Rows with different prompts can then share a batch.
       adapter_holds_opening: whether a `peft` adapter of the method includes the opening. If not,
         every input of the adapter must start with the text of the opening.
+      keeps_backbone: whether the frozen backbone stays as it is, so that an objective can compare
+        with it.
       span: `[1, 2]`, start and end of the part of the opening that is not padding, see `padded`.
         None if there is no padding.
     """
@@ -94,6 +96,7 @@ class Method(nnx.Module):
     trainable: ClassVar[Any] = False
     is_pure_prefix: ClassVar[bool] = False
     adapter_holds_opening: ClassVar[bool] = True
+    keeps_backbone: ClassVar[bool] = True
 
     def __init__(self, opening: jax.Array | Sequence[int] = ()):
         if isinstance(opening, jax.Array):

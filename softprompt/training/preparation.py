@@ -4,14 +4,16 @@ import dataclasses
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 from softprompt.backbones.loading import Base, load_base
 from softprompt.data.examples import Dataset
+from softprompt.data.preferences import Preferences, preference_examples
 from softprompt.data.records import Record, Rows, read_records
 from softprompt.data.task import Task, make_examples, make_task
 from softprompt.data.template import draw_demonstrations
@@ -65,7 +67,7 @@ class Preparation:
         self._progress, self._trial_devices = progress, trial_devices
         self._bases: dict[str, Base] = {}
         self._records: dict[str, Sequence[Record]] = {}
-        self._examples: dict[str, tuple[Task, Sequence[Record], Dataset]] = {}
+        self._examples: dict[str, tuple[Any, Sequence[Record], Dataset]] = {}
 
     def prepare(
         self, experiment: Experiment, records: Mapping[str, Rows] | None = None
@@ -84,7 +86,9 @@ class Preparation:
         splits = self._read_splits(experiment, records or {})
         base = self._base(experiment, mesh)
         texts = experiment.template, experiment.verbalizer
-        shown = draw_demonstrations(*texts, splits["train"], experiment.shots, experiment.seed)
+        pairs = experiment.objective.name == "preference"
+        drawn_from = Preferences(splits["train"]) if pairs else splits["train"]
+        shown = draw_demonstrations(*texts, drawn_from, experiment.shots, experiment.seed)
         kind = method_class(experiment.method)
         virtual, before = kind.virtual_tokens(experiment)
         task = make_task(
@@ -96,7 +100,15 @@ class Preparation:
             tasks=kind.tasks(experiment),
             task_field=experiment.prompt.task_field,
         )
-        examples = {split: self._examples_of(task, part, split) for split, part in splits.items()}
+        if pairs and None in task.pieces:
+            raise UserError(
+                "objective: preference compares with the base model without virtual tokens, so "
+                "all of them must come before the first field of template.input"
+            )
+        encode = preference_examples if pairs else make_examples
+        examples = {
+            split: self._examples_of(task, part, split, encode) for split, part in splits.items()
+        }
         if not task.labels and experiment.evaluation.samples:
             task.for_generation(experiment.generation.max_new_tokens, before + len(task.opening))
         trained = [_vectors_of(path, base) for path in kind.initial_prompts(experiment)]
@@ -137,16 +149,18 @@ class Preparation:
             self._bases[wanted] = base
         return self._bases[wanted]
 
-    def _examples_of(self, task: Task, records: Sequence[Record], split: str) -> Dataset:
+    def _examples_of(
+        self, task: Task, records: Sequence[Record], split: str, encode: Callable[..., Dataset]
+    ) -> Dataset:
         """Encode the examples of a split, or reuse the examples of the last experiment."""
         # The opening is not part of an example. It only limits the length of the input.
-        key = dataclasses.replace(task, opening=(), max_tokens=0, virtual_tokens=0)
+        key = dataclasses.replace(task, opening=(), max_tokens=0, virtual_tokens=0), encode
         prompt_in_rows = any(piece is None for piece in task.pieces)
         if split in self._examples and not prompt_in_rows:
             last_key, source, examples = self._examples[split]
             if last_key == key and source is records and _fit(examples, task):
                 return examples
-        examples = make_examples(task, records, split, self._progress)
+        examples = encode(task, records, split, self._progress)
         self._examples[split] = key, records, examples
         return examples
 

@@ -21,6 +21,7 @@ from softprompt.backbones.batch import Batch
 from softprompt.backbones.loading import Backbone
 from softprompt.data.batches import TrainingBatches
 from softprompt.data.examples import Example, data_digest, same_data
+from softprompt.data.weights import example_weights
 from softprompt.errors import FolderError, Stopped, UserError
 from softprompt.evaluation.evaluate import EvaluationResult, evaluate
 from softprompt.evaluation.scoring import prepare_model
@@ -90,10 +91,13 @@ class Session:
                 f"{experiment.data.train}: {len(self.examples['train'])} examples do not fill a "
                 f"batch of {self.rows}; set a smaller training.batch_size"
             )
+        weights = experiment.objective.weights
         self.batches = TrainingBatches(
             self.examples["train"],
             self.rows,
             experiment.seed,
+            weights=example_weights(self.examples["train"], weights) if weights else None,
+            all_candidates=experiment.objective.name == "preference",
             separate_targets=self.base.backbone.separate_targets,
             passes=experiment.training.accumulate,
             mesh=self.base.backbone.mesh,
