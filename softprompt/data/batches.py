@@ -107,7 +107,7 @@ class TrainingBatches:
 
     def largest(self) -> Batch:
         """Return an empty batch of the largest shape."""
-        weights = None if self._weights is None else []
+        weights: list[np.ndarray] | None = None if self._weights is None else []
         return self._layout.lay_out([], self._shapes[0], weights=weights)
 
     def _example(self, number: int) -> Example:

@@ -21,7 +21,7 @@ from softprompt.backbones.head import log_probability
 from softprompt.backbones.loading import Backbone
 from softprompt.experiment.objective_settings import PreferenceLoss
 from softprompt.objectives.divergence import kl_divergence
-from softprompt.objectives.model import Model
+from softprompt.objectives.model import Model, summed
 
 
 def dpo_loss(chosen: jax.Array, rejected: jax.Array, beta: float) -> jax.Array:
@@ -81,16 +81,27 @@ class Preference:
     def __call__(
         self, model: Model, batch: Batch, key: jax.Array
     ) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
-        """Compute the loss of a batch's pairs.
+        """Return the sum over pairs, the number of pairs, and the sums of the metrics.
 
         Args:
           model: the method on its backbone. The backbone alone is the reference.
           batch: rows with targets `[G, M]`.
           key: the random key of this pass, for dropout.
+        """
+        return summed(*self.of_rows(model, batch, key))
+
+    def of_rows(
+        self, model: Model, batch: Batch, key: jax.Array | None
+    ) -> tuple[dict[str, jax.Array], jax.Array]:
+        """Compute the loss and the metrics of each pair.
+
+        Args:
+          model, batch, key: as above. Without a key there is no dropout.
 
         Returns:
-          The sum over pairs and the number of pairs, both scalars `[]`, and sums over pairs:
+          Values `[B]` by name, and the weight of each row `[B]`, 1 for a pair and 0 for padding:
 
+          - `loss`.
           - `reward_margin`: β times the difference that the loss looks at.
           - `preference_accuracy`: 1 if the margin is positive.
           - `kl`: KL(π ‖ π_ref) of the next token, exact over the vocabulary, as a mean over the
@@ -99,30 +110,30 @@ class Preference:
         ratios, divergences = log_ratios(model, batch, key, self.opening)  # [G, M]
         rows, candidates = batch.target_rows, batch.target_rows.to_rows(batch.target_candidates + 1)
         member = candidates[..., None] == jnp.array([1, 2])  # [B, M, 2]
-        lengths = jnp.sum(member, axis=1)  # [B, 2]
-        is_pair = lengths[:, 0] > 0
+        lengths = jnp.maximum(jnp.sum(member, axis=1), 1)  # [B, 2]
         scores = jnp.sum(rows.to_rows(ratios)[..., None], axis=1, where=member)  # [B, 2]
         divergence = jnp.sum(rows.to_rows(divergences), axis=1, where=candidates > 0)
-        divergence = divergence / jnp.maximum(lengths.sum(axis=1), 1)
 
         function, by_length = _LOSSES[self.loss]
         if by_length:
-            scores = scores / jnp.maximum(lengths, 1)
-        losses = function(scores[:, 0], scores[:, 1], self.beta)
+            scores = scores / lengths
         margins = self.beta * (scores[:, 0] - scores[:, 1])
-        metrics = {"reward_margin": margins, "preference_accuracy": margins > 0, "kl": divergence}
-        sums = {name: jnp.sum(values, where=is_pair) for name, values in metrics.items()}
-        metrics = jax.tree.map(lambda x: x.astype(jnp.float32), sums)
-        return jnp.sum(losses, where=is_pair), jnp.sum(is_pair, dtype=jnp.float32), metrics
+        values = {
+            "loss": function(scores[:, 0], scores[:, 1], self.beta),
+            "reward_margin": margins,
+            "preference_accuracy": (margins > 0).astype(jnp.float32),
+            "kl": divergence / lengths.sum(axis=1),
+        }
+        return values, (candidates[:, 0] > 0).astype(jnp.float32)
 
 
 def log_ratios(
-    model: Model, batch: Batch, key: jax.Array, opening: Sequence[int]
+    model: Model, batch: Batch, key: jax.Array | None, opening: Sequence[int]
 ) -> tuple[jax.Array, jax.Array]:
     """Compare a model with the reference at the targets of a batch.
 
     Args:
-      model, batch, key: see `Preference`.
+      model, batch, key: see `Preference.of_rows`.
       opening: the ids of the text that every row begins with.
 
     Returns:
