@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from softprompt.experiment.objective_settings import ObjectiveSettings
 from softprompt.objectives.cross_entropy import CrossEntropy
+from softprompt.objectives.distillation import Distillation
 from softprompt.objectives.model import Objective
 from softprompt.objectives.preference import Preference
 
@@ -19,4 +20,6 @@ def objective_of(settings: ObjectiveSettings, opening: Sequence[int]) -> Objecti
         assert settings.beta is not None  # the section fills it in
         text = tuple(int(token) for token in opening if token >= 0)
         return Preference(settings.loss, settings.beta, text)
+    if settings.name == "distill":
+        return Distillation(settings.temperature)
     return CrossEntropy(settings.label_smoothing)

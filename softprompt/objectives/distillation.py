@@ -8,15 +8,40 @@ V vocabulary.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from softprompt.backbones.batch import Batch, values_from_logits
+from softprompt.backbones.loading import Backbone, Prefix
 from softprompt.objectives.divergence import kl_divergence
 from softprompt.objectives.model import Model, summed
+
+_MOST_TOKENS = 1024  # that are read together
+
+
+def read(backbone: Backbone, tokens: Sequence[int]) -> Prefix:
+    """Return the prefix that has the same effect as tokens before every row.
+
+    Args:
+      backbone: the frozen backbone.
+      tokens: ids, at least one. Many are read in parts, so that attention needs little memory.
+    """
+    prefix = None
+    for start in range(0, len(tokens), _MOST_TOKENS):
+        part = np.array(tokens[start : start + _MOST_TOKENS], np.int32)
+        prefix = _read(backbone, part, prefix)
+    assert prefix is not None
+    return prefix
+
+
+@jax.jit
+def _read(backbone: Backbone, tokens: jax.Array, prefix: Prefix | None) -> Prefix:
+    return backbone.prefill(backbone.embedding(tokens), prefix)
 
 
 def distillation_loss(logits: jax.Array, teacher: jax.Array, temperature: float) -> jax.Array:

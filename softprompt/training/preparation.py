@@ -16,6 +16,7 @@ from softprompt.data.examples import Dataset
 from softprompt.data.preferences import Preferences, preference_examples
 from softprompt.data.records import Record, Rows, read_records
 from softprompt.data.task import Task, make_examples, make_task
+from softprompt.data.teacher import teacher_opening
 from softprompt.data.template import draw_demonstrations
 from softprompt.errors import UserError
 from softprompt.experiment.methods import method_class
@@ -23,7 +24,8 @@ from softprompt.experiment.reading import SPLIT_ADVICE
 from softprompt.experiment.schema import Experiment
 from softprompt.files.reading import missing_file
 from softprompt.inference.prompt import load_prompt
-from softprompt.methods.method import Method
+from softprompt.methods.method import Constant, Method
+from softprompt.objectives.distillation import read
 from softprompt.parallel.mesh import make_mesh
 from softprompt.parallel.sharding import require_rows
 from softprompt.runtime.progress import Progress, silent
@@ -105,6 +107,14 @@ class Preparation:
                 "objective: preference compares with the base model without virtual tokens, so "
                 "all of them must come before the first field of template.input"
             )
+        teacher = None
+        if settings := experiment.objective.teacher:
+            read_first = teacher_opening(
+                settings, base, *texts, splits["train"], experiment.seed, task
+            )
+            available = base.backbone.arch.context_length - len(read_first)
+            task = dataclasses.replace(task, max_tokens=min(task.max_tokens, available))
+            teacher = Constant(read(base.backbone, read_first))
         encode = preference_examples if pairs else make_examples
         examples = {
             split: self._examples_of(task, part, split, encode) for split, part in splits.items()
@@ -114,6 +124,8 @@ class Preparation:
         trained = [_vectors_of(path, base) for path in kind.initial_prompts(experiment)]
         require_memory(experiment, base, task.opening, trained)
         method = kind.build(experiment, base, task.opening, trained)
+        if teacher is not None:
+            method.teacher = teacher
         return Prepared(base, task, examples, method, time.monotonic() - began)
 
     def _read_splits(
