@@ -331,7 +331,6 @@ def test_the_gradient_of_distillation_matches_that_of_plain_logits(variant, monk
     ids=["cross_entropy", "preference", "distill"],
 )
 def test_accumulated_passes_and_finite_differences_agree_with_the_gradient(tiny, objective):
-    """The passes have different numbers of targets and different padding."""
     backbone = tiny.backbone
     method, _ = with_teacher(prompt_on(backbone), backbone)
     before = np.asarray(method.vectors[...])
