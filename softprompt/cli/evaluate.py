@@ -98,10 +98,12 @@ def _evaluate_one(options: argparse.Namespace, experiment: "Experiment", data: s
     from softprompt.data.records import read_records
     from softprompt.data.task import make_examples
     from softprompt.evaluation.evaluate import evaluate
+    from softprompt.evaluation.objective import measure_objective
     from softprompt.evaluation.predictions import require_output
     from softprompt.experiment.metric_names import MODEL_METRICS
     from softprompt.files.writing import write_errors
     from softprompt.inference.prompt import load_prompt
+    from softprompt.objectives.choice import objective_of
     from softprompt.storage.run_folder import write_predictions
 
     if options.output:
@@ -122,7 +124,18 @@ def _evaluate_one(options: argparse.Namespace, experiment: "Experiment", data: s
         max_generated=None if needs_predictions else 0,
         progress=Bar,
     )
-    _print_result({"split": options.split, "examples": len(examples)}, measured.scores)
+    scores = dict(measured.scores)
+    if pairs:
+        scores |= measure_objective(
+            objective_of(experiment.objective, prompt.task.opening),
+            prompt.method,
+            prompt.base.backbone,
+            examples,
+            options.batch_size,
+            f"{options.split}: preference",
+            Bar,
+        )
+    _print_result({"split": options.split, "examples": len(examples)}, scores)
     if options.output:
         with write_errors(options.output):
             write_predictions(options.output, measured.samples)

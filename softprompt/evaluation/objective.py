@@ -5,6 +5,7 @@ Axis letters: N examples, B rows of a batch.
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,7 +23,7 @@ from softprompt.runtime.progress import Progress, silent
 
 
 def measure_objective(
-    objective: RowObjective,
+    objective: Any,
     method: Method,
     backbone: Backbone,
     examples: Sequence[Example],
@@ -33,7 +34,7 @@ def measure_objective(
     """Return the loss of an objective, as `objective_loss`, and its metrics.
 
     Args:
-      objective: the objective.
+      objective: a `RowObjective`.
       method: the method.
       backbone: the frozen backbone of the base model.
       examples: N examples, encoded as for training.
