@@ -23,7 +23,8 @@ from softprompt.sweep.space import HalvingSettings, SweepSettings
 _DEFAULTS = {
     "name": "the file's name",
     "optimizer.learning_rate": "set by the method",
-    "evaluation.metric": "`accuracy` or `loss`",
+    "evaluation.metric": "set by verbalizer and objective",
+    "objective.beta": "set by `loss`",
 }
 _TYPES = {"method": ", ".join(f"`{name}`" for name in METHODS)}
 

@@ -5,12 +5,13 @@ M targets of a pack, D hidden.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from softprompt.backbones.head import log_probabilities
+from softprompt.backbones.head import from_logits, log_probabilities
 from softprompt.backbones.packing import Packing
 
 Array = Any  # a NumPy array on the host, a JAX array in a compiled function, or None
@@ -46,6 +47,7 @@ class Batch:
         `positions` is.
       row_length: T, at least the length of the longest row.
       row_targets: at least the number of targets of every row.
+      weights: `[G, R]`, how much each row counts in training; None if all count the same.
     """
 
     tokens: Array
@@ -58,6 +60,7 @@ class Batch:
     segments: Array
     row_length: int = dataclasses.field(metadata={"static": True})
     row_targets: int = dataclasses.field(metadata={"static": True})
+    weights: Array = None
 
     STATIC: ClassVar = ("row_length", "row_targets")
 
@@ -93,5 +96,38 @@ def target_log_probabilities(backbone, prefix, batch: Batch) -> jax.Array:
       `[G, M]` float32, with arbitrary values at padding.
     """
     hidden = backbone.target_states(batch, prefix)  # [G, M, D]
-    count = jnp.max(jnp.sum(batch.target_lengths, axis=1))
-    return log_probabilities(backbone.output_head, hidden, batch.targets, count)
+    return log_probabilities(backbone.output_head, hidden, batch.targets, most_targets(batch))
+
+
+def values_from_logits(
+    function: Callable[..., tuple[jax.Array, Any]],
+    backbone,
+    prefix,
+    batch: Batch,
+    *arrays: jax.Array,
+    shared: Any = None,
+) -> tuple[jax.Array, Any]:
+    """Return what a function computes from the logits of targets, a chunk of them at a time.
+
+    Args:
+      function, arrays, shared: see `head.from_logits`. The arrays are `[G, M, ...]`.
+      backbone: a `Backbone`.
+      prefix: a prefix of the backbone, or None.
+      batch: rows with M target positions in each pack.
+
+    Returns:
+      The values `[G, M]` and a pytree of arrays `[G, M, ...]`, all arbitrary at padding.
+    """
+    hidden, count = backbone.target_states(batch, prefix), most_targets(batch)
+    return from_logits(function, backbone.output_head, hidden, count, *arrays, shared=shared)
+
+
+def most_targets(batch: Batch) -> jax.Array:
+    """Return the largest number of targets of a pack, a scalar."""
+    return jnp.max(jnp.sum(batch.target_lengths, axis=1))
+
+
+def for_each_target(batch: Batch, values: jax.Array) -> jax.Array:
+    """Copy values of rows `[G, R]` to their targets `[G, M]`. Padding becomes zero."""
+    rows = jnp.broadcast_to(values.reshape(-1, 1), (values.size, batch.row_targets))
+    return batch.target_rows.from_rows(rows)

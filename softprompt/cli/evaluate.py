@@ -94,21 +94,25 @@ def _load_experiment(config: Path, options: argparse.Namespace) -> "Experiment":
 
 
 def _evaluate_one(options: argparse.Namespace, experiment: "Experiment") -> None:
+    from softprompt.data.preferences import preference_examples
     from softprompt.data.splits import read_split
     from softprompt.data.task import make_examples
     from softprompt.evaluation.evaluate import evaluate
+    from softprompt.evaluation.objective import measure_objective
     from softprompt.evaluation.predictions import require_output
     from softprompt.experiment.metric_names import MODEL_METRICS
     from softprompt.files.writing import write_errors
     from softprompt.inference.prompt import load_prompt
+    from softprompt.objectives.choice import objective_of
     from softprompt.storage.run_folder import write_predictions
 
     if options.output:
         require_output(options.output)
     mesh = requested_mesh(options)
     prompt = with_scoring(load_prompt(options.runs[0], options.base, mesh=mesh), options)
-    records = read_split(experiment, options.split)
-    examples = make_examples(prompt.task, records, options.split, Bar)
+    pairs = experiment.objective.name == "preference"
+    encode = preference_examples if pairs else make_examples
+    examples = encode(prompt.task, read_split(experiment, options.split), options.split, Bar)
     needs_predictions = options.output or set(experiment.evaluation.metrics) - {*MODEL_METRICS}
     measured = evaluate(
         prompt.backbone,
@@ -120,7 +124,18 @@ def _evaluate_one(options: argparse.Namespace, experiment: "Experiment") -> None
         max_generated=None if needs_predictions else 0,
         progress=Bar,
     )
-    _print_result({"split": options.split, "examples": len(examples)}, measured.scores)
+    scores = dict(measured.scores)
+    if pairs:
+        scores |= measure_objective(
+            objective_of(experiment.objective, prompt.task.opening),
+            prompt.method,
+            prompt.base.backbone,
+            examples,
+            options.batch_size,
+            f"{options.split}: preference",
+            Bar,
+        )
+    _print_result({"split": options.split, "examples": len(examples)}, scores)
     if options.output:
         with write_errors(options.output):
             write_predictions(options.output, measured.samples)

@@ -43,6 +43,8 @@ class TrainingBatches:
         `batch_size`.
       mesh: the devices that divide the rows, or None. In a run of several processes, each one
         fills in only the packs that its devices hold; see `hosts.divide_rows`.
+      weights: `[N]`, how much each example counts, see `Batch.weights`; None if all count the same.
+      all_candidates: whether to keep all candidates of an example, and not only the right one.
 
     Raises:
       ValueError: if there are fewer examples than `batch_size`, or if passes times devices do
@@ -68,6 +70,8 @@ class TrainingBatches:
         separate_targets: bool = False,
         passes: int = 1,
         mesh: Mesh | None = None,
+        weights: np.ndarray | None = None,
+        all_candidates: bool = False,
     ):
         import grain  # takes a tenth of a second, and only training needs it
 
@@ -84,7 +88,9 @@ class TrainingBatches:
             )
         self._filled = None if mesh is None else set(rows_here(self._packs, mesh))
         self._examples = Examples.of(examples)
-        lengths = self._examples.lengths.answer_only()
+        self._weights, self._all_candidates = weights, all_candidates
+        lengths = self._examples.lengths
+        lengths = lengths if all_candidates else lengths.answer_only()
         self._layout = Layout.of(lengths, separate_targets)
         self._row_lengths = self._layout.row_lengths(lengths)
         self._target_lengths = lengths.targets
@@ -108,12 +114,19 @@ class TrainingBatches:
         epoch, number = divmod(number, self._per_epoch)
         window, place = divmod(number, self._per_window)
         length_class, packs = self._window(epoch, window)[place]
-        examples = [[self._examples[int(i)].answer_only() for i in pack] for pack in packs]
-        return self._layout.lay_out(examples, self._shape(length_class, packs), self._filled)
+        examples = [[self._example(int(i)) for i in pack] for pack in packs]
+        shape = self._shape(length_class, packs)
+        weights = None if self._weights is None else [self._weights[pack] for pack in packs]
+        return self._layout.lay_out(examples, shape, self._filled, weights)
 
     def largest(self) -> Batch:
         """Return an empty batch of the largest shape."""
-        return self._layout.lay_out([], self._shapes[0])
+        weights: list[np.ndarray] | None = None if self._weights is None else []
+        return self._layout.lay_out([], self._shapes[0], weights=weights)
+
+    def _example(self, number: int) -> Example:
+        example = self._examples[number]
+        return example if self._all_candidates else example.answer_only()
 
     def iterate(self) -> "grain.DatasetIterator[Batch]":
         """Return a Grain iterator. Its `get_state` and `set_state` save and set the position."""

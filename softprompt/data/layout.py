@@ -60,6 +60,7 @@ class Layout:
         packs: Sequence[Sequence[Example]],
         shape: PackedShape,
         filled: Container[int] | None = None,
+        weights: Sequence[np.ndarray] | None = None,
     ) -> Batch:
         """Lay out examples as a batch.
 
@@ -67,6 +68,7 @@ class Layout:
           packs: the examples of each pack. Missing examples leave rows empty.
           shape: the shape, in which they fit.
           filled: the packs to fill in, by default all. The others only get their lengths.
+          weights: the weights of the examples of each pack; None if all count the same.
         """
         count = shape.packs
         batch = Batch(
@@ -94,6 +96,11 @@ class Layout:
                 if filled is None or pack in filled:
                     self._fill(batch, pack, begin, target, example)
                 begin, target = begin + length, target + targets
+        if weights is not None:
+            of_rows = np.zeros((count, shape.rows), np.float32)
+            for pack, values in enumerate(weights):
+                of_rows[pack, : len(values)] = values
+            batch = dataclasses.replace(batch, weights=of_rows)
         if self.separate_targets:
             batch = dataclasses.replace(batch, target_indices=None)
         if not self.branching:

@@ -19,6 +19,11 @@ CORPUS_METRICS = ("precision", "recall", "macro_f1", "matthews", "confusion")
 """Metrics of labels that have no value for a single example."""
 MODEL_METRICS = ("loss", "perplexity")
 """Metrics of the probabilities of the references, which need a model."""
+OBJECTIVE_METRICS = {
+    "preference": ("objective_loss", "reward_margin", "preference_accuracy", "kl"),
+    "distill": ("objective_loss", "agreement"),
+}
+"""By objective, what it measures on the validation and test data. It needs the base model too."""
 
 _ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 
@@ -39,7 +44,7 @@ def metric_values(name: str) -> list[str]:
 
 def lower_is_better(name: str) -> bool:
     """Return whether lower values of a metric are better."""
-    return name in ("loss", "perplexity", "ter")
+    return name in ("loss", "perplexity", "ter", "objective_loss", "kl")
 
 
 def rouge_types(name: str) -> Sequence[str]:

@@ -36,6 +36,7 @@ PATH_KEYS: Sequence[Key] = (
     ("data", "test"),
     ("prompt", "init_prompts"),
     ("prefix", "init_prompts"),
+    ("objective", "teacher", "context"),
 )
 
 SPLIT_ADVICE = "to take a tenth of the training data, set data.validation=0.1"
@@ -72,12 +73,14 @@ class ExperimentFile:
         self.path = Path(path)
         self._overrides = list(overrides)
         self._tree, origins = read_tree(self.path)
+        _expand_objective(self._tree, origins)  # so that an override can change its settings
         mistakes = []
         for override in overrides:
             try:
                 apply_override(override, self._tree, origins)
             except UserError as error:
                 mistakes.append(str(error))
+            _expand_objective(self._tree, origins)
         if mistakes:
             raise UserError("\n".join(mistakes))
         self.overridden = {override.partition("=")[0] for override in overrides}
@@ -219,6 +222,13 @@ def _copied(tree: Tree) -> Tree:
     return {key: _copied(v) if isinstance(v, dict) else v for key, v in tree.items()}
 
 
+def _expand_objective(tree: Tree, origins: Origins) -> None:
+    """Write `objective: preference` as `objective: {name: preference}`."""
+    if isinstance(name := tree.get("objective"), str):
+        tree["objective"] = {"name": name}
+        origins["objective", "name"] = origins[("objective",)]
+
+
 def _resolve_paths(tree: Tree, origins: Origins) -> None:
     """Make all paths absolute."""
 
@@ -233,7 +243,9 @@ def _change_paths(tree: Tree, change: Callable[[Key], Callable[[str], str]]) -> 
     """Replace every path `p` in a tree by `change(key)(p)`."""
     for key in PATH_KEYS:
         *sections, name = key
-        section = tree.get(sections[0]) if sections else tree
+        section: Any = tree
+        for each in sections:
+            section = section.get(each) if isinstance(section, dict) else None
         if isinstance(section, dict) and section.get(name) is not None:
             section[name] = _map_texts(section[name], change(key))
 

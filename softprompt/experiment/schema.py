@@ -14,7 +14,8 @@ from softprompt.experiment.method_settings import (
     PromptSettings,
 )
 from softprompt.experiment.methods import METHODS, method_class, require_method
-from softprompt.experiment.metric_names import LABEL_METRICS, MODEL_METRICS
+from softprompt.experiment.metric_names import LABEL_METRICS, MODEL_METRICS, OBJECTIVE_METRICS
+from softprompt.experiment.objective_settings import ObjectiveSettings
 from softprompt.experiment.sections import (
     CheckpointSettings,
     EvaluationSettings,
@@ -27,6 +28,8 @@ from softprompt.experiment.sections import (
     TrainingSettings,
 )
 from softprompt.experiment.templates import template_fields
+
+_OF_MODEL = {*MODEL_METRICS, *(n for names in OBJECTIVE_METRICS.values() for n in names)}
 
 
 def _require_folder_name(name: str) -> str:
@@ -92,6 +95,7 @@ class Experiment(Section):
     prefix: PrefixSettings = PrefixSettings()
     dept: DePTSettings = DePTSettings()
     lora: LoRASettings = LoRASettings()
+    objective: ObjectiveSettings = ObjectiveSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     training: TrainingSettings
     evaluation: EvaluationSettings = EvaluationSettings()
@@ -116,10 +120,14 @@ class Experiment(Section):
 
     @pydantic.model_validator(mode="after")
     def _set_metric(self) -> Self:
-        """With a verbalizer, accuracy decides unless the file names another metric."""
-        given = self.evaluation.model_fields_set
-        if self.verbalizer is not None and "metric" not in given:
-            values = {**dict(self.evaluation), "metric": "accuracy"}
+        """Choose the metric that decides unless the file names one."""
+        given, default = self.evaluation.model_fields_set, "loss"
+        if self.verbalizer is not None:
+            default = "accuracy"
+        elif self.objective.name in OBJECTIVE_METRICS:
+            default = "objective_loss"
+        if "metric" not in given and default != self.evaluation.metric:
+            values = {**dict(self.evaluation), "metric": default}
             evaluation = EvaluationSettings.model_construct(given, **values)
             self.__dict__["evaluation"] = evaluation  # an experiment is frozen
         return self
@@ -138,6 +146,7 @@ class Experiment(Section):
             raise ValueError("verbalizer: two labels have the same text")
         if self.scoring.calibrate and self.prompt.tasks:
             raise ValueError("scoring.calibrate cannot be used with prompt.tasks")
+        self._check_objective()
         method_class(self.method).check(self)
         return self
 
@@ -169,10 +178,30 @@ class Experiment(Section):
                     raise ValueError(f"shots cannot be used with template.{kind}")
         if template.text is not None:
             for name in (evaluation.metric, *evaluation.metrics):
-                if name not in MODEL_METRICS:
+                if name not in _OF_MODEL:
                     raise ValueError(
                         f"evaluation: template.text is measured by loss and perplexity, not {name}"
                     )
+
+    def _check_objective(self) -> None:
+        name, metric = self.objective.name, self.evaluation.metric
+        owners = [owner for owner, names in OBJECTIVE_METRICS.items() if metric in names]
+        if owners and name not in owners:
+            raise ValueError(f"evaluation.metric: {metric} needs objective: {' or '.join(owners)}")
+        if name != "cross_entropy" and not method_class(self.method).keeps_backbone:
+            raise ValueError(
+                f"objective: {name} compares with the base model, which method {self.method} "
+                "changes; choose another method, such as lora"
+            )
+        if name != "preference":
+            return
+        if self.verbalizer is not None:
+            raise ValueError("objective: preference learns from free text, without a verbalizer")
+        if "chosen" not in template_fields(self.template.target):
+            raise ValueError(
+                "template.target: objective preference reads the answers from the fields chosen "
+                'and rejected; write target: "{chosen}"'
+            )
 
     def _check_free_text(self) -> None:
         evaluation = self.evaluation
@@ -180,7 +209,7 @@ class Experiment(Section):
             for name in names:
                 if name in LABEL_METRICS:
                     raise ValueError(f"evaluation.{key}: {name} needs a verbalizer")
-        if evaluation.metric not in MODEL_METRICS and not evaluation.samples:
+        if evaluation.metric not in _OF_MODEL and not evaluation.samples:
             raise ValueError(f"evaluation.metric: {evaluation.metric} needs evaluation.samples")
         if self.scoring != ScoringSettings():
             raise ValueError("scoring needs a verbalizer")

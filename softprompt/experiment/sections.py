@@ -9,7 +9,7 @@ import pydantic
 from pydantic import Field
 
 from softprompt.errors import shortened
-from softprompt.experiment.metric_names import MODEL_METRICS, metric_values
+from softprompt.experiment.metric_names import MODEL_METRICS, OBJECTIVE_METRICS, metric_values
 from softprompt.experiment.templates import (
     PROMPT_FIELD,
     template_fields,
@@ -327,8 +327,11 @@ class EvaluationSettings(Section):
     metric: str = Field(
         default="loss",
         description="The metric that selects the best prompt: `loss`, `perplexity`, "
-        "`accuracy`, or a value of one of `metrics`, such as `rougeL.f1` or `bleu`. The default is "
-        "`accuracy` with a verbalizer and `loss` without.",
+        "`accuracy`, or a value of one of `metrics`, such as `rougeL.f1` or `bleu`. With "
+        "`objective: preference` also `objective_loss`, `preference_accuracy`, `reward_margin` or "
+        "`kl`, and with `objective: distill` also `objective_loss` or `agreement`. The default is `accuracy` with a "
+        "verbalizer, and without one `objective_loss` for these two objectives and `loss` for "
+        "`cross_entropy`.",
     )
     stem: bool = Field(default=False, description="Stem English words before ROUGE compares them.")
     samples: int = Field(
@@ -361,6 +364,7 @@ class EvaluationSettings(Section):
             "accuracy",
             *(v for name in self.metrics for v in metric_values(name)),
         ]
+        measured += [name for names in OBJECTIVE_METRICS.values() for name in names]
         if self.metric not in measured:
             known = ", ".join(dict.fromkeys(measured))
             raise ValueError(f"metric: {shortened(self.metric)} is not one of {known}")

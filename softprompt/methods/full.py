@@ -29,6 +29,7 @@ class FullFineTuning(Method):
     label: ClassVar[str] = "full fine-tuning"
     default_learning_rate: ClassVar[float | None] = 5e-5
     trainable: ClassVar[Any] = nnx.Param
+    keeps_backbone: ClassVar[bool] = False
 
     @classmethod
     def check(cls, experiment: Experiment) -> None:

@@ -83,8 +83,11 @@ class Method(nnx.Module):
         tokens are in the opening. Rows with different prompts can then share a batch.
       adapter_holds_opening: whether a `peft` adapter of the method includes the opening. If not,
         every input of the adapter must start with the text of the opening.
+      keeps_backbone: whether the frozen backbone stays as it is, so that an objective can compare
+        with it.
       span: `[1, 2]`, start and end of the part of the opening that is not padding, see `padded`.
         None if there is no padding.
+      teacher: the prefix that the teacher of distillation reads first; None without a teacher.
     """
 
     name: ClassVar[str]
@@ -94,6 +97,7 @@ class Method(nnx.Module):
     trainable: ClassVar[Any] = False
     is_pure_prefix: ClassVar[bool] = False
     adapter_holds_opening: ClassVar[bool] = True
+    keeps_backbone: ClassVar[bool] = True
 
     def __init__(self, opening: jax.Array | Sequence[int] = ()):
         if isinstance(opening, jax.Array):
@@ -101,6 +105,7 @@ class Method(nnx.Module):
         else:  # `jnp.asarray` would compile a program
             self.opening = Constant(jax.device_put(np.array(opening, np.int32)))
         self.span: Constant | None = nnx.data(None)
+        self.teacher: Constant | None = nnx.data(None)
 
     # From an experiment.
 

@@ -1,9 +1,10 @@
 """What an objective is given: a method on its frozen backbone."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 
 from softprompt.backbones.batch import Batch
 from softprompt.backbones.loading import Backbone, Prefix
@@ -31,7 +32,7 @@ class Model(NamedTuple):
     method: Method
     backbone: Backbone
 
-    def apply(self, key: jax.Array) -> tuple[Backbone, Prefix | Opening | None]:
+    def apply(self, key: jax.Array | None) -> tuple[Backbone, Prefix | Opening | None]:
         """Return the backbone and the prefix to run; see `Method.apply`."""
         return self.method.apply(self.backbone, key)
 
@@ -43,3 +44,25 @@ The loss of a training step is `sum / weight`, where both are added up over the 
 over the passes of an accumulated step). `weight` must not depend on trainable parameters.
 `metrics` maps names to scalars that are added up and divided in the same way, and logged.
 """
+
+
+class RowObjective(Protocol):
+    """An objective that can tell rows apart, so that it can be evaluated on validation data."""
+
+    def of_rows(
+        self, model: Model, batch: Batch, key: jax.Array | None
+    ) -> tuple[dict[str, jax.Array], jax.Array]:
+        """Return values of each row by name, `loss` and metrics, and the weight of each row.
+
+        Values and weights are `[B]`. The value of a batch is the sum of the values divided by the
+        sum of the weights. Rows of padding have weight 0. Without a key there is no dropout.
+        """
+        ...
+
+
+def summed(
+    values: Mapping[str, jax.Array], weights: jax.Array
+) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
+    """Return what an objective returns, given the result of `RowObjective.of_rows`."""
+    sums = {name: jnp.sum(value, where=weights > 0) for name, value in values.items()}
+    return sums.pop("loss"), jnp.sum(weights), sums

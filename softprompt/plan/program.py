@@ -115,11 +115,12 @@ def step_program(
     graphdef, trainable, frozen = split(method, backbone)
     if not jax.tree.leaves(trainable):
         raise UserError(f"method {experiment.method} trains nothing, so there is no step to plan")
-    static = program_of(experiment, graphdef)
+    static = program_of(experiment, graphdef, opening(experiment))
     offsets = kind.offsets_learning_rate(experiment)
     numbers = hyperparameters(experiment.optimizer, experiment.training.steps, offsets)
     opt_state = jax.eval_shape(lambda arrays: static["optimizer"].init(arrays, numbers), trainable)
-    batch = Layout(backbone.separate_targets, branching=False).lay_out(
+    branching = experiment.objective.name == "preference" and not backbone.separate_targets
+    batch = Layout(backbone.separate_targets, branching).lay_out(
         [], rows.packed(experiment.training.accumulate * axis_size(mesh, ROWS))
     )
     key = jax.eval_shape(lambda: jax.random.key(0))

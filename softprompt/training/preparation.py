@@ -3,22 +3,26 @@
 import dataclasses
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 from softprompt.backbones.loading import Base, load_base
 from softprompt.data.examples import Dataset
+from softprompt.data.preferences import Preferences, preference_examples
 from softprompt.data.records import Record, Rows
 from softprompt.data.splits import SplitReader
 from softprompt.data.task import Task, make_examples, make_task
+from softprompt.data.teacher import teacher_opening
 from softprompt.data.template import draw_demonstrations
 from softprompt.errors import UserError
 from softprompt.experiment.methods import method_class
 from softprompt.experiment.schema import Experiment
 from softprompt.inference.prompt import load_prompt
-from softprompt.methods.method import Method
+from softprompt.methods.method import Constant, Method
+from softprompt.objectives.distillation import read
 from softprompt.parallel.mesh import make_mesh
 from softprompt.parallel.sharding import require_rows
 from softprompt.runtime.progress import Progress, silent
@@ -60,7 +64,7 @@ class Preparation:
         self._progress, self._trial_devices = progress, trial_devices
         self._bases: dict[str, Base] = {}
         self._splits = SplitReader()
-        self._examples: dict[str, tuple[Task, Sequence[Record], Dataset]] = {}
+        self._examples: dict[str, tuple[Any, Sequence[Record], Dataset]] = {}
 
     def prepare(
         self, experiment: Experiment, records: Mapping[str, Rows] | None = None
@@ -78,12 +82,32 @@ class Preparation:
         task, splits = self.task(experiment, records)
         base, kind = task.base, method_class(experiment.method)
         _, before = kind.virtual_tokens(experiment)
-        examples = {split: self._examples_of(task, part, split) for split, part in splits.items()}
+        pairs = experiment.objective.name == "preference"
+        if pairs and None in task.pieces:
+            raise UserError(
+                "objective: preference compares with the base model without virtual tokens, so "
+                "all of them must come before the first field of template.input"
+            )
+        teacher = None
+        if settings := experiment.objective.teacher:
+            texts = experiment.template, experiment.verbalizer
+            read_first = teacher_opening(
+                settings, base, *texts, splits["train"], experiment.seed, task
+            )
+            available = base.backbone.arch.context_length - len(read_first)
+            task = dataclasses.replace(task, max_tokens=min(task.max_tokens, available))
+            teacher = Constant(read(base.backbone, read_first))
+        encode = preference_examples if pairs else make_examples
+        examples = {
+            split: self._examples_of(task, part, split, encode) for split, part in splits.items()
+        }
         if not task.labels and not task.template.text and experiment.evaluation.samples:
             task.for_generation(experiment.generation.max_new_tokens, before + len(task.opening))
         trained = [_vectors_of(path, base) for path in kind.initial_prompts(experiment)]
         require_memory(experiment, base, task.opening, trained)
         method = kind.build(experiment, base, task.opening, trained)
+        if teacher is not None:
+            method.teacher = teacher
         return Prepared(base, task, examples, method, time.monotonic() - began)
 
     def task(
@@ -104,7 +128,9 @@ class Preparation:
         splits = self._splits.read(experiment, records or {})
         base = self._base(experiment, mesh)
         texts = experiment.template, experiment.verbalizer
-        solved = draw_demonstrations(*texts, splits["train"], experiment.shots, experiment.seed)
+        pairs = experiment.objective.name == "preference"
+        drawn_from = Preferences(splits["train"]) if pairs else splits["train"]
+        solved = draw_demonstrations(*texts, drawn_from, experiment.shots, experiment.seed)
         kind = method_class(experiment.method)
         virtual, before = kind.virtual_tokens(experiment)
         task = make_task(
@@ -135,17 +161,19 @@ class Preparation:
             self._bases[wanted] = base
         return self._bases[wanted]
 
-    def _examples_of(self, task: Task, records: Sequence[Record], split: str) -> Dataset:
+    def _examples_of(
+        self, task: Task, records: Sequence[Record], split: str, encode: Callable[..., Dataset]
+    ) -> Dataset:
         """Encode the examples of a split, or reuse the examples of the last experiment."""
         # The opening is not part of an example. It only limits the length of the input.
         most = task.max_tokens if task.template.text else 0  # it divides plain text
-        key = dataclasses.replace(task, opening=(), max_tokens=most, virtual_tokens=0)
+        key = dataclasses.replace(task, opening=(), max_tokens=most, virtual_tokens=0), encode
         prompt_in_rows = any(piece is None for piece in task.pieces)
         if split in self._examples and not prompt_in_rows:
             last_key, source, examples = self._examples[split]
             if last_key == key and source is records and _fit(examples, task):
                 return examples
-        examples = make_examples(task, records, split, self._progress)
+        examples = encode(task, records, split, self._progress)
         self._examples[split] = key, records, examples
         return examples
 

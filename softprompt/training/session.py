@@ -22,11 +22,15 @@ from softprompt.backbones.loading import Backbone
 from softprompt.data.batches import TrainingBatches
 from softprompt.data.examples import Example, data_digest, same_data
 from softprompt.data.sources import source_name
+from softprompt.data.weights import example_weights
 from softprompt.errors import FolderError, Stopped, UserError
 from softprompt.evaluation.evaluate import EvaluationResult, evaluate
+from softprompt.evaluation.objective import measure_objective
 from softprompt.evaluation.scoring import prepare_model
+from softprompt.experiment.metric_names import OBJECTIVE_METRICS
 from softprompt.experiment.schema import Experiment
 from softprompt.inference.prompt import load_prompt
+from softprompt.methods.method import Method
 from softprompt.methods.saved import SavedPrompt, read_description, save_prompt
 from softprompt.metrics.named import is_better
 from softprompt.parallel.hosts import is_main, result_of_main
@@ -85,6 +89,7 @@ class Session:
         self.experiment, self.folder, self.name = experiment, folder, name
         self.base, self.task, self.examples = prepared.base, prepared.task, prepared.examples
         self._stop, self._progress = stop, progress
+        self._teacher = prepared.method.teacher
         self.rows = experiment.training.batch_size * experiment.training.accumulate
         if len(self.examples["train"]) < self.rows:
             accumulates = experiment.training.accumulate > 1
@@ -97,6 +102,8 @@ class Session:
             self.examples["train"],
             self.rows,
             experiment.seed,
+            weights=example_weights(self.examples["train"], experiment.objective.weights),
+            all_candidates=experiment.objective.name == "preference",
             separate_targets=self.base.backbone.separate_targets,
             passes=experiment.training.accumulate,
             mesh=self.base.backbone.mesh,
@@ -276,7 +283,8 @@ class Session:
         """Evaluate the current prompt, save the state, and keep the prompt if it is the best."""
         self._finish_step()
         try:
-            model = prepare_model(*self.state.model())
+            method, backbone = self.state.model()
+            model = method, *prepare_model(method, backbone)
             result = self._measure(*model, "validation", self._stop.watched(self._progress))
         except Stopped:
             return
@@ -299,25 +307,33 @@ class Session:
         self._last_step_ended = time.monotonic()
 
     def _measure(
-        self, backbone: Backbone, prefix: Any, split: str, progress: Progress
+        self, method: Method, backbone: Backbone, prefix: Any, split: str, progress: Progress
     ) -> EvaluationResult:
-        settings = self.experiment.evaluation
+        settings, name = self.experiment.evaluation, self.experiment.objective.name
+        label = f"{self.name}: {split}" if self.name else split
         examples: Sequence[Example] = self.examples[split]
         generated: int | None = settings.samples
         if split == "validation":
             examples = examples[: settings.examples]
         elif settings.samples:
             generated = None
-        return evaluate(
+        result = evaluate(
             backbone,
             prefix,
             self.task,
             examples,
             self.experiment,
-            f"{self.name}: {split}" if self.name else split,
+            label,
             max_generated=generated,
             progress=progress,
         )
+        if name not in OBJECTIVE_METRICS:
+            return result
+        objective, frozen = self.state.program["objective"], self.base.backbone
+        scores = measure_objective(
+            objective, method, frozen, examples, settings.batch_size, f"{label}: {name}", progress
+        )
+        return dataclasses.replace(result, scores={**result.scores, **scores})
 
     def _save_prompt(self, trainable: nnx.State) -> None:
         method, backbone = self.state.unpadded_model(trainable)
@@ -341,8 +357,8 @@ class Session:
         except UserError:
             return -1
 
-    def _best_model(self) -> tuple[Backbone, Any]:
-        """Backbone and prefix of the best step, from `prompt/` or from its checkpoint."""
+    def _best_model(self) -> tuple[Method, Backbone, Any]:
+        """Method, backbone and prefix of the best step, from `prompt/` or from its checkpoint."""
         best = self.run.best_step
         if result_of_main(self._saved_prompt_step) != best:
             trainable, _ = self._checkpoints.load(best, self.state.saved_shapes())
@@ -350,9 +366,13 @@ class Session:
         folder = self.folder / "prompt"
         if self.state.padded_length is None:
             trained = load_prompt(folder, self.base)
-            return trained.backbone, trained.prefix
-        method, _ = SavedPrompt.read(folder).method(self.base, self.task.opening)
-        return prepare_model(method.padded(self.state.padded_length), self.base.backbone)
+            method, model = trained.method, (trained.backbone, trained.prefix)
+        else:
+            method, _ = SavedPrompt.read(folder).method(self.base, self.task.opening)
+            method = method.padded(self.state.padded_length)
+            model = prepare_model(method, self.base.backbone)
+        method.teacher = self._teacher
+        return method, *model
 
     def _require_finite(self, values: Mapping[str, float], kind: str = "") -> None:
         wrong = [

@@ -1,6 +1,7 @@
 """The state of a run: `TrainState` holds its arrays, `RunState` the rest. A checkpoint has both."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ from flax import nnx
 from softprompt.backbones.loading import Backbone
 from softprompt.experiment.schema import Experiment
 from softprompt.methods.method import Method
-from softprompt.objectives.cross_entropy import cross_entropy
+from softprompt.objectives.choice import objective_of
 from softprompt.parallel.sharding import place, shardings, with_shardings
 from softprompt.runtime.finite import names_not_finite
 from softprompt.training.optimizers import UpdateRule, hyperparameters, learning_rate
@@ -58,7 +59,7 @@ class TrainState:
     """The arrays of a run: what is trained, what is frozen, and the state of the optimizer.
 
     Args:
-      experiment: its sections `optimizer` and `training` and its seed are used.
+      experiment: its sections `objective`, `optimizer` and `training` and its seed are used.
       method: the method before training.
       backbone: the frozen backbone.
       padded_length: pad the prompt to this many virtual tokens while it trains, so that
@@ -88,7 +89,7 @@ class TrainState:
         if padded_length is not None and method.can_be_padded(backbone):
             self.padded_length = padded_length
             graphdef, trainable, frozen = split(method.padded(padded_length), backbone)
-        self.program = program_of(experiment, graphdef)
+        self.program = program_of(experiment, graphdef, np.asarray(method.opening[...]).tolist())
         self._optimizer: UpdateRule = self.program["optimizer"]
         self._mesh = backbone.mesh
         self.trainable, self.frozen = place(trainable, self._mesh), frozen
@@ -149,17 +150,18 @@ class TrainState:
         self.trainable, self.opt_state = place(resized, self._mesh)
 
 
-def program_of(experiment: Experiment, graphdef: Any) -> dict[str, Any]:
+def program_of(experiment: Experiment, graphdef: Any, opening: Sequence[int]) -> dict[str, Any]:
     """Return the static arguments of `train_step`.
 
     Args:
-      experiment: its sections `optimizer` and `training` are used.
+      experiment: its sections `objective`, `optimizer` and `training` are used.
       graphdef: what `split` returned.
+      opening: the ids that every row begins with.
     """
     return {
         "graphdef": graphdef,
         "optimizer": UpdateRule.of(experiment.optimizer),
-        "objective": cross_entropy,
+        "objective": objective_of(experiment.objective, opening),
         "accumulate": experiment.training.accumulate,
     }
 

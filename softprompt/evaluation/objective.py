@@ -1,0 +1,75 @@
+"""Measure an objective on examples, with the base model as its reference or teacher.
+
+Axis letters: N examples, B rows of a batch.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+
+from softprompt.backbones.batch import Batch
+from softprompt.backbones.loading import Backbone
+from softprompt.data.batches import evaluation_batches
+from softprompt.data.examples import Example
+from softprompt.methods.method import Method
+from softprompt.metrics.scores import Scores
+from softprompt.objectives.model import Model, RowObjective
+from softprompt.parallel.mesh import whole
+from softprompt.runtime.finite import model_not_finite
+from softprompt.runtime.progress import Progress, silent
+
+
+def measure_objective(
+    objective: Any,
+    method: Method,
+    backbone: Backbone,
+    examples: Sequence[Example],
+    batch_size: int,
+    label: str,
+    progress: Progress = silent,
+) -> dict[str, Scores]:
+    """Return the loss of an objective, as `objective_loss`, and its metrics.
+
+    Args:
+      objective: a `RowObjective`.
+      method: the method.
+      backbone: the frozen backbone of the base model.
+      examples: N examples, encoded as for training.
+      batch_size: the most examples in a batch.
+      label: label of the progress bar.
+      progress: shows how many examples are done.
+
+    Raises:
+      NotFiniteError: if a value is infinite or NaN.
+    """
+    statistics: dict[str, np.ndarray] = {}
+    results = evaluation_batches(
+        examples,
+        batch_size,
+        lambda batch: jax.tree.map(np.asarray, _of_rows(method, backbone, batch, objective)),
+        separate_targets=backbone.separate_targets,
+        mesh=backbone.mesh,
+    )
+    with progress(label, len(examples), "examples") as bar:
+        for numbers, (values, weights) in results:
+            rows = slice(len(numbers))
+            for name, value in values.items():
+                if not np.isfinite(value[rows]).all():
+                    raise model_not_finite("scores")
+                of_all = statistics.setdefault(name, np.zeros((len(examples), 2)))
+                of_all[numbers] = np.stack([value[rows], weights[rows]], axis=1)
+            bar.advance(len(numbers))
+    statistics = {"objective_loss": statistics.pop("loss"), **statistics}
+    return {name: Scores(array, partial(_mean, name)) for name, array in statistics.items()}
+
+
+@partial(jax.jit, static_argnames="objective")
+def _of_rows(method: Method, backbone: Backbone, batch: Batch, objective: RowObjective):
+    return whole(objective.of_rows(Model(method, backbone), batch, None), backbone.mesh)
+
+
+def _mean(name: str, total: np.ndarray, count: int) -> dict[str, float]:
+    return {name: float(total[0] / total[1])}

@@ -1,0 +1,119 @@
+"""Distillation: the student learns the distributions of a teacher that reads more.
+
+The student is the base model with what is trained. The teacher is the base model without it, which
+reads another text before the same rows, such as a document.
+
+Axis letters: G packs, R rows of a pack, B = G·R rows, M targets of a pack, C targets of a chunk,
+V vocabulary.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from softprompt.backbones.batch import Batch, values_from_logits
+from softprompt.backbones.loading import Backbone, Prefix
+from softprompt.objectives.divergence import kl_divergence
+from softprompt.objectives.model import Model, summed
+
+_MOST_TOKENS = 1024  # that are read together
+
+
+def read(backbone: Backbone, tokens: Sequence[int]) -> Prefix:
+    """Return the prefix that has the same effect as tokens before every row.
+
+    Args:
+      backbone: the frozen backbone.
+      tokens: ids, at least one. Many are read in parts, so that attention needs little memory.
+    """
+    prefix = None
+    for start in range(0, len(tokens), _MOST_TOKENS):
+        part = np.array(tokens[start : start + _MOST_TOKENS], np.int32)
+        prefix = _read(backbone, part, prefix)
+    assert prefix is not None
+    return prefix
+
+
+@jax.jit
+def _read(backbone: Backbone, tokens: jax.Array, prefix: Prefix | None) -> Prefix:
+    return backbone.prefill(backbone.embedding(tokens), prefix)
+
+
+def distillation_loss(logits: jax.Array, teacher: jax.Array, temperature: float) -> jax.Array:
+    """Return KL(teacher ‖ student) over the whole vocabulary.
+
+    This is the loss of Hinton et al. 2015, arXiv:1503.02531, for soft targets alone. It is
+    not multiplied by the square of the temperature, as in TRL's `GKDTrainer` with `beta` 0.
+
+    Args:
+      logits: `[..., V]`, of the student.
+      teacher: `[..., V]`, the teacher's logits.
+      temperature: both logits are divided by it.
+
+    Returns:
+      `[...]`, in nats.
+    """
+    return kl_divergence(teacher / temperature, logits / temperature)
+
+
+@dataclasses.dataclass(frozen=True)
+class Distillation:
+    """Distillation as an objective. `model.method.teacher` holds what the teacher reads first.
+
+    Attributes:
+      temperature: see `distillation_loss`.
+    """
+
+    temperature: float = 1.0
+
+    def __call__(
+        self, model: Model, batch: Batch, key: jax.Array
+    ) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
+        """Return the sum over targets in nats, their number, and the sums of the metrics.
+
+        Args:
+          model: the method on its backbone. The backbone alone is the teacher.
+          batch: rows with targets `[G, M]`.
+          key: the random key of this pass, for dropout.
+        """
+        return summed(*self.of_rows(model, batch, key))
+
+    def of_rows(
+        self, model: Model, batch: Batch, key: jax.Array | None
+    ) -> tuple[dict[str, jax.Array], jax.Array]:
+        """Compute the loss and the metrics of each row.
+
+        Args:
+          model, batch, key: as above. Without a key there is no dropout.
+
+        Returns:
+          Sums over the targets of a row `[B]` by name, and the number of its targets `[B]`:
+
+          - `loss`: see `distillation_loss`.
+          - `agreement`: the number of targets where both models have the same most likely token.
+        """
+        teacher = model.backbone
+        read_first = None if model.method.teacher is None else model.method.teacher.get_value()
+        hidden = teacher.target_states(batch, read_first)
+        graphdef, head = nnx.split(teacher.output_head)
+
+        def compare(logits: jax.Array, head: Any, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
+            expected = nnx.merge(graphdef, head)(hidden)  # [G, C, V]
+            agree = jnp.argmax(logits, axis=-1) == jnp.argmax(expected, axis=-1)
+            losses = distillation_loss(logits, expected, self.temperature)
+            return losses, agree.astype(jnp.float32)
+
+        backbone, prefix = model.apply(key)
+        results = values_from_logits(compare, backbone, prefix, batch, hidden, shared=head)
+        rows = batch.target_rows
+        is_target = rows.to_rows(batch.target_candidates + 1) > 0  # [B, M]
+        losses, agreement = (
+            jnp.sum(rows.to_rows(each), axis=1, where=is_target) for each in results
+        )
+        weights = jnp.sum(is_target, axis=1, dtype=jnp.float32)
+        return {"loss": losses, "agreement": agreement}, weights
