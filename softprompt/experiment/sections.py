@@ -329,9 +329,9 @@ class EvaluationSettings(Section):
         description="The metric that selects the best prompt: `loss`, `perplexity`, "
         "`accuracy`, or a value of one of `metrics`, such as `rougeL.f1` or `bleu`. With "
         "`objective: preference` also `objective_loss`, `preference_accuracy`, `reward_margin` or "
-        "`kl`, and with `objective: distill` also `objective_loss` or `agreement`. The default is `accuracy` with a "
-        "verbalizer, and without one `objective_loss` for these two objectives and `loss` for "
-        "`cross_entropy`.",
+        "`kl`, and with `objective: distill` also `objective_loss` or `agreement`. The default is "
+        "`accuracy` with a verbalizer, and without one `objective_loss` for these two objectives "
+        "and `loss` for `cross_entropy`.",
     )
     stem: bool = Field(default=False, description="Stem English words before ROUGE compares them.")
     samples: int = Field(
