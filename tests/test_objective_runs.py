@@ -8,7 +8,7 @@ from conftest import GOLDEN, example_of
 
 from softprompt import TrainingBatches, UserError, load_experiment, make_task, train
 from softprompt.data.examples import Example
-from softprompt.data.preferences import Preferences, preference_examples
+from softprompt.data.preferences import preference_examples
 from softprompt.data.records import Record
 from softprompt.data.teacher import teacher_opening
 from softprompt.data.weights import example_weights
@@ -19,7 +19,7 @@ from softprompt.experiment.schema import TemplateSettings
 EXPERIMENT = f"""\
 base: {GOLDEN / "llama-grouped"}
 data: {{train: train.jsonl, validation: validation.jsonl, test: validation.jsonl}}
-template: {{input: "Say {{input}}:", target: " {{chosen}}"}}
+template: {{input: "Say {{record[prompt]}}:", target: " {{chosen}}"}}
 prompt: {{length: 3}}
 optimizer: {{learning_rate: 0.1}}
 training: {{steps: 12, batch_size: 4, log_every: 1}}
@@ -99,7 +99,7 @@ def test_settings_that_do_not_fit_are_rejected_in_one_line(path, text, overrides
     assert message in line
 
 
-TEMPLATE = TemplateSettings(input="Say {input}:", target=" {chosen}")
+TEMPLATE = TemplateSettings(input="Say {record[prompt]}:", target=" {chosen}")
 
 
 def encoded(tiny, records, template=TEMPLATE) -> list[Example]:
@@ -132,13 +132,8 @@ def test_a_truncated_input_leaves_room_for_the_longer_answer(tiny):
 @pytest.mark.parametrize("field", ["prompt", "chosen", "rejected"])
 def test_a_pair_without_a_field_is_reported_with_its_row(tiny, field):
     pair = {key: value for key, value in PAIRS[1].items() if key != field}
-    with pytest.raises(UserError, match=f"row 1: no field '{field.replace('prompt', 'input')}'"):
+    with pytest.raises(UserError, match=f"row 1: no field '{field}'"):
         encoded(tiny, [PAIRS[0], pair])
-
-
-def test_other_names_than_prompt_are_kept():
-    records = Preferences([{"input": "a", "prompt": "b"}, {"question": "c"}])
-    assert [dict(record.fields) for record in records[:]] == [{"input": "a"}, {"question": "c"}]
 
 
 def test_batches_keep_both_candidates_and_the_weights(tiny):
@@ -180,7 +175,7 @@ def test_weights_that_are_all_zero_are_rejected():
 
 def opening_of(tiny, template, task_virtual=2, **settings):
     task = make_task(tiny, template, None, virtual_tokens=task_virtual)
-    records = [Record({"input": "q", "chosen": "r"}, "row")] * 3
+    records = [Record({"prompt": "q", "chosen": "r"}, "row")] * 3
     teacher = TeacherSettings(**settings)
     return teacher_opening(teacher, tiny, template, None, records, 0, task), task
 
@@ -188,7 +183,7 @@ def opening_of(tiny, template, task_virtual=2, **settings):
 def test_the_teacher_reads_its_context_in_the_place_of_the_virtual_tokens(tiny, tmp_path):
     manual = tmp_path / "manual.txt"
     manual.write_text("Read me.\n")
-    template = TemplateSettings(input="{prompt}Say {input}:", target=" {chosen}")
+    template = TemplateSettings(input="{prompt}Say {record[prompt]}:", target=" {chosen}")
     ids, task = opening_of(tiny, template, context=str(manual))
     begin = tiny.tokenizer("a").input_ids[:-1]
     assert ids == [*begin, *tiny.tokenizer("Read me.\n", add_special_tokens=False).input_ids]
@@ -203,7 +198,7 @@ def test_the_teacher_reads_solved_examples(tiny):
 def test_a_teacher_that_needs_other_rows_is_rejected(tiny, tmp_path):
     manual = tmp_path / "manual.txt"
     manual.write_text("Read me.")
-    template = TemplateSettings(input="Say {input}: {prompt}", target=" {chosen}")
+    template = TemplateSettings(input="Say {record[prompt]}: {prompt}", target=" {chosen}")
     with pytest.raises(UserError, match="must read the same rows as the student"):
         opening_of(tiny, template, 0, context=str(manual))
 

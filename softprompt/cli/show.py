@@ -44,7 +44,6 @@ examples:
 def run(options: argparse.Namespace) -> None:
     """Print the examples, and warn of likely mistakes."""
     from softprompt.data.mistakes import template_mistakes
-    from softprompt.data.preferences import Preferences
     from softprompt.data.showing import LEGEND, counts_of, shown_example
     from softprompt.experiment.reading import load_experiment
     from softprompt.training.preparation import Preparation
@@ -57,8 +56,6 @@ def run(options: argparse.Namespace) -> None:
             f"({', '.join(splits)})"
         )
     records = splits[options.split][: options.number]
-    if experiment.objective.name == "preference":
-        records = Preferences(records)
     examples = list(itertools.islice(task.examples(records), options.number))
     print(LEGEND)
     for example in examples:

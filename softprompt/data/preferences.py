@@ -2,8 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Sequence
-from typing import overload
+from collections.abc import Iterator
 
 from softprompt.data.encoding import record_batches
 from softprompt.data.examples import Dataset, Example, Examples
@@ -14,35 +13,6 @@ from softprompt.runtime.progress import Progress, silent
 _log = logging.getLogger(__name__)
 
 
-class Preferences(Sequence[Record]):
-    """Records of preferences as a template reads them: the field `prompt` is called `input`.
-
-    In a template, `{prompt}` marks the place of the virtual tokens.
-
-    Args:
-      rows: records with the fields `prompt`, `chosen` and `rejected`.
-    """
-
-    def __init__(self, rows: Rows):
-        self._records = as_records(rows)
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    @overload
-    def __getitem__(self, index: int) -> Record: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Record]: ...
-    def __getitem__(self, index: int | slice) -> Record | Sequence[Record]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(len(self))[index]]
-        record = self._records[index]
-        fields = dict(record.fields)
-        if "prompt" in fields:
-            fields.setdefault("input", fields.pop("prompt"))
-        return Record(fields, record.where)
-
-
 def preference_examples(
     task: Task, records: Rows, split: str = "data", progress: Progress = silent
 ) -> Dataset:
@@ -50,7 +20,7 @@ def preference_examples(
 
     Args:
       task: the compiled template. Its target has the field `chosen`.
-      records: records with `prompt`, `chosen` and `rejected`; see `Preferences`.
+      records: records with `chosen` and `rejected`, and the fields of the input.
       split: the name of the records in messages and in the progress bar.
       progress: shows how many records are done.
 
@@ -60,7 +30,7 @@ def preference_examples(
 
     def encoded() -> Iterator[Example]:
         with progress(f"tokenize {split}", len(records), "examples") as bar:
-            for batch in record_batches(Preferences(records)):
+            for batch in record_batches(as_records(records)):
                 swapped = [_swapped(record) for record in batch]
                 for pair in zip(task.examples(batch), task.examples(swapped), strict=True):
                     yield _joined(*pair)

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from softprompt.backbones.loading import Base, load_base
 from softprompt.data.examples import Dataset
-from softprompt.data.preferences import Preferences, preference_examples
+from softprompt.data.preferences import preference_examples
 from softprompt.data.records import Record, Rows
 from softprompt.data.splits import SplitReader
 from softprompt.data.task import Task, make_examples, make_task
@@ -128,9 +128,7 @@ class Preparation:
         splits = self._splits.read(experiment, records or {})
         base = self._base(experiment, mesh)
         texts = experiment.template, experiment.verbalizer
-        pairs = experiment.objective.name == "preference"
-        drawn_from = Preferences(splits["train"]) if pairs else splits["train"]
-        solved = draw_demonstrations(*texts, drawn_from, experiment.shots, experiment.seed)
+        solved = draw_demonstrations(*texts, splits["train"], experiment.shots, experiment.seed)
         kind = method_class(experiment.method)
         virtual, before = kind.virtual_tokens(experiment)
         task = make_task(
