@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from softprompt.backbones.loading import Base, load_base
     from softprompt.data.batches import TrainingBatches
+    from softprompt.data.datasets import make_examples
     from softprompt.data.records import Record
-    from softprompt.data.task import make_examples, make_task
+    from softprompt.data.task import make_task
     from softprompt.errors import UserError
     from softprompt.experiment.reading import load_experiment
     from softprompt.experiment.schema import Experiment, TemplateSettings
@@ -62,7 +63,7 @@ _MODULES = {
     "load_base": "backbones.loading",
     "load_experiment": "experiment.reading",
     "load_prompt": "inference.prompt",
-    "make_examples": "data.task",
+    "make_examples": "data.datasets",
     "make_mesh": "parallel.mesh",
     "make_task": "data.task",
     "save_prompt": "methods.saved",

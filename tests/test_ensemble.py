@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from softprompt import SoftPrompt, TrainedPrompt, UserError, load_experiment
+from softprompt.data.datasets import make_examples
 from softprompt.data.records import read_records
-from softprompt.data.task import make_examples, make_task
+from softprompt.data.task import make_task
 from softprompt.evaluation.evaluate import evaluate
 from softprompt.experiment.schema import TemplateSettings
 from softprompt.inference.ensemble import evaluate_ensemble, shared_task

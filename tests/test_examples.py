@@ -11,9 +11,10 @@ from conftest import example_of
 
 from softprompt import UserError
 from softprompt.data import formats
+from softprompt.data.datasets import make_examples
 from softprompt.data.examples import Example, Examples, data_digest, same_data
 from softprompt.data.records import Record, read_records
-from softprompt.data.task import make_examples, make_task
+from softprompt.data.task import make_task
 from softprompt.experiment.schema import TemplateSettings
 from softprompt.training.preparation import Preparation
 

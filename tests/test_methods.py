@@ -20,8 +20,9 @@ from softprompt import (
     load_prompt,
     train,
 )
+from softprompt.data.datasets import make_examples
 from softprompt.data.records import read_records
-from softprompt.data.task import make_examples, make_task
+from softprompt.data.task import make_task
 from softprompt.evaluation.evaluate import evaluate
 from softprompt.experiment.methods import METHODS, method_class
 from softprompt.experiment.schema import ComputeSettings, TemplateSettings

@@ -22,7 +22,8 @@ from softprompt import (
 )
 from softprompt.backbones.cache import Cache, T5Cache
 from softprompt.backbones.prefix import Prefix, T5Prefix
-from softprompt.data.task import make_examples, make_task
+from softprompt.data.datasets import make_examples
+from softprompt.data.task import make_task
 from softprompt.experiment.schema import TemplateSettings
 from softprompt.methods import initializers
 from softprompt.methods.dept import OffsetParam

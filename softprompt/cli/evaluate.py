@@ -94,9 +94,9 @@ def _load_experiment(config: Path, options: argparse.Namespace) -> "Experiment":
 
 
 def _evaluate_one(options: argparse.Namespace, experiment: "Experiment") -> None:
+    from softprompt.data.datasets import make_examples
     from softprompt.data.preferences import preference_examples
     from softprompt.data.splits import read_split
-    from softprompt.data.task import make_examples
     from softprompt.evaluation.evaluate import evaluate
     from softprompt.evaluation.objective import measure_objective
     from softprompt.evaluation.predictions import require_output
@@ -155,8 +155,8 @@ def _print_result(about: Mapping[str, Any], scores: "Mapping[str, Scores]") -> N
 
 
 def _evaluate_several(options: argparse.Namespace, experiment: "Experiment") -> None:
+    from softprompt.data.datasets import make_examples
     from softprompt.data.splits import read_split
-    from softprompt.data.task import make_examples
     from softprompt.inference.ensemble import evaluate_ensemble, shared_task
     from softprompt.inference.prompt import load_prompt
 

@@ -4,10 +4,11 @@ import dataclasses
 import logging
 from collections.abc import Iterator
 
+from softprompt.data.datasets import log_truncated
 from softprompt.data.encoding import record_batches
 from softprompt.data.examples import Dataset, Example, Examples
 from softprompt.data.records import Record, Rows, as_records
-from softprompt.data.task import Task, log_truncated
+from softprompt.data.task import Task
 from softprompt.runtime.progress import Progress, silent
 
 _log = logging.getLogger(__name__)

@@ -15,9 +15,9 @@ from softprompt.backbones.loading import Base
 from softprompt.data.chat import require_chat_template, turn_end
 from softprompt.data.conversations import ConversationEncoder, messages_of, question_of
 from softprompt.data.encoding import joined, record_batches
-from softprompt.data.examples import Dataset, Example, Examples
+from softprompt.data.examples import Example
 from softprompt.data.plain_text import document_rows
-from softprompt.data.records import Record, Rows, as_records
+from softprompt.data.records import Record
 from softprompt.data.template import (
     Demonstration,
     Filled,
@@ -33,7 +33,6 @@ from softprompt.data.template import (
 from softprompt.errors import UserError
 from softprompt.experiment.schema import GenerationSettings, TemplateSettings
 from softprompt.experiment.templates import template_fields
-from softprompt.runtime.progress import Progress, silent
 
 _log = logging.getLogger(__name__)
 
@@ -353,56 +352,3 @@ def make_task(
         opening,
         pieces,
     )
-
-
-def make_examples(
-    task: Task, records: Rows, split: str = "data", progress: Progress = silent
-) -> Dataset:
-    """Encode records as examples, with their answers; log how many were truncated.
-
-    Args:
-      task: the compiled template.
-      records: a sequence of records or of mappings, such as dictionaries.
-      split: the name of the records in messages and in the progress bar.
-      progress: shows how many records are done.
-
-    Raises:
-      UserError: if a record does not fit the template; see `Task.example`.
-
-    Examples:
-      >>> base = load_base("smollm2-135m-instruct")
-      >>> verbalizer = {"positive": " positive", "negative": " negative"}
-      >>> task = make_task(base, TemplateSettings(input="{text}"), verbalizer, virtual_tokens=5)
-      >>> records = [{"text": "A joy.", "label": "positive"}] * 2
-      >>> examples = make_examples(task, records)
-      >>> examples
-      Examples(2 examples)
-      >>> examples[0]
-      Example(3 tokens, 2 candidates)
-      >>> examples[0].candidates[examples[0].answer] == base.tokenizer(" positive").input_ids
-      True
-    """
-
-    def encoded() -> Iterator[Example]:
-        with progress(f"tokenize {split}", len(records), "examples") as bar:
-            last = None
-            for example in task.examples(as_records(records)):
-                yield example
-                if example.record is not last:  # a record may become several examples
-                    bar.advance()
-                last = example.record
-
-    examples = Examples(encoded())
-    _log.info(f"{split}: {len(examples)} examples")
-    log_truncated(examples.truncated, task, split)
-    return examples
-
-
-def log_truncated(count: int, task: Task, split: str) -> None:
-    """Log how many inputs were truncated, if any were."""
-    if count:
-        if task.template.messages:
-            where = "without their first turns"
-        else:
-            where = "at the end of their longest field"
-        _log.info(f"{split}: {count} truncated to {task.max_tokens} tokens, {where}")

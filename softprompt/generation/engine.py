@@ -16,8 +16,9 @@ from transformers import PreTrainedTokenizerFast
 
 from softprompt.backbones.loading import Backbone, Prefix
 from softprompt.backbones.prefix import MAX_PACKED_TOKENS
+from softprompt.data.datasets import log_truncated
 from softprompt.data.records import Record
-from softprompt.data.task import Task, log_truncated
+from softprompt.data.task import Task
 from softprompt.errors import UserError
 from softprompt.experiment.schema import GenerationSettings
 from softprompt.generation import beams, decoding

@@ -10,8 +10,9 @@ import pydantic
 from jax.sharding import Mesh
 
 from softprompt.backbones.loading import Backbone, Base, Prefix, load_base
+from softprompt.data.datasets import log_truncated
 from softprompt.data.records import Record
-from softprompt.data.task import Task, log_truncated
+from softprompt.data.task import Task
 from softprompt.errors import UserError
 from softprompt.evaluation.scoring import calibrated_scores, prepare_model, score
 from softprompt.experiment.schema import GenerationSettings, ScoringSettings

@@ -10,11 +10,12 @@ import jax
 from jax.sharding import Mesh
 
 from softprompt.backbones.loading import Base, load_base
+from softprompt.data.datasets import make_examples
 from softprompt.data.examples import Dataset
 from softprompt.data.preferences import preference_examples
 from softprompt.data.records import Record, Rows
 from softprompt.data.splits import SplitReader
-from softprompt.data.task import Task, make_examples, make_task
+from softprompt.data.task import Task, make_task
 from softprompt.data.teacher import teacher_opening
 from softprompt.data.template import draw_demonstrations
 from softprompt.errors import UserError
