@@ -169,11 +169,10 @@ def test_ctrl_c_stops_the_comparison_after_the_run_is_saved(folder):
     runs = folder / "stopped"
     arguments = ["training.steps=1000000", "evaluation.every=1000000", "training.log_every=1"]
     arguments += ["--methods", "lora,none", "--folder", str(runs)]
+    heeding = ["env", "--default-signal=INT"]  # a shell ignores it for `command &`
+    command = [sys.executable, "-m", "softprompt", "compare", folder / "letters.yaml", *arguments]
     process = subprocess.Popen(
-        [sys.executable, "-m", "softprompt", "compare", folder / "letters.yaml", *arguments],
-        start_new_session=True,
-        stderr=subprocess.PIPE,
-        text=True,
+        [*heeding, *command], start_new_session=True, stderr=subprocess.PIPE, text=True
     )
     metrics = runs / "lora" / "seed-0" / "metrics.jsonl"
     until = time.monotonic() + 60
