@@ -9,11 +9,13 @@ import string
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import yaml
 from compilation import compile_quickly
 from processes import ForkedProcess
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
@@ -24,6 +26,7 @@ from softprompt import Base
 from softprompt.backbones.batch import Batch
 from softprompt.backbones.formats.directory import ModelDirectory
 from softprompt.backbones.loading import Backbone, load_backbone
+from softprompt.cli.main import main
 from softprompt.cli.progress import printed_log
 from softprompt.data.examples import Example, Examples
 from softprompt.data.layout import Layout, PackedShape
@@ -258,6 +261,24 @@ def write_experiment(folder: Path, shortest: int = 1, longest: int = 11) -> Path
     path = folder / "letters.yaml"
     path.write_text(_EXPERIMENT.format(base=GOLDEN / "llama-grouped"))
     return path
+
+
+def write_experiment_with_data(folder: Path, data: dict[str, Any]) -> Path:
+    """Write the experiment of `write_experiment` with another section `data`."""
+    path = write_experiment(folder, 5, 5)
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"data": data}))
+    return path
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """A function that runs a command and returns its status, its output and its errors."""
+
+    def call(*arguments):
+        capsys.readouterr()
+        return main([str(a) for a in arguments]), *capsys.readouterr()
+
+    return call
 
 
 @pytest.fixture

@@ -31,18 +31,6 @@ def experiment_file(tmp_path):
     return write_experiment(tmp_path, 5, 5)
 
 
-@pytest.fixture
-def call(capsys):
-    """Run a command, and return its status, standard output and standard error."""
-
-    def call(*arguments):
-        capsys.readouterr()
-        status = main([str(a) for a in arguments])
-        return status, *capsys.readouterr()
-
-    return call
-
-
 def test_train_prints_a_summary_that_eval_reproduces(call, experiment_file, tmp_path):
     status, out, err = call("train", experiment_file, "seed=1", "--run-dir", tmp_path / "run")
     assert status == 0

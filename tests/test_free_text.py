@@ -7,7 +7,6 @@ import pytest
 from conftest import write_experiment
 
 from softprompt import UserError, load_experiment, load_prompt, train
-from softprompt.cli.main import main
 from softprompt.experiment.schema import GenerationSettings
 from softprompt.generation.engine import Engine
 from softprompt.metrics.named import measure
@@ -32,15 +31,6 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("free")
     summary = train(load_experiment(write_experiment(folder, 5, 5), FREE), folder / "run")
     return folder / "run", summary
-
-
-@pytest.fixture
-def call(capsys):
-    def call(*arguments):
-        capsys.readouterr()
-        return main([str(a) for a in arguments]), *capsys.readouterr()
-
-    return call
 
 
 def test_samples_of_every_evaluation_are_saved(run):

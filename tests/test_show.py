@@ -18,7 +18,6 @@ from softprompt import (
     make_task,
     train,
 )
-from softprompt.cli.main import main
 from softprompt.data.examples import Examples
 from softprompt.data.mistakes import data_mistakes, template_mistakes
 from softprompt.data.showing import counts_of, shown_example
@@ -199,15 +198,6 @@ def test_a_long_example_is_shortened_in_the_log(tmp_path, capsys, monkeypatch):
     train(load_experiment(path, ["training.steps=1"]), tmp_path / "run")
     text = json.loads((tmp_path / "train.jsonl").read_text().splitlines()[0])["text"]
     assert f"\n  <3 virtual tokens>{text[:2]} … " in capsys.readouterr().err
-
-
-@pytest.fixture
-def call(capsys):
-    def call(*arguments):
-        capsys.readouterr()
-        return main([str(a) for a in arguments]), *capsys.readouterr()
-
-    return call
 
 
 def test_the_command_shows_examples_and_trains_nothing(tmp_path, call):

@@ -123,7 +123,7 @@ class Backbone(Protocol[PrefixType, CacheType]):
     def opening(
         self, embeddings: jax.Array, prefix: PrefixType | None = None, spans: Any = None
     ) -> Any:
-        """Return what has the same effect as the result of `prefill`, for `target_states`.
+        """Return a beginning of rows for `target_states`. It has the same effect as `prefill`.
 
         Args:
           embeddings: `[P, D]`.

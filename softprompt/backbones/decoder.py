@@ -23,7 +23,13 @@ from softprompt.backbones.opening import Opening, computed
 from softprompt.backbones.prefix import Prefix
 from softprompt.backbones.quantization import Quantization
 from softprompt.backbones.rope import angles
-from softprompt.backbones.tokens import Tokens, tokens_before, tokens_of_batch, tokens_of_targets
+from softprompt.backbones.tokens import (
+    Tokens,
+    same,
+    tokens_before,
+    tokens_of_batch,
+    tokens_of_targets,
+)
 from softprompt.parallel.mesh import ROWS, divide
 from softprompt.parallel.sharding import gather_layer
 
@@ -287,7 +293,7 @@ class Decoder(nnx.Module):
 
         rotary = by_kind(lambda kind: kind.rope and angles(kind.rope, positions))
 
-        def layer_for(*queries: Tokens, select=_same):
+        def layer_for(*queries: Tokens, select=same):
             """Return the function that computes the outputs of a layer for some tokens.
 
             Args:
@@ -307,7 +313,7 @@ class Decoder(nnx.Module):
                         for name, group in groups.items()
                         if name not in stored
                     }
-                    if kernel is not None and select is _same:
+                    if kernel is not None and select is same:
                         flash = partial(flash_attend, kernel=kernel, scale=scale, softcap=softcap)
                         forms = [partial(flash, window=k.window, mesh=mesh) for k in kinds]
                         (group,) = queries
@@ -368,7 +374,3 @@ def _kinds(arch: Architecture) -> list[LayerKind]:
 def _put_in_front(first: jax.Array, packed: jax.Array) -> jax.Array:
     """Put an array `[P, ...]` in front of each pack of an array `[G, N, ...]`."""
     return jnp.concatenate([jnp.broadcast_to(first, (len(packed), *first.shape)), packed], axis=1)
-
-
-def _same(tokens: jax.Array) -> jax.Array:
-    return tokens

@@ -101,8 +101,8 @@ def from_logits(
 
     Args:
       function: takes float32 logits `[G, C, V]`, `shared`, and `[G, C, ...]` of each array. It
-        returns values `[G, C]`, each of which depends only on the logits of its own target, and a
-        pytree of arrays `[G, C, ...]`.
+        returns values `[G, C]` and a pytree of arrays `[G, C, ...]`. A value may depend only on
+        the logits of its own target.
       head: the output head.
       hidden: the hidden states from which the targets are predicted, `[G, M, D]`.
       count: a scalar: in each pack, only the first `count` targets have a meaning.

@@ -1,9 +1,9 @@
 """Groups of tokens that attend, or are attended to, in a causal model.
 
-Before the tokens of a row come those of a prefix, an opening and a cache.
+A prefix, an opening and a cache come before the tokens of a row.
 
 Axis letters: B batch, T tokens of a row, S keys, G packs, N tokens of a pack, M targets of a pack,
-P tokens of an opening, K key-value heads, h head size.
+P tokens of an opening.
 """
 
 import dataclasses
@@ -21,7 +21,8 @@ from softprompt.backbones.prefix import Prefix, positions_within
 Take = Callable[[jax.Array], jax.Array]
 
 
-def _same(tokens: jax.Array) -> jax.Array:
+def same(tokens: jax.Array) -> jax.Array:
+    """Return tokens unchanged."""
     return tokens
 
 
@@ -42,8 +43,8 @@ class Tokens:
     before: int | jax.Array = 0
     segments: jax.Array | None = None
     is_whole: bool = False
-    to_rows: Take = _same
-    from_rows: Take = _same
+    to_rows: Take = same
+    from_rows: Take = same
 
     def mask(self, keys: "Tokens", window: int | None) -> jax.Array:
         """Return which keys each token attends to, booleans `[B or 1, T, S]`.

@@ -304,7 +304,7 @@ def _fewest_rows(column: "Column", records: int) -> int:
 
 
 def _quoted(text: str) -> str:
-    """Return a text for YAML, with escapes for what is not printable."""
+    """Return a text for YAML, with escapes for characters that do not print."""
     quoted = json.dumps(text, ensure_ascii=False)
     return "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in quoted)
 

@@ -30,7 +30,7 @@ class Format(enum.Enum):
     MESSAGES = enum.auto()
     """The target is a conversation."""
     PLAIN_TEXT = enum.auto()
-    """The target is a text, all of which is learned."""
+    """The target is a text. All of it is learned."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ _LOOKED_AT = 100  # examples whose texts are compared
 
 
 def template_mistakes(task: Task, examples: Sequence[Example]) -> Iterator[str]:
-    """Yield what is likely wrong with the text of examples, one line per mistake.
+    """Yield likely mistakes in the text of examples, one line each.
 
     Args:
       task: the task that made the examples.
@@ -31,7 +31,7 @@ def template_mistakes(task: Task, examples: Sequence[Example]) -> Iterator[str]:
 
 
 def data_mistakes(task: Task, training: Dataset) -> Iterator[str]:
-    """Yield what is likely wrong with the training data as a whole, one line per mistake."""
+    """Yield likely mistakes in the training data as a whole, one line each."""
     if training.truncated > len(training) / 2:
         yield (
             f"{training.truncated} of {len(training)} training examples are truncated; raise "

@@ -135,7 +135,7 @@ def divide(
       seed: a whole number of 32 bits.
 
     Returns:
-      The records of each split, and those of `train`, which are the rest.
+      The records of each split. `train` gets the rest.
 
     Raises:
       UserError: if a split has no record.

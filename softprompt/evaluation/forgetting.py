@@ -1,10 +1,9 @@
-"""Forgetting: how much worse a model predicts plain text with what is trained.
+"""Forgetting: how much worse a model predicts plain text after training.
 
 Axis letters: N texts.
 """
 
 from collections.abc import Sequence
-from functools import partial
 
 import numpy as np
 from flax import nnx
@@ -15,7 +14,7 @@ from softprompt.data.records import Record
 from softprompt.errors import UserError
 from softprompt.evaluation.scoring import prepare_model, score
 from softprompt.methods.method import Constant, Method
-from softprompt.metrics.scores import Scores
+from softprompt.metrics.scores import Scores, weighted_mean
 
 
 def forgetting(
@@ -25,7 +24,7 @@ def forgetting(
     texts: Sequence[str],
     batch_size: int = 8,
 ) -> Scores:
-    """Return the mean loss on plain text with what is trained, minus the mean loss without.
+    """Return the mean loss on plain text with the trained part, minus the mean loss without it.
 
     The text of a template is left out. Virtual tokens come before each text.
 
@@ -56,7 +55,7 @@ def forgetting(
     for numbers, scores in score(base.backbone, None, examples, batch_size):
         difference[numbers] += scores[:, 0]
     tokens = [len(example.candidates[0]) for example in examples]
-    return Scores(np.stack([difference, tokens], axis=1), partial(_mean, "forgetting"))
+    return Scores(np.stack([difference, tokens], axis=1), weighted_mean("forgetting"))
 
 
 def _example(base: Base, text: str, available: int, number: int) -> Example:
@@ -65,7 +64,3 @@ def _example(base: Base, text: str, available: int, number: int) -> Example:
     if len(ids) < 2:
         raise UserError(f"text {number}: has fewer than two tokens")
     return Example(ids[:1], [ids[1:]], 0, Record({}, f"text {number}"), truncated=False)
-
-
-def _mean(name: str, total: np.ndarray, count: int) -> dict[str, float]:
-    return {name: float(total[0] / total[1])}

@@ -15,7 +15,7 @@ from softprompt.backbones.loading import Backbone
 from softprompt.data.batches import evaluation_batches
 from softprompt.data.examples import Example
 from softprompt.methods.method import Method
-from softprompt.metrics.scores import Scores
+from softprompt.metrics.scores import Scores, weighted_mean
 from softprompt.objectives.model import Model, RowObjective
 from softprompt.parallel.mesh import whole
 from softprompt.runtime.finite import model_not_finite
@@ -63,13 +63,9 @@ def measure_objective(
                 of_all[numbers] = np.stack([value[rows], weights[rows]], axis=1)
             bar.advance(len(numbers))
     statistics = {"objective_loss": statistics.pop("loss"), **statistics}
-    return {name: Scores(array, partial(_mean, name)) for name, array in statistics.items()}
+    return {name: Scores(array, weighted_mean(name)) for name, array in statistics.items()}
 
 
 @partial(jax.jit, static_argnames="objective")
 def _of_rows(method: Method, backbone: Backbone, batch: Batch, objective: RowObjective):
     return whole(objective.of_rows(Model(method, backbone), batch, None), backbone.mesh)
-
-
-def _mean(name: str, total: np.ndarray, count: int) -> dict[str, float]:
-    return {name: float(total[0] / total[1])}

@@ -74,7 +74,7 @@ class TemplateSettings(Section):
     text: str | None = Field(
         default=None,
         min_length=1,
-        description="Field with plain text, all of which is the target. It replaces `input` and "
+        description="Field with plain text. All of it is the target. It replaces `input` and "
         "`target`.",
     )
     chat: bool = Field(

@@ -54,6 +54,11 @@ class Scores:
         return dict(zip(self.values(), zip(low.tolist(), high.tolist(), strict=True), strict=True))
 
 
+def weighted_mean(name: str) -> Callable[[np.ndarray, int], dict[str, float]]:
+    """Return the `combine` of a metric that divides a sum by a sum of weights, in this order."""
+    return lambda total, count: {name: float(total[0] / total[1])}
+
+
 @dataclasses.dataclass(frozen=True)
 class Difference:
     """The difference between the values of two systems.

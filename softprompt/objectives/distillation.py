@@ -1,7 +1,7 @@
 """Distillation: the student learns the distributions of a teacher that reads more.
 
-The student is the base model with what is trained. The teacher is the base model without it, which
-reads another text before the same rows, such as a document.
+The student is the base model with the trained part. The teacher is the base model without it. The
+teacher reads another text before the same rows, such as a document.
 
 Axis letters: G packs, R rows of a pack, B = G·R rows, M targets of a pack, C targets of a chunk,
 V vocabulary.
@@ -19,7 +19,7 @@ from flax import nnx
 from softprompt.backbones.batch import Batch, values_from_logits
 from softprompt.backbones.loading import Backbone, Prefix
 from softprompt.objectives.divergence import kl_divergence
-from softprompt.objectives.model import Model, summed
+from softprompt.objectives.model import Model, RowObjective
 
 _MOST_TOKENS = 1024  # that are read together
 
@@ -62,7 +62,7 @@ def distillation_loss(logits: jax.Array, teacher: jax.Array, temperature: float)
 
 
 @dataclasses.dataclass(frozen=True)
-class Distillation:
+class Distillation(RowObjective):
     """Distillation as an objective. `model.method.teacher` holds what the teacher reads first.
 
     Attributes:
@@ -71,25 +71,10 @@ class Distillation:
 
     temperature: float = 1.0
 
-    def __call__(
-        self, model: Model, batch: Batch, key: jax.Array
-    ) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
-        """Return the sum over targets in nats, their number, and the sums of the metrics.
-
-        Args:
-          model: the method on its backbone. The backbone alone is the teacher.
-          batch: rows with targets `[G, M]`.
-          key: the random key of this pass, for dropout.
-        """
-        return summed(*self.of_rows(model, batch, key))
-
     def of_rows(
         self, model: Model, batch: Batch, key: jax.Array | None
     ) -> tuple[dict[str, jax.Array], jax.Array]:
         """Compute the loss and the metrics of each row.
-
-        Args:
-          model, batch, key: as above. Without a key there is no dropout.
 
         Returns:
           Sums over the targets of a row `[B]` by name, and the number of its targets `[B]`:

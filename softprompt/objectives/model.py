@@ -1,7 +1,8 @@
 """What an objective is given: a method on its frozen backbone."""
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+import abc
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,23 +47,28 @@ over the passes of an accumulated step). `weight` must not depend on trainable p
 """
 
 
-class RowObjective(Protocol):
+class RowObjective(abc.ABC):
     """An objective that can tell rows apart, so that it can be evaluated on validation data."""
 
+    def __call__(
+        self, model: Model, batch: Batch, key: jax.Array
+    ) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
+        """Return the sums of the values of all rows, and of their weights; see `Objective`."""
+        values, weights = self.of_rows(model, batch, key)
+        sums = {name: jnp.sum(value, where=weights > 0) for name, value in values.items()}
+        return sums.pop("loss"), jnp.sum(weights), sums
+
+    @abc.abstractmethod
     def of_rows(
         self, model: Model, batch: Batch, key: jax.Array | None
     ) -> tuple[dict[str, jax.Array], jax.Array]:
         """Return values of each row by name, `loss` and metrics, and the weight of each row.
 
         Values and weights are `[B]`. The value of a batch is the sum of the values divided by the
-        sum of the weights. Rows of padding have weight 0. Without a key there is no dropout.
+        sum of the weights. Rows of padding have weight 0.
+
+        Args:
+          model: the method on its backbone. The backbone alone is the reference or the teacher.
+          batch: rows with targets `[G, M]`.
+          key: the random key of this pass, for dropout; None for no dropout.
         """
-        ...
-
-
-def summed(
-    values: Mapping[str, jax.Array], weights: jax.Array
-) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
-    """Return what an objective returns, given the result of `RowObjective.of_rows`."""
-    sums = {name: jnp.sum(value, where=weights > 0) for name, value in values.items()}
-    return sums.pop("loss"), jnp.sum(weights), sums

@@ -1,6 +1,6 @@
 """Learning from preferences: the model should prefer one answer to another.
 
-The reference is the frozen base model without what is trained. It reads the same rows, without
+The reference is the frozen base model without the trained part. It reads the same rows, without
 virtual tokens.
 
 Axis letters: G packs, R rows of a pack, B = G·R rows, M targets of a pack, C targets of a chunk,
@@ -21,7 +21,7 @@ from softprompt.backbones.head import log_probability
 from softprompt.backbones.loading import Backbone
 from softprompt.experiment.objective_settings import PreferenceLoss
 from softprompt.objectives.divergence import kl_divergence
-from softprompt.objectives.model import Model, summed
+from softprompt.objectives.model import Model, RowObjective
 
 
 def dpo_loss(chosen: jax.Array, rejected: jax.Array, beta: float) -> jax.Array:
@@ -63,7 +63,7 @@ _LOSSES: dict[PreferenceLoss, tuple[Callable[..., jax.Array], bool]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Preference:
+class Preference(RowObjective):
     """Preference learning as an objective.
 
     Every row of a batch has two candidates, the chosen answer and the rejected one.
@@ -78,25 +78,10 @@ class Preference:
     beta: float
     opening: tuple[int, ...] = ()
 
-    def __call__(
-        self, model: Model, batch: Batch, key: jax.Array
-    ) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
-        """Return the sum over pairs, the number of pairs, and the sums of the metrics.
-
-        Args:
-          model: the method on its backbone. The backbone alone is the reference.
-          batch: rows with targets `[G, M]`.
-          key: the random key of this pass, for dropout.
-        """
-        return summed(*self.of_rows(model, batch, key))
-
     def of_rows(
         self, model: Model, batch: Batch, key: jax.Array | None
     ) -> tuple[dict[str, jax.Array], jax.Array]:
         """Compute the loss and the metrics of each pair.
-
-        Args:
-          model, batch, key: as above. Without a key there is no dropout.
 
         Returns:
           Values `[B]` by name, and the weight of each row `[B]`, 1 for a pair and 0 for padding:
