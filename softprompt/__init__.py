@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from softprompt.objectives.cross_entropy import cross_entropy
     from softprompt.objectives.model import Model
     from softprompt.parallel.mesh import make_mesh
+    from softprompt.runtime.bars import ProgressBar
     from softprompt.training.loop import train
     from softprompt.training.step import split, train_step
 
@@ -52,6 +53,7 @@ _MODULES = {
     "Model": "objectives.model",
     "Prediction": "inference.prompt",
     "PrefixTuning": "methods.prefix_tuning",
+    "ProgressBar": "runtime.bars",
     "PromptParam": "methods.soft_prompt",
     "Record": "data.records",
     "SoftPrompt": "methods.soft_prompt",
@@ -83,6 +85,7 @@ __all__ = [
     "Model",
     "Prediction",
     "PrefixTuning",
+    "ProgressBar",
     "PromptParam",
     "Record",
     "SoftPrompt",

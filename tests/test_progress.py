@@ -1,10 +1,12 @@
 """Progress bars and log messages on the command line."""
 
 import logging
+import re
 import sys
 from types import SimpleNamespace
 
 from softprompt.cli import progress
+from softprompt.runtime import bars
 
 
 def test_the_time_left_does_not_count_the_time_before_the_first_unit(monkeypatch, capsys):
@@ -30,3 +32,22 @@ def test_each_log_message_is_printed_once(capsys):
     finally:
         root.removeHandler(other)
     assert capsys.readouterr().err.splitlines() == ["resuming"]
+
+
+def test_a_notebook_shows_bars_by_default_and_a_script_shows_nothing(monkeypatch, capsys):
+    def work():
+        with bars.bars_in_notebooks("train", 10, "steps", done=3) as bar:
+            bar.advance(2, note="loss 1.0")
+            bar.drop(1)
+        return capsys.readouterr().err
+
+    assert work() == ""
+    monkeypatch.setitem(sys.modules, "ipykernel.zmqshell", SimpleNamespace())
+    monkeypatch.setattr(bars, "_DELAY", 0)
+    assert re.search(r"train: .*5/9 .*steps/s, loss 1\.0", work())
+
+
+def test_short_work_shows_no_bar(capsys):
+    with bars.ProgressBar("tokenize", 10, "examples") as bar:
+        bar.advance(10)
+    assert capsys.readouterr().err.strip() == ""

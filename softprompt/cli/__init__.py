@@ -1,1 +1,1 @@
-"""The command line: one module per command. Only this package draws progress bars and prints."""
+"""The command line: one module per command. Only this package prints."""

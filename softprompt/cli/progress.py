@@ -5,11 +5,10 @@ import logging
 import sys
 import time
 from collections.abc import Iterator
-from types import TracebackType
-from typing import Self
 
 from tqdm import tqdm
 
+from softprompt.runtime.bars import ProgressBar
 from softprompt.runtime.progress import duration
 
 _INTERVAL = 10.0  # seconds between progress lines where there is no terminal
@@ -44,67 +43,40 @@ class _LineHandler(logging.Handler):
         print_line(record.getMessage())
 
 
-class Bar:
-    """The progress of one piece of work, as a context manager.
+class Bar(ProgressBar):
+    """A progress bar on a terminal. Elsewhere, a line is printed every ten seconds.
 
-    A terminal shows a bar with the rate and the remaining time. Elsewhere, a line is printed
-    every ten seconds, so that short work prints nothing. See `softprompt.runtime.progress`.
-
-    Args:
-      label: the name of the work, such as `train`.
-      total: number of units.
-      unit: the name of the units, such as `steps`.
-      done: number of units that were done earlier.
-      part: whether another bar shows the work that this is a part of. The bar of a part has
-        no rate and no remaining time, and prints no lines.
+    Short work therefore prints no lines. The bar of a part of a larger piece of work has no rate
+    and no remaining time, and prints no lines.
     """
 
     def __init__(self, label: str, total: int, unit: str, *, done: int = 0, part: bool = False):
-        self._label, self._total, self._unit = label, total, unit
-        self._part = part
-        self._done = done
+        super().__init__(
+            label,
+            total,
+            unit,
+            done=done,
+            part=part,
+            delay=0,
+            bar_format="{desc} |{bar:20}| {n_fmt}/{total_fmt}{postfix}" if part else None,
+            disable=not sys.stderr.isatty(),
+        )
+        self._label, self._unit, self._part = label, unit, part
+        self._done, self._total = done, total
         # When the first unit ended, and the number of units then. The rate is measured from
         # here, because the time before includes compilation.
         self._first: tuple[int, float] | None = None
         self._last_line = 0.0
-        self._bar = tqdm(
-            desc=label,
-            total=total,
-            initial=done,
-            unit=" " + unit,
-            dynamic_ncols=True,
-            leave=False,
-            bar_format="  {desc} |{bar:20}| {n_fmt}/{total_fmt}{postfix}" if part else None,
-            disable=not sys.stderr.isatty(),
-        )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Remove the bar from the terminal."""
-        self._bar.close()
 
     def drop(self, count: int) -> None:
         """Subtract units that will not be done from the total."""
+        super().drop(count)
         self._total -= count
-        if not self._bar.disable:
-            self._bar.total = self._total
-            self._bar.refresh()
 
     def advance(self, count: int = 1, note: str = "") -> None:
         """Count units as done, and show a note such as the loss at the end of the line."""
+        super().advance(count, note)
         self._done += count
-        self._bar.set_postfix_str(note, refresh=False)
-        self._bar.update(count)
         now = time.monotonic()
         if self._first is None:
             self._first, self._last_line = (self._done, now), now

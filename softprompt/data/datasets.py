@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from softprompt.data.examples import Dataset, Example, Examples
 from softprompt.data.records import Rows, as_records
 from softprompt.data.task import Task
-from softprompt.runtime.progress import Progress, silent
+from softprompt.runtime.bars import bars_in_notebooks
+from softprompt.runtime.progress import Progress
 
 _log = logging.getLogger(__name__)
 
 
 def make_examples(
-    task: Task, records: Rows, split: str = "data", progress: Progress = silent
+    task: Task, records: Rows, split: str = "data", progress: Progress = bars_in_notebooks
 ) -> Dataset:
     """Encode records as examples, with their answers; log how many were truncated.
 

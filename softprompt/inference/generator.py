@@ -13,7 +13,8 @@ from softprompt.generation.engine import Engine, Generated, Request
 from softprompt.inference.prompt import Input, TrainedPrompt, changed, load_prompt
 from softprompt.methods.method import Method
 from softprompt.methods.zero_shot import ZeroShot
-from softprompt.runtime.progress import Progress, silent
+from softprompt.runtime.bars import bars_in_notebooks
+from softprompt.runtime.progress import Progress
 
 Prompt = TrainedPrompt | Method | str | Path  # whatever can be added to the bank
 
@@ -104,7 +105,7 @@ class Generator:
         prompts: str | Sequence[str | None] | None,
         batch_size: int = 32,
         *,
-        progress: Progress = silent,
+        progress: Progress = bars_in_notebooks,
         **settings: Any,
     ) -> list[Generated]:
         """Generate text for each input.

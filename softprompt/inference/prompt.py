@@ -20,7 +20,8 @@ from softprompt.experiment.templates import template_fields
 from softprompt.generation.engine import Engine, Generated, Request, requests_of
 from softprompt.methods.method import Method
 from softprompt.methods.saved import SavedPrompt, describe, text_task
-from softprompt.runtime.progress import Progress, silent
+from softprompt.runtime.bars import bars_in_notebooks
+from softprompt.runtime.progress import Progress
 
 Input = str | Mapping[str, Any] | Record  # a text, or fields by name if the template has several
 
@@ -214,7 +215,7 @@ class TrainedPrompt:
         inputs: Sequence[Input],
         batch_size: int = 32,
         *,
-        progress: Progress = silent,
+        progress: Progress = bars_in_notebooks,
         **settings: Any,
     ) -> list[Generated]:
         """Generate text after each input.

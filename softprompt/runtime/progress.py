@@ -1,7 +1,7 @@
 """Progress reports: a callback that the library calls when a piece of work begins.
 
 The library never prints. A caller that wants to show progress passes a `Progress`, such as
-one that draws bars.
+`ProgressBar`. See `bars` for what a notebook shows.
 """
 
 from types import TracebackType
@@ -80,5 +80,5 @@ class _SilentBar:
 
 
 def silent(label: str, total: int, unit: str, *, done: int = 0, part: bool = False) -> Bar:
-    """Show nothing. This is the default of all functions that take a `Progress`."""
+    """Show nothing."""
     return _SilentBar()

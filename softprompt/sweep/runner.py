@@ -10,7 +10,8 @@ from softprompt.experiment.yaml_values import InvalidYAML, dump_yaml, parse_yaml
 from softprompt.files.reading import read_text
 from softprompt.files.writing import write_file
 from softprompt.metrics.named import merit
-from softprompt.runtime.progress import Bar, Progress, silent
+from softprompt.runtime.bars import bars_in_notebooks
+from softprompt.runtime.progress import Bar, Progress
 from softprompt.runtime.signals import StopSignals
 from softprompt.storage.locks import file_lock, locked_folder
 from softprompt.sweep.outcome import Outcome, validation_at
@@ -24,12 +25,12 @@ _log = logging.getLogger(__name__)
 _FILE = "sweep.yaml"
 
 
-def sweep(space: Space, *, progress: Progress = silent) -> list[Trial]:
+def sweep(space: Space, *, progress: Progress = bars_in_notebooks) -> list[Trial]:
     """Run all trials of a sweep, or resume it, and return the trials.
 
     Args:
       space: the trials.
-      progress: shows progress; silent by default.
+      progress: shows progress; by default with bars in a notebook, and not at all elsewhere.
 
     Raises:
       UserError: if the folder belongs to another sweep, another process works on it, or there are

@@ -19,8 +19,9 @@ from softprompt.parallel.hosts import (
     result_of_main,
     wait_for_all,
 )
+from softprompt.runtime.bars import bars_in_notebooks
 from softprompt.runtime.memory import is_out_of_memory
-from softprompt.runtime.progress import Progress, silent
+from softprompt.runtime.progress import Progress
 from softprompt.runtime.signals import StopSignals
 from softprompt.storage.run_folder import open_run, read_summary
 from softprompt.training.forecast import Forecast
@@ -37,7 +38,7 @@ def train(
     folder: str | Path,
     *,
     records: Mapping[str, Rows] | None = None,
-    progress: Progress = silent,
+    progress: Progress = bars_in_notebooks,
 ) -> dict[str, Any]:
     """Train an experiment in a run folder, or resume it there, and return its summary.
 
@@ -48,7 +49,7 @@ def train(
       folder: the run folder, which is created if it does not exist.
       records: by split (`train`, `validation`, `test`) a sequence of dictionaries, which
         replaces the source that the experiment names.
-      progress: shows progress; silent by default.
+      progress: shows progress; by default with bars in a notebook, and not at all elsewhere.
 
     Returns:
       What `summary.json` in the folder holds: steps, times, validation and test metrics.
