@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from softprompt.objectives.model import Model
     from softprompt.parallel.mesh import make_mesh
     from softprompt.runtime.bars import ProgressBar
+    from softprompt.training.callbacks import Callback
     from softprompt.training.loop import train
     from softprompt.training.step import split, train_step
 
@@ -44,6 +45,7 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 _MODULES = {
     "Base": "backbones.loading",
+    "Callback": "training.callbacks",
     "DecomposedPrompt": "methods.dept",
     "Experiment": "experiment.schema",
     "FullFineTuning": "methods.full",
@@ -76,6 +78,7 @@ _MODULES = {
 
 __all__ = [
     "Base",
+    "Callback",
     "DecomposedPrompt",
     "Experiment",
     "FullFineTuning",

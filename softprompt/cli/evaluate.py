@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from softprompt.cli.arguments import add_base, add_batch_size, add_command, add_scoring
 from softprompt.cli.inputs import requested_mesh, with_scoring
-from softprompt.cli.progress import Bar
+from softprompt.cli.progress import Bar, print_line
 from softprompt.cli.tables import print_table
 from softprompt.errors import UserError
 
@@ -126,7 +126,9 @@ def _evaluate_one(options: argparse.Namespace, experiment: "Experiment") -> None
         progress=Bar,
     )
     scores = dict(measured.scores)
-    if pairs:
+    if experiment.objective.custom:
+        print_line("the custom objective is not measured, because only Python code has it")
+    elif pairs:
         scores |= measure_objective(
             objective_of(experiment.objective, prompt.task.opening),
             Model(prompt.method, prompt.base.backbone),

@@ -85,6 +85,11 @@ class ObjectiveSettings(Section):
         description="The logits of teacher and student are divided by it.",
     )
     teacher: TeacherSettings | None = None
+    custom: bool = Field(
+        default=False,
+        description="Whether Python code passed the loss to `train`. The rest of the section then "
+        "only decides what the loss is given: weights, pairs of answers, or a teacher.",
+    )
 
     @pydantic.model_validator(mode="before")
     @classmethod

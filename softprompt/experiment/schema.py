@@ -16,11 +16,11 @@ from softprompt.experiment.method_settings import (
 from softprompt.experiment.methods import METHODS, method_class, require_method
 from softprompt.experiment.metric_names import LABEL_METRICS, MODEL_METRICS, OBJECTIVE_METRICS
 from softprompt.experiment.objective_settings import ObjectiveSettings
+from softprompt.experiment.optimizer_settings import OptimizerSettings
 from softprompt.experiment.sections import (
     CheckpointSettings,
     EvaluationSettings,
     GenerationSettings,
-    OptimizerSettings,
     PathText,
     ScoringSettings,
     Section,
@@ -115,6 +115,8 @@ class Experiment(Section):
         optimizer, method = tree.get("optimizer", {}), tree.get("method", "prompt")
         if not isinstance(optimizer, dict) or optimizer.get("learning_rate") is not None:
             return tree
+        if optimizer.get("name") == "custom":
+            return tree
         rate = method_class(method).default_learning_rate if str(method) in METHODS else None
         return tree | {"optimizer": optimizer | {"learning_rate": rate}} if rate else tree
 
@@ -124,7 +126,7 @@ class Experiment(Section):
         given, default = self.evaluation.model_fields_set, "loss"
         if self.verbalizer is not None:
             default = "accuracy"
-        elif self.objective.name in OBJECTIVE_METRICS:
+        elif self.objective.name in OBJECTIVE_METRICS and not self.objective.custom:
             default = "objective_loss"
         if "metric" not in given and default != self.evaluation.metric:
             values = {**dict(self.evaluation), "metric": default}
@@ -186,7 +188,12 @@ class Experiment(Section):
     def _check_objective(self) -> None:
         name, metric = self.objective.name, self.evaluation.metric
         owners = [owner for owner, names in OBJECTIVE_METRICS.items() if metric in names]
-        if owners and name not in owners:
+        if self.objective.custom and owners and metric != "objective_loss":
+            raise ValueError(
+                f"evaluation.metric: {metric} is not measured with a custom objective; "
+                "objective_loss is"
+            )
+        if not self.objective.custom and owners and name not in owners:
             raise ValueError(f"evaluation.metric: {metric} needs objective: {' or '.join(owners)}")
         if name != "cross_entropy" and not method_class(self.method).keeps_backbone:
             raise ValueError(

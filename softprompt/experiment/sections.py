@@ -3,7 +3,7 @@
 The descriptions are also the configuration reference of the documentation.
 """
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
 import pydantic
 from pydantic import Field
@@ -146,45 +146,6 @@ class TemplateSettings(Section):
                 "target: {prompt} may occur only in the input; write {record[prompt]} for a field"
             )
         return self
-
-
-class OptimizerSettings(Section):
-    """The update rule and its schedule."""
-
-    name: Literal["adamw", "adafactor", "sgd", "lion"] = Field(
-        default="adamw", description="Update rule. `sgd` has a momentum of 0.9."
-    )
-    learning_rate: float = Field(
-        default=2e-2,
-        gt=0,
-        le=LARGEST_FLOAT32,
-        description="Peak learning rate, reached after the warm-up. The default depends on the "
-        "method.",
-    )
-    schedule: Literal["constant", "linear", "cosine"] = Field(
-        default="cosine",
-        description="Learning rate after the warm-up: constant, or falling to 0 at the last step "
-        "along a straight line or a cosine.",
-    )
-    warmup_steps: int = Field(
-        default=0,
-        ge=0,
-        le=1_000_000_000,
-        description="Steps in which the learning rate rises linearly to its peak.",
-    )
-    weight_decay: float = Field(
-        default=0.0,
-        ge=0,
-        le=1_000_000,
-        description="Each update also shrinks the trained parameters by this factor times the "
-        "learning rate.",
-    )
-    clip_norm: float | None = Field(
-        default=1.0,
-        gt=0,
-        le=LARGEST_FLOAT32,
-        description="Maximum norm of the whole gradient; `null` for no clipping.",
-    )
 
 
 class TrainingSettings(Section):

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from softprompt.errors import UserError
 from softprompt.experiment.objective_settings import ObjectiveSettings
 from softprompt.objectives.cross_entropy import CrossEntropy
 from softprompt.objectives.distillation import Distillation
@@ -15,7 +16,15 @@ def objective_of(settings: ObjectiveSettings, opening: Sequence[int]) -> Objecti
     Args:
       settings: the section `objective`.
       opening: the ids that every row begins with. Virtual tokens, which are negative, are left out.
+
+    Raises:
+      UserError: if only Python code knows the objective.
     """
+    if settings.custom:
+        raise UserError(
+            "objective.custom: the loss of this experiment is a function; pass it in Python: "
+            "train(..., objective=...)"
+        )
     if settings.name == "preference":
         assert settings.beta is not None  # the section fills it in
         text = tuple(int(token) for token in opening if token >= 0)

@@ -24,7 +24,7 @@ from softprompt.experiment.templates import template_fields, template_pieces
 from softprompt.methods.method import Method
 from softprompt.parallel.mesh import ROWS, Axes, axis_size
 from softprompt.parallel.sharding import with_shardings
-from softprompt.training.optimizers import hyperparameters
+from softprompt.training.optimizers import Optimizer
 from softprompt.training.state import program_of
 from softprompt.training.step import split, train_step
 
@@ -116,9 +116,7 @@ def step_program(
     if not jax.tree.leaves(trainable):
         raise UserError(f"method {experiment.method} trains nothing, so there is no step to plan")
     static = program_of(experiment, graphdef, opening(experiment))
-    offsets = kind.offsets_learning_rate(experiment)
-    numbers = hyperparameters(experiment.optimizer, experiment.training.steps, offsets)
-    opt_state = jax.eval_shape(lambda arrays: static["optimizer"].init(arrays, numbers), trainable)
+    opt_state = jax.eval_shape(Optimizer(experiment).init, trainable)
     branching = experiment.objective.name == "preference" and not backbone.separate_targets
     batch = Layout(backbone.separate_targets, branching).lay_out(
         [], rows.packed(experiment.training.accumulate * axis_size(mesh, ROWS))

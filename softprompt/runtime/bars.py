@@ -42,7 +42,7 @@ class ProgressBar:
         text = {"desc": f"  {label}" if part else label, "unit": f" {unit}"}
         # The widths of a terminal and of a widget follow the window.
         settings = {"delay": _DELAY, "leave": False, "dynamic_ncols": True, **text, **options}
-        self._bar = tqdm(total=total, initial=done, **settings)
+        self._bar: Any = tqdm(total=total, initial=done, **settings)
 
     def __enter__(self) -> Self:
         return self

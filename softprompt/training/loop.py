@@ -2,16 +2,18 @@
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import optax
 
 from softprompt.data.records import Rows
 from softprompt.errors import Stopped, UserError
 from softprompt.experiment.schema import Experiment
 from softprompt.methods.saved import read_description
+from softprompt.objectives.model import Objective
 from softprompt.parallel.hosts import (
     Agreement,
     divide_rows,
@@ -24,6 +26,8 @@ from softprompt.runtime.memory import is_out_of_memory
 from softprompt.runtime.progress import Progress
 from softprompt.runtime.signals import StopSignals
 from softprompt.storage.run_folder import open_run, read_summary
+from softprompt.training.callbacks import Callback, CallbackError, Callbacks
+from softprompt.training.custom import Custom
 from softprompt.training.forecast import Forecast
 from softprompt.training.preparation import Preparation
 from softprompt.training.reporting import log_data
@@ -38,6 +42,9 @@ def train(
     folder: str | Path,
     *,
     records: Mapping[str, Rows] | None = None,
+    objective: Objective | None = None,
+    optimizer: optax.GradientTransformation | None = None,
+    callbacks: Sequence[Callback] = (),
     progress: Progress = bars_in_notebooks,
 ) -> dict[str, Any]:
     """Train an experiment in a run folder, or resume it there, and return its summary.
@@ -49,6 +56,10 @@ def train(
       folder: the run folder, which is created if it does not exist.
       records: by split (`train`, `validation`, `test`) a sequence of dictionaries, which
         replaces the source that the experiment names.
+      objective: replaces the loss of the section `objective`. A `RowObjective` is also measured on
+        the validation and test data.
+      optimizer: an Optax optimizer, which replaces the section `optimizer`.
+      callbacks: follow the steps and evaluations, and may end the run; see `Callback`.
       progress: shows progress; by default with bars in a notebook, and not at all elsewhere.
 
     Returns:
@@ -59,24 +70,43 @@ def train(
         holds another run, or if the loss is not finite.
       Stopped: on Ctrl-C, SIGTERM or SIGHUP while it trains, after the state is saved. A second
         signal has its usual effect.
+      Exception: what a callback raises, after the state is saved.
 
     Examples:
       >>> experiment = load_experiment("experiments/sentiment.yaml", ["training.steps=20"])
       >>> summary = train(experiment, "runs/example")
       >>> summary["test"]["accuracy"]
     """
-    folder = Path(folder)
+    custom = Custom(objective, optimizer)
+    experiment = custom.marked(experiment)
+    try:
+        return _train(experiment, Path(folder), records, custom, Callbacks(callbacks), progress)
+    except CallbackError as failed:
+        error = failed.error
+    raise error
+
+
+def _train(
+    experiment: Experiment,
+    folder: Path,
+    records: Mapping[str, Rows] | None,
+    custom: Custom,
+    callbacks: Callbacks,
+    progress: Progress,
+) -> dict[str, Any]:
     with _opened(folder, experiment) as experiment:
         if summary := result_of_main(lambda: finished_summary(folder)):
             _log.info(f"{folder}: this run is finished; choose another folder to train again")
             return summary
-        prepared = Preparation(progress).prepare(experiment, records)
+        prepared = Preparation(progress).prepare(experiment, records, custom)
         if is_main():
             log_data(prepared)
         agreement = Agreement() if jax.process_count() > 1 else None
         with (
             StopSignals(agreement) as stop,
-            Session(experiment, folder, prepared, stop, progress=progress) as session,
+            Session(
+                experiment, folder, prepared, stop, callbacks=callbacks, progress=progress
+            ) as session,
         ):
             try:
                 _make_steps(session, stop, progress)
@@ -92,7 +122,7 @@ def train(
             raise Stopped(
                 stop.requested,
                 f"stopped at step {session.run.step}, all saved; start it again to resume",
-            )
+            ) from callbacks.error
         return session.finish()
 
 

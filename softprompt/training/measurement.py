@@ -7,9 +7,8 @@ from typing import Any
 from softprompt.data.examples import Example
 from softprompt.evaluation.evaluate import EvaluationResult, evaluate
 from softprompt.evaluation.objective import measure_objective
-from softprompt.experiment.metric_names import OBJECTIVE_METRICS
 from softprompt.experiment.schema import Experiment
-from softprompt.objectives.model import Model
+from softprompt.objectives.model import Model, RowObjective
 from softprompt.runtime.progress import Progress
 from softprompt.training.preparation import Prepared
 
@@ -37,7 +36,7 @@ def measure(
     Raises:
       NotFiniteError: if a score is infinite or NaN.
     """
-    settings, of_objective = experiment.evaluation, experiment.objective.name
+    settings = experiment.evaluation
     label = f"{name}: {split}" if name else split
     examples: Sequence[Example] = prepared.examples[split]
     generated: int | None = settings.samples
@@ -56,8 +55,8 @@ def measure(
         max_generated=generated,
         progress=progress,
     )
-    if of_objective not in OBJECTIVE_METRICS:
+    if not isinstance(objective, RowObjective):
         return result
-    size, label = settings.batch_size, f"{label}: {of_objective}"
+    size, label = settings.batch_size, f"{label}: objective"
     scores = measure_objective(objective, whole, examples, size, label, progress)
     return dataclasses.replace(result, scores={**result.scores, **scores})

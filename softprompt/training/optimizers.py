@@ -13,7 +13,10 @@ import numpy as np
 import optax
 from flax import nnx
 
-from softprompt.experiment.schema import OptimizerSettings
+from softprompt.errors import UserError
+from softprompt.experiment.methods import method_class
+from softprompt.experiment.optimizer_settings import OptimizerSettings
+from softprompt.experiment.schema import Experiment
 from softprompt.methods.method import OffsetParam
 
 
@@ -54,7 +57,16 @@ class UpdateRule:
 
     @classmethod
     def of(cls, settings: OptimizerSettings) -> "UpdateRule":
-        """Return the rule of an experiment."""
+        """Return the rule of an experiment.
+
+        Raises:
+          UserError: if only Python code knows the optimizer.
+        """
+        if settings.name == "custom":
+            raise UserError(
+                "optimizer.name: custom stands for an Optax optimizer; pass it in Python: "
+                "train(..., optimizer=...)"
+            )
         return cls(settings.name, settings.schedule, settings.clip_norm)
 
     def init(self, trainable: Any, numbers: Hyperparameters) -> tuple[Hyperparameters, Any]:
@@ -105,6 +117,37 @@ class UpdateRule:
         return rules[self.name]()
 
 
+class Optimizer:
+    """The optimizer of a run, by default the one of its section `optimizer`.
+
+    Args:
+      experiment: the experiment.
+      custom: an Optax optimizer that replaces the section.
+
+    Attributes:
+      rule: the static argument `optimizer` of `train_step`.
+      numbers: the arguments of `rule.init` after the trainable state.
+    """
+
+    def __init__(self, experiment: Experiment, custom: optax.GradientTransformation | None = None):
+        self.rule: Any = UpdateRule.of(experiment.optimizer) if custom is None else custom
+        self.numbers: tuple[Hyperparameters, ...] = ()
+        if custom is None:
+            settings, steps = experiment.optimizer, experiment.training.steps
+            offsets = method_class(experiment.method).offsets_learning_rate(experiment)
+            self.numbers = (hyperparameters(settings, steps, offsets),)
+
+    def init(self, trainable: Any) -> Any:
+        """Return the first state of the optimizer."""
+        return self.rule.init(trainable, *self.numbers)
+
+    def learning_rate(self, step: int) -> float | None:
+        """Return the learning rate of a step, counted from 0; None for a custom optimizer."""
+        if not self.numbers:
+            return None
+        return float(learning_rate(self.rule.schedule, self.numbers[0], step))
+
+
 def hyperparameters(
     settings: OptimizerSettings, steps: int, offsets_learning_rate: float | None = None
 ) -> Hyperparameters:
@@ -131,15 +174,16 @@ def learning_rate(schedule: str, numbers: Hyperparameters, step: jax.Array | int
     It rises linearly to the peak, then stays constant or falls to 0 at `steps`. A warm-up
     of n steps uses 1/n, 2/n, … of the peak, so that the first step is not wasted on 0.
     """
+    numpy: Any = np if isinstance(step, int) else jnp  # on the host without a device, or compiled
     warmup = numbers.warmup_steps
-    done = jnp.clip((step - warmup) / jnp.maximum(1, numbers.steps - warmup), 0, 1)
+    done = numpy.clip((step - warmup) / numpy.maximum(1, numbers.steps - warmup), 0, 1)
     after = {
-        "constant": jnp.ones_like(done),
+        "constant": numpy.ones_like(done),
         "linear": 1 - done,
-        "cosine": (1 + jnp.cos(jnp.pi * done)) / 2,
+        "cosine": (1 + numpy.cos(numpy.pi * done)) / 2,
     }[schedule]
-    warm = (step + 1) / jnp.maximum(1, warmup)
-    return numbers.learning_rate * jnp.where(step < warmup, warm, after)
+    warm = (step + 1) / numpy.maximum(1, warmup)
+    return numbers.learning_rate * numpy.where(step < warmup, warm, after)
 
 
 def _labels(trainable):

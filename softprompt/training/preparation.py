@@ -27,6 +27,7 @@ from softprompt.objectives.teacher import Teacher, read
 from softprompt.parallel.mesh import make_mesh
 from softprompt.parallel.sharding import require_rows
 from softprompt.runtime.progress import Progress, silent
+from softprompt.training.custom import AS_WRITTEN, Custom
 from softprompt.training.requirements import require_memory
 
 _log = logging.getLogger(__name__)
@@ -42,6 +43,7 @@ class Prepared:
       examples: the examples of each split.
       method: the method before training.
       teacher: the teacher of distillation; None without one.
+      custom: replaces the objective, the optimizer, or both.
       seconds: duration of the preparation.
     """
 
@@ -50,6 +52,7 @@ class Prepared:
     examples: Mapping[str, Dataset]
     method: Method
     teacher: Teacher | None
+    custom: Custom
     seconds: float
 
 
@@ -71,13 +74,17 @@ class Preparation:
         self._teachers: dict[tuple[int, ...], Teacher] = {}  # the last one, by what it reads
 
     def prepare(
-        self, experiment: Experiment, records: Mapping[str, Rows] | None = None
+        self,
+        experiment: Experiment,
+        records: Mapping[str, Rows] | None = None,
+        custom: Custom = AS_WRITTEN,
     ) -> Prepared:
         """Read the data of an experiment, load its base model, and build its method.
 
         Args:
           experiment: the experiment.
           records: by split, rows that replace the source that the experiment names.
+          custom: replaces the objective, the optimizer, or both.
 
         Raises:
           UserError: if the experiment, its data or its base model is invalid.
@@ -108,9 +115,10 @@ class Preparation:
         if not task.labels and not task.template.text and experiment.evaluation.samples:
             task.for_generation(experiment.generation.max_new_tokens, before + len(task.opening))
         trained = [_vectors_of(path, base) for path in kind.initial_prompts(experiment)]
-        require_memory(experiment, base, task.opening, trained)
+        require_memory(experiment, base, task.opening, trained, custom.optimizer)
         method = kind.build(experiment, base, task.opening, trained)
-        return Prepared(base, task, examples, method, teacher, time.monotonic() - began)
+        seconds = time.monotonic() - began
+        return Prepared(base, task, examples, method, teacher, custom, seconds)
 
     def task(
         self, experiment: Experiment, records: Mapping[str, Rows] | None = None

@@ -54,16 +54,13 @@ class Reporter:
         """Number of records in `metrics.jsonl`."""
         return self._metrics.records if self._metrics else self._run.records
 
-    def step(
-        self, measured: Mapping[str, float], padding: float, seconds: float, state: TrainState
-    ) -> None:
+    def step(self, measured: Mapping[str, float], padding: float, seconds: float) -> None:
         """Count a finished step, and log every `training.log_every` steps.
 
         Args:
-          measured: what `train_step` measured.
+          measured: what `train_step` measured, and the learning rate.
           padding: share of padding in the batch.
           seconds: duration of the step.
-          state: gives the learning rate.
         """
         run, training = self._run, self._experiment.training
         run.step_seconds += seconds
@@ -75,7 +72,6 @@ class Reporter:
         values = {
             "loss": float(np.mean(run.losses)),
             **{name: value for name, value in measured.items() if name != "loss"},
-            "learning_rate": state.learning_rate(run.step - 1),
             "padding": float(np.mean(run.padding)),
             "examples_per_second": _rate(examples, run.step_seconds - run.logged_seconds),
             "seconds": round(run.step_seconds, 3),

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import optax
 from flax import nnx
 
 from softprompt.backbones.loading import Base
@@ -13,12 +14,16 @@ from softprompt.experiment.schema import Experiment
 from softprompt.parallel.hosts import bytes_here
 from softprompt.parallel.sharding import with_shardings
 from softprompt.runtime.memory import available_memory, gibibytes
-from softprompt.training.optimizers import UpdateRule, hyperparameters
+from softprompt.training.optimizers import Optimizer
 from softprompt.training.step import split
 
 
 def require_memory(
-    experiment: Experiment, base: Base, opening: Sequence[int], trained: Sequence[jax.Array]
+    experiment: Experiment,
+    base: Base,
+    opening: Sequence[int],
+    trained: Sequence[jax.Array],
+    custom: optax.GradientTransformation | None = None,
 ) -> None:
     """Check, without allocating it, that what the method trains fits into memory.
 
@@ -27,17 +32,17 @@ def require_memory(
 
     Args:
       experiment, base, opening, trained: the arguments of `Method.build`.
+      custom: an Optax optimizer that replaces the section `optimizer`.
 
     Raises:
       UserError: if they need more memory than is available.
     """
-    kind, settings = method_class(experiment.method), experiment.optimizer
+    kind = method_class(experiment.method)
 
     def arrays() -> tuple[Any, Any, Any]:
         method = kind.build(experiment, base, opening, trained)
         _, trainable, _ = split(method, base.backbone)
-        numbers = hyperparameters(settings, 1, kind.offsets_learning_rate(experiment))
-        return nnx.state(method), trainable, UpdateRule.of(settings).init(trainable, numbers)
+        return nnx.state(method), trainable, Optimizer(experiment, custom).init(trainable)
 
     shapes = with_shardings(jax.eval_shape(arrays), base.backbone.mesh)
     needed, available = bytes_here(shapes), available_memory()

@@ -36,6 +36,8 @@ from softprompt.storage.arrays import DamagedError
 from softprompt.storage.checkpoints import Checkpoints
 from softprompt.storage.run_folder import write_config
 from softprompt.training.best_prompt import BestPrompt
+from softprompt.training.callbacks import Callbacks
+from softprompt.training.custom import optimizer_record
 from softprompt.training.measurement import measure
 from softprompt.training.preparation import Prepared
 from softprompt.training.reporting import Reporter, log_message
@@ -55,6 +57,7 @@ class Session:
       folder: the run folder, opened by `open_run`.
       prepared: the base model, the data and the method.
       stop: a signal ends an evaluation early.
+      callbacks: follow the run and may end it.
       padded_length: see `TrainState`.
       name: put before log messages; empty for none.
       progress: shows evaluations.
@@ -79,6 +82,7 @@ class Session:
         prepared: Prepared,
         stop: StopSignals,
         *,
+        callbacks: Callbacks | None = None,
         padded_length: int | None = None,
         name: str = "",
         progress: Progress = silent,
@@ -86,7 +90,7 @@ class Session:
         self.experiment, self.folder, self.name = experiment, folder, name
         self.base, self.task, self.examples = prepared.base, prepared.task, prepared.examples
         self._stop, self._progress = stop, progress
-        self._prepared = prepared
+        self._prepared, self._callbacks = prepared, callbacks or Callbacks()
         self.rows = experiment.training.batch_size * experiment.training.accumulate
         if len(self.examples["train"]) < self.rows:
             accumulates = experiment.training.accumulate > 1
@@ -107,7 +111,12 @@ class Session:
         )
         self._iterator = self.batches.iterate()
         self.state = TrainState(
-            experiment, prepared.method, self.base.backbone, prepared.teacher, padded_length
+            experiment,
+            prepared.method,
+            self.base.backbone,
+            prepared.teacher,
+            padded_length,
+            prepared.custom,
         )
         self.steps = experiment.training.steps if jax.tree.leaves(self.state.trainable) else 0
 
@@ -116,6 +125,9 @@ class Session:
         self._checkpoints = Checkpoints(folder / "checkpoints", experiment.checkpoints.keep)
         self._best = BestPrompt(experiment, folder, prepared, self.state)
         self.run = RunState(self.base.fingerprint, data_digest(self.examples))
+        if prepared.custom.optimizer is not None:
+            record = optimizer_record(prepared.custom.optimizer, self.state.trainable)
+            self.run.optimizer = record
         self._resume()
         if names := self.state.names_not_finite():
             raise NotFiniteError(
@@ -144,19 +156,26 @@ class Session:
         """Evaluate and save if that is due, and return whether there is a next step.
 
         An evaluation that a signal interrupts leaves no trace.
+
+        Raises:
+          CallbackError: if a callback failed, after the state is saved.
         """
+        self._follow_callbacks(wait=False)
         run, evaluation = self.run, self.experiment.evaluation
         every, patience = self.experiment.checkpoints.every, evaluation.patience
-        is_last = run.step == self.steps
+        is_last = run.ended or run.step == self.steps
         is_due = run.step > 0 and run.step % evaluation.every == 0
         if run.evaluated < run.step and (is_last or is_due):
             self._evaluate()
+            self._follow_callbacks(wait=True)
         elif every and run.step % every == 0 and self._saved_step < run.step:
             self.save()
         stops_early = patience is not None and run.stale >= patience
         if stops_early and not is_last:
             log_message(self.name, f"no better prompt in {run.stale} evaluations: stopping early")
-        return not (is_last or stops_early)
+        if run.ended:
+            log_message(self.name, f"a callback ended the run at step {run.step}")
+        return not (is_last or stops_early or run.ended)
 
     def next_inputs(self) -> tuple[Batch, jax.Array]:
         """Return the batch and the random key of the next step."""
@@ -203,7 +222,7 @@ class Session:
         run.data = self._iterator.get_state()
         run.records = self.reporter.records
         run.seconds = time.monotonic() - self._began
-        description = dataclasses.asdict(run)
+        description = dataclasses.asdict(run) | {"ended": run.ended or self._callbacks.ends}
         self._checkpoints.save(run.step, self.state.saved_arrays(), description, run.best_step)
         self._saved_step = run.step
 
@@ -226,7 +245,14 @@ class Session:
         """Resume from the newest intact checkpoint whose best prompt can still be loaded."""
         chosen = result_of_main(self._newest_usable)
         if chosen is not None:
-            self.run = RunState(**chosen)
+            began, self.run = self.run, RunState(**chosen)
+            if self.run.optimizer != began.optimizer:
+                log_message(
+                    self.name,
+                    "the optimizer computes something else than before; pass the same one to get "
+                    "the result of an uninterrupted run (the version of Optax matters too)",
+                )
+            self.run.optimizer = began.optimizer
             shapes = self.state.saved_shapes()
             self.state.restore(self._checkpoints.load(self.run.step, shapes))
             self._iterator.set_state(self.run.data)
@@ -254,10 +280,12 @@ class Session:
         return None
 
     def _require_unchanged(self, run: RunState) -> None:
-        """Check that a checkpoint belongs to this base model and this data."""
+        """Check that a checkpoint belongs to this base model, this data and this optimizer."""
         changed = None
         if run.base != self.base.fingerprint:
             changed = "base model"
+        elif run.optimizer.get("state") != self.run.optimizer.get("state"):
+            changed = "optimizer"
         elif not same_data(run.examples, self.examples):
             changed = "data"
         if changed:
@@ -277,7 +305,23 @@ class Session:
         now = time.monotonic()
         seconds = (now - self._last_step_ended) / self._parallel_runs
         self._last_step_ended = now
-        self.reporter.step(measured, padding, seconds, self.state)
+        rate = self.state.learning_rate(self.run.step - 1)
+        if rate is not None:
+            measured["learning_rate"] = rate
+        self.reporter.step(measured, padding, seconds)
+        self._callbacks.on_step(self.run.step, measured)
+
+    def _follow_callbacks(self, *, wait: bool) -> None:
+        """End the run if a callback asks for it. If one failed, save the state and raise.
+
+        Args:
+          wait: see `Callbacks.decision`.
+        """
+        ends, error = self._callbacks.decision(wait=wait)
+        self.run.ended |= ends
+        if error:
+            self.save()
+            raise error
 
     def _evaluate(self) -> None:
         """Evaluate the current prompt, save the state, and keep the prompt if it is the best."""
@@ -300,6 +344,7 @@ class Session:
         run.evaluated = run.step
         answers = not self.task.labels and not self.task.template.text
         self.reporter.validation(result, best=is_best, free_text=answers)
+        self._callbacks.on_evaluation(run.step, metrics)
         self.save()
         if is_best:
             self._checkpoints.wait()
@@ -331,7 +376,9 @@ class Session:
         where = "" if self.name else " and train in another folder"
         optimizer = self.experiment.optimizer
         advice = f"lower optimizer.learning_rate (now {optimizer.learning_rate:g})"
-        if optimizer.clip_norm is None:
+        if optimizer.name == "custom":
+            advice = "lower the learning rate of the optimizer, or clip the gradient"
+        elif optimizer.clip_norm is None:
             advice += " or set optimizer.clip_norm"
         if self.run.step <= 1:  # measured before the first update
             advice = f"change the settings of method {self.experiment.method}, or {advice}"

@@ -17,7 +17,8 @@ from softprompt.objectives.model import Model
 from softprompt.objectives.teacher import Teacher
 from softprompt.parallel.sharding import place, shardings, with_shardings
 from softprompt.runtime.finite import names_not_finite
-from softprompt.training.optimizers import UpdateRule, hyperparameters, learning_rate
+from softprompt.training.custom import AS_WRITTEN, Custom
+from softprompt.training.optimizers import Optimizer
 from softprompt.training.step import Frozen, split
 
 
@@ -28,6 +29,8 @@ class RunState:
     Attributes:
       base, examples: digests of the base model and of the tokenized data. A run resumes
         only if both are unchanged.
+      optimizer: see `optimizer_record`; empty for the optimizer of the experiment.
+      ended: whether a callback has ended the run.
       step: number of updates made.
       data: state of the iterator over training batches.
       evaluated: the last step that was evaluated, or -1.
@@ -43,12 +46,14 @@ class RunState:
 
     base: str
     examples: str
+    optimizer: dict[str, str] = dataclasses.field(default_factory=dict)
     step: int = 0
     data: dict[str, Any] = dataclasses.field(default_factory=dict)
     evaluated: int = -1
     best_step: int = 0
     best_metrics: dict[str, float] = dataclasses.field(default_factory=dict)
     stale: int = 0
+    ended: bool = False
     records: int = 0
     losses: list[float] = dataclasses.field(default_factory=list)
     padding: list[float] = dataclasses.field(default_factory=list)
@@ -68,6 +73,7 @@ class TrainState:
       padded_length: pad the prompt to this many virtual tokens while it trains, so that
         the trials of a sweep share a compiled program. Ignored if the method cannot be
         padded. Saved arrays are not padded.
+      custom: replaces the objective, the optimizer, or both.
 
     Attributes:
       trainable, opt_state, frozen: the arguments of `train_step`.
@@ -83,25 +89,24 @@ class TrainState:
         backbone: Backbone,
         teacher: Teacher | None = None,
         padded_length: int | None = None,
+        custom: Custom = AS_WRITTEN,
     ):
-        offsets = type(method).offsets_learning_rate(experiment)
-        steps = experiment.training.steps
-        self._hyperparameters = hyperparameters(experiment.optimizer, steps, offsets)
+        self._optimizer = Optimizer(experiment, custom.optimizer)
         graphdef, trainable, frozen = split(method, backbone, teacher)
         self._unpadded = graphdef, jax.eval_shape(lambda: trainable), frozen
         self.padded_length = None
         if padded_length is not None and method.can_be_padded(backbone):
             self.padded_length = padded_length
             graphdef, trainable, frozen = split(method.padded(padded_length), backbone, teacher)
-        self.program = program_of(experiment, graphdef, np.asarray(method.opening[...]).tolist())
-        self._optimizer: UpdateRule = self.program["optimizer"]
+        opening = np.asarray(method.opening[...]).tolist()
+        self.program = program_of(experiment, graphdef, opening, custom)
         self._mesh = backbone.mesh
         self.trainable, self.frozen = place(trainable, self._mesh), frozen
-        init = self._optimizer.init
+        init, numbers = self._optimizer.rule.init, self._optimizer.numbers
         if self._mesh is not None:  # so that each device makes only its own part
-            shapes = jax.eval_shape(init, self.trainable, self._hyperparameters)
+            shapes = jax.eval_shape(init, self.trainable, *numbers)
             init = jax.jit(init, out_shardings=shardings(shapes, self._mesh))
-        self.opt_state = init(self.trainable, self._hyperparameters)
+        self.opt_state = init(self.trainable, *numbers)
         self.key = jax.random.key(experiment.seed)
 
     @property
@@ -114,9 +119,9 @@ class TrainState:
         """Number of trainable parameters, without padding."""
         return sum(x.size for x in jax.tree.leaves(self._unpadded[1]))
 
-    def learning_rate(self, step: int) -> float:
-        """The learning rate of a step, counted from 0."""
-        return float(learning_rate(self._optimizer.schedule, self._hyperparameters, step))
+    def learning_rate(self, step: int) -> float | None:
+        """The learning rate of a step, counted from 0; None for a custom optimizer."""
+        return self._optimizer.learning_rate(step)
 
     def names_not_finite(self) -> list[str]:
         """The paths of the trainable arrays and of the optimizer's arrays with infinity or NaN."""
@@ -141,7 +146,7 @@ class TrainState:
     def saved_shapes(self) -> tuple[nnx.State, Any]:
         """Return the shapes of what `saved_arrays` returns, and how a mesh divides them."""
         init = self._optimizer.init
-        shapes = jax.eval_shape(lambda x: (x, init(x, self._hyperparameters)), self._unpadded[1])
+        shapes = jax.eval_shape(lambda x: (x, init(x)), self._unpadded[1])
         return with_shardings(shapes, self._mesh)
 
     def saved_arrays(self) -> tuple[nnx.State, Any]:
@@ -154,18 +159,24 @@ class TrainState:
         self.trainable, self.opt_state = place(resized, self._mesh)
 
 
-def program_of(experiment: Experiment, graphdef: Any, opening: Sequence[int]) -> dict[str, Any]:
+def program_of(
+    experiment: Experiment, graphdef: Any, opening: Sequence[int], custom: Custom = AS_WRITTEN
+) -> dict[str, Any]:
     """Return the static arguments of `train_step`.
 
     Args:
       experiment: its sections `objective`, `optimizer` and `training` are used.
       graphdef: what `split` returned.
       opening: the ids that every row begins with.
+      custom: replaces the objective, the optimizer, or both.
     """
+    objective = custom.objective
+    if objective is None:
+        objective = objective_of(experiment.objective, opening)
     return {
         "graphdef": graphdef,
-        "optimizer": UpdateRule.of(experiment.optimizer),
-        "objective": objective_of(experiment.objective, opening),
+        "optimizer": Optimizer(experiment, custom.optimizer).rule,
+        "objective": objective,
         "accumulate": experiment.training.accumulate,
     }
 
