@@ -1,11 +1,7 @@
 """Python code in a run: callbacks that follow and end it."""
 
-import json
-
 import pytest
 from conftest import write_experiment
-from processes import ForkedProcess
-from test_hosts import free_address
 from test_training import outcome
 
 from softprompt import Callback, UserError, load_experiment, load_prompt, train
@@ -169,37 +165,3 @@ def test_all_processes_learn_what_the_main_one_decides(monkeypatch):
     assert other.error is None
     with pytest.raises(UserError, match="a callback failed in the main process"):
         raise other.decision(wait=False)[1].error
-
-
-_PROCESS = """\
-import os, sys
-os.environ |= dict(zip(
-    ["JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"], {environment}, strict=True
-))
-import jax
-from softprompt import Callback, load_experiment, train
-from softprompt.cli.cluster import cluster
-
-class Stop(Callback):
-    def on_step(self, step, measured):
-        assert jax.process_index() == 0
-        return step == 5
-
-with cluster():
-    experiment = load_experiment(sys.argv[1], ["compute.mesh.data=-1"])
-    train(experiment, sys.argv[2], callbacks=[Stop()])
-"""
-
-
-def test_a_callback_of_the_main_process_ends_the_run_on_all_hosts(tmp_path):
-    file, address = write_experiment(tmp_path, 5, 5), free_address()
-    processes = [
-        ForkedProcess(
-            _PROCESS.format(environment=[address, "2", str(number)]),
-            [str(file), str(tmp_path / "run")],
-        )
-        for number in range(2)
-    ]
-    printed = [process.communicate()[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], printed
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 7

@@ -232,3 +232,32 @@ def test_slurm_is_detected(monkeypatch):
     monkeypatch.setenv("SLURM_STEP_NODELIST", "node[1-4]")
     assert cluster._arguments() == {}
     assert os.environ["SLURM_NTASKS"] == "4"
+
+
+_WITH_CALLBACK = """\
+import os, sys
+os.environ |= {environment}
+import jax
+from softprompt import Callback, load_experiment, train
+from softprompt.cli.cluster import cluster
+
+class Stop(Callback):
+    def on_step(self, step, measured):
+        assert jax.process_index() == 0
+        return step == 5
+
+with cluster():
+    experiment = load_experiment(sys.argv[1], ["compute.mesh.data=-1"])
+    train(experiment, sys.argv[2], callbacks=[Stop()])
+"""
+
+
+def test_a_callback_of_the_main_process_ends_the_run_on_all_hosts(file, tmp_path):
+    address, processes = free_address(), []
+    for number in range(2):
+        environment = dict(zip(_VARIABLES, [address, "2", str(number)], strict=True))
+        code = _WITH_CALLBACK.format(environment=environment)
+        processes.append(ForkedProcess(code, [str(file), str(tmp_path / "run")]))
+    printed = [process.communicate()[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], printed
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 7
