@@ -121,6 +121,17 @@ def test_a_callback_ends_the_run_after_a_step(experiment, whole, tmp_path, capsy
     assert train(experiment, tmp_path / "run") == summary  # finished
 
 
+def test_a_callback_ends_the_run_at_a_step_that_is_saved(experiment, tmp_path):
+    """No further step has begun by then, and the checkpoint says that the run has ended."""
+    checkpoints = experiment.checkpoints.model_copy(update={"every": 5})
+    saving, folder = experiment.model_copy(update={"checkpoints": checkpoints}), tmp_path / "run"
+    recorder = StopAfterStep(5)
+    assert train(saving, folder, callbacks=[recorder])["steps"] == 5
+    assert [step for step, _ in recorder.evaluations] == [4, 5]
+    (folder / "summary.json").unlink()
+    assert train(saving, folder)["steps"] == 5
+
+
 def test_a_callback_ends_the_run_after_an_evaluation(experiment, tmp_path):
     folder = tmp_path / "run"
     summary = train(experiment, folder, callbacks=[StopAfterEvaluation(4)])

@@ -181,10 +181,11 @@ class Unhashable:
         ({"objective": Unhashable()}, [], "objective: Unhashable has no hash"),
         ({"optimizer": 0.1}, [], "optimizer: must be an Optax optimizer"),
         ({"optimizer": optax.sgd}, [], "optimizer: must be an Optax optimizer"),
+        ({"optimizer": optax.noisy_sgd(0.1, key=0)}, [], "is a random key, which a checkpoint"),
         (
             {"objective": doubled},
             ["objective.custom=true", "evaluation.metric=objective_loss"],
-            "evaluation.metric: objective_loss needs an objective that is a RowObjective",
+            "evaluation.metric: objective_loss is not measured with this objective",
         ),
         ({}, ["objective.custom=true"], "pass it in Python: train"),
         ({}, ["optimizer={name: custom}"], "pass it in Python: train"),

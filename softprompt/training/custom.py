@@ -12,6 +12,7 @@ import numpy as np
 import optax
 
 from softprompt.errors import UserError
+from softprompt.experiment.metric_names import OBJECTIVE_METRICS
 from softprompt.experiment.optimizer_settings import OptimizerSettings
 from softprompt.experiment.schema import Experiment
 from softprompt.objectives.model import Objective, RowObjective
@@ -51,9 +52,11 @@ class Custom(NamedTuple):
         measured, metric = isinstance(self.objective, RowObjective), experiment.evaluation.metric
         if "metric" not in experiment.evaluation.model_fields_set and not experiment.verbalizer:
             metric = "objective_loss" if measured else "loss"
-        if metric == "objective_loss" and not measured:
+        of_objectives = {name for names in OBJECTIVE_METRICS.values() for name in names}
+        if metric in of_objectives and not (measured and metric == "objective_loss"):
             raise UserError(
-                "evaluation.metric: objective_loss needs an objective that is a RowObjective"
+                f"evaluation.metric: {metric} is not measured with this objective; a RowObjective "
+                "is measured by objective_loss, and another function only by loss"
             )
         return experiment.with_metric(metric)
 
@@ -79,17 +82,20 @@ def optimizer_record(optimizer: Any, trainable: Any) -> dict[str, str]:
     """Return what a checkpoint records about a custom optimizer.
 
     Args:
-      optimizer: the Optax optimizer.
+      optimizer: the Optax optimizer; None for the optimizer of the experiment.
       trainable: the trainable state.
 
     Returns:
-      Two digests. `state` is that of the names and shapes of its state. `computation` is that of
+      Nothing for the optimizer of the experiment, whose settings are in `config.yaml`. Otherwise
+      two digests. `state` is that of the names and shapes of its state. `computation` is that of
       its program, with learning rates and schedules; it also changes with the version of Optax
       or JAX.
 
     Raises:
       UserError: if its state cannot be saved.
     """
+    if optimizer is None:
+        return {}
     shapes = jax.eval_shape(lambda x: x, trainable)
     state = jax.eval_shape(optimizer.init, shapes)
     parts = []

@@ -118,16 +118,14 @@ class Session:
             padded_length,
             prepared.custom,
         )
+        record = optimizer_record(prepared.custom.optimizer, self.state.trainable)
         self.steps = experiment.training.steps if jax.tree.leaves(self.state.trainable) else 0
 
         if is_main():
             write_config(folder, experiment)
         self._checkpoints = Checkpoints(folder / "checkpoints", experiment.checkpoints.keep)
         self._best = BestPrompt(experiment, folder, prepared, self.state)
-        self.run = RunState(self.base.fingerprint, data_digest(self.examples))
-        if prepared.custom.optimizer is not None:
-            record = optimizer_record(prepared.custom.optimizer, self.state.trainable)
-            self.run.optimizer = record
+        self.run = RunState(self.base.fingerprint, data_digest(self.examples), record)
         self._resume()
         if names := self.state.names_not_finite():
             raise NotFiniteError(
@@ -160,15 +158,19 @@ class Session:
         Raises:
           CallbackError: if a callback failed, after the state is saved.
         """
-        self._follow_callbacks(wait=False)
         run, evaluation = self.run, self.experiment.evaluation
         every, patience = self.experiment.checkpoints.every, evaluation.patience
-        is_last = run.ended or run.step == self.steps
         is_due = run.step > 0 and run.step % evaluation.every == 0
+        saves = every and run.step % every == 0 and self._saved_step < run.step
+        waits = bool(is_due or saves)  # for the device anyway
+        if waits:
+            self._finish_step()
+        self._follow_callbacks(wait=waits)
+        is_last = run.ended or run.step == self.steps
         if run.evaluated < run.step and (is_last or is_due):
             self._evaluate()
             self._follow_callbacks(wait=True)
-        elif every and run.step % every == 0 and self._saved_step < run.step:
+        elif saves:
             self.save()
         stops_early = patience is not None and run.stale >= patience
         if stops_early and not is_last:
