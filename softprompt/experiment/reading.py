@@ -37,6 +37,8 @@ PATH_KEYS: Sequence[Key] = (
     ("prompt", "init_prompts"),
     ("prefix", "init_prompts"),
     ("objective", "teacher", "context"),
+    ("objective", "teacher", "run"),
+    ("objective", "teacher", "base"),
 )
 
 SPLIT_ADVICE = "to take a tenth of the training data, set data.validation=0.1"

@@ -59,11 +59,15 @@ class Distillation(RowObjective):
         """
         teacher = model.teacher
         assert teacher is not None
-        hidden = teacher.backbone.target_states(batch, teacher.prefix)
+        rows_read = batch if batch.teacher is None else batch.teacher
+        hidden = teacher.backbone.target_states(rows_read, teacher.prefix)
         graphdef, head = nnx.split(teacher.backbone.output_head)
 
         def compare(logits: jax.Array, head: Any, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
             expected = nnx.merge(graphdef, head)(hidden)  # [G, C, V]
+            # One of two models may have more logits than the vocabulary has tokens.
+            size = min(logits.shape[-1], expected.shape[-1])
+            logits, expected = logits[..., :size], expected[..., :size]
             agree = jnp.argmax(logits, axis=-1) == jnp.argmax(expected, axis=-1)
             losses = distillation_loss(logits, expected, self.temperature)
             return losses, agree.astype(jnp.float32)

@@ -59,5 +59,7 @@ def measure(
     if of_objective not in OBJECTIVE_METRICS:
         return result
     size, label = settings.batch_size, f"{label}: {of_objective}"
-    scores = measure_objective(objective, whole, examples, size, label, progress)
+    as_taught = prepared.teacher_examples.get(split)
+    rows = None if as_taught is None else as_taught[: len(examples)]
+    scores = measure_objective(objective, whole, examples, size, label, progress, rows)
     return dataclasses.replace(result, scores={**result.scores, **scores})

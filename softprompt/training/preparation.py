@@ -16,18 +16,17 @@ from softprompt.data.preferences import preference_examples
 from softprompt.data.records import Record, Rows
 from softprompt.data.splits import SplitReader
 from softprompt.data.task import Task, make_task
-from softprompt.data.teacher import teacher_opening
 from softprompt.data.template import draw_demonstrations
 from softprompt.errors import UserError
 from softprompt.experiment.methods import method_class
 from softprompt.experiment.schema import Experiment
 from softprompt.inference.prompt import load_prompt
 from softprompt.methods.method import Method
-from softprompt.objectives.teacher import Teacher, read
 from softprompt.parallel.mesh import make_mesh
 from softprompt.parallel.sharding import require_rows
 from softprompt.runtime.progress import Progress, silent
 from softprompt.training.requirements import require_memory
+from softprompt.training.teachers import PreparedTeacher, prepare_teacher
 
 _log = logging.getLogger(__name__)
 
@@ -42,6 +41,8 @@ class Prepared:
       examples: the examples of each split.
       method: the method before training.
       teacher: the teacher of distillation; None without one.
+      teacher_examples: the examples of each split as the teacher reads them; empty if it reads the
+        rows of the student.
       seconds: duration of the preparation.
     """
 
@@ -49,7 +50,8 @@ class Prepared:
     task: Task
     examples: Mapping[str, Dataset]
     method: Method
-    teacher: Teacher | None
+    teacher: PreparedTeacher | None
+    teacher_examples: Mapping[str, Dataset]
     seconds: float
 
 
@@ -68,7 +70,7 @@ class Preparation:
         self._bases: dict[str, Base] = {}
         self._splits = SplitReader()
         self._examples: dict[str, tuple[Any, Sequence[Record], Dataset]] = {}
-        self._teachers: dict[tuple[int, ...], Teacher] = {}  # the last one, by what it reads
+        self._teachers: dict[Any, PreparedTeacher] = {}  # the last one, by what determines it
 
     def prepare(
         self, experiment: Experiment, records: Mapping[str, Rows] | None = None
@@ -92,25 +94,27 @@ class Preparation:
                 "objective: preference compares with the base model without virtual tokens, so "
                 "all of them must come before the first field of template.input"
             )
-        teacher = None
-        if settings := experiment.objective.teacher:
-            texts = experiment.template, experiment.verbalizer
-            read_first = teacher_opening(
-                settings, base, *texts, splits["train"], experiment.seed, task
-            )
-            available = base.backbone.arch.context_length - len(read_first)
-            task = dataclasses.replace(task, max_tokens=min(task.max_tokens, available))
-            teacher = self._teacher_of(base, read_first)
+        teacher = self._teacher_of(experiment, base, splits["train"], task)
+        if teacher is not None and teacher.reads_same_rows:
+            most = min(task.max_tokens, teacher.available)
+            task = dataclasses.replace(task, max_tokens=most)
         encode = preference_examples if pairs else make_examples
         examples = {
             split: self._examples_of(task, part, split, encode) for split, part in splits.items()
         }
+        teacher_examples = {}
+        if teacher is not None and not teacher.reads_same_rows:
+            teacher_examples = {
+                split: self._examples_of(teacher.task, part, f"teacher's {split}", encode)
+                for split, part in splits.items()
+            }
         if not task.labels and not task.template.text and experiment.evaluation.samples:
             task.for_generation(experiment.generation.max_new_tokens, before + len(task.opening))
         trained = [_vectors_of(path, base) for path in kind.initial_prompts(experiment)]
         require_memory(experiment, base, task.opening, trained)
         method = kind.build(experiment, base, task.opening, trained)
-        return Prepared(base, task, examples, method, teacher, time.monotonic() - began)
+        seconds = time.monotonic() - began
+        return Prepared(base, task, examples, method, teacher, teacher_examples, seconds)
 
     def task(
         self, experiment: Experiment, records: Mapping[str, Rows] | None = None
@@ -162,12 +166,19 @@ class Preparation:
             self._bases[wanted] = base
         return self._bases[wanted]
 
-    def _teacher_of(self, base: Base, tokens: Sequence[int]) -> Teacher:
-        """Make the teacher that reads tokens first, or reuse the last one if it reads the same."""
-        key = tuple(tokens)
+    def _teacher_of(
+        self, experiment: Experiment, base: Base, records: Sequence[Record], task: Task
+    ) -> PreparedTeacher | None:
+        """Prepare the teacher of an experiment, if it has one, or reuse the last one."""
+        settings = experiment.objective.teacher
+        if settings is None:
+            return None
+        drawn = (experiment.seed, id(records)) if settings.shots else None
+        texts = experiment.model_dump_json(include={"objective", "template", "verbalizer"})
+        key = texts, drawn, str(task.pieces)
         if key not in self._teachers:
-            self._teachers.clear()
-            self._teachers[key] = Teacher(base.backbone, read(base.backbone, tokens))
+            self._teachers.clear()  # free the memory before preparing another one
+            self._teachers[key] = prepare_teacher(experiment, base, records, task)
         return self._teachers[key]
 
     def _examples_of(

@@ -104,10 +104,12 @@ class Session:
             separate_targets=self.base.backbone.separate_targets,
             passes=experiment.training.accumulate,
             mesh=self.base.backbone.mesh,
+            teacher=prepared.teacher_examples.get("train"),
         )
         self._iterator = self.batches.iterate()
+        teacher = None if prepared.teacher is None else prepared.teacher.model
         self.state = TrainState(
-            experiment, prepared.method, self.base.backbone, prepared.teacher, padded_length
+            experiment, prepared.method, self.base.backbone, teacher, padded_length
         )
         self.steps = experiment.training.steps if jax.tree.leaves(self.state.trainable) else 0
 
