@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from softprompt.cli.arguments import add_base, add_batch_size, add_command, add_scoring
 from softprompt.cli.inputs import requested_mesh, with_scoring
-from softprompt.cli.progress import Bar
+from softprompt.cli.progress import Bar, print_line
 from softprompt.cli.tables import print_table
 from softprompt.errors import UserError
 
 if TYPE_CHECKING:
     from softprompt.experiment.schema import Experiment
+    from softprompt.inference.prompt import TrainedPrompt
     from softprompt.metrics.scores import Scores
+    from softprompt.training.teachers import PreparedTeacher
 
 
 def add_to(subparsers: Any) -> None:
@@ -111,14 +113,18 @@ def _evaluate_one(options: argparse.Namespace, experiment: "Experiment") -> None
         require_output(options.output)
     mesh = requested_mesh(options)
     prompt = with_scoring(load_prompt(options.runs[0], options.base, mesh=mesh), options)
-    pairs = experiment.objective.name == "preference"
-    encode = preference_examples if pairs else make_examples
-    examples = encode(prompt.task, read_split(experiment, options.split), options.split, Bar)
+    objective = experiment.objective.name
+    encode = preference_examples if objective == "preference" else make_examples
+    records, teacher = read_split(experiment, options.split), None
+    if objective == "distill":
+        teacher = _teacher(experiment, prompt)
+    task = prompt.task if teacher is None else teacher.limited(prompt.task)
+    examples = encode(task, records, options.split, Bar)
     needs_predictions = options.output or set(experiment.evaluation.metrics) - {*MODEL_METRICS}
     measured = evaluate(
         prompt.backbone,
         prompt.prefix,
-        prompt.task,
+        task,
         examples,
         experiment.model_copy(update={"scoring": prompt.scoring}),
         options.split,
@@ -126,19 +132,37 @@ def _evaluate_one(options: argparse.Namespace, experiment: "Experiment") -> None
         progress=Bar,
     )
     scores = dict(measured.scores)
-    if pairs:
+    if objective == "preference" or teacher is not None:
+        as_taught = None
+        if teacher is not None and not teacher.reads_same_rows:
+            as_taught = encode(teacher.task, records, f"teacher's {options.split}", Bar)
         scores |= measure_objective(
-            objective_of(experiment.objective, prompt.task.opening),
-            Model(prompt.method, prompt.base.backbone),
+            objective_of(experiment.objective, task.opening),
+            Model(prompt.method, prompt.base.backbone, teacher and teacher.model),
             examples,
             options.batch_size,
-            f"{options.split}: preference",
+            f"{options.split}: {objective}",
             Bar,
+            as_taught,
         )
     _print_result({"split": options.split, "examples": len(examples)}, scores)
     if options.output:
         with write_errors(options.output):
             write_predictions(options.output, measured.samples)
+
+
+def _teacher(experiment: "Experiment", prompt: "TrainedPrompt") -> "PreparedTeacher | None":
+    """Prepare the teacher of a run. If it is no longer there, say so and return None."""
+    from softprompt.data.splits import read_split
+    from softprompt.training.teachers import prepare_teacher
+
+    assert experiment.objective.teacher is not None
+    try:
+        shown = read_split(experiment, "train") if experiment.objective.teacher.shots else []
+        return prepare_teacher(experiment, prompt.base, shown, prompt.task)
+    except UserError as error:
+        print_line(f"objective_loss and agreement are not measured: {error}")
+        return None
 
 
 def _print_result(about: Mapping[str, Any], scores: "Mapping[str, Scores]") -> None:

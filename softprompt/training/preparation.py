@@ -1,17 +1,19 @@
 """What a run needs before its first step: base model, examples and method."""
 
 import dataclasses
+import hashlib
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from softprompt.backbones.loading import Base, load_base
 from softprompt.data.datasets import make_examples
-from softprompt.data.examples import Dataset
+from softprompt.data.examples import Dataset, data_digest
 from softprompt.data.preferences import preference_examples
 from softprompt.data.records import Record, Rows
 from softprompt.data.splits import SplitReader
@@ -54,6 +56,21 @@ class Prepared:
     teacher_examples: Mapping[str, Dataset]
     seconds: float
 
+    def objective_digest(self, weights: np.ndarray | None) -> str:
+        """Return a digest of what the objective reads besides the examples; empty if nothing.
+
+        Args:
+          weights: `[N]`, the weights of the training examples, or None.
+        """
+        if self.teacher is None and weights is None:
+            return ""
+        digest = hashlib.sha256()
+        if self.teacher is not None:
+            digest.update(f"{self.teacher.digest} {data_digest(self.teacher_examples)}".encode())
+        if weights is not None:
+            digest.update(weights.tobytes())
+        return digest.hexdigest()
+
 
 class Preparation:
     """Prepares experiments one after another, and reuses what they have in common.
@@ -95,9 +112,8 @@ class Preparation:
                 "all of them must come before the first field of template.input"
             )
         teacher = self._teacher_of(experiment, base, splits["train"], task)
-        if teacher is not None and teacher.reads_same_rows:
-            most = min(task.max_tokens, teacher.available)
-            task = dataclasses.replace(task, max_tokens=most)
+        if teacher is not None:
+            task = teacher.limited(task)
         encode = preference_examples if pairs else make_examples
         examples = {
             split: self._examples_of(task, part, split, encode) for split, part in splits.items()

@@ -26,8 +26,9 @@ class RunState:
     """The state of a run apart from its arrays. Every checkpoint holds it as JSON.
 
     Attributes:
-      base, examples: digests of the base model and of the tokenized data. A run resumes
-        only if both are unchanged.
+      base, examples, objective: digests of the base model, of the tokenized data, and of what the
+        objective reads besides (see `Prepared.objective_digest`; empty for nothing, and in
+        checkpoints of earlier versions). A run resumes only if they are unchanged.
       step: number of updates made.
       data: state of the iterator over training batches.
       evaluated: the last step that was evaluated, or -1.
@@ -43,6 +44,7 @@ class RunState:
 
     base: str
     examples: str
+    objective: str = ""
     step: int = 0
     data: dict[str, Any] = dataclasses.field(default_factory=dict)
     evaluated: int = -1

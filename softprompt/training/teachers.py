@@ -35,6 +35,12 @@ class PreparedTeacher:
     available: int
     digest: str
 
+    def limited(self, student: Task) -> Task:
+        """Return the task of the student, with rows short enough if the teacher reads them too."""
+        if not self.reads_same_rows:
+            return student
+        return dataclasses.replace(student, max_tokens=min(student.max_tokens, self.available))
+
 
 def prepare_teacher(
     experiment: Experiment, base: Base, records: Sequence[Record], student: Task
