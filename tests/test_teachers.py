@@ -11,6 +11,7 @@ from softprompt import SoftPrompt, TrainingBatches, UserError, load_experiment, 
 from softprompt.backbones import head as head_module
 from softprompt.cli.main import main
 from softprompt.data.examples import Examples
+from softprompt.generation.engine import Engine
 from softprompt.objectives import teacher as teacher_module
 from softprompt.objectives.distillation import Distillation
 from softprompt.objectives.model import Model
@@ -42,6 +43,10 @@ def experiment_with(folder, teacher: str, *overrides: str):
     path = folder / "case.yaml"
     path.write_text(EXPERIMENT.replace("TEACHER", teacher))
     return load_experiment(path, overrides)
+
+
+def records_in(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
 
 
 def losses_of(folder) -> list[float]:
@@ -179,3 +184,66 @@ def test_changed_weights_are_noticed_on_resumption(tmp_path):
     changed = [{**row, "weight": 1} for row in rows]
     with pytest.raises(UserError, match="its data has changed since the run began"):
         train(experiment, tmp_path / "run", records={"train": changed})
+
+
+def test_a_teacher_writes_the_targets_once(tmp_path, monkeypatch, capsys):
+    """A killed run keeps what is written. A finished file is not written again."""
+    overrides = "objective.teacher.writes_targets=true", "generation.max_new_tokens=4"
+    experiment = experiment_with(tmp_path, "input: 'Repeat {word}:'", *overrides)
+    experiment = experiment.model_copy(
+        update={"evaluation": experiment.evaluation.model_copy(update={"batch_size": 1})}
+    )
+    train(experiment, tmp_path / "whole")
+    path = tmp_path / "whole" / "targets-train.jsonl"
+    head, *lines = path.read_text().splitlines()
+    teacher_rows = [
+        {"word": record["word"], "answer": json.loads(line)["target"]}
+        for record, line in zip(records_in(tmp_path), lines, strict=True)
+    ]
+    assert len({row["answer"] for row in teacher_rows}) > 1
+
+    same = experiment_with(tmp_path, "input: 'Repeat {word}:'")
+    rows = {"train": teacher_rows, "validation": teacher_rows}
+    train(same, tmp_path / "given", records=rows)
+    assert losses_of(tmp_path / "given") == losses_of(tmp_path / "whole")
+
+    stopped = tmp_path / "stopped" / path.name
+    stopped.parent.mkdir()
+    stopped.write_text("\n".join([head, *lines[:4], lines[4][:-3]]))
+    generated = []
+    generate = Engine.generate
+
+    def counted(self, requests, *arguments, **options):
+        generated.append(len(requests))
+        return generate(self, requests, *arguments, **options)
+
+    monkeypatch.setattr(Engine, "generate", counted)
+    train(experiment, stopped.parent)
+    assert generated[0] == 4
+    assert stopped.read_text() == path.read_text()
+    generated.clear()
+    capsys.readouterr()
+    assert main(["eval", str(tmp_path / "whole"), "--split", "validation"]) == 0
+    assert generated == [0]  # no targets, and no samples
+    printed = json.loads(capsys.readouterr().out)
+    summary = json.loads((tmp_path / "whole" / "summary.json").read_text())
+    assert printed["objective_loss"] == pytest.approx(summary["validation"]["objective_loss"])
+
+    (tmp_path / "whole" / "summary.json").unlink()
+    path.write_text("\n".join(['{"digest": "of another teacher"}', *lines, ""]))
+    with pytest.raises(UserError, match="its teacher or data has changed since the run began"):
+        train(experiment, tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("verbalizer={AA: A, BB: B}", "needs free text"),
+        ("generation.temperature=0.5", "targets are greedy"),
+        ("template.target='{answer} {word}'", "needs a template.target with one {field}"),
+    ],
+)
+def test_targets_that_a_teacher_cannot_write_are_rejected(tmp_path, override, message):
+    with pytest.raises(UserError) as error:
+        experiment_with(tmp_path, "shots: 1, writes_targets: true", override)
+    assert message in str(error.value)

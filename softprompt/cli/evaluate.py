@@ -108,6 +108,7 @@ def _evaluate_one(options: argparse.Namespace, experiment: "Experiment") -> None
     from softprompt.objectives.choice import objective_of
     from softprompt.objectives.model import Model
     from softprompt.storage.run_folder import write_predictions
+    from softprompt.training.written_targets import SPLITS, with_written_targets
 
     if options.output:
         require_output(options.output)
@@ -118,7 +119,13 @@ def _evaluate_one(options: argparse.Namespace, experiment: "Experiment") -> None
     records, teacher = read_split(experiment, options.split), None
     if objective == "distill":
         teacher = _teacher(experiment, prompt)
-    task = prompt.task if teacher is None else teacher.limited(prompt.task)
+    task = prompt.task
+    if teacher is not None and experiment.objective.teacher is not None:
+        task = teacher.limited(task)
+        if experiment.objective.teacher.writes_targets and options.split in SPLITS:
+            records = with_written_targets(
+                teacher, experiment, records, options.split, options.runs[0], Bar
+            )
     examples = encode(task, records, options.split, Bar)
     needs_predictions = options.output or set(experiment.evaluation.metrics) - {*MODEL_METRICS}
     measured = evaluate(
@@ -138,7 +145,7 @@ def _evaluate_one(options: argparse.Namespace, experiment: "Experiment") -> None
             as_taught = encode(teacher.task, records, f"teacher's {options.split}", Bar)
         scores |= measure_objective(
             objective_of(experiment.objective, task.opening),
-            Model(prompt.method, prompt.base.backbone, teacher and teacher.model),
+            Model(prompt.method, prompt.base.backbone, teacher.model if teacher else None),
             examples,
             options.batch_size,
             f"{options.split}: {objective}",

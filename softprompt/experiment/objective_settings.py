@@ -53,6 +53,12 @@ class TeacherSettings(Section):
         default=None,
         description="Base model of the teacher, with the same vocabulary as the student's.",
     )
+    writes_targets: bool = Field(
+        default=False,
+        description="Whether the teacher writes the targets of the training and validation data "
+        "before training, greedily, as the section `generation` says. They are kept in the run "
+        "folder.",
+    )
 
     @pydantic.field_validator("input")
     @classmethod

@@ -1,7 +1,7 @@
-"""Distillation: the student learns the distributions of a teacher that reads more.
+"""Distillation: the student learns the distributions of a teacher that reads more or is better.
 
-The student is the base model with the trained part. The teacher is the base model without it. The
-teacher reads another text before the same rows, such as a document.
+The student is the base model with the trained part. The teacher is another frozen model, or the
+base model that reads a text before the rows or has rows of its own. Both predict the same targets.
 
 Axis letters: G packs, R rows of a pack, B = G·R rows, M targets of a pack, C targets of a chunk,
 V vocabulary.

@@ -5,6 +5,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -29,6 +30,7 @@ from softprompt.parallel.sharding import require_rows
 from softprompt.runtime.progress import Progress, silent
 from softprompt.training.requirements import require_memory
 from softprompt.training.teachers import PreparedTeacher, prepare_teacher
+from softprompt.training.written_targets import SPLITS, with_written_targets
 
 _log = logging.getLogger(__name__)
 
@@ -88,15 +90,20 @@ class Preparation:
         self._splits = SplitReader()
         self._examples: dict[str, tuple[Any, Sequence[Record], Dataset]] = {}
         self._teachers: dict[Any, PreparedTeacher] = {}  # the last one, by what determines it
+        self._written: dict[str, tuple[Any, Sequence[Record], Sequence[Record]]] = {}
 
     def prepare(
-        self, experiment: Experiment, records: Mapping[str, Rows] | None = None
+        self,
+        experiment: Experiment,
+        records: Mapping[str, Rows] | None = None,
+        folder: Path | None = None,
     ) -> Prepared:
         """Read the data of an experiment, load its base model, and build its method.
 
         Args:
           experiment: the experiment.
           records: by split, rows that replace the source that the experiment names.
+          folder: the run folder, which keeps the targets that a teacher writes.
 
         Raises:
           UserError: if the experiment, its data or its base model is invalid.
@@ -114,6 +121,10 @@ class Preparation:
         teacher = self._teacher_of(experiment, base, splits["train"], task)
         if teacher is not None:
             task = teacher.limited(task)
+            splits = {
+                split: self._with_targets(teacher, experiment, part, split, folder)
+                for split, part in splits.items()
+            }
         encode = preference_examples if pairs else make_examples
         examples = {
             split: self._examples_of(task, part, split, encode) for split, part in splits.items()
@@ -196,6 +207,27 @@ class Preparation:
             self._teachers.clear()  # free the memory before preparing another one
             self._teachers[key] = prepare_teacher(experiment, base, records, task)
         return self._teachers[key]
+
+    def _with_targets(
+        self,
+        teacher: PreparedTeacher,
+        experiment: Experiment,
+        records: Sequence[Record],
+        split: str,
+        folder: Path | None,
+    ) -> Sequence[Record]:
+        """Return records with the targets that the teacher writes, if it writes any."""
+        settings = experiment.objective.teacher
+        if settings is None or not settings.writes_targets or split not in SPLITS:
+            return records
+        key = teacher, experiment.generation, experiment.seed
+        last_key, source, written = self._written.get(split, (None, (), ()))
+        if last_key != key or source is not records:
+            written = with_written_targets(
+                teacher, experiment, records, split, folder, self._progress
+            )
+            self._written[split] = key, records, written
+        return written
 
     def _examples_of(
         self, task: Task, records: Sequence[Record], split: str, encode: Callable[..., Dataset]

@@ -17,7 +17,7 @@ from softprompt.inference.prompt import load_prompt
 from softprompt.objectives.teacher import Teacher, read
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class PreparedTeacher:
     """A teacher, ready to be read from.
 
