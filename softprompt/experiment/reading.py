@@ -236,7 +236,7 @@ def _resolve_paths(tree: Tree, origins: Origins) -> None:
 
     def change(key: Key) -> Callable[[str], str]:
         folder = origins[key].folder if key in origins else Path()
-        return partial(_resolved, folder=folder, is_base=key == ("base",))
+        return partial(_resolved, folder=folder, is_base=key[-1] == "base")
 
     _change_paths(tree, change)
 
