@@ -10,7 +10,7 @@ from softprompt import TrainingBatches, UserError, load_experiment, make_task, t
 from softprompt.data.examples import Example
 from softprompt.data.preferences import preference_examples
 from softprompt.data.records import Record
-from softprompt.data.teacher import teacher_opening
+from softprompt.data.teacher import same_rows, teacher_text
 from softprompt.data.weights import example_weights
 from softprompt.experiment.objective_settings import TeacherSettings
 from softprompt.experiment.reading import dump_experiment
@@ -84,7 +84,13 @@ def test_an_experiment_is_written_and_read_back_with_its_objective(path, text, t
         ("{beta: 0.2}", [], "objective: beta belongs to preference, not to cross_entropy"),
         ("{name: preference, weights: w}", [], "weights belongs to cross_entropy"),
         ("distill", [], "objective: distill needs a teacher"),
-        ("{name: distill, teacher: {}}", [], "objective.teacher: set context, shots, or both"),
+        (
+            "{name: distill, teacher: {}}",
+            [],
+            "objective.teacher: set context, shots, input, run or base",
+        ),
+        ("{name: distill, teacher: {run: a, shots: 2}}", [], "remove shots or run"),
+        ("{name: distill, teacher: {input: a}}", [], "objective.teacher.input: has no {field}"),
         ("preference", ["method=full"], "compares with the base model, which method full changes"),
         ("preference", ["template.target='{answer}'"], "from the fields chosen and rejected"),
         ("preference", ["verbalizer={a: a, b: b}"], "learns from free text"),
@@ -173,34 +179,52 @@ def test_weights_that_are_all_zero_are_rejected():
         example_weights(weighted(0, 0.0), "w")
 
 
-def opening_of(tiny, template, task_virtual=2, **settings):
+def text_of(tiny, template, task_virtual=2, **settings):
+    """What a teacher reads, and the task of the student."""
     task = make_task(tiny, template, None, virtual_tokens=task_virtual)
     records = [Record({"prompt": "q", "chosen": "r"}, "row")] * 3
     teacher = TeacherSettings(**settings)
-    return teacher_opening(teacher, tiny, template, None, records, 0, task), task
+    return teacher_text(teacher, tiny, template, None, records, 0, task), task
 
 
 def test_the_teacher_reads_its_context_in_the_place_of_the_virtual_tokens(tiny, tmp_path):
     manual = tmp_path / "manual.txt"
     manual.write_text("Read me.\n")
     template = TemplateSettings(input="{prompt}Say {record[prompt]}:", target=" {chosen}")
-    ids, task = opening_of(tiny, template, context=str(manual))
+    text, task = text_of(tiny, template, context=str(manual))
     begin = tiny.tokenizer("a").input_ids[:-1]
-    assert ids == [*begin, *tiny.tokenizer("Read me.\n", add_special_tokens=False).input_ids]
+    assert text.first == [*begin, *tiny.tokenizer("Read me.\n", add_special_tokens=False).input_ids]
     assert task.opening == [*begin, ~0, ~1]
+    assert same_rows(text.task.pieces, task)
 
 
 def test_the_teacher_reads_solved_examples(tiny):
-    ids, _ = opening_of(tiny, TEMPLATE, shots=2)
-    assert tiny.tokenizer.decode(ids, skip_special_tokens=True) == "Say q: r\n\n" * 2
+    text, _ = text_of(tiny, TEMPLATE, shots=2)
+    assert tiny.tokenizer.decode(text.first, skip_special_tokens=True) == "Say q: r\n\n" * 2
 
 
-def test_a_teacher_that_needs_other_rows_is_rejected(tiny, tmp_path):
+def test_a_context_after_a_field_is_rejected(tiny, tmp_path):
     manual = tmp_path / "manual.txt"
     manual.write_text("Read me.")
     template = TemplateSettings(input="Say {record[prompt]}: {prompt}", target=" {chosen}")
-    with pytest.raises(UserError, match="must read the same rows as the student"):
-        opening_of(tiny, template, 0, context=str(manual))
+    with pytest.raises(UserError, match=r"put \{prompt\} before the first field"):
+        text_of(tiny, template, 0, context=str(manual))
+
+
+@pytest.mark.parametrize("virtual", [0, 2])
+def test_special_tokens_come_once_in_rows_of_the_teacher_alone(tiny, tmp_path, virtual):
+    """The teacher's text begins with them, so its own rows do not."""
+    manual = tmp_path / "manual.txt"
+    manual.write_text("Read me.")
+    text, task = text_of(
+        tiny, TEMPLATE, virtual, context=str(manual), input="{record[prompt]} Repeat it:"
+    )
+    begin = tiny.tokenizer("a").input_ids[:-1]
+    example = text.task.example(Record({"prompt": "q", "chosen": "r"}, "row"))
+    assert not same_rows(text.task.pieces, task)
+    whole = [*text.first, *example.input]
+    assert tiny.tokenizer.decode(whole[len(begin) :]) == "Read me.q Repeat it:"
+    assert whole[: len(begin)] == begin
 
 
 @pytest.mark.parametrize(
@@ -212,7 +236,7 @@ def test_a_context_that_cannot_be_read_is_rejected(tiny, tmp_path, content, mess
     if content is not None:
         manual.write_text(content)
     with pytest.raises(UserError, match=message):
-        opening_of(tiny, TEMPLATE, context=str(manual))
+        text_of(tiny, TEMPLATE, context=str(manual))
 
 
 def test_preferences_are_learned(path, tmp_path):

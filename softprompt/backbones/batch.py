@@ -48,6 +48,8 @@ class Batch:
       row_length: T, at least the length of the longest row.
       row_targets: at least the number of targets of every row.
       weights: `[G, R]`, how much each row counts in training; None if all count the same.
+      teacher: the same rows as a teacher reads them: a batch with other tokens and the same
+        targets. None if it reads these rows.
     """
 
     tokens: Array
@@ -61,6 +63,7 @@ class Batch:
     row_length: int = dataclasses.field(metadata={"static": True})
     row_targets: int = dataclasses.field(metadata={"static": True})
     weights: Array = None
+    teacher: "Batch | None" = None
 
     STATIC: ClassVar = ("row_length", "row_targets")
 

@@ -16,7 +16,9 @@ from softprompt.errors import UserError
 
 if TYPE_CHECKING:
     from softprompt.experiment.schema import Experiment
+    from softprompt.inference.prompt import TrainedPrompt
     from softprompt.metrics.scores import Scores
+    from softprompt.training.teachers import PreparedTeacher
 
 
 def add_to(subparsers: Any) -> None:
@@ -106,19 +108,30 @@ def _evaluate_one(options: argparse.Namespace, experiment: "Experiment") -> None
     from softprompt.objectives.choice import objective_of
     from softprompt.objectives.model import Model
     from softprompt.storage.run_folder import write_predictions
+    from softprompt.training.written_targets import SPLITS, with_written_targets
 
     if options.output:
         require_output(options.output)
     mesh = requested_mesh(options)
     prompt = with_scoring(load_prompt(options.runs[0], options.base, mesh=mesh), options)
-    pairs = experiment.objective.name == "preference"
-    encode = preference_examples if pairs else make_examples
-    examples = encode(prompt.task, read_split(experiment, options.split), options.split, Bar)
+    objective = experiment.objective.name
+    encode = preference_examples if objective == "preference" else make_examples
+    records, teacher = read_split(experiment, options.split), None
+    if objective == "distill":
+        teacher = _teacher(experiment, prompt)
+    task = prompt.task
+    if teacher is not None and experiment.objective.teacher is not None:
+        task = teacher.limited(task)
+        if experiment.objective.teacher.writes_targets and options.split in SPLITS:
+            records = with_written_targets(
+                teacher, experiment, records, options.split, options.runs[0], Bar
+            )
+    examples = encode(task, records, options.split, Bar)
     needs_predictions = options.output or set(experiment.evaluation.metrics) - {*MODEL_METRICS}
     measured = evaluate(
         prompt.backbone,
         prompt.prefix,
-        prompt.task,
+        task,
         examples,
         experiment.model_copy(update={"scoring": prompt.scoring}),
         options.split,
@@ -128,19 +141,37 @@ def _evaluate_one(options: argparse.Namespace, experiment: "Experiment") -> None
     scores = dict(measured.scores)
     if experiment.objective.custom:
         print_line("the custom objective is not measured, because only Python code has it")
-    elif pairs:
+    elif objective == "preference" or teacher is not None:
+        as_taught = None
+        if teacher is not None and not teacher.reads_same_rows:
+            as_taught = encode(teacher.task, records, f"teacher's {options.split}", Bar)
         scores |= measure_objective(
-            objective_of(experiment.objective, prompt.task.opening),
-            Model(prompt.method, prompt.base.backbone),
+            objective_of(experiment.objective, task.opening),
+            Model(prompt.method, prompt.base.backbone, teacher.model if teacher else None),
             examples,
             options.batch_size,
-            f"{options.split}: preference",
+            f"{options.split}: {objective}",
             Bar,
+            as_taught,
         )
     _print_result({"split": options.split, "examples": len(examples)}, scores)
     if options.output:
         with write_errors(options.output):
             write_predictions(options.output, measured.samples)
+
+
+def _teacher(experiment: "Experiment", prompt: "TrainedPrompt") -> "PreparedTeacher | None":
+    """Prepare the teacher of a run. If it is no longer there, say so and return None."""
+    from softprompt.data.splits import read_split
+    from softprompt.training.teachers import prepare_teacher
+
+    assert experiment.objective.teacher is not None
+    try:
+        shown = read_split(experiment, "train") if experiment.objective.teacher.shots else []
+        return prepare_teacher(experiment, prompt.base, shown, prompt.task)
+    except UserError as error:
+        print_line(f"objective_loss and agreement are not measured: {error}")
+        return None
 
 
 def _print_result(about: Mapping[str, Any], scores: "Mapping[str, Scores]") -> None:

@@ -13,8 +13,9 @@ from jax.sharding import Mesh
 
 from softprompt.backbones.batch import Batch
 from softprompt.data.balance import balanced, divide_by_class, length_classes
-from softprompt.data.examples import Example, Examples
+from softprompt.data.examples import Dataset, Example, Examples
 from softprompt.data.layout import Layout, PackedShape
+from softprompt.data.teacher_rows import TeacherRows
 from softprompt.parallel.hosts import rows_here
 from softprompt.parallel.mesh import ROWS, axis_size
 from softprompt.runtime.memory import Result, require_batch_size, run_batches
@@ -45,6 +46,7 @@ class TrainingBatches:
         fills in only the packs that its devices hold; see `hosts.divide_rows`.
       weights: `[N]`, how much each example counts, see `Batch.weights`; None if all count the same.
       all_candidates: whether to keep all candidates of an example, and not only the right one.
+      teacher: the examples as a teacher reads them; None if there is none or it reads the same.
 
     Raises:
       ValueError: if there are fewer examples than `batch_size`, or if passes times devices do
@@ -72,6 +74,7 @@ class TrainingBatches:
         mesh: Mesh | None = None,
         weights: np.ndarray | None = None,
         all_candidates: bool = False,
+        teacher: Dataset | None = None,
     ):
         import grain  # takes a tenth of a second, and only training needs it
 
@@ -89,6 +92,9 @@ class TrainingBatches:
         self._filled = None if mesh is None else set(rows_here(self._packs, mesh))
         self._examples = Examples.of(examples)
         self._weights, self._all_candidates = weights, all_candidates
+        self._teacher = None
+        if teacher is not None:
+            self._teacher = TeacherRows(self._examples, teacher, separate_targets, all_candidates)
         lengths = self._examples.lengths
         lengths = lengths if all_candidates else lengths.answer_only()
         self._layout = Layout.of(lengths, separate_targets)
@@ -117,12 +123,16 @@ class TrainingBatches:
         examples = [[self._example(int(i)) for i in pack] for pack in packs]
         shape = self._shape(length_class, packs)
         weights = None if self._weights is None else [self._weights[pack] for pack in packs]
-        return self._layout.lay_out(examples, shape, self._filled, weights)
+        batch = self._layout.lay_out(examples, shape, self._filled, weights)
+        if self._teacher is None:
+            return batch
+        return self._teacher.beside(batch, packs, self._filled)
 
     def largest(self) -> Batch:
         """Return an empty batch of the largest shape."""
         weights: list[np.ndarray] | None = None if self._weights is None else []
-        return self._layout.lay_out([], self._shapes[0], weights=weights)
+        batch = self._layout.lay_out([], self._shapes[0], weights=weights)
+        return batch if self._teacher is None else self._teacher.beside(batch, [])
 
     def _example(self, number: int) -> Example:
         example = self._examples[number]
@@ -185,6 +195,7 @@ def evaluation_batches(
     *,
     separate_targets: bool = False,
     mesh: Mesh | None = None,
+    teacher: Sequence[Example] | None = None,
 ) -> Iterator[tuple[list[int], Result]]:
     """Run all examples once, in batches with almost equally many tokens.
 
@@ -194,6 +205,7 @@ def evaluation_batches(
       run: function to call with each batch.
       separate_targets: whether the backbone reads targets apart from the input.
       mesh: the devices that divide the rows, or None.
+      teacher: the examples as a teacher reads them; None if there is none or it reads the same.
 
     Yields:
       The indices of the examples in the first rows of a batch, and the result of `run`.
@@ -202,6 +214,9 @@ def evaluation_batches(
     dataset, packs = Examples.of(examples), axis_size(mesh, ROWS)
     layout = Layout.of(dataset.lengths, separate_targets)
     lengths, targets = layout.row_lengths(dataset.lengths), dataset.lengths.targets
+    rows_of_teacher = None
+    if teacher is not None:
+        rows_of_teacher = TeacherRows(dataset, Examples.of(teacher), separate_targets, True)
 
     def in_packs(batch: Sequence[int], rows: int) -> list[np.ndarray]:
         ordered = np.concatenate(balanced(np.array(batch), lengths, packs))
@@ -249,6 +264,8 @@ def evaluation_batches(
         ordered = in_packs(numbers, shape.rows)
         shape = _enlarged(shape, *_largest(ordered, lengths, targets))
         batch = layout.lay_out([[dataset[int(i)] for i in pack] for pack in ordered], shape)
+        if rows_of_teacher is not None:
+            batch = rows_of_teacher.beside(batch, ordered)
         return np.concatenate(ordered).tolist(), run(batch)
 
     for _, result in run_batches(groups, batch_size, run_part):
@@ -268,7 +285,7 @@ def side_by_side(batches: Sequence[Batch]) -> Batch:
             [np.pad(a, m, constant_values=empty) for a, m in zip(arrays, more, strict=True)]
         )
 
-    names = [field.name for field in dataclasses.fields(Batch)]
+    names = [field.name for field in dataclasses.fields(Batch) if field.name != "teacher"]
     static: dict[str, Any] = {
         name: max(getattr(batch, name) for batch in batches) for name in Batch.STATIC
     }
@@ -276,7 +293,8 @@ def side_by_side(batches: Sequence[Batch]) -> Batch:
     arrays: dict[str, Any] = {
         name: stacked(name, padding.get(name, 0)) for name in names if name not in static
     }
-    return Batch(**arrays, **static)
+    teachers = [batch.teacher for batch in batches if batch.teacher is not None]
+    return Batch(**arrays, **static, teacher=side_by_side(teachers) if teachers else None)
 
 
 def _largest(

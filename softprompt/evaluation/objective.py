@@ -27,6 +27,7 @@ def measure_objective(
     batch_size: int,
     label: str,
     progress: Progress = silent,
+    teacher: Sequence[Example] | None = None,
 ) -> dict[str, Scores]:
     """Return the loss of an objective, as `objective_loss`, and its metrics.
 
@@ -37,6 +38,7 @@ def measure_objective(
       batch_size: the most examples in a batch.
       label: label of the progress bar.
       progress: shows how many examples are done.
+      teacher: the N examples as the teacher reads them; None if it reads the same rows.
 
     Raises:
       NotFiniteError: if a value is infinite or NaN.
@@ -48,6 +50,7 @@ def measure_objective(
         lambda batch: jax.tree.map(np.asarray, _of_rows(model, batch, objective)),
         separate_targets=model.backbone.separate_targets,
         mesh=model.backbone.mesh,
+        teacher=teacher,
     )
     with progress(label, len(examples), "examples") as bar:
         for numbers, (values, weights) in results:

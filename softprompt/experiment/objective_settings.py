@@ -9,6 +9,7 @@ import pydantic
 from pydantic import Field
 
 from softprompt.experiment.sections import PathText, Section
+from softprompt.experiment.templates import template_fields
 
 PreferenceLoss = Literal["dpo", "ipo", "normalized"]
 
@@ -21,7 +22,11 @@ _BETA = {"dpo": 0.1, "ipo": 0.1, "normalized": 5.0}
 
 
 class TeacherSettings(Section):
-    """The teacher of `objective: distill`: the base model, which reads more before every row."""
+    """The teacher of `objective: distill`: a model that reads more than the student or is more.
+
+    Without `run` and `base`, it is the base model of the student. `context`, `shots`, `input` and
+    `base` can be combined.
+    """
 
     context: PathText | None = Field(
         default=None,
@@ -34,11 +39,45 @@ class TeacherSettings(Section):
         description="Number of solved training examples, drawn by the seed, that the teacher "
         "reads.",
     )
+    input: str | None = Field(
+        default=None,
+        description="Template of the input that the teacher reads instead of `template.input`. The "
+        "targets are the same.",
+    )
+    run: PathText | None = Field(
+        default=None,
+        description="Run folder of a trained teacher, with the same base model. It reads what it "
+        "was trained to read.",
+    )
+    base: PathText | None = Field(
+        default=None,
+        description="Base model of the teacher, with the same vocabulary as the student's.",
+    )
+    writes_targets: bool = Field(
+        default=False,
+        description="Whether the teacher writes the targets of the training and validation data "
+        "before training, greedily, as the section `generation` says. They are kept in the run "
+        "folder.",
+    )
+
+    @pydantic.field_validator("input")
+    @classmethod
+    def _check_fields(cls, template: str | None) -> str | None:
+        if template is not None and not template_fields(template):
+            raise ValueError("has no {field} to fill in")
+        return template
 
     @pydantic.model_validator(mode="after")
-    def _require_text(self) -> Self:
-        if self.context is None and not self.shots:
-            raise ValueError("set context, shots, or both: the teacher must read more")
+    def _require_more(self) -> Self:
+        """Require something that makes the teacher differ from the student."""
+        names = ("context", "shots", "input", "base")
+        given = [name for name in names if getattr(self, name)]
+        if self.run is not None and given:
+            raise ValueError(f"a run reads what it was trained to read; remove {given[0]} or run")
+        if self.run is None and not given:
+            raise ValueError(
+                "set context, shots, input, run or base: the teacher must read more or be more"
+            )
         return self
 
 

@@ -37,6 +37,8 @@ PATH_KEYS: Sequence[Key] = (
     ("prompt", "init_prompts"),
     ("prefix", "init_prompts"),
     ("objective", "teacher", "context"),
+    ("objective", "teacher", "run"),
+    ("objective", "teacher", "base"),
 )
 
 SPLIT_ADVICE = "to take a tenth of the training data, set data.validation=0.1"
@@ -234,7 +236,7 @@ def _resolve_paths(tree: Tree, origins: Origins) -> None:
 
     def change(key: Key) -> Callable[[str], str]:
         folder = origins[key].folder if key in origins else Path()
-        return partial(_resolved, folder=folder, is_base=key == ("base",))
+        return partial(_resolved, folder=folder, is_base=key[-1] == "base")
 
     _change_paths(tree, change)
 

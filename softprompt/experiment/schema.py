@@ -200,6 +200,8 @@ class Experiment(Section):
                 f"objective: {name} compares with the base model, which method {self.method} "
                 "changes; choose another method, such as lora"
             )
+        if self.objective.teacher is not None and self.objective.teacher.writes_targets:
+            self._check_written_targets()
         if name != "preference":
             return
         if self.verbalizer is not None:
@@ -209,6 +211,17 @@ class Experiment(Section):
                 "template.target: objective preference reads the answers from the fields chosen "
                 'and rejected; write target: "{chosen}"'
             )
+
+    def _check_written_targets(self) -> None:
+        name, generation = "objective.teacher.writes_targets", self.generation
+        if self.verbalizer is not None:
+            raise ValueError(f"{name} needs free text, without a verbalizer")
+        if self.template.text is not None:
+            raise ValueError(f"{name} cannot be used with template.text, which has no answers")
+        if self.template.messages is None and len(template_fields(self.template.target)) != 1:
+            raise ValueError(f"{name} needs a template.target with one {{field}}")
+        if generation.temperature is not None or generation.samples > 1:
+            raise ValueError(f"{name}: targets are greedy; remove temperature and samples")
 
     def _check_free_text(self) -> None:
         evaluation = self.evaluation

@@ -1,7 +1,7 @@
-"""Distillation: the student learns the distributions of a teacher that reads more.
+"""Distillation: the student learns the distributions of a teacher that reads more or is better.
 
-The student is the base model with the trained part. The teacher is the base model without it. The
-teacher reads another text before the same rows, such as a document.
+The student is the base model with the trained part. The teacher is another frozen model, or the
+base model that reads a text before the rows or has rows of its own. Both predict the same targets.
 
 Axis letters: G packs, R rows of a pack, B = G·R rows, M targets of a pack, C targets of a chunk,
 V vocabulary.
@@ -59,11 +59,15 @@ class Distillation(RowObjective):
         """
         teacher = model.teacher
         assert teacher is not None
-        hidden = teacher.backbone.target_states(batch, teacher.prefix)
+        rows_read = batch if batch.teacher is None else batch.teacher
+        hidden = teacher.backbone.target_states(rows_read, teacher.prefix)
         graphdef, head = nnx.split(teacher.backbone.output_head)
 
         def compare(logits: jax.Array, head: Any, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
             expected = nnx.merge(graphdef, head)(hidden)  # [G, C, V]
+            # One of two models may have more logits than the vocabulary has tokens.
+            size = min(logits.shape[-1], expected.shape[-1])
+            logits, expected = logits[..., :size], expected[..., :size]
             agree = jnp.argmax(logits, axis=-1) == jnp.argmax(expected, axis=-1)
             losses = distillation_loss(logits, expected, self.temperature)
             return losses, agree.astype(jnp.float32)

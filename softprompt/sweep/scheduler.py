@@ -156,7 +156,7 @@ class Scheduler:
                 self._bar.drop(steps)
                 self._end(opened, source, Outcome("finished", summary["steps"]))
                 return None
-            prepared = self._preparation.prepare(trial.experiment)
+            prepared = self._preparation.prepare(trial.experiment, folder=trial.folder)
             context = prepared.base.backbone.arch.context_length
             session = Session(
                 trial.experiment,

@@ -98,7 +98,7 @@ def _train(
         if summary := result_of_main(lambda: finished_summary(folder)):
             _log.info(f"{folder}: this run is finished; choose another folder to train again")
             return summary
-        prepared = Preparation(progress).prepare(experiment, records, custom)
+        prepared = Preparation(progress).prepare(experiment, records, folder, custom)
         if is_main():
             log_data(prepared)
         agreement = Agreement() if jax.process_count() > 1 else None

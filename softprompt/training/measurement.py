@@ -58,5 +58,7 @@ def measure(
     if not isinstance(objective, RowObjective):
         return result
     size, label = settings.batch_size, f"{label}: objective"
-    scores = measure_objective(objective, whole, examples, size, label, progress)
+    as_taught = prepared.teacher_examples.get(split)
+    rows = None if as_taught is None else as_taught[: len(examples)]
+    scores = measure_objective(objective, whole, examples, size, label, progress, rows)
     return dataclasses.replace(result, scores={**result.scores, **scores})

@@ -1,34 +1,37 @@
 """What a run needs before its first step: base model, examples and method."""
 
 import dataclasses
+import hashlib
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from softprompt.backbones.loading import Base, load_base
 from softprompt.data.datasets import make_examples
-from softprompt.data.examples import Dataset
+from softprompt.data.examples import Dataset, data_digest
 from softprompt.data.preferences import preference_examples
 from softprompt.data.records import Record, Rows
 from softprompt.data.splits import SplitReader
 from softprompt.data.task import Task, make_task
-from softprompt.data.teacher import teacher_opening
 from softprompt.data.template import draw_demonstrations
 from softprompt.errors import UserError
 from softprompt.experiment.methods import method_class
 from softprompt.experiment.schema import Experiment
 from softprompt.inference.prompt import load_prompt
 from softprompt.methods.method import Method
-from softprompt.objectives.teacher import Teacher, read
 from softprompt.parallel.mesh import make_mesh
 from softprompt.parallel.sharding import require_rows
 from softprompt.runtime.progress import Progress, silent
 from softprompt.training.custom import AS_WRITTEN, Custom
 from softprompt.training.requirements import require_memory
+from softprompt.training.teachers import PreparedTeacher, prepare_teacher
+from softprompt.training.written_targets import SPLITS, with_written_targets
 
 _log = logging.getLogger(__name__)
 
@@ -43,6 +46,8 @@ class Prepared:
       examples: the examples of each split.
       method: the method before training.
       teacher: the teacher of distillation; None without one.
+      teacher_examples: the examples of each split as the teacher reads them; empty if it reads the
+        rows of the student.
       custom: replaces the objective, the optimizer, or both.
       seconds: duration of the preparation.
     """
@@ -51,9 +56,25 @@ class Prepared:
     task: Task
     examples: Mapping[str, Dataset]
     method: Method
-    teacher: Teacher | None
+    teacher: PreparedTeacher | None
+    teacher_examples: Mapping[str, Dataset]
     custom: Custom
     seconds: float
+
+    def objective_digest(self, weights: np.ndarray | None) -> str:
+        """Return a digest of what the objective reads besides the examples; empty if nothing.
+
+        Args:
+          weights: `[N]`, the weights of the training examples, or None.
+        """
+        if self.teacher is None and weights is None:
+            return ""
+        digest = hashlib.sha256()
+        if self.teacher is not None:
+            digest.update(f"{self.teacher.digest} {data_digest(self.teacher_examples)}".encode())
+        if weights is not None:
+            digest.update(weights.tobytes())
+        return digest.hexdigest()
 
 
 class Preparation:
@@ -71,12 +92,14 @@ class Preparation:
         self._bases: dict[str, Base] = {}
         self._splits = SplitReader()
         self._examples: dict[str, tuple[Any, Sequence[Record], Dataset]] = {}
-        self._teachers: dict[tuple[int, ...], Teacher] = {}  # the last one, by what it reads
+        self._teachers: dict[Any, PreparedTeacher] = {}  # the last one, by what determines it
+        self._written: dict[str, tuple[Any, Sequence[Record], Sequence[Record]]] = {}
 
     def prepare(
         self,
         experiment: Experiment,
         records: Mapping[str, Rows] | None = None,
+        folder: Path | None = None,
         custom: Custom = AS_WRITTEN,
     ) -> Prepared:
         """Read the data of an experiment, load its base model, and build its method.
@@ -84,6 +107,7 @@ class Preparation:
         Args:
           experiment: the experiment.
           records: by split, rows that replace the source that the experiment names.
+          folder: the run folder, which keeps the targets that a teacher writes.
           custom: replaces the objective, the optimizer, or both.
 
         Raises:
@@ -99,26 +123,30 @@ class Preparation:
                 "objective: preference compares with the base model without virtual tokens, so "
                 "all of them must come before the first field of template.input"
             )
-        teacher = None
-        if settings := experiment.objective.teacher:
-            texts = experiment.template, experiment.verbalizer
-            read_first = teacher_opening(
-                settings, base, *texts, splits["train"], experiment.seed, task
-            )
-            available = base.backbone.arch.context_length - len(read_first)
-            task = dataclasses.replace(task, max_tokens=min(task.max_tokens, available))
-            teacher = self._teacher_of(base, read_first)
+        teacher = self._teacher_of(experiment, base, splits["train"], task)
+        if teacher is not None:
+            task = teacher.limited(task)
+            splits = {
+                split: self._with_targets(teacher, experiment, part, split, folder)
+                for split, part in splits.items()
+            }
         encode = preference_examples if pairs else make_examples
         examples = {
             split: self._examples_of(task, part, split, encode) for split, part in splits.items()
         }
+        teacher_examples = {}
+        if teacher is not None and not teacher.reads_same_rows:
+            teacher_examples = {
+                split: self._examples_of(teacher.task, part, f"teacher's {split}", encode)
+                for split, part in splits.items()
+            }
         if not task.labels and not task.template.text and experiment.evaluation.samples:
             task.for_generation(experiment.generation.max_new_tokens, before + len(task.opening))
         trained = [_vectors_of(path, base) for path in kind.initial_prompts(experiment)]
         require_memory(experiment, base, task.opening, trained, custom.optimizer)
         method = kind.build(experiment, base, task.opening, trained)
         seconds = time.monotonic() - began
-        return Prepared(base, task, examples, method, teacher, custom, seconds)
+        return Prepared(base, task, examples, method, teacher, teacher_examples, custom, seconds)
 
     def task(
         self, experiment: Experiment, records: Mapping[str, Rows] | None = None
@@ -170,13 +198,41 @@ class Preparation:
             self._bases[wanted] = base
         return self._bases[wanted]
 
-    def _teacher_of(self, base: Base, tokens: Sequence[int]) -> Teacher:
-        """Make the teacher that reads tokens first, or reuse the last one if it reads the same."""
-        key = tuple(tokens)
+    def _teacher_of(
+        self, experiment: Experiment, base: Base, records: Sequence[Record], task: Task
+    ) -> PreparedTeacher | None:
+        """Prepare the teacher of an experiment, if it has one, or reuse the last one."""
+        settings = experiment.objective.teacher
+        if settings is None:
+            return None
+        drawn = (experiment.seed, id(records)) if settings.shots else None
+        texts = experiment.model_dump_json(include={"objective", "template", "verbalizer"})
+        key = texts, drawn, str(task.pieces)
         if key not in self._teachers:
-            self._teachers.clear()
-            self._teachers[key] = Teacher(base.backbone, read(base.backbone, tokens))
+            self._teachers.clear()  # free the memory before preparing another one
+            self._teachers[key] = prepare_teacher(experiment, base, records, task)
         return self._teachers[key]
+
+    def _with_targets(
+        self,
+        teacher: PreparedTeacher,
+        experiment: Experiment,
+        records: Sequence[Record],
+        split: str,
+        folder: Path | None,
+    ) -> Sequence[Record]:
+        """Return records with the targets that the teacher writes, if it writes any."""
+        settings = experiment.objective.teacher
+        if settings is None or not settings.writes_targets or split not in SPLITS:
+            return records
+        key = teacher, experiment.generation, experiment.seed
+        last_key, source, written = self._written.get(split, (None, (), ()))
+        if last_key != key or source is not records:
+            written = with_written_targets(
+                teacher, experiment, records, split, folder, self._progress
+            )
+            self._written[split] = key, records, written
+        return written
 
     def _examples_of(
         self, task: Task, records: Sequence[Record], split: str, encode: Callable[..., Dataset]

@@ -99,22 +99,25 @@ class Session:
                 f"not fill a batch of {self.rows}; set a smaller training.batch_size"
                 f"{' or training.accumulate' if accumulates else ''}"
             )
+        weights = example_weights(self.examples["train"], experiment.objective.weights)
         self.batches = TrainingBatches(
             self.examples["train"],
             self.rows,
             experiment.seed,
-            weights=example_weights(self.examples["train"], experiment.objective.weights),
+            weights=weights,
             all_candidates=experiment.objective.name == "preference",
             separate_targets=self.base.backbone.separate_targets,
             passes=experiment.training.accumulate,
             mesh=self.base.backbone.mesh,
+            teacher=prepared.teacher_examples.get("train"),
         )
         self._iterator = self.batches.iterate()
+        teacher = None if prepared.teacher is None else prepared.teacher.model
         self.state = TrainState(
             experiment,
             prepared.method,
             self.base.backbone,
-            prepared.teacher,
+            teacher,
             padded_length,
             prepared.custom,
         )
@@ -125,7 +128,12 @@ class Session:
             write_config(folder, experiment)
         self._checkpoints = Checkpoints(folder / "checkpoints", experiment.checkpoints.keep)
         self._best = BestPrompt(experiment, folder, prepared, self.state)
-        self.run = RunState(self.base.fingerprint, data_digest(self.examples), record)
+        self.run = RunState(
+            self.base.fingerprint,
+            data_digest(self.examples),
+            prepared.objective_digest(weights),
+            record,
+        )
         self._resume()
         if names := self.state.names_not_finite():
             raise NotFiniteError(
@@ -290,6 +298,8 @@ class Session:
             changed = "optimizer"
         elif not same_data(run.examples, self.examples):
             changed = "data"
+        elif run.objective and run.objective != self.run.objective:
+            changed = "data" if self._prepared.teacher is None else "teacher"
         if changed:
             raise FolderError(
                 f"{self.folder}: its {changed} has changed since the run began; restore it, "

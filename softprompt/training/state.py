@@ -27,8 +27,9 @@ class RunState:
     """The state of a run apart from its arrays. Every checkpoint holds it as JSON.
 
     Attributes:
-      base, examples: digests of the base model and of the tokenized data. A run resumes
-        only if both are unchanged.
+      base, examples, objective: digests of the base model, of the tokenized data, and of what the
+        objective reads besides (see `Prepared.objective_digest`; empty for nothing, and in
+        checkpoints of earlier versions). A run resumes only if they are unchanged.
       optimizer: see `optimizer_record`; empty for the optimizer of the experiment.
       ended: whether a callback has ended the run.
       step: number of updates made.
@@ -46,6 +47,7 @@ class RunState:
 
     base: str
     examples: str
+    objective: str = ""
     optimizer: dict[str, str] = dataclasses.field(default_factory=dict)
     step: int = 0
     data: dict[str, Any] = dataclasses.field(default_factory=dict)
