@@ -25,6 +25,7 @@ from softprompt.data.sources import source_name
 from softprompt.data.weights import example_weights
 from softprompt.errors import FolderError, Stopped, UserError
 from softprompt.evaluation.evaluate import EvaluationResult, evaluate
+from softprompt.evaluation.forgetting import forgetting
 from softprompt.evaluation.objective import measure_objective
 from softprompt.evaluation.scoring import prepare_model
 from softprompt.experiment.metric_names import OBJECTIVE_METRICS
@@ -217,10 +218,17 @@ class Session:
 
     def finish(self) -> dict[str, Any]:
         """Evaluate the best prompt on the test data, if any; write and return the summary."""
-        test = None
+        test = forgotten = None
         if "test" in self.examples:
             test = self._measure(*self._best_model(), "test", self._progress)
-        return self.reporter.summary(self.state, time.monotonic() - self._began, test)
+        if self.experiment.evaluation.forgetting:
+            method, backbone, _ = self._best_model()
+            label = f"{self.name}: forgetting" if self.name else "forgetting"
+            size = self.experiment.evaluation.batch_size
+            forgotten = forgetting(
+                method, backbone, self.base, batch_size=size, label=label, progress=self._progress
+            )
+        return self.reporter.summary(self.state, time.monotonic() - self._began, test, forgotten)
 
     def _resume(self) -> None:
         """Resume from the newest intact checkpoint whose best prompt can still be loaded."""
