@@ -22,6 +22,7 @@ from softprompt.experiment.methods import method_class
 from softprompt.experiment.schema import Experiment
 from softprompt.experiment.templates import template_fields, template_pieces
 from softprompt.methods.method import Method
+from softprompt.objectives.teacher import Teacher
 from softprompt.parallel.mesh import ROWS, Axes, axis_size
 from softprompt.parallel.sharding import with_shardings
 from softprompt.training.optimizers import hyperparameters
@@ -84,7 +85,8 @@ def step_program(
     """Return the step of an experiment.
 
     The method is built like for training, except that virtual tokens start from random vectors:
-    the initial values do not change the program, and other ones need a tokenizer.
+    the initial values do not change the program, and other ones need a tokenizer. The teacher of
+    distillation is the base model without the text that it reads first, whose length is unknown.
 
     Args:
       experiment: what would be trained.
@@ -112,7 +114,8 @@ def step_program(
         return kind.build(experiment, base, opening(experiment), ())
 
     method = nnx.eval_shape(build, backbone)
-    graphdef, trainable, frozen = split(method, backbone)
+    teacher = Teacher(backbone) if experiment.objective.teacher else None
+    graphdef, trainable, frozen = split(method, backbone, teacher)
     if not jax.tree.leaves(trainable):
         raise UserError(f"method {experiment.method} trains nothing, so there is no step to plan")
     static = program_of(experiment, graphdef, opening(experiment))
