@@ -304,7 +304,9 @@ def test_other_methods_learn_the_same(family, method):
     assert_weights_stay_divided(step.program, backbone_of(family, "all"))
 
 
-@pytest.mark.parametrize("objective", ["preference", "distill", "smoothed"])
+@pytest.mark.parametrize(
+    "objective", ["preference", "distill", pytest.param("smoothed", marks=more)]
+)
 @pytest.mark.parametrize(
     ("family", "mesh"),
     [("llama", "all"), *(pytest.param(*case, marks=more) for case in OTHERS)],

@@ -114,8 +114,11 @@ def batch_on(separate_targets: bool, mesh: str | None, passes: int = 1, weighted
     batch = batch_of(examples(), separate_targets, packs)
     if not weighted:
         return batch
-    weights = np.array([1, 2, 0.5, 0, 3, 1, 1, 0.25], np.float32).reshape(packs, -1)
-    return dataclasses.replace(batch, weights=np.pad(weights, ((0, 0), (0, 1))))
+    weights = np.zeros(batch.lengths.shape, np.float32)
+    of_packs = np.zeros((packs, weights.shape[1] - 1), np.float32)
+    of_packs.flat[:8] = [1, 2, 0.5, 0, 3, 1, 1, 0.25]
+    weights[:, :-1] = of_packs  # the last row of a pack is padding
+    return dataclasses.replace(batch, weights=weights)
 
 
 def inputs():
