@@ -41,7 +41,10 @@ from softprompt.experiment.schema import GenerationSettings
 from softprompt.generation import beams, decoding
 from softprompt.generation.sampling import Sampling
 from softprompt.methods.soft_prompt import SoftPrompt
-from softprompt.objectives.cross_entropy import cross_entropy
+from softprompt.objectives.cross_entropy import CrossEntropy, cross_entropy
+from softprompt.objectives.distillation import Distillation
+from softprompt.objectives.preference import Preference
+from softprompt.objectives.teacher import Teacher, read
 from softprompt.parallel.mesh import axis_size, sum_over_data
 from softprompt.parallel.sharding import axes_of, place
 from softprompt.training.step import split, train_step
@@ -50,6 +53,14 @@ METHODS = ["prefix", "lora", "dept", "full"]
 EVERYTHING = bool(os.environ.get("ALL_MESHES"))
 SOME = [("llama", "data"), ("llama", "fsdp"), *((f, "all") for f in ("llama", "qwen3_moe", "t5"))]
 CASES = [(f, m) for f in FAMILIES for m in MESHES] if EVERYTHING else SOME
+OTHERS = ("llama", "data"), ("llama", "fsdp"), ("t5", "all")
+TEXT = (40, 41, 42)  # what the reference of a preference and a teacher read first
+OBJECTIVES = {
+    "cross_entropy": cross_entropy,
+    "smoothed": CrossEntropy(0.2),  # of weighted rows
+    "preference": Preference("dpo", 0.7, TEXT),
+    "distill": Distillation(1.7),
+}
 more = pytest.mark.skipif(not EVERYTHING, reason="set ALL_MESHES=1 to run it")
 
 # Updates nothing. The gradient becomes the state of the optimizer.
@@ -61,38 +72,51 @@ RECORDER = optax.GradientTransformation(
 
 @dataclasses.dataclass
 class Step:
-    """A training step: its loss, the gradient of each array, and the compiled program."""
+    """A training step: its loss, metrics, gradient of each array, and the compiled program."""
 
     loss: float
+    metrics: dict[str, float]
     gradient: list[np.ndarray]
     program: Program
 
 
 @functools.cache
-def step_of(family: str, mesh: str | None, method: str = "prompt", accumulate=1, **compute) -> Step:
+def step_of(
+    family: str,
+    mesh: str | None,
+    method: str = "prompt",
+    accumulate: int = 1,
+    objective: str = "cross_entropy",
+    **compute,
+) -> Step:
     backbone = backbone_of(family, mesh, **compute)
-    graphdef, trainable, frozen = split(method_of(method, backbone), backbone)
+    teacher = None
+    if objective == "distill":
+        teacher = Teacher(backbone, read(backbone, TEXT))
+    graphdef, trainable, frozen = split(method_of(method, backbone), backbone, teacher)
     trainable = jax.tree.map(jnp.copy, place(trainable, backbone.mesh))  # it is donated
     arguments = (
         trainable,
         place(RECORDER.init(trainable), backbone.mesh),
         frozen,
-        batch_on(backbone.separate_targets, mesh, accumulate),
+        batch_on(backbone.separate_targets, mesh, accumulate, weighted=objective == "smoothed"),
         jax.random.key(0),
     )
-    static = {"graphdef": graphdef, "optimizer": RECORDER, "objective": cross_entropy}
+    static = {"graphdef": graphdef, "optimizer": RECORDER, "objective": OBJECTIVES[objective]}
     compiled = train_step.lower(*arguments, **static, accumulate=accumulate).compile()
     new, gradient, measured = compiled(*arguments)
     for array in jax.tree.leaves(new) if mesh else ():  # what is learned stays as it was placed
         assert array.sharding.is_fully_replicated or method == "full"
     gradient = [np.asarray(array, np.float32) for array in jax.tree.leaves(gradient)]
-    return Step(float(measured["loss"]), gradient, Program.of(compiled, LAYERS))
+    metrics = {name: float(value) for name, value in measured.items() if name != "gradient_norm"}
+    return Step(metrics.pop("loss"), metrics, gradient, Program.of(compiled, LAYERS))
 
 
 def assert_equal_steps(step: Step, expected: Step, tolerance: float = 1e-5) -> None:
     """Loss and gradient are equal, relative to the largest element of each array."""
     assert expected.loss > 0
     assert abs(step.loss - expected.loss) <= tolerance * expected.loss
+    assert step.metrics == pytest.approx(expected.metrics, rel=tolerance)
     for gradient, wanted in zip(step.gradient, expected.gradient, strict=True):
         largest = abs(wanted).max()
         assert largest > 0
@@ -278,6 +302,20 @@ def test_other_methods_learn_the_same(family, method):
     step, expected = (step_of(family, mesh, method, accumulate=2) for mesh in ("all", None))
     assert_equal_steps(step, expected)
     assert_weights_stay_divided(step.program, backbone_of(family, "all"))
+
+
+@pytest.mark.parametrize(
+    "objective", ["preference", "distill", pytest.param("smoothed", marks=more)]
+)
+@pytest.mark.parametrize(
+    ("family", "mesh"),
+    [("llama", "all"), *(pytest.param(*case, marks=more) for case in OTHERS)],
+)
+def test_other_objectives_are_those_of_one_device(family, mesh, objective):
+    """On the mesh, the packs are run in two passes."""
+    step = step_of(family, mesh, accumulate=2, objective=objective)
+    assert_equal_steps(step, step_of(family, None, objective=objective))
+    assert_weights_stay_divided(step.program, backbone_of(family, mesh))
 
 
 @more

@@ -3,6 +3,7 @@
 Axis letters: P virtual tokens.
 """
 
+import dataclasses
 import functools
 import json
 from typing import Any
@@ -107,10 +108,17 @@ def examples():
 
 
 @functools.cache
-def batch_on(separate_targets: bool, mesh: str | None, passes: int = 1):
+def batch_on(separate_targets: bool, mesh: str | None, passes: int = 1, weighted: bool = False):
     """Return a batch of `examples` with as many packs as the mesh and the passes need."""
-    packs = 1 if mesh is None else axis_size(mesh_of(mesh), ROWS)
-    return batch_of(examples(), separate_targets, packs * passes)
+    packs = passes * (1 if mesh is None else axis_size(mesh_of(mesh), ROWS))
+    batch = batch_of(examples(), separate_targets, packs)
+    if not weighted:
+        return batch
+    weights = np.zeros(batch.lengths.shape, np.float32)
+    of_packs = np.zeros((packs, weights.shape[1] - 1), np.float32)
+    of_packs.flat[:8] = [1, 2, 0.5, 0, 3, 1, 1, 0.25]
+    weights[:, :-1] = of_packs  # the last row of a pack is padding
+    return dataclasses.replace(batch, weights=weights)
 
 
 def inputs():

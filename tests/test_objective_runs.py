@@ -62,6 +62,25 @@ def test_the_name_alone_stands_for_a_section_with_its_defaults(path):
 
 
 @pytest.mark.parametrize(
+    ("template", "target"),
+    [
+        ("{}", "{chosen}"),
+        ('{input: "Question: {record[prompt]} Answer:"}', " {chosen}"),
+        ('{input: "Question: {record[prompt]} Answer: "}', "{chosen}"),
+        ('{input: "{record[prompt]}"}', "{chosen}"),
+        ('{input: "Sum up {text} briefly.", chat: true}', "{chosen}"),
+        ('{input: "{text}:", target: "<{chosen}>"}', "<{chosen}>"),
+    ],
+)
+def test_the_target_is_the_chosen_answer_unless_the_file_names_another(path, template, target):
+    path.write_text(
+        f"base: tiny\ndata: {{train: a.jsonl, validation: b.jsonl}}\ntraining: {{steps: 1}}\n"
+        f"objective: preference\ntemplate: {template}\n"
+    )
+    assert load_experiment(path).template.target == target
+
+
+@pytest.mark.parametrize(
     "text",
     [
         "preference",

@@ -107,6 +107,25 @@ def test_every_method_has_a_program(tiny, overrides):
     ]
 
 
+def test_the_pass_of_a_reference_or_a_teacher_is_counted(tiny):
+    free_text = "verbalizer=null", "template.target='{chosen}'"
+    plain, *others = (
+        program(tiny(*free_text, *objective))
+        for objective in (
+            (),
+            ("objective=preference",),
+            ("objective={name: distill, teacher: {shots: 2}}",),
+        )
+    )
+    flops = count_flops(plain.trace())
+    for step in others:
+        assert count_flops(step.trace()) > 1.2 * flops
+        stored, expected = (
+            sum(array.size for array in jax.tree.leaves(each.frozen[1])) for each in (step, plain)
+        )
+        assert stored == expected
+
+
 def test_method_none_has_no_step_to_plan(tiny):
     with pytest.raises(UserError, match="method none trains nothing"):
         program(tiny("method=none"))

@@ -30,11 +30,12 @@ template: {input: "{text} is"}
 verbalizer: {low: " ab", high: " cd"}
 prompt: {length: 3}
 training: {steps: 4, batch_size: 4}
-evaluation: {every: 2, metric: accuracy}
+evaluation: {every: 2, metric: accuracy, forgetting: true}
 END
 fresh/bin/softprompt --version
 fresh/bin/softprompt --help > /dev/null
 fresh/bin/softprompt train letters.yaml --run-dir run
+grep --quiet '"forgetting"' run/summary.json  # of the texts in the package
 fresh/bin/softprompt predict run "aa" | tee prediction.json
 grep --quiet '"label"' prediction.json
 fresh/bin/python -c "

@@ -190,11 +190,13 @@ def table_rows(rows: "Sequence[Row]") -> list[dict[str, Any]]:
         return f"{min(row.quality):.3f} to {max(row.quality):.3f}"
 
     failed = any(row.error for row in rows)
+    measured = any(row.forgetting for row in rows)
     return [
         {
             "method": row.method,
-            row.metric: f"{statistics.mean(row.quality):.3f}" if row.quality else None,
+            row.metric: _mean(row.quality),
             "lowest to highest": quality_range(row),
+            **({"forgetting": _mean(row.forgetting)} if measured else {}),
             "learned parameters": (
                 None if row.trainable_parameters is None else f"{row.trainable_parameters:,}"
             ),
@@ -209,7 +211,15 @@ def table_rows(rows: "Sequence[Row]") -> list[dict[str, Any]]:
 
 
 def _csv_rows(rows: "Sequence[Row]") -> list[dict[str, Any]]:
-    return [dataclasses.asdict(row) | {"quality": " ".join(map(str, row.quality))} for row in rows]
+    several = ("quality", "forgetting")  # a value for each seed
+    return [
+        dataclasses.asdict(row) | {key: " ".join(map(str, getattr(row, key))) for key in several}
+        for row in rows
+    ]
+
+
+def _mean(values: Sequence[float]) -> str | None:
+    return f"{statistics.mean(values):.3f}" if values else None
 
 
 def _size(count: int | None) -> str | None:

@@ -62,6 +62,12 @@ examples:
         help="write inputs, references and predictions to a .jsonl file; earlier predictions in "
         "it are replaced, but no other file is",
     )
+    command.add_argument(
+        "--forgetting",
+        action="store_true",
+        help="also measure how much the prompt raises the loss on plain text (default: what the "
+        "experiment says)",
+    )
     add_scoring(command)
 
 
@@ -71,8 +77,10 @@ def run(options: argparse.Namespace) -> None:
     config = first / "config.yaml"
     if not os.path.isfile(config):
         raise UserError(f"{first}: not a run folder (it has no config.yaml)")
-    if others and (options.metrics or options.output or options.calibrate or options.normalize):
-        raise UserError("--metrics, --output, --normalize and --calibrate need a single run")
+    single = "metrics", "output", "normalize", "calibrate", "forgetting"
+    if others and any(getattr(options, name) for name in single):
+        names = ", ".join(f"--{name}" for name in single[:-1])
+        raise UserError(f"{names} and --{single[-1]} need a single run")
     experiment = _load_experiment(config, options)
     splits = experiment.data.model_dump(exclude_none=True)
     if options.split not in splits:
@@ -92,6 +100,8 @@ def _load_experiment(config: Path, options: argparse.Namespace) -> "Experiment":
     overrides = [f"evaluation.batch_size={options.batch_size}"]
     if options.metrics:
         overrides += [f"evaluation.metrics=[{options.metrics}]", "evaluation.metric=loss"]
+    if options.forgetting:
+        overrides.append("evaluation.forgetting=true")
     return load_experiment(config, overrides)
 
 
@@ -100,6 +110,7 @@ def _evaluate_one(options: argparse.Namespace, experiment: "Experiment") -> None
     from softprompt.data.preferences import preference_examples
     from softprompt.data.splits import read_split
     from softprompt.evaluation.evaluate import evaluate
+    from softprompt.evaluation.forgetting import forgetting, require_causal
     from softprompt.evaluation.objective import measure_objective
     from softprompt.evaluation.predictions import require_output
     from softprompt.experiment.metric_names import MODEL_METRICS
@@ -114,6 +125,8 @@ def _evaluate_one(options: argparse.Namespace, experiment: "Experiment") -> None
         require_output(options.output)
     mesh = requested_mesh(options)
     prompt = with_scoring(load_prompt(options.runs[0], options.base, mesh=mesh), options)
+    if experiment.evaluation.forgetting:
+        require_causal(prompt.base)
     objective = experiment.objective.name
     encode = preference_examples if objective == "preference" else make_examples
     records, teacher = read_split(experiment, options.split), None
@@ -153,6 +166,10 @@ def _evaluate_one(options: argparse.Namespace, experiment: "Experiment") -> None
             f"{options.split}: {objective}",
             Bar,
             as_taught,
+        )
+    if experiment.evaluation.forgetting:
+        scores["forgetting"] = forgetting(
+            prompt.method, prompt.backbone, prompt.base, batch_size=options.batch_size, progress=Bar
         )
     _print_result({"split": options.split, "examples": len(examples)}, scores)
     if options.output:

@@ -27,7 +27,7 @@ from softprompt.experiment.sections import (
     TemplateSettings,
     TrainingSettings,
 )
-from softprompt.experiment.templates import template_fields
+from softprompt.experiment.templates import preferred_answer, template_fields
 
 _OF_MODEL = {*MODEL_METRICS, *(n for names in OBJECTIVE_METRICS.values() for n in names)}
 
@@ -120,6 +120,18 @@ class Experiment(Section):
         rate = method_class(method).default_learning_rate if str(method) in METHODS else None
         return tree | {"optimizer": optimizer | {"learning_rate": rate}} if rate else tree
 
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _set_answer(cls, tree: Any) -> Any:
+        """Fill in the default target of `objective: preference`."""
+        objective, template = tree.get("objective"), tree.get("template", {})
+        name = objective.get("name") if isinstance(objective, dict) else objective
+        if name != "preference" or not isinstance(template, dict):
+            return tree
+        if any(template.get(key) is not None for key in ("target", "messages", "text")):
+            return tree
+        return tree | {"template": template | {"target": preferred_answer(template)}}
+
     @pydantic.model_validator(mode="after")
     def _set_metric(self) -> Self:
         """Choose the metric that decides unless the file names one."""
@@ -146,8 +158,13 @@ class Experiment(Section):
             raise ValueError("template.target: with a verbalizer it must have one {field}")
         elif len(set(self.verbalizer.values())) < len(self.verbalizer):
             raise ValueError("verbalizer: two labels have the same text")
-        if self.scoring.calibrate and self.prompt.tasks:
-            raise ValueError("scoring.calibrate cannot be used with prompt.tasks")
+        if self.prompt.tasks:
+            for key, is_set in (
+                ("scoring.calibrate", self.scoring.calibrate),
+                ("evaluation.forgetting", self.evaluation.forgetting),
+            ):
+                if is_set:
+                    raise ValueError(f"{key} cannot be used with prompt.tasks")
         self._check_objective()
         method_class(self.method).check(self)
         return self

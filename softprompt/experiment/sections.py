@@ -62,7 +62,8 @@ class TemplateSettings(Section):
     target: str = Field(
         default="{label}",
         description="Text that the model learns to generate. Without `input`, the default is "
-        "`{completion}`.",
+        "`{completion}`. With `objective: preference`, it is `{chosen}`, after a space if `input` "
+        "ends in text of the template.",
     )
     messages: str | None = Field(
         default=None,
@@ -302,6 +303,11 @@ class EvaluationSettings(Section):
         description="For free text: number of validation examples, counted from the first, for "
         "which texts are generated, measured and saved. On the test data, "
         "texts are generated for all examples unless this is 0.",
+    )
+    forgetting: bool = Field(
+        default=False,
+        description="Measure at the end of the run how much the best prompt raises the loss on "
+        "plain text that comes with the package, in nats per token. Only for causal base models.",
     )
     patience: int | None = Field(
         default=None,

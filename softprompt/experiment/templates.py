@@ -7,6 +7,7 @@ record. Any other name can be written in this form, too.
 import re
 from collections.abc import Mapping
 from string import Formatter
+from typing import Any
 
 PROMPT_FIELD = "{record[prompt]}"
 """A template that consists of the field `prompt`."""
@@ -62,3 +63,18 @@ def written_field(name: str) -> str:
 def filled_in(template: str, values: Mapping[str, str]) -> str:
     """Replace the fields of a template by values."""
     return template.format_map({"record": values, **values})
+
+
+def preferred_answer(template: Mapping[str, Any]) -> str:
+    """Return the default target of `objective: preference`: the field `chosen`.
+
+    A space comes before it if the input ends in text of the template, such as `Answer:`. After a
+    field, white space or a chat template, the record decides.
+
+    Args:
+      template: the section as the user wrote it, without a target.
+    """
+    text = template.get("input")
+    if not isinstance(text, str) or template.get("chat") or text.endswith("}"):
+        return "{chosen}"
+    return "{chosen}" if text[-1:].isspace() else " {chosen}"

@@ -169,7 +169,8 @@ def _rows(experiment: Experiment, arch: Any, tokens: int | None, targets: int | 
     elif experiment.template.messages or experiment.template.text:
         usual = tokens  # at most
     else:
-        usual = experiment.generation.max_new_tokens
+        answers = 2 if experiment.objective.name == "preference" else 1
+        usual = answers * experiment.generation.max_new_tokens
     targets = targets or usual
     rows = experiment.training.batch_size * experiment.training.accumulate
     return BatchShape(rows, tokens, min(targets, tokens))
@@ -207,6 +208,11 @@ def _notes(
         notes.append(
             "compute.mesh is not set, and training would use one device; to train as planned, "
             f"set {settings}"
+        )
+    if experiment.objective.teacher:
+        notes.append(
+            "the teacher's pass over the rows is counted, but not the keys and values of the text "
+            "that it reads first, whose length is unknown"
         )
     if hardware.platform == "cuda" and planned.devices > 8:
         notes.append("the links between servers are slower than those within, which are counted")

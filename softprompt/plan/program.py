@@ -86,7 +86,7 @@ def step_program(
 
     The method is built like for training, except that virtual tokens start from random vectors:
     the initial values do not change the program, and other ones need a tokenizer. The teacher of
-    distillation is the base model, which reads the same rows and nothing before them.
+    distillation is the base model without the text that it reads first, whose length is unknown.
 
     Args:
       experiment: what would be trained.

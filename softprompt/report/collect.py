@@ -32,6 +32,7 @@ class RunRecord:
       validation: validation metrics of the best prompt; the latest ones if the run is not
         finished.
       test: metrics on the test data, if any.
+      forgetting: of the best prompt; None if it was not measured.
       records: the records of `metrics.jsonl`.
       seconds: logged time of the training steps; None if nothing was logged.
       peak_memory_bytes: peak memory of the process; None if the run is not finished.
@@ -46,6 +47,7 @@ class RunRecord:
     step: int
     validation: Mapping[str, float]
     test: Mapping[str, float]
+    forgetting: float | None
     records: Sequence[Mapping[str, Any]]
     seconds: float | None
     peak_memory_bytes: int | None
@@ -146,6 +148,7 @@ def _read(folder: Path) -> RunRecord:
         summary.get("steps", max(steps, default=0)),
         summary.get("validation", last),
         summary.get("test", {}),
+        summary.get("forgetting"),
         records,
         summary.get("train_seconds", seconds[-1] if seconds else None),
         summary.get("peak_memory_bytes"),

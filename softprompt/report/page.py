@@ -191,6 +191,7 @@ def _best_run(
         "settings": {key: found.settings.get(key) for key in [*keys, "seed"]},
         "validation": found.validation,
         "test": found.test,
+        "forgetting": found.forgetting,
         "command": rerun_command(found.folder / "config.yaml"),
         "config": _excerpt(read_text(found.folder / "config.yaml"), _MAX_CONFIG),
         "tokens": [],

@@ -38,6 +38,8 @@ def run_rows(
         row |= {f"validation {name}": record.validation.get(name) for name in metrics}
         if any(each.test for each in records):
             row |= {f"test {name}": record.test.get(name) for name in metrics}
+        if any(each.forgetting is not None for each in records):
+            row |= {"forgetting": record.forgetting}
         row |= {"seconds": record.seconds}
         rows.append(row | ({"error": record.error} if failed else {}))
     return rows

@@ -75,6 +75,7 @@ class _Summary(pydantic.BaseModel):
     peak_memory_bytes: int = pydantic.Field(ge=0, lt=2**63)
     validation: Mapping[str, float]
     test: Mapping[str, float]
+    forgetting: float | None = None
 
 
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:

@@ -32,6 +32,7 @@ class Row:
       method: name of the method.
       metric: name of the metric in `quality`, with the split that it was measured on.
       quality: value of the metric for each seed whose run is finished.
+      forgetting: for each of these runs, if it was measured.
       trainable_parameters: number of trained parameters.
       saved_bytes: size of the saved prompt.
       train_seconds: time of the training steps alone; the median over seeds.
@@ -43,6 +44,7 @@ class Row:
     method: str
     metric: str
     quality: Sequence[float] = ()
+    forgetting: Sequence[float] = ()
     trainable_parameters: int | None = None
     saved_bytes: int | None = None
     train_seconds: float | None = None
@@ -210,6 +212,7 @@ def _row(method: str, own: Experiment, runs: Sequence[_Run]) -> Row:
         method,
         f"{split} {metric}",
         [summary[split][metric] for summary in summaries],
+        [summary["forgetting"] for summary in summaries if summary.get("forgetting") is not None],
         summaries[0]["trainable_parameters"],
         sum(path.stat().st_size for path in saved if path.is_file()),
         median("train_seconds"),

@@ -21,6 +21,7 @@ from softprompt.data.splits import SplitReader
 from softprompt.data.task import Task, make_task
 from softprompt.data.template import draw_demonstrations
 from softprompt.errors import UserError
+from softprompt.evaluation.forgetting import require_causal
 from softprompt.experiment.methods import method_class
 from softprompt.experiment.schema import Experiment
 from softprompt.inference.prompt import load_prompt
@@ -116,6 +117,8 @@ class Preparation:
         began = time.monotonic()
         task, splits = self.task(experiment, records)
         base, kind = task.base, method_class(experiment.method)
+        if experiment.evaluation.forgetting:
+            require_causal(base)
         _, before = kind.virtual_tokens(experiment)
         pairs = experiment.objective.name == "preference"
         if pairs and None in task.pieces:

@@ -11,6 +11,7 @@ from softprompt.data.mistakes import data_mistakes, template_mistakes
 from softprompt.data.showing import LEGEND, counts_of, shown_example
 from softprompt.evaluation.evaluate import EvaluationResult
 from softprompt.experiment.schema import Experiment
+from softprompt.metrics.scores import Scores
 from softprompt.parallel.hosts import is_main
 from softprompt.runtime.memory import peak_memory
 from softprompt.storage.run_folder import (
@@ -107,7 +108,11 @@ class Reporter:
         log_message(self._name, f"step {run.step}: validation {shown}{best_note}")
 
     def summary(
-        self, state: TrainState, seconds: float, test: EvaluationResult | None
+        self,
+        state: TrainState,
+        seconds: float,
+        test: EvaluationResult | None,
+        forgetting: Scores | None,
     ) -> dict[str, Any]:
         """Write and return the summary of the finished run.
 
@@ -115,6 +120,7 @@ class Reporter:
           state: gives the number of trainable parameters.
           seconds: duration of the whole run.
           test: the evaluation on the test data; None if there is no test data.
+          forgetting: of the best prompt; None if it is not measured.
         """
         run, training = self._run, self._experiment.training
         if test and is_main():
@@ -134,6 +140,9 @@ class Reporter:
             "test": test.values() if test else {},
             "test_intervals": {k: list(v) for k, v in test.intervals().items()} if test else {},
         }
+        if forgetting:
+            summary |= forgetting.values()
+            summary["forgetting_interval"] = list(forgetting.intervals()["forgetting"])
         if is_main():
             draw_curves(self._folder, self._experiment.evaluation.metric)
             write_summary(self._folder, summary)

@@ -24,6 +24,7 @@ from softprompt.data.sources import source_name
 from softprompt.data.weights import example_weights
 from softprompt.errors import FolderError, Stopped, UserError
 from softprompt.evaluation.evaluate import EvaluationResult
+from softprompt.evaluation.forgetting import forgetting
 from softprompt.evaluation.scoring import prepare_model
 from softprompt.experiment.schema import Experiment
 from softprompt.metrics.named import is_better
@@ -245,11 +246,24 @@ class Session:
 
     def finish(self) -> dict[str, Any]:
         """Evaluate the best prompt on the test data, if any; write and return the summary."""
-        test = None
-        if "test" in self.examples:
-            model = self._best.load(self.run, self._checkpoints)
-            test = self._measure(model, "test", self._progress)
-        return self.reporter.summary(self.state, time.monotonic() - self._began, test)
+        test = forgotten = None
+        settings, measures_test = self.experiment.evaluation, "test" in self.examples
+        if measures_test or settings.forgetting:
+            best = self._best.load(self.run, self._checkpoints)
+        if measures_test:
+            test = self._measure(best, "test", self._progress)
+        if settings.forgetting:
+            model, backbone, _ = best
+            label = f"{self.name}: forgetting" if self.name else "forgetting"
+            forgotten = forgetting(
+                model.method,
+                backbone,
+                self.base,
+                batch_size=settings.batch_size,
+                label=label,
+                progress=self._progress,
+            )
+        return self.reporter.summary(self.state, time.monotonic() - self._began, test, forgotten)
 
     def _resume(self) -> None:
         """Resume from the newest intact checkpoint whose best prompt can still be loaded."""
