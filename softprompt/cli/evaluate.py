@@ -112,7 +112,8 @@ def _evaluate_one(options: argparse.Namespace, experiment: "Experiment") -> None
     prompt = with_scoring(load_prompt(options.runs[0], options.base, mesh=mesh), options)
     pairs = experiment.objective.name == "preference"
     encode = preference_examples if pairs else make_examples
-    examples = encode(prompt.task, read_split(experiment, options.split), options.split, Bar)
+    records = read_split(experiment, options.split, Bar)
+    examples = encode(prompt.task, records, options.split, Bar)
     needs_predictions = options.output or set(experiment.evaluation.metrics) - {*MODEL_METRICS}
     measured = evaluate(
         prompt.backbone,
@@ -162,7 +163,7 @@ def _evaluate_several(options: argparse.Namespace, experiment: "Experiment") -> 
 
     first = load_prompt(options.runs[0], options.base, mesh=requested_mesh(options))
     prompts = [first, *(load_prompt(run, first.base) for run in options.runs[1:])]
-    records = read_split(experiment, options.split)
+    records = read_split(experiment, options.split, Bar)
     examples = make_examples(shared_task(prompts), records, options.split, Bar)
     results = evaluate_ensemble(prompts, examples, options.batch_size, options.split, Bar)
     for name, metrics in zip([*options.runs, "vote", "mean"], results.values(), strict=True):
