@@ -41,8 +41,11 @@ class RowWriter:
           ValueError, RecursionError: if the row has a number of too many digits, or is nested too
             deeply.
         """
-        with self._errors():
-            self._writer.write(_encode(row).encode())
+        content = _encode(row).encode()
+        try:
+            self._writer.write(content)
+        except RuntimeError as error:
+            raise self._failed(error) from None
         self._rows += 1
 
     def __enter__(self) -> "RowWriter":
@@ -53,20 +56,16 @@ class RowWriter:
             with contextlib.suppress(RuntimeError):
                 self._writer.close()
             return
-        with self._errors():
+        try:
             self._writer.close()
+        except RuntimeError as error:
+            raise self._failed(error) from None
         written = len(RowFile(self._path))
         if written != self._rows:
             raise OSError(None, f"{written} of {self._rows} rows were written", str(self._path))
 
-    @contextlib.contextmanager
-    def _errors(self) -> Iterator[None]:
-        try:
-            yield
-        except RuntimeError as error:
-            if isinstance(error, RecursionError):
-                raise
-            raise OSError(None, reason_of(error), str(self._path)) from None
+    def _failed(self, error: RuntimeError) -> OSError:
+        return OSError(None, reason_of(error), str(self._path))
 
 
 class RowFile:

@@ -4,7 +4,6 @@ Axis letters: N examples.
 """
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -138,13 +137,14 @@ def _key(task: Task, records: Records, virtual: int, kind: str) -> str:
     The opening is not part of a row.
     """
     tokenizer, backbone = task.base.tokenizer, task.base.backbone
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    state |= {"padding": None, "truncation": None}  # settings of the last call
-    text = json.dumps([state, tokenizer.chat_template, tokenizer.special_tokens_map])
+    tokenizer.backend_tokenizer.no_padding()  # the settings of the last call, which the
+    tokenizer.backend_tokenizer.no_truncation()  # next one sets again
+    text = tokenizer.backend_tokenizer.to_str()
     return store_key(
         kind,
         records.digest,
-        hashlib.sha256(text.encode()).hexdigest(),
+        [hashlib.sha256(text.encode()).hexdigest(), tokenizer.chat_template],
+        {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         [backbone.arch.vocab_size, backbone.separate_targets],
         task.template.model_dump(mode="json"),
         list((task.verbalizer or {}).items()),
