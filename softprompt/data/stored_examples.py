@@ -96,7 +96,7 @@ class StoredExamples(Dataset):
 
 def _example(row: Any, record: Record) -> Example:
     _, tokens, candidates, answer, truncated, earlier = row
-    return Example(tokens, candidates, answer, record, truncated, list(map(tuple, earlier)))
+    return Example(tokens, candidates, answer, record, truncated, tuple(map(tuple, earlier)))
 
 
 def stored_examples(
