@@ -26,6 +26,8 @@ from softprompt.runtime.progress import Progress, silent
 _ADVICE = {"validation": SPLIT_ADVICE, "test": "for a run without test data, set data.test=null"}
 _DIGESTS = "digests.npy"
 
+_encode = json.JSONEncoder(sort_keys=True, default=as_text).encode
+
 
 @dataclasses.dataclass(frozen=True)
 class _Divided:
@@ -177,7 +179,7 @@ def _digest(record: Record, seed: int) -> int:
     """Return a number of 64 bits that depends on the seed and on the values of all fields."""
     fields = {str(name): value for name, value in record.fields.items()}
     try:
-        text = json.dumps(fields, sort_keys=True, default=as_text)
+        text = _encode(fields)
     except (TypeError, ValueError, RecursionError) as error:  # only rows in memory have such values
         raise UserError(
             f"{record.where}: its fields cannot be compared with those of other records "
