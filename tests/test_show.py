@@ -21,6 +21,7 @@ from softprompt import (
 from softprompt.data.examples import Examples
 from softprompt.data.mistakes import data_mistakes, template_mistakes
 from softprompt.data.showing import counts_of, shown_example
+from softprompt.sweep.runner import sweep
 from softprompt.training import reporting
 
 LABELS = {"low": " ab", "high": " cd"}
@@ -190,6 +191,17 @@ def test_training_logs_an_example_and_each_mistake_once(tmp_path, capsys):
     assert "(15 tokens, 3 of them virtual, 3 with loss; loss on ⟦…⟧; · is a space" in written
     assert written.count("likely mistake: ") == 1
     assert f"{tmp_path}/train.jsonl:1: the input ends with a space" in written
+
+
+def test_a_sweep_logs_each_dataset_once(space, capsys):
+    section = (
+        "  training.steps: [1, 2]\n  template.input: ['{text} is ', '{text} was']\n  at_once: 1\n"
+    )
+    sweep(space(section, "evaluation.every=2"))
+    written = capsys.readouterr().err
+    assert written.count("; loss on ⟦…⟧") == 2
+    assert written.count("·is·⟦·") == written.count("·was⟦·") == 1
+    assert written.count("likely mistake: ") == 1
 
 
 def test_a_long_example_is_shortened_in_the_log(tmp_path, capsys, monkeypatch):

@@ -97,8 +97,10 @@ class Base:
         Raises:
           UserError: names the first token without an embedding.
         """
-        size = self.backbone.arch.vocab_size
-        for token in {token for token in tokens if token >= size}:
+        size, used = self.backbone.arch.vocab_size, set(tokens)
+        if max(used, default=0) < size:
+            return
+        for token in {token for token in used if token >= size}:
             text = self.tokenizer.convert_ids_to_tokens(token)
             raise UserError(f"{where}: the base model has no embedding for {text!r}")
 

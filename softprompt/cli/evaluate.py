@@ -129,7 +129,7 @@ def _evaluate_one(options: argparse.Namespace, experiment: "Experiment") -> None
         require_causal(prompt.base)
     objective = experiment.objective.name
     encode = preference_examples if objective == "preference" else make_examples
-    records, teacher = read_split(experiment, options.split), None
+    records, teacher = read_split(experiment, options.split, Bar), None
     if objective == "distill":
         teacher = _teacher(experiment, prompt)
     task = prompt.task
@@ -212,7 +212,7 @@ def _evaluate_several(options: argparse.Namespace, experiment: "Experiment") -> 
 
     first = load_prompt(options.runs[0], options.base, mesh=requested_mesh(options))
     prompts = [first, *(load_prompt(run, first.base) for run in options.runs[1:])]
-    records = read_split(experiment, options.split)
+    records = read_split(experiment, options.split, Bar)
     examples = make_examples(shared_task(prompts), records, options.split, Bar)
     results = evaluate_ensemble(prompts, examples, options.batch_size, options.split, Bar)
     for name, metrics in zip([*options.runs, "vote", "mean"], results.values(), strict=True):

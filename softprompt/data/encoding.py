@@ -1,4 +1,4 @@
-"""Encoding of many records: batches for the tokenizer, and inputs joined from encoded pieces."""
+"""Encoding of many records: batches for the tokenizer, and inputs that are too long."""
 
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -9,7 +9,7 @@ from softprompt.data.records import Record
 from softprompt.data.template import Spans
 from softprompt.errors import UserError
 
-_BATCH_RECORDS = 512
+_BATCH_RECORDS = 2048  # with fewer, the threads wait for each other
 _BATCH_CHARACTERS = 2**20  # a token of an encoded text takes some hundred bytes
 
 
@@ -32,22 +32,21 @@ def record_batches(records: Iterable[Record]) -> Iterator[list[Record]]:
         yield batch
 
 
-def joined(
+def truncated_input(
     parts: Sequence[list[int] | tuple[Encoding, Spans]], max_tokens: int, where: str
-) -> tuple[list[int], bool]:
-    """Return the ids of an input, and whether it was truncated at the end of its longest field.
+) -> list[int]:
+    """Return the ids of an input, truncated at the end of its longest field.
 
     Args:
-      parts: ids, or an encoded text with the characters of its fields.
-      max_tokens: the most tokens of the input.
+      parts: ids, or an encoded text with the characters of its fields. They have more than
+        `max_tokens` tokens.
+      max_tokens: the number of tokens to return.
       where: names the record in error messages.
     """
     tokens: list[int] = []
     for part in parts:
         tokens += part if isinstance(part, list) else part[0].ids
     excess = len(tokens) - max_tokens
-    if excess <= 0:
-        return tokens, False
     start = 0
     longest, removable = -1, np.array([], int)  # characters and token indices of a field
     for part in parts:
@@ -66,4 +65,4 @@ def joined(
             f"{where}: {len(tokens)} tokens, {excess} too many, and its longest field "
             f"has only {len(removable)}; shorten the template or raise template.max_tokens"
         )
-    return np.delete(tokens, removable[-excess:]).tolist(), True
+    return np.delete(tokens, removable[-excess:]).tolist()

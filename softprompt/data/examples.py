@@ -4,6 +4,7 @@ Axis letters: N examples.
 """
 
 import abc
+import array
 import dataclasses
 import hashlib
 import json
@@ -98,11 +99,13 @@ class Dataset(Sequence[Example]):
 
     Attributes:
       lengths: token counts of every example.
+      answers: the index of the right candidate of every example, `[N]`; -1 if it is not known.
       digest: SHA-256 of the token ids and the answers of all examples.
       truncated: number of examples whose input was truncated.
     """
 
     lengths: Lengths
+    answers: np.ndarray
     digest: str
     truncated: int
 
@@ -124,6 +127,47 @@ class Dataset(Sequence[Example]):
         return self if numbers == range(len(self)) else [self.example(i) for i in numbers]
 
 
+class Summary:
+    """Lengths, answers and digest of examples, from one pass over them."""
+
+    def __init__(self) -> None:
+        self._counts = array.array("i")
+        self._digest = hashlib.sha256()
+        self.truncated = 0
+
+    def add(self, example: Example) -> None:
+        """Add the next example."""
+        sizes = list(map(len, example.candidates))
+        answer = -1 if example.answer is None else example.answer
+        right = 0 if example.answer is None else sizes[answer]
+        earlier = example.earlier_targets
+        longest, targets = max(sizes, default=0), sum(sizes) + earlier
+        length = len(example.input)
+        self._counts.extend((length, right, longest, targets, len(sizes), earlier, answer))
+        # The sizes come first, so that no two examples are hashed as the same numbers.
+        content = [length, len(sizes), *sizes, answer, *example.input]
+        for candidate in example.candidates:
+            content += candidate
+        for start, stop in example.earlier:
+            content += [-start, -stop]  # no other number after the candidates is negative
+        self._digest.update(np.array(content, "<i8").tobytes())
+        self.truncated += example.truncated
+
+    @property
+    def digest(self) -> str:
+        """See `Dataset`."""
+        return self._digest.hexdigest()
+
+    def counts(self) -> np.ndarray:
+        """Return the lengths and the answer of each example, int32 `[7, N]`; see `from_counts`."""
+        return np.array(self._counts, np.int32).reshape(-1, 7).T.copy()
+
+
+def from_counts(counts: np.ndarray) -> tuple[Lengths, np.ndarray]:
+    """Return the `lengths` and the `answers` of a dataset from what `Summary.counts` returned."""
+    return Lengths(*counts[:-1]), counts[-1]
+
+
 class Examples(Dataset):
     """A dataset in memory. Its lengths and digest are computed while it is filled.
 
@@ -133,25 +177,12 @@ class Examples(Dataset):
 
     def __init__(self, examples: Iterable[Example]):
         self._examples: list[Example] = []
-        counts, digest = [], hashlib.sha256()
+        summary = Summary()
         for example in examples:
             self._examples.append(example)
-            sizes = list(map(len, example.candidates))
-            answer = -1 if example.answer is None else example.answer
-            right = 0 if example.answer is None else sizes[answer]
-            earlier = example.earlier_targets
-            longest, targets = max(sizes, default=0), sum(sizes) + earlier
-            counts.append((len(example.input), right, longest, targets, len(sizes), earlier))
-            # The sizes come first, so that no two examples are hashed as the same numbers.
-            content = [len(example.input), len(sizes), *sizes, answer, *example.input]
-            for candidate in example.candidates:
-                content += candidate
-            for start, stop in example.earlier:
-                content += [-start, -stop]  # no other number after the candidates is negative
-            digest.update(np.array(content, "<i8").tobytes())
-        self.lengths = Lengths(*np.array(counts, np.int32).reshape(-1, 6).T)
-        self.digest = digest.hexdigest()
-        self.truncated = sum(example.truncated for example in self._examples)
+            summary.add(example)
+        self.lengths, self.answers = from_counts(summary.counts())
+        self.digest, self.truncated = summary.digest, summary.truncated
 
     @classmethod
     def of(cls, examples: Sequence[Example]) -> Dataset:

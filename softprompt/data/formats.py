@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from softprompt.data.parquet import read_parquet
+from softprompt.data.parquet import parquet_rows, read_parquet
 from softprompt.errors import UserError, shortened
 from softprompt.files.json_lines import parse_json_lines
-from softprompt.files.reading import MEBIBYTE, missing_file
+from softprompt.files.reading import MEBIBYTE, missing_file, open_file
 
 LONGEST_LINE = 64 * MEBIBYTE
 """The most bytes of a line of a file."""
@@ -36,6 +36,20 @@ def read_rows(path: Path) -> Iterator[Row]:
         raise missing_file(path) from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def estimated_rows(path: Path) -> int:
+    """Return about how many rows a file has, without decoding them.
+
+    Raises:
+      UserError: if the file cannot be read.
+    """
+    if path.suffix == ".parquet":
+        return parquet_rows(path)
+    if path.suffix == ".txt":
+        return 1
+    with open_file(path) as file:
+        return max(1, sum(block.count(b"\n") for block in iter(lambda: file.read(MEBIBYTE), b"")))
 
 
 def _lines(path: Path) -> Iterator[str]:

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 
+import numpy as np
+
 from softprompt.data.examples import Dataset, Example
 from softprompt.data.task import Task
 from softprompt.data.template import fill, label_texts
@@ -37,11 +39,7 @@ def data_mistakes(task: Task, training: Dataset) -> Iterator[str]:
             f"{training.truncated} of {len(training)} training examples are truncated; raise "
             "template.max_tokens or shorten the template"
         )
-    missing = set(range(len(task.labels)))
-    for example in training:
-        if not missing:
-            break
-        missing.discard(-1 if example.answer is None else example.answer)
+    missing = set(range(len(task.labels))) - set(np.unique(training.answers).tolist())
     for number in sorted(missing):
         yield (
             f"label {task.labels[number]!r} of the verbalizer never occurs in the training data; "

@@ -1,13 +1,15 @@
 """Rows of Parquet files. They are read with pyarrow, an optional package."""
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from softprompt.errors import UserError, reason_of, shortened
-from softprompt.files.reading import open_file
+from softprompt.files.reading import MEBIBYTE, open_file
 
 _ROWS = 1000  # that are decoded at once
+_BUFFER = MEBIBYTE  # of a column
 
 
 def read_parquet(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -21,28 +23,51 @@ def read_parquet(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
       UserError: if pyarrow is not installed or the file is not valid, with row group, row and
         field where they are known.
     """
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
-        raise UserError(f"{path}: needs the pyarrow package; run: pip install pyarrow") from None
-    with open_file(path) as content:
-        try:
-            file = parquet.ParquetFile(content)
-            names = file.schema_arrow.names
-        except (pyarrow.ArrowException, OSError, ValueError) as error:
-            raise _invalid(str(path), error) from None
-        if repeated := [name for name in names if names.count(name) > 1]:
-            raise UserError(f"{path}: two columns have the name {shortened(repeated[0])}")
+    with _opened(path) as file:
         for group in range(file.num_row_groups):
             where, count = f"{path}:row group {group + 1}", 0
-            try:
+            with _errors(where):
                 for batch in file.iter_batches(_ROWS, row_groups=[group]):
                     for row in _plain_rows(batch, where, count):
                         count += 1
                         yield f"{where}, row {count}", row
-            except (pyarrow.ArrowException, OSError, ValueError) as error:
-                raise _invalid(where, error) from None
+
+
+def parquet_rows(path: Path) -> int:
+    """Return the number of rows of a Parquet file.
+
+    Raises:
+      UserError: see `read_parquet`.
+    """
+    with _opened(path) as file:
+        return file.metadata.num_rows
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """Open a file as a `pyarrow.parquet.ParquetFile`."""
+    try:
+        from pyarrow import parquet
+    except ImportError:
+        raise UserError(f"{path}: needs the pyarrow package; run: pip install pyarrow") from None
+    with open_file(path) as content:
+        with _errors(str(path)):
+            # With a buffer, the columns of a row group are read part by part.
+            file = parquet.ParquetFile(content, buffer_size=_BUFFER)
+            names = file.schema_arrow.names
+        if repeated := [name for name in names if names.count(name) > 1]:
+            raise UserError(f"{path}: two columns have the name {shortened(repeated[0])}")
+        yield file
+
+
+@contextlib.contextmanager
+def _errors(where: str) -> Iterator[None]:
+    import pyarrow
+
+    try:
+        yield
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise UserError(f"{where}: not valid Parquet ({reason_of(error)})") from None
 
 
 def _plain_rows(batch: Any, where: str, before: int) -> list[dict[str, Any]]:
@@ -66,7 +91,3 @@ def _plain_rows(batch: Any, where: str, before: int) -> list[dict[str, Any]]:
                     f"{where}, row {number}: field {name!r} cannot be read ({reason_of(error)})"
                 ) from None
     raise AssertionError("each value can be read, but the batch cannot")
-
-
-def _invalid(where: str, error: Exception) -> UserError:
-    return UserError(f"{where}: not valid Parquet ({reason_of(error)})")

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 
-from softprompt.backbones.formats.tokenizer import encode_texts
+from softprompt.backbones.formats.tokenizer import encode_ids
 from softprompt.backbones.loading import Base
 from softprompt.data.examples import Example
 from softprompt.data.records import Record
@@ -33,9 +33,9 @@ def document_rows(
       UserError: if the tokenizer cannot encode a document, or `max_tokens` is too small.
     """
     start, end = special_tokens(base.tokenizer)[0], end_of_text(base.tokenizer)
-    encodings = encode_texts(base.tokenizer, texts)
-    for record, encoding in zip(records, encodings, strict=True):
-        tokens, opening = [*start, *encoding.ids, end], before(record)
+    encoded = encode_ids(base.tokenizer, texts)
+    for record, ids in zip(records, encoded, strict=True):
+        tokens, opening = [*start, *ids, end], before(record)
         base.require_embeddings(tokens, record.where)
         size = max_tokens - len(opening)
         given = max(len(start), 1)  # tokens of the first row that are not predicted

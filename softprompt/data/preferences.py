@@ -1,17 +1,14 @@
 """Examples of preferences: an input with a chosen and a rejected answer."""
 
 import dataclasses
-import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
-from softprompt.data.datasets import log_truncated
+from softprompt.data.datasets import dataset_of
 from softprompt.data.encoding import record_batches
-from softprompt.data.examples import Dataset, Example, Examples
-from softprompt.data.records import Record, Rows, as_records
+from softprompt.data.examples import Dataset, Example
+from softprompt.data.records import Record, Rows
 from softprompt.data.task import Task
 from softprompt.runtime.progress import Progress, silent
-
-_log = logging.getLogger(__name__)
 
 
 def preference_examples(
@@ -29,18 +26,13 @@ def preference_examples(
       UserError: if a record lacks a field, or does not fit; see `Task.example`.
     """
 
-    def encoded() -> Iterator[Example]:
-        with progress(f"tokenize {split}", len(records), "examples") as bar:
-            for batch in record_batches(as_records(records)):
-                swapped = [_swapped(record) for record in batch]
-                for pair in zip(task.examples(batch), task.examples(swapped), strict=True):
-                    yield _joined(*pair)
-                    bar.advance()
+    def encode(rows: Iterable[Record]) -> Iterator[Example]:
+        for batch in record_batches(rows):
+            swapped = [_swapped(record) for record in batch]
+            for pair in zip(task.examples(batch), task.examples(swapped), strict=True):
+                yield _joined(*pair)
 
-    examples = Examples(encoded())
-    _log.info(f"{split}: {len(examples)} pairs")
-    log_truncated(examples.truncated, task, split)
-    return examples
+    return dataset_of(task, encode, records, split, progress, kind="pairs")
 
 
 def _swapped(record: Record) -> Record:

@@ -1,6 +1,8 @@
 """Records: the rows of a dataset before a template turns them into text."""
 
+import abc
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -8,10 +10,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any, overload
 
+import numpy as np
+
 from softprompt.data.formats import read_rows
 from softprompt.data.sources import Source, files_of, source_name
 from softprompt.errors import UserError, reason_of
 from softprompt.files.json_lines import parse_json_lines
+
+_READ_TOGETHER = 512  # records, of a pass over all of them
+_DICT, _INFO = "dataset_dict.json", "dataset_info.json"  # in folders of `save_to_disk`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +69,66 @@ Rows = Sequence[Mapping[str, Any] | Record]
 """Any sequence of mappings or records, such as a list of dicts or a `datasets.Dataset`."""
 
 
-class _RowRecords(Sequence[Record]):
-    """A sequence of mappings as records, which are made on access."""
+class Records(Sequence[Record]):
+    """A sequence whose records are read on access, so that they need not fit in memory.
+
+    Attributes:
+      digest: a hash that identifies the records in every process; None if they have none.
+    """
+
+    digest: str | None = None
+
+    @abc.abstractmethod
+    def record(self, number: int) -> Record:
+        """Return one record; `number` is in `range(len(self))`."""
+
+    def records(self, numbers: Sequence[int]) -> Iterable[Record]:
+        """Return several records."""
+        return map(self.record, numbers)
+
+    def __iter__(self) -> Iterator[Record]:
+        for first in range(0, len(self), _READ_TOGETHER):
+            yield from self.records(range(first, min(first + _READ_TOGETHER, len(self))))
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Part": ...
+    def __getitem__(self, index: int | slice) -> "Record | Part":
+        numbers = range(len(self))[index]
+        return self.record(numbers) if isinstance(numbers, int) else Part(self, np.array(numbers))
+
+
+class Part(Records):
+    """Some records of a sequence.
+
+    Args:
+      records: the sequence.
+      numbers: which records, `[N]`.
+    """
+
+    def __init__(self, records: Sequence[Record], numbers: np.ndarray):
+        self._records, self._numbers = as_records(records), numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @property
+    def digest(self) -> str | None:  # type: ignore[override]
+        if self._records.digest is None:
+            return None
+        numbers = np.asarray(self._numbers, "<i8").tobytes()
+        return hashlib.sha256(self._records.digest.encode() + numbers).hexdigest()
+
+    def record(self, number: int) -> Record:
+        return self._records.record(int(self._numbers[number]))
+
+    def records(self, numbers: Sequence[int]) -> Iterable[Record]:
+        return self._records.records(self._numbers[list(numbers)].tolist())
+
+
+class _RowRecords(Records):
+    """A sequence of mappings as records."""
 
     def __init__(self, rows: Rows, name: str):
         self._rows, self._name = rows, name
@@ -71,14 +136,7 @@ class _RowRecords(Sequence[Record]):
     def __len__(self) -> int:
         return len(self._rows)
 
-    @overload
-    def __getitem__(self, index: int) -> Record: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Record]: ...
-    def __getitem__(self, index: int | slice) -> Record | Sequence[Record]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        number = range(len(self))[index]
+    def record(self, number: int) -> Record:
         row, where = self._rows[number], f"{self._name} {number}"
         if isinstance(row, Record):
             return row
@@ -87,15 +145,15 @@ class _RowRecords(Sequence[Record]):
         return Record(row, where)
 
 
-def as_records(rows: Rows, name: str = "row") -> Sequence[Record]:
-    """Return a sequence of mappings as records.
+def as_records(rows: Rows, name: str = "row") -> Records:
+    """Return a sequence of mappings as records, and `Records` unchanged.
 
     Args:
       rows: any object with a length and rows by index. Rows are read on access, so they
         need not fit in memory.
       name: the name of a row in error messages, before its number.
     """
-    return _RowRecords(rows, name)
+    return rows if isinstance(rows, Records) else _RowRecords(rows, name)
 
 
 def read_records(source: str | Rows, name: str = "row") -> Sequence[Record]:
@@ -152,14 +210,19 @@ def parse_jsonl(lines: Iterable[str], source: str) -> Iterator[Record]:
 def _read_one(source: str) -> Sequence[Record]:
     if source.startswith("hub:"):
         return _read_hub(source)
-    if os.path.isfile(os.path.join(source, "dataset_dict.json")):
+    if os.path.isfile(os.path.join(source, _DICT)):
         raise UserError(
             f"{source}: holds the splits {', '.join(_folders_in(source))}; name one of them, such "
             f"as {os.path.join(source, 'train')}"
         )
-    if os.path.isfile(os.path.join(source, "dataset_info.json")):
+    if is_saved_dataset(source):
         return _read_saved(source)
     return [Record(row, where) for path in files_of(source) for where, row in read_rows(path)]
+
+
+def is_saved_dataset(source: str) -> bool:
+    """Return whether a source is a folder that `save_to_disk` wrote."""
+    return any(os.path.isfile(os.path.join(source, name)) for name in (_DICT, _INFO))
 
 
 def _folders_in(folder: str) -> list[str]:

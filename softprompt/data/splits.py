@@ -4,48 +4,29 @@ Axis letters: N records.
 """
 
 import dataclasses
-import datetime
-import decimal
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, overload
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from softprompt.data.records import Record, Rows, as_records, read_records, read_source
+from softprompt.data.records import Part, Record, Records, Rows, as_records, read_records
+from softprompt.data.row_file import as_text
 from softprompt.data.sources import MissingData, Source
+from softprompt.data.store import open_store, store_key
+from softprompt.data.stored_records import read_stored
 from softprompt.errors import UserError, reason_of
 from softprompt.experiment.data_settings import DataSettings
 from softprompt.experiment.reading import SPLIT_ADVICE
 from softprompt.experiment.schema import Experiment
+from softprompt.runtime.progress import Progress, silent
 
 _ADVICE = {"validation": SPLIT_ADVICE, "test": "for a run without test data, set data.test=null"}
-_PLAIN = bytes, datetime.date, datetime.time, datetime.timedelta, decimal.Decimal
+_DIGESTS = "digests.npy"
 
-
-class _Part(Sequence[Record]):
-    """Some records of a sequence, which are read on access.
-
-    Args:
-      records: the sequence.
-      numbers: which records, `[N]`.
-    """
-
-    def __init__(self, records: Sequence[Record], numbers: np.ndarray):
-        self._records, self._numbers = records, numbers
-
-    def __len__(self) -> int:
-        return len(self._numbers)
-
-    @overload
-    def __getitem__(self, index: int) -> Record: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Record]: ...
-    def __getitem__(self, index: int | slice) -> Record | Sequence[Record]:
-        if isinstance(index, slice):
-            return _Part(self._records, self._numbers[index])
-        return self._records[int(self._numbers[index])]
+_encode = json.JSONEncoder(sort_keys=True, default=as_text).encode
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,9 +40,14 @@ class _Divided:
 
 
 class SplitReader:
-    """Reads the splits of experiments one after another, and keeps those that were read last."""
+    """Reads the splits of experiments one after another, and keeps those that were read last.
 
-    def __init__(self) -> None:
+    Args:
+      progress: shows how many records of large files are read.
+    """
+
+    def __init__(self, progress: Progress = silent) -> None:
+        self._progress = progress
         self._records: dict[str | tuple[str, ...], Sequence[Record]] = {}
         self._divided: _Divided | None = None
 
@@ -86,7 +72,7 @@ class SplitReader:
         sources = {split: source for split, source in data.sources.items() if split not in given}
         shares = {split: share for split, share in data.shares.items() if split not in given}
         self._records = {
-            _key(source): self._records.get(_key(source)) or _read(source, split)
+            _key(source): self._records.get(_key(source)) or _read(source, split, self._progress)
             for split, source in sources.items()
         }
         splits = {split: self._records[_key(source)] for split, source in sources.items()}
@@ -107,7 +93,7 @@ class SplitReader:
         return last.parts
 
 
-def read_split(experiment: Experiment, split: str) -> Sequence[Record]:
+def read_split(experiment: Experiment, split: str, progress: Progress = silent) -> Sequence[Record]:
     """Read the records of one split that the experiment has.
 
     Raises:
@@ -115,8 +101,8 @@ def read_split(experiment: Experiment, split: str) -> Sequence[Record]:
     """
     data = experiment.data
     if split in data.shares or (split == "train" and data.shares):
-        return divide(_read(data.train, "train"), data.shares, experiment.seed)[split]
-    return _read(data.sources[split], split)
+        return divide(_read(data.train, "train", progress), data.shares, experiment.seed)[split]
+    return _read(data.sources[split], split, progress)
 
 
 def divide(
@@ -140,8 +126,7 @@ def divide(
     Raises:
       UserError: if a split has no record.
     """
-    numbers = (_digest(record, seed) for record in records)
-    digests = np.fromiter(numbers, np.uint64, len(records))
+    digests = _digests(as_records(records), seed)
     _, groups, sizes = np.unique(digests, return_inverse=True, return_counts=True)  # random order
     part_of = np.zeros(len(sizes), np.int8)  # 0 for training
     for part, share in enumerate(shares.values(), 1):
@@ -156,7 +141,7 @@ def divide(
     of_part = {split: by_group[part_of[groups[by_group]] == i] for i, split in enumerate(shares, 1)}
     of_part["train"] = np.flatnonzero(part_of[groups] == 0)
     parts: dict[str, Sequence[Record]] = {
-        split: _Part(records, numbers) for split, numbers in of_part.items()
+        split: Part(records, numbers) for split, numbers in of_part.items()
     }
     for split, chosen in parts.items():
         if not chosen:
@@ -167,11 +152,34 @@ def divide(
     return parts
 
 
+def _digests(records: Records, seed: int) -> np.ndarray:
+    """Return the digest of every record, uint64 `[N]`. Those of stored records are stored too."""
+
+    def computed() -> np.ndarray:
+        return np.fromiter((_digest(r, seed) for r in records), np.uint64, len(records))
+
+    if records.digest is None:
+        return computed()
+
+    def write(folder: Path) -> dict[str, Any]:
+        np.save(folder / _DIGESTS, computed(), allow_pickle=False)
+        return {}
+
+    try:
+        folder, _ = open_store(store_key("digests", records.digest, seed), write)
+        digests = np.load(folder / _DIGESTS, allow_pickle=False)
+    except OSError:  # the disk is full
+        return computed()
+    if digests.shape != (len(records),) or digests.dtype != np.uint64:
+        raise UserError(f"{folder}: is damaged; delete it, and start again")
+    return digests
+
+
 def _digest(record: Record, seed: int) -> int:
     """Return a number of 64 bits that depends on the seed and on the values of all fields."""
     fields = {str(name): value for name, value in record.fields.items()}
     try:
-        text = json.dumps(fields, sort_keys=True, default=_as_text)
+        text = _encode(fields)
     except (TypeError, ValueError, RecursionError) as error:  # only rows in memory have such values
         raise UserError(
             f"{record.where}: its fields cannot be compared with those of other records "
@@ -181,19 +189,14 @@ def _digest(record: Record, seed: int) -> int:
     return int.from_bytes(digest.digest(), "little")
 
 
-def _as_text(value: Any) -> str:
-    """Return a value that JSON does not have as text that is the same in every process."""
-    return str(value) if isinstance(value, _PLAIN) else type(value).__name__
-
-
 def _key(source: Source) -> str | tuple[str, ...]:
     return source if isinstance(source, str) else tuple(source)
 
 
-def _read(source: Source, split: str) -> Sequence[Record]:
+def _read(source: Source, split: str, progress: Progress) -> Sequence[Record]:
     """Read the records of a split; missing data of another split than `train` gets advice."""
     try:
-        return read_source(source)
+        return read_stored(source, progress)
     except MissingData as error:
         if split not in _ADVICE:
             raise

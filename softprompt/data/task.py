@@ -10,11 +10,11 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from softprompt.backbones.formats.tokenizer import encode_texts
+from softprompt.backbones.formats.tokenizer import encode_ids, encode_texts
 from softprompt.backbones.loading import Base
 from softprompt.data.chat import require_chat_template, turn_end
 from softprompt.data.conversations import ConversationEncoder, messages_of, question_of
-from softprompt.data.encoding import joined, record_batches
+from softprompt.data.encoding import record_batches, truncated_input
 from softprompt.data.examples import Example
 from softprompt.data.plain_text import document_rows
 from softprompt.data.records import Record
@@ -224,8 +224,7 @@ class Task:
         elif with_answer:
             end = end_of_text(self.base.tokenizer)
             texts = [fill(self.template.target, record)[0] for record in records]
-            encoded = encode_texts(self.base.tokenizer, texts)
-            targets = [[[*encoding.ids, end]] for encoding in encoded]
+            targets = [[[*ids, end]] for ids in encode_ids(self.base.tokenizer, texts)]
         else:
             targets = [[] for _ in records]
         for record, candidates in zip(records, targets, strict=True):
@@ -248,14 +247,28 @@ class Task:
         """
         filled = [[self._filled(piece, record) for piece in self.pieces] for record in records]
         texts = [part[0] for parts in filled for part in parts if isinstance(part, tuple)]
-        encodings = iter(encode_texts(self.base.tokenizer, texts))
+        encoded = iter(encode_ids(self.base.tokenizer, texts))
         for record, parts, taken in zip(records, filled, reserved, strict=True):
-            encoded = [
-                (next(encodings), part[1]) if isinstance(part, tuple) else part for part in parts
-            ]
             if self.base.backbone.separate_targets:
                 taken = 0
-            yield joined(encoded, self.max_tokens - taken, record.where)
+            tokens: list[int] = []
+            for part in parts:
+                tokens += next(encoded) if isinstance(part, tuple) else part
+            if len(tokens) <= self.max_tokens - taken:
+                yield tokens, False
+            else:
+                yield self._truncated(parts, self.max_tokens - taken, record.where), True
+
+    def _truncated(
+        self, parts: Sequence[list[int] | Filled], max_tokens: int, where: str
+    ) -> list[int]:
+        """Return the ids of an input that is too long."""
+        texts = [part[0] for part in parts if isinstance(part, tuple)]
+        encodings = iter(encode_texts(self.base.tokenizer, texts))
+        encoded = [
+            (next(encodings), part[1]) if isinstance(part, tuple) else part for part in parts
+        ]
+        return truncated_input(encoded, max_tokens, where)
 
     def _filled(self, piece: Piece, record: Record) -> list[int] | Filled:
         """Return the ids of a piece, or its text, which must be tokenized."""

@@ -167,14 +167,20 @@ def label_of(template: TemplateSettings, verbalizer: Mapping[str, str], record: 
     Raises:
       UserError: if the field is missing, or its value is not in the verbalizer.
     """
-    (field,) = template_fields(template.target)
-    label = record.text(field)
+    label = record.text(_label_field(template.target))
     if label not in verbalizer:
         raise UserError(
             f"{record.where}: label {label!r} is not in the verbalizer "
             f"(labels: {', '.join(verbalizer)})"
         )
     return label
+
+
+@functools.lru_cache(64)
+def _label_field(target: str) -> str:
+    """Return the only field of a target."""
+    (field,) = template_fields(target)
+    return field
 
 
 def label_texts(template: TemplateSettings, verbalizer: Mapping[str, str]) -> dict[str, str]:

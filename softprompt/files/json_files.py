@@ -28,7 +28,7 @@ def parse_json(text: str, where: str) -> Any:
       UserError: if the text is not JSON, or is nested too deeply.
     """
     try:
-        value = json.loads(text, parse_constant=_reject_constant, parse_float=_finite)
+        value = _DECODER.decode(text)
         if "\\u" in text:
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -92,3 +92,6 @@ def _finite(number: str) -> float:
 
 def _reject_constant(constant: str) -> NoReturn:
     raise ValueError(f"JSON has no number {constant}")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_reject_constant, parse_float=_finite)

@@ -29,6 +29,7 @@ from softprompt.sweep.program import (
 from softprompt.sweep.space import Space, Trial
 from softprompt.training.loop import finished_summary
 from softprompt.training.preparation import Preparation
+from softprompt.training.reporting import log_data
 from softprompt.training.session import Session
 
 _log = logging.getLogger(__name__)
@@ -100,6 +101,7 @@ class Scheduler:
         self._space, self._stop, self._bar, self._progress = space, stop, bar, progress
         self._preparation = Preparation(progress, space.sweep.devices)
         self._max_group = MAX_GROUP
+        self._logged: set[str] = set()  # the digests of the training data that was logged
         self._counted: set[int] = set()  # trials whose earlier steps were dropped from the bar
 
     def train(self, source: Source, count: int, until: int | None = None) -> None:
@@ -157,6 +159,9 @@ class Scheduler:
                 self._end(opened, source, Outcome("finished", summary["steps"]))
                 return None
             prepared = self._preparation.prepare(trial.experiment, folder=trial.folder)
+            if (data := prepared.examples["train"].digest) not in self._logged:
+                self._logged.add(data)
+                log_data(prepared)
             context = prepared.base.backbone.arch.context_length
             session = Session(
                 trial.experiment,

@@ -84,14 +84,14 @@ class Preparation:
     It keeps the base model, the examples of each split and the teacher that were prepared last.
 
     Args:
-      progress: shows how many examples are tokenized.
+      progress: shows how many records are read and tokenized.
       trial_devices: see `mesh_of`.
     """
 
     def __init__(self, progress: Progress = silent, trial_devices: int = 1) -> None:
         self._progress, self._trial_devices = progress, trial_devices
         self._bases: dict[str, Base] = {}
-        self._splits = SplitReader()
+        self._splits = SplitReader(progress)
         self._examples: dict[str, tuple[Any, Sequence[Record], Dataset]] = {}
         self._teachers: dict[Any, PreparedTeacher] = {}  # the last one, by what determines it
         self._written: dict[str, tuple[Any, Sequence[Record], Sequence[Record]]] = {}

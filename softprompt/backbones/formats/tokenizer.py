@@ -33,13 +33,23 @@ class GuardedTokenizer(PreTrainedTokenizerFast):
         return f"the tokenizer of {self.name_or_path}" if self.name_or_path else "the tokenizer"
 
     def _encode_plus(self, text: Any, *args: Any, **kwargs: Any) -> Any:
+        kwargs["verbose"] = False  # no warning about the length, which the task limits
+        with self.guarded(text):
+            return super()._encode_plus(text, *args, **kwargs)
+
+    @contextlib.contextmanager
+    def guarded(self, text: Any) -> Iterator[None]:
+        """Check what is encoded in the context, and turn failures into a `UserError`.
+
+        Args:
+          text: a text, or a list of texts or words.
+        """
         longest = max(map(len, _texts(text)), default=0)
         if longest * self._growth > LONGEST_TEXT:
             raise UserError(f"a text of {longest} characters is too long for the tokenizer")
-        kwargs["verbose"] = False  # no warning about the length, which the task limits
         with library_errors(f"{self._named} cannot encode this text"):
             try:
-                return super()._encode_plus(text, *args, **kwargs)
+                yield
             except TypeError:
                 _require_unicode(text)
                 raise
@@ -71,6 +81,24 @@ def encode_texts(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> li
         return_token_type_ids=False,
     )
     return encoded.encodings or []
+
+
+def encode_ids(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[list[int]]:
+    """Tokenize texts as `encode_texts` does, but return only their ids, which is faster.
+
+    Args:
+      tokenizer, texts: see `encode_texts`.
+
+    Raises:
+      UserError: see `encode_texts`.
+    """
+    backend, texts = tokenizer.backend_tokenizer, list(texts)
+    guarded = isinstance(tokenizer, GuardedTokenizer)
+    with tokenizer.guarded(texts) if guarded else contextlib.nullcontext():
+        backend.no_padding()  # the settings of the last call; the next one sets them again
+        backend.no_truncation()
+        encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
+    return [encoding.ids for encoding in encodings]
 
 
 @contextlib.contextmanager
