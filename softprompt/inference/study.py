@@ -34,7 +34,8 @@ _QUESTION_TOKENS = 40
 _ROOM = 128  # tokens for a question and the template around it
 _ATTEMPTS_OF_A_KIND = 4  # then the next kind is tried
 _MOST_ATTEMPTS = _ATTEMPTS_OF_A_KIND * len(KINDS)
-_TEMPERATURE, _TOP_P = 0.6, 0.95
+_ASKING = TemplateSettings(input="{prompt}\n\n{question}\n\n1.")
+_TEMPERATURE, _TOP_P = 0.7, 0.95
 
 
 class StudyQuestion(NamedTuple):
@@ -171,8 +172,10 @@ class Study:
             if asking is None or asking[0] != chunk:
                 begin, end = self._chunks[chunk]
                 text = self._document[begin:end].strip()
-                asking = chunk, self._reading(_asking_template(self._base), text)
-            yield self._write_batch(batch, asking[1], answering, taken)
+                asking = chunk, self._reading(_ASKING, text)
+            written = self._write_batch(batch, asking[1], answering, taken.copy())
+            taken |= {same_question(each.question) for each in written}
+            yield written
 
     def _write_batch(
         self, batch: range, asking: "_Reading", answering: "_Reading", taken: set[str]
@@ -220,7 +223,7 @@ class Study:
             [prompt.text for prompt in prompts],
             settings,
             self._settings.batch_size,
-            begins=[prompt.begin for prompt in prompts],
+            begins=[f" {prompt.begin}" for prompt in prompts],
             seeds=[_seed(self._settings.seed, i, attempt) for i in numbers],
         )
         usable = {}
@@ -293,6 +296,8 @@ class _Reading:
         task = task.for_generation(settings.max_new_tokens, self.prefix.length)
         records = [Record({"question": text}, "question") for text in questions]
         examples = list(task.examples(records, with_answer=False))
+        if any(example.truncated for example in examples):
+            raise UserError(f"base {base.name!r}: its context window is too short for a question")
         begun = [
             [*example.input, *base.tokenizer(begin, add_special_tokens=False).input_ids]
             for example, begin in zip(examples, begins or [""] * len(examples), strict=True)
@@ -326,12 +331,6 @@ def study(
     """
     batches = Study(document, base, template, StudySettings(**settings)).write()
     return [question for batch in batches for question in batch]
-
-
-def _asking_template(base: Base) -> TemplateSettings:
-    if base.tokenizer.chat_template:
-        return TemplateSettings(chat=True, input="{prompt}\n\n{question}")
-    return TemplateSettings(input="{prompt}\n\nTask: {question}\nResult:")
 
 
 def _require_fields(template: TemplateSettings) -> None:

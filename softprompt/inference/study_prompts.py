@@ -1,8 +1,8 @@
 """Seed prompts of self-study, and what of the model's texts is a question or an answer.
 
 The five kinds come from Cartridges (Eyuboglu et al. 2025, arXiv:2506.06266, section 4). The texts
-are our own. The model continues the beginning of a question, so that a small model writes
-questions too, and not answers.
+are our own. The model continues a list of questions, so that a small model without a chat template
+can write them, too.
 """
 
 import re
@@ -14,7 +14,7 @@ class SeedPrompt(NamedTuple):
     """What is asked of the model after it has read a part of a document.
 
     Attributes:
-      text: the message to the model.
+      text: the heading of a list of questions.
       begin: the first words of the question, which the model continues.
       end: the mark that ends the question.
     """
@@ -28,32 +28,32 @@ _REQUEST, _QUESTION = ".", "?"
 
 _TASKS: Mapping[str, tuple[str, Mapping[str, Sequence[str]]]] = {
     "structuring": (
-        "Write one request to present facts of the text above in a structured form.",
+        "Requests to present facts from this document as lists, tables and JSON:",
         {
             _REQUEST: [
-                "List all",
+                "List all the",
                 "Make a table of the",
                 "Write a JSON object with the",
                 "List the names of the",
                 "List in order the",
-                "Make a table that shows which",
+                "Make a table that shows who",
             ]
         },
     ),
     "summarization": (
-        "Write one request to summarize one topic of the text above.",
+        "Requests to summarize parts of this document:",
         {
             _REQUEST: [
-                "Summarize what the text says about",
-                "Explain in two sentences why",
-                "Give a short overview of",
-                "Summarize the reasons for",
-                "Describe briefly how",
+                "Summarize what the document says about the",
+                "Explain in two sentences why the",
+                "Give a short overview of the",
+                "Summarize the reasons for the",
+                "Describe briefly how the",
             ]
         },
     ),
     "question": (
-        "Write one question about a fact in the text above.",
+        "Questions about facts in this document:",
         {
             _QUESTION: [
                 "What is the",
@@ -69,12 +69,12 @@ _TASKS: Mapping[str, tuple[str, Mapping[str, Sequence[str]]]] = {
         },
     ),
     "use_case": (
-        "Write one question of a person who has a practical problem that the text above solves.",
+        "Questions of people who need this document for practical work:",
         {
             _QUESTION: [
                 "How can I",
                 "What should I do if",
-                "Which one do I need for",
+                "Which steps are needed to",
                 "Do I have to",
                 "How do I find out",
                 "Can I",
@@ -82,15 +82,15 @@ _TASKS: Mapping[str, tuple[str, Mapping[str, Sequence[str]]]] = {
         },
     ),
     "creative": (
-        "Write one imaginative question or request inspired by a topic of the text above.",
+        "Creative tasks about the subject of this document:",
         {
             _REQUEST: [
-                "Write a short story about",
-                "Write a poem about",
-                "Explain to a child",
-                "Invent a slogan for",
+                "Write a short story about a",
+                "Write a poem about the",
+                "Explain to a child what the",
+                "Invent a slogan for the",
             ],
-            _QUESTION: ["What would happen if", "What is funny about"],
+            _QUESTION: ["What would happen if the", "What would a critic say about the"],
         },
     ),
 }
@@ -104,15 +104,15 @@ SEED_PROMPTS: Mapping[str, Sequence[SeedPrompt]] = {
 KINDS = list(SEED_PROMPTS)
 
 _FEWEST_WORDS, _MOST_WORDS = 4, 40
-_FEWEST_TOPICS = 2
+_FEWEST_TOPICS = 1
 _REPEATED_WORDS = 8
 
 
 def question_in(text: str, prompt: SeedPrompt, chunk: str) -> str | None:
     """Return the question whose first words the model has continued; None if it is not usable.
 
-    A usable question has 4 to 40 words. At least two of the words that the model wrote are from the
-    chunk and not from the seed prompt, and have five letters, a capital letter or a digit.
+    A usable question has 4 to 40 words. At least one of the words that the model wrote is from the
+    chunk and not from the seed prompt, and has five letters, a capital letter or a digit.
 
     Args:
       text: what the model wrote, up to the end of the first sentence.
