@@ -79,13 +79,13 @@ def read_context(path: Path) -> str:
     """Return the text of a file for a teacher to read.
 
     Raises:
-      UserError: if it cannot be read, is not UTF-8, or is empty.
+      UserError: if it cannot be read, is not UTF-8, or is blank.
     """
     try:
         text = read_bytes(path, _LARGEST_CONTEXT).decode()
     except UnicodeDecodeError:
         raise UserError(f"{path}: not UTF-8 text") from None
-    if not text:
+    if not text.strip():
         raise UserError(f"{path}: has no text for the teacher to read")
     return text
 

@@ -5,6 +5,7 @@ The method is from Cartridges (Eyuboglu et al. 2025, arXiv:2506.06266, section 4
 
 import dataclasses
 import hashlib
+import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -112,11 +113,15 @@ class Study:
         self._document = document
         if base.backbone.separate_targets:
             raise UserError(f"base {base.name!r}: an encoder-decoder cannot study a document")
+        if self._settings.questions < 1:
+            raise UserError(f"questions {self._settings.questions}: must be 1 or more")
         _require_fields(self._template)
         encoding = base.tokenizer(document, add_special_tokens=False, return_offsets_mapping=True)
         base.require_embeddings(encoding.input_ids, "the document")
         self._ids = list(encoding.input_ids)
         self._chunks = _chunks(document, encoding.offset_mapping)
+        if not self._chunks:
+            raise UserError("the document has no text")
         marked = make_task(base, self._template, None, virtual_tokens=1)
         if None in marked.pieces:
             raise UserError("template.input: {prompt} must come before {question}")
@@ -134,6 +139,7 @@ class Study:
             "fingerprint": self._base.fingerprint,
             "compute": self._base.compute.model_dump(mode="json"),
             "template": self._template.model_dump(mode="json"),
+            "chunks": [end for _, end in self._chunks],
             "seed_prompts": hashlib.sha256(repr(SEED_PROMPTS).encode()).hexdigest(),
             **dataclasses.asdict(self._settings),
         }
@@ -328,6 +334,12 @@ def study(
 
     Raises:
       UserError: see `Study` and `Study.write`.
+
+    Examples:
+      >>> from softprompt.inference.study import study
+      >>> base = load_base("smollm2-135m-instruct")
+      >>> questions = study(Path("manual.txt").read_text(), base, questions=64, seed=1)
+      >>> rows = [question._asdict() for question in questions]
     """
     batches = Study(document, base, template, StudySettings(**settings)).write()
     return [question for batch in batches for question in batch]
@@ -352,23 +364,23 @@ def _chunks(document: str, offsets: Sequence[tuple[int, int]]) -> list[tuple[int
     Returns:
       Begin and end of each chunk, in characters.
     """
-    count = max(1, -(-len(offsets) // _CHUNK_TOKENS))
-    most = -(-len(offsets) // count)  # chunks of similar length
-    chunks, begin = [], 0
-    while begin < len(document):
-        first = next((i for i, (_, end) in enumerate(offsets) if end > begin), len(offsets))
-        end = offsets[first + most][0] if first + most < len(offsets) else len(document)
-        if end < len(document):
-            end = _last_break(document, begin + (end - begin) // 2, end)
+    count = -(-len(offsets) // _CHUNK_TOKENS)
+    chunks, begin, first = [], 0, 0
+    for left in range(count, 0, -1):
+        end = len(document)
+        if left > 1:  # as many of the tokens that are left as every later chunk
+            most = first + (len(offsets) - first) // left
+            end = _last_break(document, begin, offsets[most][0])
         chunks.append((begin, end))
         begin = end
+        first = next((i for i, (_, stop) in enumerate(offsets) if stop > begin), len(offsets))
     return [(begin, end) for begin, end in chunks if document[begin:end].strip()]
 
 
 def _last_break(text: str, begin: int, end: int) -> int:
-    """Return where the last paragraph, line, sentence or word of a part of a text ends."""
+    """Return where the last paragraph, line, sentence or word in the second half of a part ends."""
     for mark in ("\n\n", "\n", ". ", " "):
-        found = text.rfind(mark, begin, end)
+        found = text.rfind(mark, begin + (end - begin) // 2, end)
         if found >= 0:
             return found + len(mark)
     return end
@@ -381,4 +393,4 @@ def _prompt(kind: str, number: int, attempt: int) -> SeedPrompt:
 
 
 def _seed(*numbers: int) -> int:
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+    return zlib.crc32(repr(numbers).encode())

@@ -11,9 +11,12 @@ import pydantic
 from softprompt.errors import UserError
 from softprompt.experiment.reading import differences
 from softprompt.files.json_files import checked, parse_json, read_json
+from softprompt.files.reading import MEBIBYTE, read_bytes
 from softprompt.files.writing import require_writable, write_errors, write_file
 from softprompt.inference.study import Study, StudyQuestion
 from softprompt.runtime.progress import Progress, silent
+
+_LARGEST = 256 * MEBIBYTE
 
 
 class _Line(pydantic.BaseModel):
@@ -45,13 +48,15 @@ def write_study(study: Study, path: Path, progress: Progress = silent) -> int:
       UserError: if the file belongs to other settings or to something else, is damaged, or cannot
         be written, or if another process writes it.
     """
-    settings = path.with_suffix(".study.json")
-    _require_settings(study, path, settings)
+    if path.suffix != ".jsonl":
+        raise UserError(f"{path}: a study writes JSON Lines; choose a name that ends in .jsonl")
+    require_writable(path)
     with write_errors(path), path.open("a+b") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(f"{path}: another process is writing it") from None
+        _require_settings(study, path)
         done = _read_done(study, file, path)
         total = study.batches()[-1].stop
         with progress("study", total, "questions", done=len(done)) as bar:
@@ -65,16 +70,17 @@ def write_study(study: Study, path: Path, progress: Progress = silent) -> int:
     return len(done)
 
 
-def _require_settings(study: Study, path: Path, settings: Path) -> None:
+def _require_settings(study: Study, path: Path) -> None:
     """Write the settings of a new study; require that an existing one has the same."""
-    require_writable(path)
-    if not settings.exists():
-        if path.exists():
-            raise UserError(
-                f"{path}: exists already, and {settings.name} is not beside it; choose another file"
-            )
+    settings = path.with_suffix(".study.json")
+    if not path.stat().st_size:
+        text = json.dumps(study.description, indent=2, ensure_ascii=False)
         with write_errors(settings):
-            write_file(settings, json.dumps(study.description, indent=2, ensure_ascii=False) + "\n")
+            write_file(settings, f"{text}\n")
+    elif not settings.exists():
+        raise UserError(
+            f"{path}: exists already, and {settings.name} is not beside it; choose another file"
+        )
     elif changes := differences(read_json(settings), study.description):
         raise UserError(
             f"{path}: was written with other settings ({'; '.join(changes)}); choose another file"
@@ -83,8 +89,9 @@ def _require_settings(study: Study, path: Path, settings: Path) -> None:
 
 def _read_done(study: Study, file: IO[bytes], path: Path) -> list[StudyQuestion]:
     """Return the questions of all complete batches, and remove the rest of the file."""
-    file.seek(0)
-    *lines, _ = file.read().split(b"\n")  # what a killed process left of a line comes last
+    *lines, _ = read_bytes(path, _LARGEST).split(
+        b"\n"
+    )  # what a killed process left of a line comes last
     done = []
     for number, line in enumerate(lines, 1):
         where = f"{path}:{number}"
@@ -98,5 +105,4 @@ def _read_done(study: Study, file: IO[bytes], path: Path) -> list[StudyQuestion]
         raise UserError(f"{path}: has {len(done)} lines, more than the {stops[-1]} questions")
     complete = max((stop for stop in stops if stop <= len(done)), default=0)
     file.truncate(sum(len(line) + 1 for line in lines[:complete]))
-    file.seek(0, os.SEEK_END)
     return done[:complete]
