@@ -15,6 +15,7 @@ from softprompt.experiment.objective_settings import TeacherSettings
 from softprompt.experiment.schema import GenerationSettings
 from softprompt.generation.engine import Engine, Request
 from softprompt.inference import study as module
+from softprompt.inference import study_chunks
 from softprompt.inference.study import Study, StudySettings, study_template
 from softprompt.inference.study_file import write_study
 from softprompt.inference.study_prompts import (
@@ -25,6 +26,7 @@ from softprompt.inference.study_prompts import (
     question_in,
     same_question,
 )
+from softprompt.inference.study_reading import Reading
 from softprompt.runtime.progress import silent
 
 DOCUMENT = """\
@@ -56,7 +58,7 @@ def base(folder):
 @pytest.fixture(autouse=True)
 def random_text_counts(monkeypatch):
     """The golden model writes random characters: its words are the codes of the first of them."""
-    generate = module._Reading.generate
+    generate = Reading.generate
 
     def question(text, prompt, chunk):
         codes = " ".join(str(ord(character)) for character in text[:4])
@@ -67,8 +69,8 @@ def random_text_counts(monkeypatch):
 
     monkeypatch.setattr(module, "question_in", question)
     monkeypatch.setattr(module, "answer_in", lambda text: text.strip())
-    monkeypatch.setattr(module._Reading, "generate", ended)
-    monkeypatch.setattr(module, "_CHUNK_TOKENS", 100)
+    monkeypatch.setattr(Reading, "generate", ended)
+    monkeypatch.setattr(study_chunks, "CHUNK_TOKENS", 100)
     monkeypatch.setattr(module, "_QUESTION_TOKENS", 8)
 
 
@@ -156,13 +158,13 @@ def test_an_interrupted_study_ends_with_the_same_file(base, tmp_path):
     ] * 12
     with pytest.raises(KeyboardInterrupt):
         written(base, path, Interrupt(1))
-    assert path.read_bytes() == b"".join(lines[:3])
+    assert path.read_bytes() == b"".join(lines[:4])
     # A process that is killed while it writes leaves a part of a batch and half a line.
-    path.write_bytes(b"".join(lines[:5]) + lines[5][:9])
+    path.write_bytes(b"".join(lines[:6]) + lines[6][:9])
     with pytest.raises(KeyboardInterrupt):
         written(base, path, Interrupt(1))
-    assert path.read_bytes() == b"".join(lines[:6])
-    assert written(base, path) == 6
+    assert path.read_bytes() == b"".join(lines[:8])
+    assert written(base, path) == 8
     assert path.read_bytes() == whole.read_bytes()
     assert written(base, path) == 12
     assert path.read_bytes() == whole.read_bytes()
@@ -193,8 +195,8 @@ def test_an_existing_file_is_not_overwritten(base, tmp_path):
         with pytest.raises(UserError, match=message):
             written(base, path)
         assert path.read_bytes() == b"\n".join(lines) + b"\n"
-    path.write_bytes(before * 5)
-    with pytest.raises(UserError, match="has 15 lines, more than the 12 questions"):
+    path.write_bytes(before * 4)
+    with pytest.raises(UserError, match="has 16 lines, more than the 12 questions"):
         written(base, path)
     path.write_bytes(before)
     with path.open() as file:
@@ -233,7 +235,7 @@ def test_a_document_is_divided_where_paragraphs_end():
     ends = ["\n\n", "\n", ". ", " ", "x", "x"]
     for text, end in zip(texts, ends, strict=True):
         offsets = [(i, i + 1) for i in range(len(text))]
-        parts = [text[begin:stop] for begin, stop in module._chunks(text, offsets)]
+        parts = [text[begin:stop] for begin, stop in study_chunks.chunks_of(text, offsets)]
         assert "".join(parts) == text
         assert len(parts) == (1 if len(text) < 100 else 2)
         assert parts[0].endswith(end)

@@ -5,21 +5,18 @@ The method is from Cartridges (Eyuboglu et al. 2025, arXiv:2506.06266, section 4
 
 import dataclasses
 import hashlib
+import itertools
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from softprompt.backbones.loading import Base, Prefix
-from softprompt.data.chat import turn_end
-from softprompt.data.records import Record
-from softprompt.data.task import Task, make_task
+from softprompt.backbones.loading import Base
+from softprompt.data.task import make_task
 from softprompt.data.teacher import opening_with
 from softprompt.errors import UserError
 from softprompt.experiment.schema import GenerationSettings, TemplateSettings
 from softprompt.experiment.templates import template_fields
-from softprompt.generation.engine import Engine, Request
+from softprompt.inference.study_chunks import chunks_of
 from softprompt.inference.study_prompts import (
     KINDS,
     SEED_PROMPTS,
@@ -28,9 +25,8 @@ from softprompt.inference.study_prompts import (
     question_in,
     same_question,
 )
-from softprompt.objectives.distillation import read
+from softprompt.inference.study_reading import Reading
 
-_CHUNK_TOKENS = 384  # at most, in the part of the document that a question is about
 _QUESTION_TOKENS = 40
 _ROOM = 128  # tokens for a question and the template around it
 _ATTEMPTS_OF_A_KIND = 4  # then the next kind is tried
@@ -119,7 +115,7 @@ class Study:
         encoding = base.tokenizer(document, add_special_tokens=False, return_offsets_mapping=True)
         base.require_embeddings(encoding.input_ids, "the document")
         self._ids = list(encoding.input_ids)
-        self._chunks = _chunks(document, encoding.offset_mapping)
+        self._chunks = chunks_of(document, encoding.offset_mapping)
         if not self._chunks:
             raise UserError("the document has no text")
         marked = make_task(base, self._template, None, virtual_tokens=1)
@@ -145,18 +141,13 @@ class Study:
         }
 
     def batches(self, done: int = 0) -> list[range]:
-        """Divide the questions into batches that are about one chunk each.
+        """Divide the questions into batches.
 
         Args:
           done: number of questions that exist already. Batches that they complete are left out.
         """
         count, size = self._settings.questions, self._settings.batch_size
-        chunk_of = np.array([self._chunk_of(i) for i in range(count)])
-        batches = []
-        for chunk in range(len(self._chunks)):
-            (numbers,) = np.nonzero(chunk_of == chunk)
-            for part in np.array_split(numbers, -(-len(numbers) // size) or 1):
-                batches += [range(int(part[0]), int(part[-1]) + 1)] if len(part) else []
+        batches = [range(begin, min(begin + size, count)) for begin in range(0, count, size)]
         return [batch for batch in batches if batch.stop > done]
 
     def write(self, done: Sequence[StudyQuestion] = ()) -> Iterator[list[StudyQuestion]]:
@@ -169,22 +160,28 @@ class Study:
           UserError: if the model writes no more new questions.
         """
         taken = {same_question(each.question) for each in done}
-        answering: _Reading | None = None
-        asking: tuple[int, _Reading] | None = None
-        for batch in self.batches(len(done)):
-            chunk = self._chunk_of(batch.start)
-            if answering is None:
-                answering = self._reading(self._template, self._document)
-            if asking is None or asking[0] != chunk:
-                begin, end = self._chunks[chunk]
-                text = self._document[begin:end].strip()
-                asking = chunk, self._reading(_ASKING, text)
-            written = self._write_batch(batch, asking[1], answering, taken.copy())
+        batches = self.batches(len(done))
+        answering = Reading.of(self._base, self._template, self._document) if batches else None
+        asking: dict[int, Reading] = {}
+        for batch in batches:
+            assert answering is not None
+            chunks = sorted({self._chunk_of(i) for i in batch})
+            asking = {chunk: asking.get(chunk) or self._asking(chunk) for chunk in chunks}
+            written = self._write_batch(batch, asking, answering, taken.copy())
             taken |= {same_question(each.question) for each in written}
             yield written
 
+    def _asking(self, chunk: int) -> Reading:
+        """Let the model read a chunk before it writes questions."""
+        begin, end = self._chunks[chunk]
+        return Reading.of(self._base, _ASKING, self._document[begin:end].strip())
+
     def _write_batch(
-        self, batch: range, asking: "_Reading", answering: "_Reading", taken: set[str]
+        self,
+        batch: range,
+        asking: Mapping[int, Reading],
+        answering: Reading,
+        taken: set[str],
     ) -> list[StudyQuestion]:
         """Write the questions of a batch; replace those that are no questions or not new."""
         asked: dict[int, tuple[str, str]] = {}
@@ -214,41 +211,39 @@ class Study:
         return [found[i] for i in batch]
 
     def _ask(
-        self, numbers: Sequence[int], attempt: int, asking: "_Reading", taken: set[str]
+        self,
+        numbers: Sequence[int],
+        attempt: int,
+        asking: Mapping[int, Reading],
+        taken: set[str],
     ) -> dict[int, tuple[str, str]]:
         """Let the model write a question for each number; return kind and text of the usable."""
-        kinds = [KINDS[(i + attempt // _ATTEMPTS_OF_A_KIND) % len(KINDS)] for i in numbers]
-        prompts = [_prompt(*each, attempt) for each in zip(kinds, numbers, strict=True)]
         settings = GenerationSettings(
             max_new_tokens=_QUESTION_TOKENS,
             temperature=_TEMPERATURE,
             top_p=_TOP_P,
             stop=[". ", "?", "!", "\n"],
         )
-        texts = asking.generate(
-            [prompt.text for prompt in prompts],
-            settings,
-            self._settings.batch_size,
-            begins=[f" {prompt.begin}" for prompt in prompts],
-            seeds=[_seed(self._settings.seed, i, attempt) for i in numbers],
-        )
+        kinds = [KINDS[(i + attempt // _ATTEMPTS_OF_A_KIND) % len(KINDS)] for i in numbers]
+        prompts = [_prompt(*each, attempt) for each in zip(kinds, numbers, strict=True)]
+        texts: list[tuple[str, bool]] = []
+        of_numbers = zip(numbers, prompts, strict=True)
+        for chunk, group in itertools.groupby(of_numbers, lambda each: self._chunk_of(each[0])):
+            part = list(group)
+            texts += asking[chunk].generate(
+                [prompt.text for _, prompt in part],
+                settings,
+                self._settings.batch_size,
+                begins=[f" {prompt.begin}" for _, prompt in part],
+                seeds=[_seed(self._settings.seed, i, attempt) for i, _ in part],
+            )
         usable = {}
         for i, kind, prompt, (text, ended) in zip(numbers, kinds, prompts, texts, strict=True):
-            question = question_in(text, prompt, asking.text) if ended else None
+            question = question_in(text, prompt, asking[self._chunk_of(i)].text) if ended else None
             if question is not None and same_question(question) not in taken:
                 taken.add(same_question(question))
                 usable[i] = kind, question
         return usable
-
-    def _reading(self, template: TemplateSettings, text: str) -> "_Reading":
-        """Let the model read a text in the place of the virtual tokens of a template."""
-        ids = self._base.tokenizer(text, add_special_tokens=False).input_ids
-        marked = make_task(self._base, template, None, virtual_tokens=1)
-        opening = opening_with(ids, marked)
-        task = dataclasses.replace(marked, opening=opening)
-        end = turn_end(self._base.tokenizer) if template.chat else ""
-        stop = [end] if end not in ("", self._base.tokenizer.eos_token) else []
-        return _Reading(text, task, read(self._base.backbone, opening), stop)
 
     def _chunk_of(self, number: int) -> int:
         return number * len(self._chunks) // self._settings.questions
@@ -261,59 +256,6 @@ class Study:
                 f"window of {window} tokens, and needs {_ROOM} of them for a question and {answer} "
                 "for an answer; shorten the document, or choose another base"
             )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Reading:
-    """A base model that has read a text.
-
-    Attributes:
-      text: the text.
-      task: its opening contains the text.
-      prefix: of the opening.
-      stop: the texts that end an answer, besides the end-of-text token.
-    """
-
-    text: str
-    task: Task
-    prefix: Prefix
-    stop: Sequence[str]
-
-    def generate(
-        self,
-        questions: Sequence[str],
-        settings: GenerationSettings,
-        batch_size: int,
-        *,
-        begins: Sequence[str] = (),
-        seeds: Sequence[int] = (),
-    ) -> list[tuple[str, bool]]:
-        """Return what the model writes after each question, and whether it came to an end.
-
-        Args:
-          questions: what the model is asked.
-          settings: how it writes.
-          batch_size: the most questions in a batch.
-          begins: what each answer begins with; it is not part of the result. Empty: nothing.
-          seeds: of each text. Empty: the seed of the settings.
-        """
-        base, task = self.task.base, self.task
-        settings = settings.model_copy(update={"stop": [*settings.stop, *self.stop]})
-        task = task.for_generation(settings.max_new_tokens, self.prefix.length)
-        records = [Record({"question": text}, "question") for text in questions]
-        examples = list(task.examples(records, with_answer=False))
-        if any(example.truncated for example in examples):
-            raise UserError(f"base {base.name!r}: its context window is too short for a question")
-        begun = [
-            [*example.input, *base.tokenizer(begin, add_special_tokens=False).input_ids]
-            for example, begin in zip(examples, begins or [""] * len(examples), strict=True)
-        ]
-        requests = [
-            Request(tokens, self.prefix, task.opening, seed)
-            for tokens, seed in zip(begun, seeds or [None] * len(begun), strict=True)
-        ]
-        results = Engine(base.backbone, base.tokenizer, settings).generate(requests, batch_size)
-        return [(result.text, result.ended[0]) for result in results]
 
 
 def study(
@@ -352,38 +294,6 @@ def _require_fields(template: TemplateSettings) -> None:
             "template: a study writes the fields question and answer; template.input must have "
             "{question} and template.target {answer}, and no other fields"
         )
-
-
-def _chunks(document: str, offsets: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Divide a document into chunks that end where a paragraph, a line or a sentence ends.
-
-    Args:
-      document: the text.
-      offsets: begin and end of each of its tokens.
-
-    Returns:
-      Begin and end of each chunk, in characters.
-    """
-    count = -(-len(offsets) // _CHUNK_TOKENS)
-    chunks, begin, first = [], 0, 0
-    for left in range(count, 0, -1):
-        end = len(document)
-        if left > 1:  # as many of the tokens that are left as every later chunk
-            most = first + (len(offsets) - first) // left
-            end = _last_break(document, begin, offsets[most][0])
-        chunks.append((begin, end))
-        begin = end
-        first = next((i for i, (_, stop) in enumerate(offsets) if stop > begin), len(offsets))
-    return [(begin, end) for begin, end in chunks if document[begin:end].strip()]
-
-
-def _last_break(text: str, begin: int, end: int) -> int:
-    """Return where the last paragraph, line, sentence or word in the second half of a part ends."""
-    for mark in ("\n\n", "\n", ". ", " "):
-        found = text.rfind(mark, begin + (end - begin) // 2, end)
-        if found >= 0:
-            return found + len(mark)
-    return end
 
 
 def _prompt(kind: str, number: int, attempt: int) -> SeedPrompt:
