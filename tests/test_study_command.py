@@ -170,6 +170,14 @@ def test_an_interrupted_study_ends_with_the_same_file(base, tmp_path):
     assert path.read_bytes() == whole.read_bytes()
 
 
+def test_a_continued_study_does_not_repeat_a_question(base):
+    """The second batch is replaced if its questions are those of the first."""
+    study = Study(DOCUMENT, base, TEMPLATE, StudySettings(**SETTINGS))
+    _, second, _ = study.write()
+    again = next(study.write(second))
+    assert not {each.question for each in second} & {each.question for each in again}
+
+
 def test_an_existing_file_is_not_overwritten(base, tmp_path):
     path = tmp_path / "q.jsonl"
     path.write_text("mine\n")
