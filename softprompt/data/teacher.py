@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 from softprompt.backbones.loading import Base
 from softprompt.data.records import Record
@@ -70,16 +71,10 @@ def teacher_text(
             "objective.teacher.context: is read once for all rows; put {prompt} before the first "
             "field of the teacher's input"
         )
-    begin: list[int] = []
+    first = opening_with(_context_ids(settings, base), marked)
     pieces = list(marked.pieces)
-    if pieces and isinstance(pieces[0], list) and marked.opening[:1] == [~0]:
-        begin = pieces[0]  # the special tokens come before the context
-        if pieces != list(student.pieces):
-            pieces = pieces[1:]
-    context = _context_ids(settings, base)
-    first = [*begin]
-    for token in marked.opening:
-        first += context if token == ~0 else [token]
+    if _begins_before_text(marked) and pieces != list(student.pieces):
+        pieces = pieces[1:]
     window, needed = base.backbone.arch.context_length, template.max_tokens or 2
     if window - len(first) < needed:
         raise UserError(
@@ -101,16 +96,45 @@ def same_rows(pieces: Sequence[Piece], student: Task) -> bool:
     return None not in own and (own == others or (begins and own[1:] == others))
 
 
-def _context_ids(settings: TeacherSettings, base: Base) -> list[int]:
-    if settings.context is None:
-        return []
-    path = Path(settings.context)
+def opening_with(context: Sequence[int], marked: Task) -> list[int]:
+    """Return the ids of the opening of a task, with a text in the place of its virtual token.
+
+    Args:
+      context: the ids of the text.
+      marked: a task with one virtual token, which marks the place of the text.
+    """
+    ids: list[int] = []
+    if _begins_before_text(marked):
+        ids += cast(list[int], marked.pieces[0])
+    for token in marked.opening:
+        ids += context if token == ~0 else [token]
+    return ids
+
+
+def _begins_before_text(marked: Task) -> bool:
+    """Return whether rows begin with special tokens, which come before the text of the opening."""
+    return marked.opening[:1] == [~0] and bool(marked.pieces) and isinstance(marked.pieces[0], list)
+
+
+def read_context(path: Path) -> str:
+    """Return the text of a file for a teacher to read.
+
+    Raises:
+      UserError: if it cannot be read, is not UTF-8, or is blank.
+    """
     try:
         text = read_bytes(path, _LARGEST_CONTEXT).decode()
     except UnicodeDecodeError:
         raise UserError(f"{path}: not UTF-8 text") from None
-    ids = base.tokenizer(text, add_special_tokens=False).input_ids
-    if not ids:
+    if not text.strip():
         raise UserError(f"{path}: has no text for the teacher to read")
-    base.require_embeddings(ids, str(path))
+    return text
+
+
+def _context_ids(settings: TeacherSettings, base: Base) -> list[int]:
+    if settings.context is None:
+        return []
+    text = read_context(Path(settings.context))
+    ids = base.tokenizer(text, add_special_tokens=False).input_ids
+    base.require_embeddings(ids, settings.context)
     return ids
