@@ -144,6 +144,9 @@ class Experiment(Section):
             raise ValueError("template.target: with a verbalizer it must have one {field}")
         elif len(set(self.verbalizer.values())) < len(self.verbalizer):
             raise ValueError("verbalizer: two labels have the same text")
+        for method in ("prompt", "prefix"):
+            if getattr(self, method).init == "teacher" and self.objective.teacher is None:
+                raise ValueError(f"{method}.init: teacher needs objective: distill")
         if self.scoring.calibrate and self.prompt.tasks:
             raise ValueError("scoring.calibrate cannot be used with prompt.tasks")
         self._check_objective()

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from softprompt.backbones.loading import Base, load_base
@@ -89,7 +90,7 @@ class Preparation:
                 "objective: preference compares with the base model without virtual tokens, so "
                 "all of them must come before the first field of template.input"
             )
-        teacher = None
+        teacher, read_first = None, []
         if settings := experiment.objective.teacher:
             texts = experiment.template, experiment.verbalizer
             read_first = teacher_opening(
@@ -104,9 +105,11 @@ class Preparation:
         }
         if not task.labels and not task.template.text and experiment.evaluation.samples:
             task.for_generation(experiment.generation.max_new_tokens, before + len(task.opening))
-        trained = [_vectors_of(path, base) for path in kind.initial_prompts(experiment)]
-        require_memory(experiment, base, task.opening, trained)
-        method = kind.build(experiment, base, task.opening, trained)
+        given = [_vectors_of(path, base) for path in kind.initial_prompts(experiment)]
+        if read_first and not given:
+            given = [base.backbone.embedding(jnp.asarray(read_first))]
+        require_memory(experiment, base, task.opening, given)
+        method = kind.build(experiment, base, task.opening, given)
         if teacher is not None:
             method.teacher = teacher
         return Prepared(base, task, examples, method, time.monotonic() - began)

@@ -18,7 +18,7 @@ from softprompt.training.step import split
 
 
 def require_memory(
-    experiment: Experiment, base: Base, opening: Sequence[int], trained: Sequence[jax.Array]
+    experiment: Experiment, base: Base, opening: Sequence[int], given: Sequence[jax.Array]
 ) -> None:
     """Check, without allocating it, that what the method trains fits into memory.
 
@@ -26,7 +26,7 @@ def require_memory(
     mesh divides, only the part that this process holds is counted.
 
     Args:
-      experiment, base, opening, trained: the arguments of `Method.build`.
+      experiment, base, opening, given: the arguments of `Method.build`.
 
     Raises:
       UserError: if they need more memory than is available.
@@ -34,7 +34,7 @@ def require_memory(
     kind, settings = method_class(experiment.method), experiment.optimizer
 
     def arrays() -> tuple[Any, Any, Any]:
-        method = kind.build(experiment, base, opening, trained)
+        method = kind.build(experiment, base, opening, given)
         _, trainable, _ = split(method, base.backbone)
         numbers = hyperparameters(settings, 1, kind.offsets_learning_rate(experiment))
         return nnx.state(method), trainable, UpdateRule.of(settings).init(trainable, numbers)
