@@ -19,12 +19,13 @@ from softprompt import LoRA, SoftPrompt
 from softprompt.backbones import head as head_module
 from softprompt.experiment.objective_settings import ObjectiveSettings
 from softprompt.experiment.schema import OptimizerSettings
-from softprompt.methods.method import Constant, PromptParam
+from softprompt.methods.method import PromptParam
 from softprompt.objectives.choice import objective_of
 from softprompt.objectives.cross_entropy import CrossEntropy, cross_entropy
 from softprompt.objectives.distillation import Distillation
 from softprompt.objectives.model import Model
 from softprompt.objectives.preference import Preference
+from softprompt.objectives.teacher import Teacher, read
 from softprompt.training.optimizers import UpdateRule, hyperparameters
 from softprompt.training.step import split, train_step
 
@@ -130,9 +131,9 @@ def differentiable_preference(loss: str, pairs, references) -> jax.Array:
     return jnp.stack(losses).mean()
 
 
-def measured(objective, method, backbone, batch) -> dict[str, float]:
-    total, weight, metrics = jax.jit(lambda m, b: objective(Model(m, b), batch, KEY))(
-        method, backbone
+def measured(objective, method, backbone, batch, teacher=None) -> dict[str, float]:
+    total, weight, metrics = jax.jit(lambda *parts: objective(Model(*parts), batch, KEY))(
+        method, backbone, teacher
     )
     return {name: float(x / weight) for name, x in {"loss": total, **metrics}.items()}
 
@@ -150,9 +151,9 @@ def require_same_gradient(ours, theirs) -> None:
         np.testing.assert_allclose(one, other, atol=1e-5 * max(1, np.abs(other).max()))
 
 
-def mean_loss(objective, backbone, batch):
+def mean_loss(objective, backbone, batch, teacher=None):
     def loss(method):
-        total, weight, _ = objective(Model(method, backbone), batch, KEY)
+        total, weight, _ = objective(Model(method, backbone, teacher), batch, KEY)
         return total / weight
 
     return loss
@@ -273,11 +274,9 @@ def test_a_batch_of_weight_0_has_no_loss_and_no_gradient(tiny):
     assert all(not leaf.any() for leaf in found)
 
 
-def with_teacher(method, backbone):
-    """Let the teacher read a text before the text that every row begins with."""
-    prefix = backbone.prefill(backbone.embedding(jnp.array([*CONTEXT, *TEXT])))
-    method.teacher = Constant(prefix)
-    return method, prefix
+def teacher_on(backbone) -> Teacher:
+    """A teacher that reads a text before the text that every row begins with."""
+    return Teacher(backbone, read(backbone, [*CONTEXT, *TEXT]))
 
 
 def plain_distillation(students, teachers) -> tuple[float, float]:
@@ -295,12 +294,12 @@ def plain_distillation(students, teachers) -> tuple[float, float]:
 def test_distillation_matches_the_formula(variant, monkeypatch):
     in_small_chunks(monkeypatch)
     backbone = golden_backbone(variant)
-    method, prefix = with_teacher(prompt_on(backbone), backbone)
+    method, teacher = prompt_on(backbone), teacher_on(backbone)
     batch = batch_of(PAIRS, backbone.separate_targets)
     students = policy_logits(method, backbone)
-    teachers = jax.jit(logits_of)(backbone, prefix)
+    teachers = jax.jit(logits_of)(backbone, teacher.prefix)
     loss, agreement = plain_distillation(students, teachers)
-    found = measured(Distillation(TEMPERATURE), method, backbone, batch)
+    found = measured(Distillation(TEMPERATURE), method, backbone, batch, teacher)
     assert found == pytest.approx({"loss": loss, "agreement": agreement}, rel=1e-5)
 
 
@@ -308,9 +307,9 @@ def test_distillation_matches_the_formula(variant, monkeypatch):
 def test_the_gradient_of_distillation_matches_that_of_plain_logits(variant, monkeypatch):
     in_small_chunks(monkeypatch)
     backbone = golden_backbone(variant)
-    method, prefix = with_teacher(prompt_on(backbone), backbone)
+    method, teacher = prompt_on(backbone), teacher_on(backbone)
     batch = batch_of(PAIRS, backbone.separate_targets)
-    teachers = jax.jit(logits_of)(backbone, prefix)
+    teachers = jax.jit(logits_of)(backbone, teacher.prefix)
 
     def plain(method):
         losses = []
@@ -321,7 +320,7 @@ def test_the_gradient_of_distillation_matches_that_of_plain_logits(variant, monk
                 losses.append((jnp.exp(log_p) * (log_p - log_q)).sum(axis=-1))
         return jnp.concatenate(losses).mean()
 
-    ours = gradient(mean_loss(Distillation(TEMPERATURE), backbone, batch), method)
+    ours = gradient(mean_loss(Distillation(TEMPERATURE), backbone, batch, teacher), method)
     require_same_gradient(ours, gradient(plain, method))
 
 
@@ -332,9 +331,9 @@ def test_the_gradient_of_distillation_matches_that_of_plain_logits(variant, monk
 )
 def test_accumulated_passes_and_finite_differences_agree_with_the_gradient(tiny, objective):
     backbone = tiny.backbone
-    method, _ = with_teacher(prompt_on(backbone), backbone)
+    method, teacher = prompt_on(backbone), teacher_on(backbone)
     before = np.asarray(method.vectors[...])
-    graphdef, trainable, frozen = split(method, backbone)
+    graphdef, trainable, frozen = split(method, backbone, teacher)
     settings = OptimizerSettings(name="sgd", learning_rate=1.0, schedule="constant", clip_norm=None)
     rule = UpdateRule.of(settings)
     changes, losses = [], []
@@ -360,11 +359,11 @@ def test_accumulated_passes_and_finite_differences_agree_with_the_gradient(tiny,
     np.testing.assert_allclose(changes[0], changes[1], rtol=1e-5, atol=1e-4)
 
     direction = np.random.default_rng(1).normal(size=before.shape).astype(np.float32)
-    loss = jax.jit(mean_loss(objective, backbone, with_weights(batch_of(PAIRS), [1, 2, 0.5, 1])))
+    batch = with_weights(batch_of(PAIRS), [1, 2, 0.5, 1])
+    loss = jax.jit(mean_loss(objective, backbone, batch, teacher))
 
     def at(step):
         moved = SoftPrompt(jnp.asarray(before + step * direction), method.opening[...])
-        moved.teacher = method.teacher
         return float(loss(moved))
 
     step = 3e-3
@@ -379,9 +378,9 @@ def test_accumulated_passes_and_finite_differences_agree_with_the_gradient(tiny,
 )
 def test_no_array_holds_the_logits_of_all_targets(tiny, objective, monkeypatch):
     monkeypatch.setattr(head_module, "_MAX_LOGITS", 8 * 259)
-    method, _ = with_teacher(prompt_on(tiny.backbone), tiny.backbone)
+    method, teacher = prompt_on(tiny.backbone), teacher_on(tiny.backbone)
     batch = batch_of([example_of([5, 6], [[7] * 20, [8] * 11], 0) for _ in range(2)])
-    loss = mean_loss(objective, tiny.backbone, batch)
+    loss = mean_loss(objective, tiny.backbone, batch, teacher)
     program = jax.jit(nnx.grad(loss, argnums=nnx.DiffState(0, PromptParam))).lower(method).as_text()
     assert "tensor<1x8x259xf32>" in program
     assert f"x{batch.targets.size}x259xf32>" not in program

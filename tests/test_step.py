@@ -5,11 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import batch_of, example_of
+from conftest import batch_of, example_of, golden_backbone
+from flax import nnx
 
-from softprompt import SoftPrompt, cross_entropy
+from softprompt import FullFineTuning, SoftPrompt, cross_entropy
 from softprompt.backbones.batch import target_log_probabilities
 from softprompt.experiment.schema import OptimizerSettings
+from softprompt.objectives.teacher import Teacher, read
 from softprompt.training.optimizers import UpdateRule, hyperparameters, learning_rate
 from softprompt.training.step import split, train_step
 
@@ -222,3 +224,23 @@ def test_an_objective_decides_what_is_differentiated_and_logged(tiny, expected):
     assert measured["rows"] == 1
     vectors = VECTORS - 0.5 * gradient * targets / 2 / 4
     np.testing.assert_allclose(jax.tree.leaves(after)[0], vectors, atol=1e-6)
+
+
+def test_a_teacher_on_the_base_shares_its_arrays(tiny):
+    """The frozen state holds each array of the backbone once, and the teacher's own prefix."""
+    prefix = read(tiny.backbone, [5, 6, 7])
+    method, teacher = SoftPrompt(jnp.array(VECTORS)), Teacher(tiny.backbone, prefix)
+    alone = split(method, tiny.backbone)
+    graphdef, trainable, frozen = split(method, tiny.backbone, teacher)
+    own = len(jax.tree.leaves(prefix))
+    assert len(jax.tree.leaves(frozen[1])) == len(jax.tree.leaves(alone[2][1])) + own
+    _, backbone, merged = nnx.merge(graphdef, trainable, *frozen)
+    assert merged.backbone is backbone
+
+
+def test_nothing_in_a_teacher_is_trained():
+    backbone, other = golden_backbone("llama-grouped"), golden_backbone("llama-grouped")
+    method = FullFineTuning()
+    alone, whole = split(method, backbone), split(method, backbone, Teacher(other))
+    assert whole[1] == alone[1]
+    assert len(jax.tree.leaves(whole[2])) == len(jax.tree.leaves(nnx.state(other)))

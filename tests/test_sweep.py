@@ -107,6 +107,18 @@ def test_each_trial_matches_a_single_run(space, together):
             assert one.get("learning_rate") == other.get("learning_rate")
 
 
+def test_distillations_in_one_program_share_their_teacher(space, together):
+    objective = "objective={name: distill, teacher: {shots: 2}}"
+    short = "training.steps=3", "evaluation.every=3", "data.test=null", objective
+    trials = sweep(space("  optimizer.learning_rate: [0.1, 0.01]\n  at_once: 2\n", *short))
+    assert len(program_groups(trials)) == 1
+    for trial in trials:
+        alone = trial.folder.with_name(f"alone-{trial.number}")
+        train(trial.experiment, alone)
+        found = [load_prompt(run).method.vectors[...] for run in (trial.folder, alone)]
+        np.testing.assert_allclose(*found, atol=1e-5)
+
+
 def test_on_a_cpu_each_trial_is_exactly_a_single_run(space, monkeypatch):
     """The trials take turns. Each makes its steps with its own batches, which are not padded."""
     monkeypatch.setattr(program, "train_steps", None)
@@ -195,7 +207,7 @@ def test_a_group_fills_all_devices(count, devices, most, widths):
     base = SimpleNamespace(
         backbone=SimpleNamespace(mesh=SimpleNamespace(shape={"trials": devices}))
     )
-    state = SimpleNamespace(trainable=(), opt_state=(), frozen=((),), program={})
+    state = SimpleNamespace(trainable=(), opt_state=(), frozen=((), ()), program={})
     session = SimpleNamespace(state=state, base=base, rows=4)
     assert [len(group) for group in step_groups([session] * count, most)] == widths
 
@@ -209,8 +221,8 @@ def test_memory_for_one_trial_on_each_device_is_the_least(space):
 
 
 def test_trials_that_cannot_share_a_program_are_grouped(space):
-    def count(section):
-        trials = space(section).trials()
+    def count(section, *overrides):
+        trials = space(section, *overrides).trials()
         assert {shared_settings(t.experiment) for g in program_groups(trials) for t in g[:1]} == {
             shared_settings(t.experiment) for t in trials
         }
@@ -223,6 +235,8 @@ def test_trials_that_cannot_share_a_program_are_grouped(space):
     assert count("  optimizer.name: [adafactor]\n  prompt.length: [1, 9]\n") == 2
     assert count("  prompt.reparametrization: [lstm]\n  prompt.length: [1, 9]\n") == 2
     assert count("  shots: [2]\n  seed: [0, 1]\n") == 2
+    teacher = "objective={name: distill, teacher: {shots: 2}}"
+    assert count("  seed: [0, 1]\n", teacher) == 2
 
 
 def test_the_best_trials_of_a_rung_continue_and_the_others_are_pruned(space, capsys):

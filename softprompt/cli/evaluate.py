@@ -104,6 +104,7 @@ def _evaluate_one(options: argparse.Namespace, experiment: "Experiment") -> None
     from softprompt.files.writing import write_errors
     from softprompt.inference.prompt import load_prompt
     from softprompt.objectives.choice import objective_of
+    from softprompt.objectives.model import Model
     from softprompt.storage.run_folder import write_predictions
 
     if options.output:
@@ -128,8 +129,7 @@ def _evaluate_one(options: argparse.Namespace, experiment: "Experiment") -> None
     if pairs:
         scores |= measure_objective(
             objective_of(experiment.objective, prompt.task.opening),
-            prompt.method,
-            prompt.base.backbone,
+            Model(prompt.method, prompt.base.backbone),
             examples,
             options.batch_size,
             f"{options.split}: preference",

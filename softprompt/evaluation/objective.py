@@ -11,10 +11,8 @@ import jax
 import numpy as np
 
 from softprompt.backbones.batch import Batch
-from softprompt.backbones.loading import Backbone
 from softprompt.data.batches import evaluation_batches
 from softprompt.data.examples import Example
-from softprompt.methods.method import Method
 from softprompt.metrics.scores import Scores, weighted_mean
 from softprompt.objectives.model import Model, RowObjective
 from softprompt.parallel.mesh import whole
@@ -24,8 +22,7 @@ from softprompt.runtime.progress import Progress, silent
 
 def measure_objective(
     objective: Any,
-    method: Method,
-    backbone: Backbone,
+    model: Model,
     examples: Sequence[Example],
     batch_size: int,
     label: str,
@@ -35,8 +32,7 @@ def measure_objective(
 
     Args:
       objective: a `RowObjective`.
-      method: the method.
-      backbone: the frozen backbone of the base model.
+      model: the method, the frozen backbone of the base model, and the teacher if there is one.
       examples: N examples, encoded as for training.
       batch_size: the most examples in a batch.
       label: label of the progress bar.
@@ -49,9 +45,9 @@ def measure_objective(
     results = evaluation_batches(
         examples,
         batch_size,
-        lambda batch: jax.tree.map(np.asarray, _of_rows(method, backbone, batch, objective)),
-        separate_targets=backbone.separate_targets,
-        mesh=backbone.mesh,
+        lambda batch: jax.tree.map(np.asarray, _of_rows(model, batch, objective)),
+        separate_targets=model.backbone.separate_targets,
+        mesh=model.backbone.mesh,
     )
     with progress(label, len(examples), "examples") as bar:
         for numbers, (values, weights) in results:
@@ -67,5 +63,5 @@ def measure_objective(
 
 
 @partial(jax.jit, static_argnames="objective")
-def _of_rows(method: Method, backbone: Backbone, batch: Batch, objective: RowObjective):
-    return whole(objective.of_rows(Model(method, backbone), batch, None), backbone.mesh)
+def _of_rows(model: Model, batch: Batch, objective: RowObjective):
+    return whole(objective.of_rows(model, batch, None), model.backbone.mesh)

@@ -87,7 +87,6 @@ class Method(nnx.Module):
         with it.
       span: `[1, 2]`, start and end of the part of the opening that is not padding, see `padded`.
         None if there is no padding.
-      teacher: the prefix that the teacher of distillation reads first; None without a teacher.
     """
 
     name: ClassVar[str]
@@ -105,7 +104,6 @@ class Method(nnx.Module):
         else:  # `jnp.asarray` would compile a program
             self.opening = Constant(jax.device_put(np.array(opening, np.int32)))
         self.span: Constant | None = nnx.data(None)
-        self.teacher: Constant | None = nnx.data(None)
 
     # From an experiment.
 

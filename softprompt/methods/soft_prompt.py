@@ -213,7 +213,6 @@ class SoftPrompt(Method):
         opening = np.pad(np.asarray(self.opening[...]), more)
         padded = SoftPrompt(jnp.asarray(vectors), jnp.asarray(opening))
         padded.span = Constant(jnp.array([[0, self.opening[...].size]]))
-        padded.teacher = self.teacher
         return padded
 
     def arrays(self, backbone: Backbone) -> dict[str, jax.Array]:

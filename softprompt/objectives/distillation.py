@@ -8,40 +8,15 @@ V vocabulary.
 """
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from softprompt.backbones.batch import Batch, values_from_logits
-from softprompt.backbones.loading import Backbone, Prefix
 from softprompt.objectives.divergence import kl_divergence
 from softprompt.objectives.model import Model, RowObjective
-
-_MOST_TOKENS = 1024  # that are read together
-
-
-def read(backbone: Backbone, tokens: Sequence[int]) -> Prefix:
-    """Return the prefix that has the same effect as tokens before every row.
-
-    Args:
-      backbone: the frozen backbone.
-      tokens: ids, at least one. Many are read in parts, so that attention needs little memory.
-    """
-    prefix = None
-    for start in range(0, len(tokens), _MOST_TOKENS):
-        part = np.array(tokens[start : start + _MOST_TOKENS], np.int32)
-        prefix = _read(backbone, part, prefix)
-    assert prefix is not None
-    return prefix
-
-
-@jax.jit
-def _read(backbone: Backbone, tokens: jax.Array, prefix: Prefix | None) -> Prefix:
-    return backbone.prefill(backbone.embedding(tokens), prefix)
 
 
 def distillation_loss(logits: jax.Array, teacher: jax.Array, temperature: float) -> jax.Array:
@@ -63,7 +38,7 @@ def distillation_loss(logits: jax.Array, teacher: jax.Array, temperature: float)
 
 @dataclasses.dataclass(frozen=True)
 class Distillation(RowObjective):
-    """Distillation as an objective. `model.method.teacher` holds what the teacher reads first.
+    """Distillation as an objective. The model must have a teacher.
 
     Attributes:
       temperature: see `distillation_loss`.
@@ -82,10 +57,10 @@ class Distillation(RowObjective):
           - `loss`: see `distillation_loss`.
           - `agreement`: the number of targets where both models have the same most likely token.
         """
-        teacher = model.backbone
-        read_first = None if model.method.teacher is None else model.method.teacher.get_value()
-        hidden = teacher.target_states(batch, read_first)
-        graphdef, head = nnx.split(teacher.output_head)
+        teacher = model.teacher
+        assert teacher is not None
+        hidden = teacher.backbone.target_states(batch, teacher.prefix)
+        graphdef, head = nnx.split(teacher.backbone.output_head)
 
         def compare(logits: jax.Array, head: Any, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
             expected = nnx.merge(graphdef, head)(hidden)  # [G, C, V]

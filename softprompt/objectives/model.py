@@ -1,4 +1,4 @@
-"""What an objective is given: a method on its frozen backbone."""
+"""What an objective is given: a method on its frozen backbone, and a teacher."""
 
 import abc
 from collections.abc import Callable
@@ -11,6 +11,7 @@ from softprompt.backbones.batch import Batch
 from softprompt.backbones.loading import Backbone, Prefix
 from softprompt.backbones.opening import Opening
 from softprompt.methods.method import Method
+from softprompt.objectives.teacher import Teacher
 
 
 class Model(NamedTuple):
@@ -18,8 +19,8 @@ class Model(NamedTuple):
 
     Attributes:
       method: the method, which holds the trainable part.
-      backbone: the backbone without the method. An objective may use it as a reference
-        or as a teacher.
+      backbone: the backbone without the method. An objective may use it as a reference.
+      teacher: the teacher of distillation; None without one.
 
     Examples:
       >>> base = load_base("smollm2-135m-instruct")
@@ -32,6 +33,7 @@ class Model(NamedTuple):
 
     method: Method
     backbone: Backbone
+    teacher: Teacher | None = None
 
     def apply(self, key: jax.Array | None) -> tuple[Backbone, Prefix | Opening | None]:
         """Return the backbone and the prefix to run; see `Method.apply`."""
@@ -68,7 +70,7 @@ class RowObjective(abc.ABC):
         sum of the weights. Rows of padding have weight 0.
 
         Args:
-          model: the method on its backbone. The backbone alone is the reference or the teacher.
+          model: the method on its backbone. The backbone alone may be the reference.
           batch: rows with targets `[G, M]`.
           key: the random key of this pass, for dropout; None for no dropout.
         """

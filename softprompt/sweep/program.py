@@ -43,20 +43,21 @@ def train_steps(
     trainable: Sequence[nnx.State],
     opt_state: Sequence[Any],
     constants: Sequence[nnx.State],
-    backbone: nnx.State,
+    shared: nnx.State,
     batch: Batch,
     keys: Sequence[jax.Array],
     **program: Any,
 ) -> list[tuple[nnx.State, Any, dict[str, jax.Array]]]:
-    """Make one `update` of N trials in one program. The trials share the backbone.
+    """Make one `update` of N trials in one program. The trials share the backbone
+    and the teacher.
 
     The trials of one device run side by side. With a mixture of experts they run one after
     another, because JAX has no `vmap` of `ragged_dot` with shared weights.
 
     Args:
-      trainable, opt_state, constants, keys: one per trial. `(constants, backbone)` is the
+      trainable, opt_state, constants, keys: one per trial. `(constants, shared)` is the
         `frozen` argument of `update`.
-      backbone: the frozen backbone.
+      shared: the frozen state that all trials share.
       batch: the batches of the trials, with a leading axis N, which the axis `trials` of the mesh
         must divide.
       program: the static arguments of `update`, the same for all trials.
@@ -64,20 +65,20 @@ def train_steps(
     Returns:
       For each trial what `update` returns.
     """
-    _, module = nnx.merge(program["graphdef"], trainable[0], constants[0], backbone)
-    mesh, has_experts = module.mesh, getattr(module.arch, "num_experts", 0)
+    _, backbone, *_ = nnx.merge(program["graphdef"], trainable[0], constants[0], shared)
+    mesh, has_experts = backbone.mesh, getattr(backbone.arch, "num_experts", 0)
 
-    def some_trials(backbone: nnx.State, arrays: Any, batch: Batch) -> Any:
+    def some_trials(shared: nnx.State, arrays: Any, batch: Batch) -> Any:
         def one_trial(inputs: Any) -> Any:
             (trainable, opt_state, constants, key), batch = inputs
-            return update(trainable, opt_state, (constants, backbone), batch, key, **program)
+            return update(trainable, opt_state, (constants, shared), batch, key, **program)
 
         inputs = arrays, batch
         return jax.lax.map(one_trial, inputs) if has_experts else jax.vmap(one_trial)(inputs)
 
     trials = zip(trainable, opt_state, constants, keys, strict=True)
     stacked: Any = keep_divided(jax.tree.map(lambda *arrays: jnp.stack(arrays), *trials), mesh)
-    results = keep_divided(divide_trials(some_trials, mesh)(backbone, stacked, batch), mesh)
+    results = keep_divided(divide_trials(some_trials, mesh)(shared, stacked, batch), mesh)
     return [jax.tree.map(itemgetter(i), results) for i in range(len(keys))]
 
 
@@ -86,11 +87,13 @@ def shared_settings(experiment: Experiment) -> str:
 
     Trials may differ in seed, learning rate, warm-up, number of steps, weight decay, and in
     the settings that `Method.varying_settings` names, such as the initialization. Few-shot
-    demonstrations are part of the program, so with `shots` the seed must be the same.
+    demonstrations, of the student or of the teacher, are drawn by the seed and the trials share
+    them, so with `shots` the seed must be the same.
     """
     varying = method_class(experiment.method).varying_settings(experiment)
     excluded: dict[str, Any] = {**_VARYING, **varying}
-    if experiment.shots:
+    teacher = experiment.objective.teacher
+    if experiment.shots or (teacher and teacher.shots):
         del excluded["seed"]
     return experiment.model_dump_json(exclude=excluded)
 
@@ -222,8 +225,9 @@ def _arguments(
 
 
 def _program_key(session: Session) -> Any:
-    """A key that is equal for trials that share a program."""
+    """A key that is equal for trials that share a program, the base model and the teacher."""
     state = session.state
     arrays = state.trainable, state.opt_state, state.frozen[0]
     shapes = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(arrays)]
-    return state.program, shapes, id(session.base), session.rows
+    shared = tuple(map(id, jax.tree.leaves(state.frozen[1])))
+    return state.program, shapes, shared, session.rows

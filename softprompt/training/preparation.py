@@ -23,8 +23,8 @@ from softprompt.errors import UserError
 from softprompt.experiment.methods import method_class
 from softprompt.experiment.schema import Experiment
 from softprompt.inference.prompt import load_prompt
-from softprompt.methods.method import Constant, Method
-from softprompt.objectives.distillation import read
+from softprompt.methods.method import Method
+from softprompt.objectives.teacher import Teacher, read
 from softprompt.parallel.mesh import make_mesh
 from softprompt.parallel.sharding import require_rows
 from softprompt.runtime.progress import Progress, silent
@@ -42,6 +42,7 @@ class Prepared:
       task: turns records into examples.
       examples: the examples of each split.
       method: the method before training.
+      teacher: the teacher of distillation; None without one.
       seconds: duration of the preparation.
     """
 
@@ -49,13 +50,14 @@ class Prepared:
     task: Task
     examples: Mapping[str, Dataset]
     method: Method
+    teacher: Teacher | None
     seconds: float
 
 
 class Preparation:
     """Prepares experiments one after another, and reuses what they have in common.
 
-    It keeps the base model and the examples of each split that were prepared last.
+    It keeps the base model, the examples of each split and the teacher that were prepared last.
 
     Args:
       progress: shows how many examples are tokenized.
@@ -67,6 +69,7 @@ class Preparation:
         self._bases: dict[str, Base] = {}
         self._splits = SplitReader()
         self._examples: dict[str, tuple[Any, Sequence[Record], Dataset]] = {}
+        self._teachers: dict[tuple[int, ...], Teacher] = {}  # the last one, by what it reads
 
     def prepare(
         self, experiment: Experiment, records: Mapping[str, Rows] | None = None
@@ -98,7 +101,7 @@ class Preparation:
             )
             available = base.backbone.arch.context_length - len(read_first)
             task = dataclasses.replace(task, max_tokens=min(task.max_tokens, available))
-            teacher = Constant(read(base.backbone, read_first))
+            teacher = self._teacher_of(base, read_first)
         encode = preference_examples if pairs else make_examples
         examples = {
             split: self._examples_of(task, part, split, encode) for split, part in splits.items()
@@ -110,9 +113,7 @@ class Preparation:
             given = [base.backbone.embedding(jnp.asarray(read_first))]
         require_memory(experiment, base, task.opening, given)
         method = kind.build(experiment, base, task.opening, given)
-        if teacher is not None:
-            method.teacher = teacher
-        return Prepared(base, task, examples, method, time.monotonic() - began)
+        return Prepared(base, task, examples, method, teacher, time.monotonic() - began)
 
     def task(
         self, experiment: Experiment, records: Mapping[str, Rows] | None = None
@@ -151,6 +152,7 @@ class Preparation:
         if wanted not in self._bases:
             self._bases.clear()  # free the memory before loading another one
             self._examples.clear()
+            self._teachers.clear()
             began = time.monotonic()
             settings = experiment.compute.model_dump(exclude={"mesh"})
             base = load_base(experiment.base, **settings, mesh=mesh)
@@ -162,6 +164,14 @@ class Preparation:
             )
             self._bases[wanted] = base
         return self._bases[wanted]
+
+    def _teacher_of(self, base: Base, tokens: Sequence[int]) -> Teacher:
+        """Make the teacher that reads tokens first, or reuse the last one if it reads the same."""
+        key = tuple(tokens)
+        if key not in self._teachers:
+            self._teachers.clear()
+            self._teachers[key] = Teacher(base.backbone, read(base.backbone, tokens))
+        return self._teachers[key]
 
     def _examples_of(
         self, task: Task, records: Sequence[Record], split: str, encode: Callable[..., Dataset]

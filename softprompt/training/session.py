@@ -8,7 +8,7 @@ number, and a checkpoint holds everything else.
 import dataclasses
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -18,21 +18,16 @@ import pydantic
 from flax import nnx
 
 from softprompt.backbones.batch import Batch
-from softprompt.backbones.loading import Backbone
 from softprompt.data.batches import TrainingBatches
-from softprompt.data.examples import Example, data_digest, same_data
+from softprompt.data.examples import data_digest, same_data
 from softprompt.data.sources import source_name
 from softprompt.data.weights import example_weights
 from softprompt.errors import FolderError, Stopped, UserError
-from softprompt.evaluation.evaluate import EvaluationResult, evaluate
-from softprompt.evaluation.objective import measure_objective
+from softprompt.evaluation.evaluate import EvaluationResult
 from softprompt.evaluation.scoring import prepare_model
-from softprompt.experiment.metric_names import OBJECTIVE_METRICS
 from softprompt.experiment.schema import Experiment
-from softprompt.inference.prompt import load_prompt
-from softprompt.methods.method import Method
-from softprompt.methods.saved import SavedPrompt, read_description, save_prompt
 from softprompt.metrics.named import is_better
+from softprompt.objectives.model import Model
 from softprompt.parallel.hosts import is_main, result_of_main
 from softprompt.runtime.finite import NotFiniteError
 from softprompt.runtime.progress import Progress, silent
@@ -40,6 +35,8 @@ from softprompt.runtime.signals import StopSignals
 from softprompt.storage.arrays import DamagedError
 from softprompt.storage.checkpoints import Checkpoints
 from softprompt.storage.run_folder import write_config
+from softprompt.training.best_prompt import BestPrompt
+from softprompt.training.measurement import measure
 from softprompt.training.preparation import Prepared
 from softprompt.training.reporting import Reporter, log_message
 from softprompt.training.state import RunState, TrainState
@@ -89,7 +86,7 @@ class Session:
         self.experiment, self.folder, self.name = experiment, folder, name
         self.base, self.task, self.examples = prepared.base, prepared.task, prepared.examples
         self._stop, self._progress = stop, progress
-        self._teacher = prepared.method.teacher
+        self._prepared = prepared
         self.rows = experiment.training.batch_size * experiment.training.accumulate
         if len(self.examples["train"]) < self.rows:
             accumulates = experiment.training.accumulate > 1
@@ -109,13 +106,15 @@ class Session:
             mesh=self.base.backbone.mesh,
         )
         self._iterator = self.batches.iterate()
-        backbone = self.base.backbone
-        self.state = TrainState(experiment, prepared.method, backbone, padded_length)
+        self.state = TrainState(
+            experiment, prepared.method, self.base.backbone, prepared.teacher, padded_length
+        )
         self.steps = experiment.training.steps if jax.tree.leaves(self.state.trainable) else 0
 
         if is_main():
             write_config(folder, experiment)
         self._checkpoints = Checkpoints(folder / "checkpoints", experiment.checkpoints.keep)
+        self._best = BestPrompt(experiment, folder, prepared, self.state)
         self.run = RunState(self.base.fingerprint, data_digest(self.examples))
         self._resume()
         if names := self.state.names_not_finite():
@@ -219,7 +218,8 @@ class Session:
         """Evaluate the best prompt on the test data, if any; write and return the summary."""
         test = None
         if "test" in self.examples:
-            test = self._measure(*self._best_model(), "test", self._progress)
+            model = self._best.load(self.run, self._checkpoints)
+            test = self._measure(model, "test", self._progress)
         return self.reporter.summary(self.state, time.monotonic() - self._began, test)
 
     def _resume(self) -> None:
@@ -244,7 +244,7 @@ class Session:
                 intact[step] = _RUN_STATE.validate_python(description)
             except pydantic.ValidationError:
                 log_message(self.name, f"checkpoint {step}: not of this version; not using it")
-        best_prompts = {0, *intact, self._saved_prompt_step()}
+        best_prompts = {0, *intact, self._best.step}
         for run in intact.values():
             self._require_unchanged(run)
             if run.best_step in best_prompts:
@@ -283,9 +283,9 @@ class Session:
         """Evaluate the current prompt, save the state, and keep the prompt if it is the best."""
         self._finish_step()
         try:
-            method, backbone = self.state.model()
-            model = method, *prepare_model(method, backbone)
-            result = self._measure(*model, "validation", self._stop.watched(self._progress))
+            model = self.state.model()
+            adapted = model, *prepare_model(model.method, model.backbone)
+            result = self._measure(adapted, "validation", self._stop.watched(self._progress))
         except Stopped:
             return
         except NotFiniteError as error:
@@ -303,76 +303,16 @@ class Session:
         self.save()
         if is_best:
             self._checkpoints.wait()
-            self._save_prompt(self.state.trainable)
+            self._best.save(self.state.trainable, run)
         self._last_step_ended = time.monotonic()
 
     def _measure(
-        self, method: Method, backbone: Backbone, prefix: Any, split: str, progress: Progress
+        self, model: tuple[Model, Any, Any], split: str, progress: Progress
     ) -> EvaluationResult:
-        settings, name = self.experiment.evaluation, self.experiment.objective.name
-        label = f"{self.name}: {split}" if self.name else split
-        examples: Sequence[Example] = self.examples[split]
-        generated: int | None = settings.samples
-        if split == "validation":
-            examples = examples[: settings.examples]
-        elif settings.samples:
-            generated = None
-        result = evaluate(
-            backbone,
-            prefix,
-            self.task,
-            examples,
-            self.experiment,
-            label,
-            max_generated=generated,
-            progress=progress,
+        objective = self.state.program["objective"]
+        return measure(
+            self.experiment, self._prepared, objective, model, split, self.name, progress
         )
-        if name not in OBJECTIVE_METRICS:
-            return result
-        objective, frozen = self.state.program["objective"], self.base.backbone
-        scores = measure_objective(
-            objective, method, frozen, examples, settings.batch_size, f"{label}: {name}", progress
-        )
-        return dataclasses.replace(result, scores={**result.scores, **scores})
-
-    def _save_prompt(self, trainable: nnx.State) -> None:
-        method, backbone = self.state.unpadded_model(trainable)
-        save_prompt(
-            self.folder / "prompt",
-            method.folded(),
-            self.base,
-            self.task,
-            backbone=backbone,
-            experiment=self.experiment.name,
-            step=self.run.best_step,
-            validation=self.run.best_metrics,
-            scoring=self.experiment.scoring,
-            generation=self.experiment.generation,
-        )
-
-    def _saved_prompt_step(self) -> int:
-        """The step of the saved prompt; -1 if there is none or it is damaged."""
-        try:
-            return read_description(self.folder / "prompt")["step"]
-        except UserError:
-            return -1
-
-    def _best_model(self) -> tuple[Method, Backbone, Any]:
-        """Method, backbone and prefix of the best step, from `prompt/` or from its checkpoint."""
-        best = self.run.best_step
-        if result_of_main(self._saved_prompt_step) != best:
-            trainable, _ = self._checkpoints.load(best, self.state.saved_shapes())
-            self._save_prompt(trainable)
-        folder = self.folder / "prompt"
-        if self.state.padded_length is None:
-            trained = load_prompt(folder, self.base)
-            method, model = trained.method, (trained.backbone, trained.prefix)
-        else:
-            method, _ = SavedPrompt.read(folder).method(self.base, self.task.opening)
-            method = method.padded(self.state.padded_length)
-            model = prepare_model(method, self.base.backbone)
-        method.teacher = self._teacher
-        return method, *model
 
     def _require_finite(self, values: Mapping[str, float], kind: str = "") -> None:
         wrong = [

@@ -13,6 +13,8 @@ from softprompt.backbones.loading import Backbone
 from softprompt.experiment.schema import Experiment
 from softprompt.methods.method import Method
 from softprompt.objectives.choice import objective_of
+from softprompt.objectives.model import Model
+from softprompt.objectives.teacher import Teacher
 from softprompt.parallel.sharding import place, shardings, with_shardings
 from softprompt.runtime.finite import names_not_finite
 from softprompt.training.optimizers import UpdateRule, hyperparameters, learning_rate
@@ -62,6 +64,7 @@ class TrainState:
       experiment: its sections `objective`, `optimizer` and `training` and its seed are used.
       method: the method before training.
       backbone: the frozen backbone.
+      teacher: the teacher of distillation, if any.
       padded_length: pad the prompt to this many virtual tokens while it trains, so that
         the trials of a sweep share a compiled program. Ignored if the method cannot be
         padded. Saved arrays are not padded.
@@ -78,17 +81,18 @@ class TrainState:
         experiment: Experiment,
         method: Method,
         backbone: Backbone,
+        teacher: Teacher | None = None,
         padded_length: int | None = None,
     ):
         offsets = type(method).offsets_learning_rate(experiment)
         steps = experiment.training.steps
         self._hyperparameters = hyperparameters(experiment.optimizer, steps, offsets)
-        graphdef, trainable, frozen = split(method, backbone)
+        graphdef, trainable, frozen = split(method, backbone, teacher)
         self._unpadded = graphdef, jax.eval_shape(lambda: trainable), frozen
         self.padded_length = None
         if padded_length is not None and method.can_be_padded(backbone):
             self.padded_length = padded_length
-            graphdef, trainable, frozen = split(method.padded(padded_length), backbone)
+            graphdef, trainable, frozen = split(method.padded(padded_length), backbone, teacher)
         self.program = program_of(experiment, graphdef, np.asarray(method.opening[...]).tolist())
         self._optimizer: UpdateRule = self.program["optimizer"]
         self._mesh = backbone.mesh
@@ -120,19 +124,19 @@ class TrainState:
         trainable = {names[number]: part for number, part in nnx.as_pure(self.trainable).items()}
         return names_not_finite({**trainable, "optimizer": self.opt_state})
 
-    def model(self) -> tuple[Method, Backbone]:
-        """The method and the backbone as they are now, padded as in training."""
-        return nnx.merge(self.program["graphdef"], self.trainable, *self.frozen)
+    def model(self) -> Model:
+        """The model as it is now, padded as in training."""
+        return Model(*nnx.merge(self.program["graphdef"], self.trainable, *self.frozen))
 
-    def unpadded_model(self, trainable: nnx.State | None = None) -> tuple[Method, Backbone]:
-        """The method and the backbone without padding.
+    def unpadded_model(self, trainable: nnx.State | None = None) -> Model:
+        """The model without padding.
 
         Args:
           trainable: the trainable state to use; the current one by default.
         """
         graphdef, shapes, frozen = self._unpadded
         trainable = self.trainable if trainable is None else trainable
-        return nnx.merge(graphdef, resize(trainable, shapes), *frozen)
+        return Model(*nnx.merge(graphdef, resize(trainable, shapes), *frozen))
 
     def saved_shapes(self) -> tuple[nnx.State, Any]:
         """Return the shapes of what `saved_arrays` returns, and how a mesh divides them."""

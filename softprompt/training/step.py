@@ -16,24 +16,31 @@ from flax import nnx
 from softprompt.backbones.batch import Batch
 from softprompt.methods.method import Constant, Method
 from softprompt.objectives.model import Model, Objective
+from softprompt.objectives.teacher import Teacher
 from softprompt.parallel.mesh import sum_over_data
 from softprompt.parallel.sharding import keep_divided
 from softprompt.training.optimizers import UpdateRule
 
-Frozen = tuple[nnx.State, nnx.State]  # the method's constants; the backbone
+Frozen = tuple[nnx.State, nnx.State]  # the method's constants; the backbone and the teacher
+
+_METHOD, _TEACHER = 0, 2  # the places in what `split` divides
 
 
-def split(method: Method, backbone: Any) -> tuple[Any, nnx.State, Frozen]:
-    """Split `(method, backbone)` into its structure, its trainable state and its frozen state.
+def split(
+    method: Method, backbone: Any, teacher: Teacher | None = None
+) -> tuple[Any, nnx.State, Frozen]:
+    """Split a model into its structure, its trainable state and its frozen state.
 
     Args:
       method: the method, with arrays such as `[P, D]` vectors.
       backbone: the frozen backbone of the base model.
+      teacher: the teacher of distillation, if any. Nothing in it is trainable. Arrays that it
+        shares with the backbone are in the frozen state once.
 
     Returns:
       The structure (an NNX graphdef), the trainable state, and the frozen state. The arrays
-      keep their shapes. `nnx.merge(graphdef, trainable, *frozen)` returns the method and the
-      backbone.
+      keep their shapes. `nnx.merge(graphdef, trainable, *frozen)` returns the method, the
+      backbone, and the teacher if there is one.
 
     Examples:
       >>> base = load_base("smollm2-135m-instruct")
@@ -42,7 +49,10 @@ def split(method: Method, backbone: Any) -> tuple[Any, nnx.State, Frozen]:
       >>> [array.shape for array in jax.tree.leaves(trainable)]
       [(20, 576)]
     """
-    graphdef, trainable, *frozen = nnx.split((method, backbone), method.trainable, Constant, ...)
+    is_trained = nnx.All(method.trainable, lambda path, _: path[0] != _TEACHER)
+    is_constant = nnx.All(Constant, lambda path, _: path[0] == _METHOD)
+    model = (method, backbone) if teacher is None else (method, backbone, teacher)
+    graphdef, trainable, *frozen = nnx.split(model, is_trained, is_constant, ...)
     return graphdef, trainable, (frozen[0], frozen[1])
 
 
@@ -95,7 +105,7 @@ def update(
       ['gradient_norm', 'loss']
       >>> prompt, backbone = nnx.merge(graphdef, trainable, *frozen)
     """
-    _, backbone = nnx.merge(graphdef, trainable, *frozen)
+    _, backbone, *_ = nnx.merge(graphdef, trainable, *frozen)
     mesh = backbone.mesh
 
     def loss_sum(trainable: nnx.State, frozen: Frozen, batch: Batch, key: jax.Array):
