@@ -2,18 +2,19 @@
 
     python benchmarks/compression.py runs/compression
 
-The runs are those of experiments/compress-document.yaml, with another length, another start or another
-objective. A finished run is not trained again, and an interrupted one continues. The table is about
-the test questions, whose answers the base model wrote with the whole document in its context.
+The runs are those of experiments/compress-document.yaml, some with another length, another start
+or another objective. A finished run is not trained again, and an interrupted one continues. The
+table is about the test questions, whose answers the base model wrote with the whole document in its
+context. The tokens are those that every row attends to first, the chat template's included.
 """
 
 import argparse
 import json
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
 import numpy as np
 
 from softprompt import load_experiment, load_prompt, make_task, train
@@ -39,10 +40,19 @@ PLAIN_TEXT = Path("experiments/data/movie_reviews/test.jsonl")
 TEXTS = 48  # reviews, for forgetting
 ROWS, NEW_TOKENS = 16, 32  # for the speed of generation
 
+COLUMNS = (
+    "tokens",
+    "KL to the full text",
+    "perplexity of answers",
+    "agreement",
+    "forgetting",
+    "prefix, MB",
+    "tokens/s",
+)
 RANDOM = ["prefix.init=random"]
 NEXT_TOKEN = [
     "objective=cross_entropy",
-    f"template={{text: text, max_tokens: 128}}",
+    "template={text: text, max_tokens: 128}",
     f"data={{train: {DOCUMENT.resolve()}, validation: {DOCUMENT.resolve()}}}",
     f"prefix.init_text={json.dumps(DOCUMENT.read_text())}",
     "prefix.init=text",
@@ -131,11 +141,9 @@ def gap_closed(found: dict[str, dict[str, Scores]], name: str) -> str:
     nothing, whole, this = (found[n]["loss"].statistics for n in ("no context", "full text", name))
     random, count = np.random.default_rng(0), len(this)
     shares = []
-    for draw in [
-        np.ones(count),
-        *(np.bincount(random.integers(0, count, count), minlength=count) for _ in range(1000)),
-    ]:
-        n, w, t = (np.exp(np.divide(*(draw @ each))) for each in (nothing, whole, this))
+    draws = [random.integers(0, count, count) for _ in range(1000)]
+    for rows in (np.arange(count), *draws):
+        n, w, t = (np.exp(np.divide(*each[rows].sum(axis=0))) for each in (nothing, whole, this))
         shares.append((n - t) / (n - w))
     low, high = np.quantile(shares[1:], [0.025, 0.975])
     return f"{name}: closes {shares[0]:.0%} of the perplexity gap ({low:.0%} to {high:.0%})"
@@ -152,14 +160,10 @@ def main():
     with printed_log():
         for name, (own, share) in RUNS.items():
             overrides = [f"prefix.length={length // share}", *own, *options.overrides]
-            folders[name] = options.folder / name.replace(",", "").replace(" ", "-").replace(
-                "/", "-"
-            )
+            folders[name] = options.folder / re.sub(r"\W+", "-", name)
             train(load_experiment(EXPERIMENT, overrides), folders[name], progress=Bar)
-    print(
-        "| | tokens | KL to the full text | perplexity of answers | agreement | forgetting | prefix, MB | tokens/s |"
-    )
-    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    print(f"| {' | '.join(('', *COLUMNS))} |")
+    print(f"| --- | {' | '.join('---:' for _ in COLUMNS)} |")
     found = {
         "full text": comparison.measure("full text", comparison.reading(comparison.document)),
         "no context": comparison.measure("no context", ZeroShot(comparison.prepared.task.opening)),
@@ -177,9 +181,8 @@ def main():
     for name in ("first tokens, 1/16", *list(RUNS)[3:]):
         difference = paired_test(best, found[name]["loss"])["loss"]
         low, high = difference.interval
-        print(
-            f"loss of distilled, 1/16 minus {name}: {difference.difference:+.3f} ({low:+.3f} to {high:+.3f})"
-        )
+        value = f"{difference.difference:+.3f} ({low:+.3f} to {high:+.3f})"
+        print(f"loss of distilled, 1/16, minus that of {name}: {value}")
 
 
 if __name__ == "__main__":

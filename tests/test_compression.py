@@ -144,12 +144,12 @@ def test_settings_that_do_not_fit_are_rejected_in_one_line(path, overrides, mess
 
 
 def test_a_prefix_longer_than_what_the_teacher_reads_is_rejected(path):
-    experiment = load_experiment(path, ["prefix.length=500"])
+    experiment = load_experiment(path, ["prefix.length=79"])
     with pytest.raises(UserError, match="the teacher reads only 78 tokens before every row"):
         prepared(experiment)
 
 
-def test_an_encoder_decoder_has_no_keys_and_values_of_the_document(path):
-    experiment = load_experiment(path, [f"base={GOLDEN / 'families' / 't5'}"])
-    with pytest.raises(UserError, match="prefix.init: teacher needs a causal base model"):
+def test_an_encoder_decoder_has_no_keys_and_values_of_the_document(path, t5_folder):
+    experiment = load_experiment(path, [f"base={t5_folder}"])
+    with pytest.raises(UserError, match=r"prefix\.init: teacher needs a causal base model"):
         prepared(experiment)
