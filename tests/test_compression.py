@@ -6,7 +6,7 @@ import shutil
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import GOLDEN
+from conftest import GOLDEN, REPOSITORY
 
 from softprompt import UserError, load_experiment, load_prompt, train
 from softprompt.experiment.schema import Experiment
@@ -153,3 +153,28 @@ def test_an_encoder_decoder_has_no_keys_and_values_of_the_document(path, t5_fold
     experiment = load_experiment(path, [f"base={t5_folder}"])
     with pytest.raises(UserError, match=r"prefix\.init: teacher needs a causal base model"):
         prepared(experiment)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "overrides"),
+    [
+        ("shots", ("en", "fr"), ["objective.teacher.shots=1", "evaluation.metrics=[]"]),
+        ("document", ("question", "answer"), ["template.chat=false", "template.max_tokens=40"]),
+    ],
+)
+def test_the_experiments_of_the_repository_train(name, fields, overrides, path, tmp_path):
+    data = tmp_path / "train.jsonl"
+    if name == "document":
+        overrides = [*overrides, f"objective.teacher.context={tmp_path / 'mill.txt'}"]
+    small = ["training={steps: 2, batch_size: 2}", "evaluation.every=1", "evaluation.samples=0"]
+    small += [f"base={GOLDEN / 'llama-grouped'}", f"data={{train: {data}, validation: {data}}}"]
+    experiment = load_experiment(
+        REPOSITORY / "experiments" / f"compress-{name}.yaml",
+        [*small, "prefix.length=6", "optimizer.warmup_steps=0", *overrides],
+    )
+    records = [dict(zip(fields, (f"{n} days", f"{n} jours"), strict=True)) for n in range(4)]
+    split = {"train": records, "validation": records}
+    summary = train(experiment, tmp_path / "run", records=split)
+    assert summary["steps"] == 2
+    assert summary["validation"]["objective_loss"] >= 0
+    assert load_prompt(tmp_path / "run").prefix.length >= 6
