@@ -36,6 +36,7 @@ def test_good_input_is_accepted(good, worker, tmp_path):
         ("train", "letters.yaml", "--run-dir", "out/run"),
         ("train", "letters.yaml", "base=./base.gguf", "--run-dir", "out/run"),
         ("show", "letters.yaml", "--split", "test"),
+        ("show", "letters.yaml", "data.train=train.parquet"),
         ("sweep", "sweep.yaml", "--folder", "out/sweep"),
         ("predict", "runs/labels", "--input", "texts.csv"),
         ("generate", "runs/text", "aaaaa", "--max-new-tokens", "2"),

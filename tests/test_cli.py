@@ -205,7 +205,7 @@ def test_inputs_come_from_pipes_but_not_without_limit(call, run, tmp_path, monke
 @pytest.mark.parametrize(
     "command",
     [
-        *("init", "train", "show", "sweep", "eval", "predict", "generate", "score"),
+        *("init", "study", "train", "show", "sweep", "eval", "predict", "generate", "score"),
         *("inspect", "compare", "runs", "report", "export", "import"),
     ],
 )

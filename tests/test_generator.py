@@ -240,6 +240,7 @@ def test_progress_is_reported(tiny):
         ([100, 1, 130, 200, 81], [4, 0, None, 2, 1, 3], 512),
         ([600], [None, 0], 2048),
         ([1, 600, 2], [2, 1, 0], 2048),
+        ([2100], [None, 0], 4096),
     ],
 )
 def test_packed_prefixes_are_concatenated(lengths, rows, width):

@@ -18,6 +18,7 @@ from softprompt.runtime.platforms import ignore_compilers
 # Each has `add_to(subparsers)`, which declares its arguments, and `run(options)`.
 _COMMANDS = (
     "init",
+    "study",
     "train",
     "show",
     "sweep",

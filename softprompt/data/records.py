@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any, overload
 
 from softprompt.data.formats import read_rows
+from softprompt.data.media import without_media
 from softprompt.data.sources import Source, files_of, source_name
 from softprompt.errors import UserError, reason_of
 from softprompt.files.json_lines import parse_json_lines
@@ -175,7 +176,7 @@ def _read_hub(source: str) -> Sequence[Record]:
         rows = datasets.load_dataset(name, split=split)
     except Exception as error:  # the package raises errors of a dozen unrelated kinds
         raise UserError(f"{source}: cannot be loaded ({reason_of(error)})") from error
-    return as_records(rows, f"{source} row")
+    return as_records(without_media(rows, source), f"{source} row")
 
 
 def _read_saved(source: str) -> Sequence[Record]:
@@ -186,7 +187,7 @@ def _read_saved(source: str) -> Sequence[Record]:
         rows.data.validate(full=True)  # otherwise a damaged file could end the process later
     except Exception as error:  # the package raises errors of a dozen unrelated kinds
         raise UserError(f"{source}: cannot be loaded ({reason_of(error)})") from error
-    return as_records(rows, f"{source} row")
+    return as_records(without_media(rows, source), f"{source} row")
 
 
 def _import_datasets(source: str) -> ModuleType:

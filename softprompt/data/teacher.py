@@ -44,20 +44,13 @@ def teacher_opening(
     shown = draw_demonstrations(template, verbalizer, records, settings.shots, seed)
     # One virtual token marks the place of the context.
     marked = make_task(base, template, verbalizer, shown, virtual_tokens=1)
-    begin: list[int] = []
-    pieces = list(marked.pieces)
-    if pieces and isinstance(pieces[0], list) and marked.opening[:1] == [~0]:
-        begin = pieces[0]  # the special tokens come before the context
-    own = list(task.pieces)
+    pieces, own = list(marked.pieces), list(task.pieces)
     if own != pieces and not (own and isinstance(own[0], list) and own[1:] == pieces):
         raise UserError(
             "objective.teacher: the teacher must read the same rows as the student; put {prompt} "
             "before the first field of template.input and leave out all text before it"
         )
-    context = _context_ids(settings, base)
-    ids = [*begin]
-    for token in marked.opening:
-        ids += context if token == ~0 else [token]
+    ids = opening_with(_context_ids(settings, base), marked)
     window, needed = base.backbone.arch.context_length, template.max_tokens or 2
     if window - len(ids) < needed:
         raise UserError(
@@ -67,16 +60,40 @@ def teacher_opening(
     return ids
 
 
-def _context_ids(settings: TeacherSettings, base: Base) -> list[int]:
-    if settings.context is None:
-        return []
-    path = Path(settings.context)
+def opening_with(context: Sequence[int], marked: Task) -> list[int]:
+    """Return the ids of the opening of a task, with a text in the place of its virtual token.
+
+    Args:
+      context: the ids of the text.
+      marked: a task with one virtual token, which marks the place of the text.
+    """
+    ids: list[int] = []
+    if marked.opening[:1] == [~0] and marked.pieces and isinstance(marked.pieces[0], list):
+        ids += marked.pieces[0]  # the special tokens come before the text
+    for token in marked.opening:
+        ids += context if token == ~0 else [token]
+    return ids
+
+
+def read_context(path: Path) -> str:
+    """Return the text of a file for a teacher to read.
+
+    Raises:
+      UserError: if it cannot be read, is not UTF-8, or is blank.
+    """
     try:
         text = read_bytes(path, _LARGEST_CONTEXT).decode()
     except UnicodeDecodeError:
         raise UserError(f"{path}: not UTF-8 text") from None
-    ids = base.tokenizer(text, add_special_tokens=False).input_ids
-    if not ids:
+    if not text.strip():
         raise UserError(f"{path}: has no text for the teacher to read")
-    base.require_embeddings(ids, str(path))
+    return text
+
+
+def _context_ids(settings: TeacherSettings, base: Base) -> list[int]:
+    if settings.context is None:
+        return []
+    text = read_context(Path(settings.context))
+    ids = base.tokenizer(text, add_special_tokens=False).input_ids
+    base.require_embeddings(ids, settings.context)
     return ids

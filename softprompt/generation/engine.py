@@ -39,11 +39,13 @@ class Request:
       prefix: what it attends to first, or None.
       opening: the ids of the tokens in the prefix, to which the repetition penalty applies.
         Virtual tokens have negative ids.
+      seed: replaces the seed of the settings, so that equal inputs get different texts.
     """
 
     tokens: Sequence[int]
     prefix: Prefix | None
     opening: Sequence[int] = ()
+    seed: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -282,8 +284,9 @@ class Engine:
         seeds = np.zeros((rows, samples), np.uint32)
         for row, request in zip(seeds, requests, strict=False):
             content = np.array(request.tokens, np.int32).tobytes()
+            seed = self._settings.seed if request.seed is None else request.seed
             for i in range(samples):
-                row[i] = zlib.crc32(content + f"{self._settings.seed} {i}".encode())
+                row[i] = zlib.crc32(content + f"{seed} {i}".encode())
         return seeds.reshape(-1)
 
     def _seen(self, requests: Sequence[Request], rows: int, copies: int) -> np.ndarray | None:

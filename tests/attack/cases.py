@@ -111,6 +111,14 @@ def _data(kind: str, good: Path) -> st.SearchStrategy[Case]:
     return case()
 
 
+def _parquet(kind: str, good: Path) -> st.SearchStrategy[Case]:
+    content = (good / "train.parquet").read_bytes()
+    arguments = ("show", "letters.yaml", "data.train=train.parquet")
+    return damaged_bytes(content, header=len(content)).map(
+        lambda c: Case(kind, arguments, {"train.parquet": c})
+    )
+
+
 def _config(kind: str, good: Path) -> st.SearchStrategy[Case]:
     config = json.loads((good / "base/config.json").read_text())
     return damaged_json(config).map(lambda c: Case(kind, _TRAIN, {"base/config.json": c}))
@@ -307,6 +315,13 @@ _WORDS = [
 _COMMANDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "train": (("letters.yaml", *_SHORT, "--run-dir", "out/run"), ("--run-dir",)),
     "show": (("letters.yaml", *_SHORT), ("--split", "--number")),
+    "study": (
+        ("texts.txt", "--base", "base", "--output", "out/questions.jsonl"),
+        (
+            *("--experiment", "--questions", "--max-new-tokens", "--batch-size", "--seed"),
+            *("--base", "--output"),
+        ),
+    ),
     "eval": (
         ("runs/labels",),
         (
@@ -365,6 +380,7 @@ KINDS: Mapping[str, Callable[[str, Path], st.SearchStrategy[Case]]] = {
     "overrides": _overrides,
     "sweep": _sweep,
     "data": _data,
+    "Parquet": _parquet,
     "config.json": _config,
     "tokenizer.json": _tokenizer,
     "tokenizer_config.json": _tokenizer_config,

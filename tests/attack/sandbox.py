@@ -1,6 +1,7 @@
 """Good input that the attack damages, and the folder in which each damaged copy is tried."""
 
 import contextlib
+import datetime
 import hashlib
 import json
 import os
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+import pyarrow
+from pyarrow import parquet
 
 from softprompt import load_base, load_experiment, load_prompt, train
 from softprompt.backbones.families import FAMILIES
@@ -43,6 +46,7 @@ def make_good_input(folder: Path) -> None:
     for split in ("train", "validation", "test"):
         lines = [json.dumps({"text": text, "label": label}) + "\n" for text, label in _TEXTS]
         (folder / f"{split}.jsonl").write_text("".join(lines))
+    _write_parquet(folder / "train.parquet")
     (folder / "texts.csv").write_text("text,label\naaaaa,low\nzzzzz,high\n")
     (folder / "texts.txt").write_text("aaaaa\nzzzzz\n")
     answers = [json.dumps({"prediction": t, "reference": r}) + "\n" for t, r in _TEXTS]
@@ -59,6 +63,15 @@ def make_good_input(folder: Path) -> None:
         for run in ("labels", "lora", "text"):
             assert main(["export", f"runs/{run}", f"adapters/{run}"]) == 0
         _write_gguf(folder / "base.gguf")
+
+
+def _write_parquet(path: Path) -> None:
+    """Write the training data as a Parquet file of two row groups, with columns of many types."""
+    rows = [
+        {"text": text, "label": label, "weight": 0.5, "day": datetime.date(2024, 1, 1), "tags": [1]}
+        for text, label in _TEXTS
+    ]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=2)
 
 
 def _write_gguf(path: Path) -> None:

@@ -1,0 +1,78 @@
+"""A base model that has read a text, and answers questions after it."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from softprompt.backbones.loading import Base, Prefix
+from softprompt.data.chat import turn_end
+from softprompt.data.records import Record
+from softprompt.data.task import Task, make_task
+from softprompt.data.teacher import opening_with
+from softprompt.errors import UserError
+from softprompt.experiment.schema import GenerationSettings, TemplateSettings
+from softprompt.generation.engine import Engine, Request
+from softprompt.objectives.distillation import read
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """A base model that has read a text.
+
+    Attributes:
+      text: the text.
+      task: its opening contains the text.
+      prefix: of the opening.
+      stop: the texts that end an answer, besides the end-of-text token.
+    """
+
+    text: str
+    task: Task
+    prefix: Prefix
+    stop: Sequence[str]
+
+    @classmethod
+    def of(cls, base: Base, template: TemplateSettings, text: str) -> "Reading":
+        """Let a base model read a text in the place of the virtual tokens of a template."""
+        ids = base.tokenizer(text, add_special_tokens=False).input_ids
+        marked = make_task(base, template, None, virtual_tokens=1)
+        opening = opening_with(ids, marked)
+        task = dataclasses.replace(marked, opening=opening)
+        end = turn_end(base.tokenizer) if template.chat else ""
+        stop = [end] if end not in ("", base.tokenizer.eos_token) else []
+        return cls(text, task, read(base.backbone, opening), stop)
+
+    def generate(
+        self,
+        questions: Sequence[str],
+        settings: GenerationSettings,
+        batch_size: int,
+        *,
+        begins: Sequence[str] = (),
+        seeds: Sequence[int | None] = (),
+    ) -> list[tuple[str, bool]]:
+        """Return what the model writes after each question, and whether it came to an end.
+
+        Args:
+          questions: what the model is asked.
+          settings: how it writes.
+          batch_size: the most questions in a batch.
+          begins: what each answer begins with; it is not part of the result. Empty: nothing.
+          seeds: of each text. Empty: the seed of the settings.
+        """
+        base, task = self.task.base, self.task
+        settings = settings.model_copy(update={"stop": [*settings.stop, *self.stop]})
+        task = task.for_generation(settings.max_new_tokens, self.prefix.length)
+        records = [Record({"question": text}, "question") for text in questions]
+        examples = list(task.examples(records, with_answer=False))
+        if any(example.truncated for example in examples):
+            raise UserError(f"base {base.name!r}: its context window is too short for a question")
+        begun = [
+            [*example.input, *base.tokenizer(begin, add_special_tokens=False).input_ids]
+            for example, begin in zip(examples, begins or [""] * len(examples), strict=True)
+        ]
+        requests = [
+            Request(tokens, self.prefix, task.opening, seed)
+            for tokens, seed in zip(begun, seeds or [None] * len(begun), strict=True)
+        ]
+        results = Engine(base.backbone, base.tokenizer, settings).generate(requests, batch_size)
+        return [(result.text, result.ended[0]) for result in results]
