@@ -14,12 +14,13 @@ from softprompt.experiment.sections import LARGEST_FLOAT32, PathText, Section
 class InitializationSettings(Section):
     """Initial values of virtual tokens."""
 
-    init: Literal["vocabulary", "random", "text", "labels", "prompts"] = Field(
+    init: Literal["vocabulary", "random", "text", "labels", "teacher", "prompts"] = Field(
         default="vocabulary",
         description="Initial vectors. `vocabulary`: embeddings of tokens drawn from the `init_top` "
         "lowest ids. `random`: normal, with the mean of the embedding table and `init_scale` times "
         "its standard deviation. `text`: embeddings of `init_text`, repeated or truncated. "
-        "`labels`: one vector per label, then as `vocabulary`. `prompts`: the mean of "
+        "`labels`: one vector per label, then as `vocabulary`. `teacher`: embeddings of the first "
+        "tokens that the teacher of `objective: distill` reads. `prompts`: the mean of "
         "`init_prompts`.",
     )
     init_top: int = Field(
@@ -92,6 +93,13 @@ class PrefixSettings(InitializationSettings):
     """Prefix tuning. The model computes the initial keys and values from the initial vectors."""
 
     length: int = Field(default=20, ge=1, le=100_000, description="Number of virtual tokens.")
+    frozen: int = Field(
+        default=0,
+        ge=0,
+        le=100_000,
+        description="Number of virtual tokens, from the first, that keep their initial keys and "
+        "values.",
+    )
     size: int | None = Field(
         default=None,
         ge=1,
@@ -99,6 +107,15 @@ class PrefixSettings(InitializationSettings):
         description="Size of the hidden layer of a network that produces the change in keys and "
         "values during training. `null` trains the keys and values themselves.",
     )
+
+    @pydantic.model_validator(mode="after")
+    def _check_frozen(self) -> Self:
+        if self.frozen >= self.length:
+            raise ValueError(
+                f"frozen: {self.frozen} of {self.length} virtual tokens are frozen, so nothing is "
+                f"trained; set frozen to at most {self.length - 1}"
+            )
+        return self
 
 
 class DePTSettings(Section):

@@ -158,6 +158,13 @@ class Experiment(Section):
             raise ValueError("template.target: with a verbalizer it must have one {field}")
         elif len(set(self.verbalizer.values())) < len(self.verbalizer):
             raise ValueError("verbalizer: two labels have the same text")
+        teacher = self.objective.teacher
+        for method in ("prompt", "prefix"):
+            reads_text = teacher is not None and (teacher.context or teacher.shots)
+            if getattr(self, method).init == "teacher" and not reads_text:
+                raise ValueError(
+                    f"{method}.init: teacher needs objective.teacher with context or shots"
+                )
         if self.prompt.tasks:
             for key, is_set in (
                 ("scoring.calibrate", self.scoring.calibrate),

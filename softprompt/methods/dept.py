@@ -88,13 +88,13 @@ class DecomposedPrompt(Method):
         experiment: Experiment,
         base: Base,
         opening: Sequence[int],
-        trained: Sequence[jax.Array] = (),
+        given: Sequence[jax.Array] = (),
     ) -> "DecomposedPrompt":
         """Start from the vectors of the section `prompt` and from offsets of zero.
 
         `down` is zero, and `up` is normal with the standard deviation of the vectors.
         """
-        vectors = initial_vectors(experiment, experiment.prompt, base, trained)
+        vectors = initial_vectors(experiment, experiment.prompt, base, given)
         settings, key = experiment.dept, jax.random.key(experiment.seed)
         up = jax.random.normal(key, (settings.rank, vectors.shape[1])) * jnp.std(vectors)
         return cls(vectors, jnp.zeros((settings.positions, settings.rank)), up, opening)

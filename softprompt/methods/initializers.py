@@ -26,7 +26,7 @@ def initial_vectors(
     experiment: Experiment,
     settings: PromptSettings | PrefixSettings,
     base: Base,
-    trained: Sequence[jax.Array] = (),
+    given: Sequence[jax.Array] = (),
 ) -> jax.Array:
     """Return the vectors that training starts from.
 
@@ -34,13 +34,14 @@ def initial_vectors(
       experiment: gives the seed, and the verbalizer for `init: labels`.
       settings: its section `prompt` or `prefix`, which says how many vectors and which `init`.
       base: the base model.
-      trained: `[P, D]` each, the prompts of `init_prompts`, for `init: prompts`.
+      given: for `init: prompts` the vectors `[P, D]` of each prompt of `init_prompts`; for
+        `init: teacher` the embeddings `[S, D]` of the S tokens that the teacher reads first.
 
     Returns:
       `[P, D]`, float32.
 
     Raises:
-      UserError: if the settings do not fit the base model or the trained prompts.
+      UserError: if the settings do not fit the base model or the given vectors.
     """
     length, random = settings.length, np.random.default_rng(experiment.seed)
     if settings.init == "vocabulary":
@@ -53,8 +54,10 @@ def initial_vectors(
     elif settings.init == "labels":
         texts = list((experiment.verbalizer or {}).values())
         vectors = label_vectors(base, length, texts, random, settings.init_top)
+    elif settings.init == "teacher":
+        vectors = first_vectors(given, length)
     else:
-        vectors = mean_vectors(trained, length)
+        vectors = mean_vectors(given, length)
     return vectors.astype(jnp.float32)
 
 
@@ -109,6 +112,24 @@ def label_vectors(
     labels = [base.backbone.embedding(_tokens(base, t)).mean(axis=0) for t in texts[:length]]
     rest = sampled_vocabulary(base, length - len(labels), random, top)
     return jnp.concatenate([jnp.stack(labels), rest])
+
+
+def first_vectors(given: Sequence[jax.Array], length: int) -> jax.Array:
+    """Return the embeddings `[P, D]` of the first tokens that a teacher reads.
+
+    From them, prefix tuning starts with the keys and values that the base model computes for
+    these tokens, as in Cartridges (Eyuboglu et al. 2025, arXiv:2506.06266).
+
+    Raises:
+      UserError: if the teacher reads fewer than `length` tokens before every row.
+    """
+    (embeddings,) = given
+    if len(embeddings) < length:
+        raise UserError(
+            f"init: teacher starts {length} virtual tokens, but the teacher reads only "
+            f"{len(embeddings)} tokens before every row; set a smaller length"
+        )
+    return embeddings[:length]
 
 
 def mean_vectors(trained: Sequence[jax.Array], length: int) -> jax.Array:

@@ -77,7 +77,7 @@ class LoRA(Method):
         experiment: Experiment,
         base: Base,
         opening: Sequence[int],
-        trained: Sequence[jax.Array] = (),
+        given: Sequence[jax.Array] = (),
     ) -> "LoRA":
         """Start from the matrices of `initial_matrices`, so that all additions are zero."""
         lora, key = experiment.lora, jax.random.key(experiment.seed)

@@ -154,7 +154,7 @@ class Method(nnx.Module):
         experiment: Experiment,
         base: Base,
         opening: Sequence[int],
-        trained: Sequence[jax.Array] = (),
+        given: Sequence[jax.Array] = (),
     ) -> "Method":
         """Make the method of an experiment as it is before training.
 
@@ -162,7 +162,9 @@ class Method(nnx.Module):
           experiment: its seed determines all random values.
           base: the base model.
           opening: `[S]`, see the class.
-          trained: `[P, D]` each, the vectors of `initial_prompts`.
+          given: vectors that training can start from: those of each of the `initial_prompts`,
+            `[P, D]`; without any, the embeddings of the tokens that the teacher of distillation
+            reads first.
 
         Raises:
           UserError: if the settings do not fit the base model.

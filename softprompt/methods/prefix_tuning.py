@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from softprompt.backbones.loading import Backbone, Base, Prefix
+from softprompt.errors import UserError
 from softprompt.experiment.schema import Experiment
 from softprompt.methods.initializers import INITIALIZATION_SETTINGS, initial_vectors
 from softprompt.methods.method import Adapter, Axes, Constant, Method, PromptParam
@@ -38,7 +39,7 @@ class PrefixTuning(Method):
     name: ClassVar[str] = "prefix"
     label: ClassVar[str] = "prefix tuning"
     default_learning_rate: ClassVar[float | None] = 3e-2
-    size_settings: ClassVar[Sequence[str]] = ("prefix.length", "prefix.size")
+    size_settings: ClassVar[Sequence[str]] = ("prefix.length", "prefix.frozen", "prefix.size")
     trainable: ClassVar[Any] = PromptParam
     is_pure_prefix: ClassVar[bool] = True
 
@@ -67,19 +68,33 @@ class PrefixTuning(Method):
         experiment: Experiment,
         base: Base,
         opening: Sequence[int],
-        trained: Sequence[jax.Array] = (),
-    ) -> "PrefixTuning | ReparametrizedPrefix":
+        given: Sequence[jax.Array] = (),
+    ) -> "PrefixTuning | ReparametrizedPrefix | PartlyFrozenPrefix":
         """Start from the keys and values that the model computes for initial vectors.
 
         A model with an encoder starts from random keys and values instead: see
         `Backbone.initial_prefix`.
+
+        Raises:
+          UserError: if the settings do not fit the base model.
         """
         settings, key = experiment.prefix, jax.random.key(experiment.seed)
-        vectors = initial_vectors(experiment, settings, base, trained)
+        if base.backbone.separate_targets and settings.init == "teacher":
+            raise UserError(
+                "prefix.init: teacher needs a causal base model; the prefix of an encoder-decoder "
+                "starts from random keys and values"
+            )
+        vectors = initial_vectors(experiment, settings, base, given)
         keys, values = base.backbone.initial_prefix(vectors, key)
+        first = settings.frozen
+        trained: PrefixTuning | ReparametrizedPrefix
         if settings.size is None:
-            return cls(keys, values, opening)
-        return ReparametrizedPrefix(keys, values, settings.size, key, opening)
+            trained = cls(keys[:, first:], values[:, first:], opening)
+        else:
+            trained = ReparametrizedPrefix(
+                keys[:, first:], values[:, first:], settings.size, key, opening
+            )
+        return PartlyFrozenPrefix(keys[:, :first], values[:, :first], trained) if first else trained
 
     def learned_prefix(self, backbone: Backbone) -> Prefix:
         """Return the learned keys and values."""
@@ -181,3 +196,41 @@ class ReparametrizedPrefix(Method):
     def __repr__(self) -> str:
         length, size = self.inputs.shape
         return f"ReparametrizedPrefix({length} virtual tokens, network of size {size})"
+
+
+class PartlyFrozenPrefix(Method):
+    """A prefix whose first keys and values stay as they are, and whose others are trained.
+
+    Cartridges (Eyuboglu et al. 2025, arXiv:2506.06266) freezes the first token, which many other
+    tokens attend to whatever they are (an attention sink). It folds to a plain `PrefixTuning`.
+
+    Args:
+      keys: `[L, n, K, h]`, the keys of the first n virtual tokens.
+      values: `[L, n, K, h]`.
+      trained: the other virtual tokens, with the opening.
+    """
+
+    name: ClassVar[str] = "prefix"
+    label: ClassVar[str] = "prefix tuning"
+    trainable: ClassVar[Any] = PromptParam
+
+    def __init__(
+        self, keys: jax.Array, values: jax.Array, trained: PrefixTuning | ReparametrizedPrefix
+    ):
+        super().__init__(trained.opening[...])
+        self.keys, self.values = Constant(keys), Constant(values)
+        self.trained = trained
+
+    def learned_prefix(self, backbone: Backbone) -> Prefix:
+        """Fold to a `PrefixTuning`, and return its prefix."""
+        return self.folded().learned_prefix(backbone)
+
+    def folded(self) -> PrefixTuning:
+        """Return the plain prefix with the frozen keys and values and the current others."""
+        rest = self.trained.folded()
+        keys = jnp.concatenate([self.keys[...], rest.keys[...]], axis=1)
+        values = jnp.concatenate([self.values[...], rest.values[...]], axis=1)
+        return PrefixTuning(keys, values, self.opening[...])
+
+    def __repr__(self) -> str:
+        return f"PartlyFrozenPrefix({self.keys.shape[1]} frozen virtual tokens, {self.trained!r})"

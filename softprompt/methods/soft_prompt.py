@@ -167,11 +167,11 @@ class SoftPrompt(Method):
         experiment: Experiment,
         base: Base,
         opening: Sequence[int],
-        trained: Sequence[jax.Array] = (),
+        given: Sequence[jax.Array] = (),
     ) -> "SoftPrompt | Reparametrized":
         """Start from the vectors that the section `prompt` asks for."""
         settings = experiment.prompt
-        vectors = initial_vectors(experiment, settings, base, trained)
+        vectors = initial_vectors(experiment, settings, base, given)
         if settings.reparametrization is None:
             return cls(vectors, opening)
         source = reparametrize(settings, vectors, jax.random.key(experiment.seed))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -145,9 +146,11 @@ class Preparation:
             }
         if not task.labels and not task.template.text and experiment.evaluation.samples:
             task.for_generation(experiment.generation.max_new_tokens, before + len(task.opening))
-        trained = [_vectors_of(path, base) for path in kind.initial_prompts(experiment)]
-        require_memory(experiment, base, task.opening, trained, custom.optimizer)
-        method = kind.build(experiment, base, task.opening, trained)
+        given = [_vectors_of(path, base) for path in kind.initial_prompts(experiment)]
+        if teacher is not None and teacher.first and not given:
+            given = [base.backbone.embedding(jnp.asarray(teacher.first))]
+        require_memory(experiment, base, task.opening, given, custom.optimizer)
+        method = kind.build(experiment, base, task.opening, given)
         seconds = time.monotonic() - began
         return Prepared(base, task, examples, method, teacher, teacher_examples, custom, seconds)
 

@@ -22,7 +22,7 @@ def require_memory(
     experiment: Experiment,
     base: Base,
     opening: Sequence[int],
-    trained: Sequence[jax.Array],
+    given: Sequence[jax.Array],
     custom: optax.GradientTransformation | None = None,
 ) -> None:
     """Check, without allocating it, that what the method trains fits into memory.
@@ -31,7 +31,7 @@ def require_memory(
     mesh divides, only the part that this process holds is counted.
 
     Args:
-      experiment, base, opening, trained: the arguments of `Method.build`.
+      experiment, base, opening, given: the arguments of `Method.build`.
       custom: an Optax optimizer that replaces the section `optimizer`.
 
     Raises:
@@ -40,7 +40,7 @@ def require_memory(
     kind = method_class(experiment.method)
 
     def arrays() -> tuple[Any, Any, Any]:
-        method = kind.build(experiment, base, opening, trained)
+        method = kind.build(experiment, base, opening, given)
         _, trainable, _ = split(method, base.backbone)
         return nnx.state(method), trainable, Optimizer(experiment, custom).init(trainable)
 

@@ -23,6 +23,7 @@ class PreparedTeacher:
 
     Attributes:
       model: the frozen model, and what it has read before every row.
+      first: the ids of the text that it has read before every row; empty for a trained run.
       task: turns records into its rows.
       reads_same_rows: whether it reads the rows of the student.
       available: the most tokens that a row may have.
@@ -30,6 +31,7 @@ class PreparedTeacher:
     """
 
     model: Teacher
+    first: Sequence[int]
     task: Task
     reads_same_rows: bool
     available: int
@@ -78,6 +80,7 @@ def _trained(run: str, base: Base, student: Task) -> PreparedTeacher:
     digest = hashlib.sha256(json.dumps(trained.description, sort_keys=True).encode()).hexdigest()
     return PreparedTeacher(
         Teacher(trained.backbone, trained.prefix),
+        (),
         trained.task,
         list(trained.task.pieces) == list(student.pieces) and None not in student.pieces,
         window - taken,
@@ -99,6 +102,7 @@ def _reading(
     prefix = read(own.backbone, text.first) if text.first else None
     return PreparedTeacher(
         Teacher(own.backbone, prefix),
+        text.first,
         text.task,
         same_rows(text.task.pieces, student),
         own.backbone.arch.context_length - len(text.first),
