@@ -190,7 +190,7 @@ def test_a_teacher_with_another_vocabulary_is_rejected(tmp_path):
     assert "'smollm2-135m-instruct' has another vocabulary than" in line
 
 
-def test_a_changed_teacher_is_noticed_on_resumption(tmp_path):
+def test_a_changed_teacher_is_noticed_and_a_missing_one_reported(tmp_path, capsys):
     manual = tmp_path / "manual.txt"
     manual.write_text("Say it twice.")
     experiment = experiment_with(tmp_path, f"context: {manual}")
@@ -199,8 +199,13 @@ def test_a_changed_teacher_is_noticed_on_resumption(tmp_path):
     manual.write_text("Say it once.")
     with pytest.raises(UserError, match="its teacher has changed since the run began"):
         train(experiment, tmp_path / "run")
-    manual.write_text("Say it twice.")
-    train(experiment, tmp_path / "run")
+
+    manual.unlink()
+    capsys.readouterr()
+    assert main(["eval", str(tmp_path / "run"), "--split", "validation"]) == 0
+    printed = capsys.readouterr()
+    assert "objective_loss and agreement are not measured: " in printed.err
+    assert json.loads(printed.out).keys() == {"split", "examples", "loss"}
 
 
 def test_the_digest_of_an_objective_depends_on_the_teacher_and_the_weights(tmp_path):
