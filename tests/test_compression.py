@@ -129,10 +129,13 @@ def test_a_run_with_frozen_positions_resumes_bit_for_bit(path, tmp_path):
     ("overrides", "message"),
     [
         (["prefix.frozen=6"], "frozen: 6 of 6 virtual tokens are frozen, so nothing is trained"),
-        (["objective=cross_entropy"], "prefix.init: teacher needs objective: distill"),
+        (
+            ["objective=cross_entropy"],
+            "prefix.init: teacher needs objective.teacher with context or shots",
+        ),
         (
             ["objective=cross_entropy", "prefix.init=vocabulary", "prompt.init=teacher"],
-            "prompt.init: teacher needs objective: distill",
+            "prompt.init: teacher needs objective.teacher with context or shots",
         ),
     ],
 )

@@ -11,7 +11,7 @@ from softprompt.data.teacher import opening_with
 from softprompt.errors import UserError
 from softprompt.experiment.schema import GenerationSettings, TemplateSettings
 from softprompt.generation.engine import Engine, Request
-from softprompt.objectives.distillation import read
+from softprompt.objectives.teacher import read
 
 
 @dataclasses.dataclass(frozen=True)

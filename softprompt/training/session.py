@@ -14,15 +14,14 @@ from types import TracebackType
 from typing import Any, Self
 
 import jax
-import pydantic
 from flax import nnx
 
 from softprompt.backbones.batch import Batch
 from softprompt.data.batches import TrainingBatches
-from softprompt.data.examples import data_digest, same_data
+from softprompt.data.examples import data_digest
 from softprompt.data.sources import source_name
 from softprompt.data.weights import example_weights
-from softprompt.errors import FolderError, Stopped, UserError
+from softprompt.errors import Stopped, UserError
 from softprompt.evaluation.evaluate import EvaluationResult
 from softprompt.evaluation.forgetting import forgetting
 from softprompt.evaluation.scoring import prepare_model
@@ -33,7 +32,6 @@ from softprompt.parallel.hosts import is_main, result_of_main
 from softprompt.runtime.finite import NotFiniteError
 from softprompt.runtime.progress import Progress, silent
 from softprompt.runtime.signals import StopSignals
-from softprompt.storage.arrays import DamagedError
 from softprompt.storage.checkpoints import Checkpoints
 from softprompt.storage.run_folder import write_config
 from softprompt.training.best_prompt import BestPrompt
@@ -42,9 +40,8 @@ from softprompt.training.custom import optimizer_record
 from softprompt.training.measurement import measure
 from softprompt.training.preparation import Prepared
 from softprompt.training.reporting import Reporter, log_message
+from softprompt.training.resumption import newest_usable
 from softprompt.training.state import RunState, TrainState
-
-_RUN_STATE = pydantic.TypeAdapter(RunState)
 
 
 class Session:
@@ -266,10 +263,15 @@ class Session:
         return self.reporter.summary(self.state, time.monotonic() - self._began, test, forgotten)
 
     def _resume(self) -> None:
-        """Resume from the newest intact checkpoint whose best prompt can still be loaded."""
-        chosen = result_of_main(self._newest_usable)
+        """Resume from the newest checkpoint that can be used."""
+        checkpoints, began = self._checkpoints, self.run
+        chosen = result_of_main(
+            lambda: newest_usable(
+                checkpoints, self.folder, began, self._prepared, self._best.step, self.name
+            )
+        )
         if chosen is not None:
-            began, self.run = self.run, RunState(**chosen)
+            self.run = RunState(**chosen)
             if self.run.optimizer != began.optimizer:
                 log_message(
                     self.name,
@@ -281,44 +283,6 @@ class Session:
             self.state.restore(self._checkpoints.load(self.run.step, shapes))
             self._iterator.set_state(self.run.data)
             log_message(self.name, f"resuming from step {self.run.step}")
-
-    def _newest_usable(self) -> dict[str, Any] | None:
-        """Return the run state in the checkpoint to resume from; None if there is none."""
-        found = dict(self._checkpoints.read_descriptions())
-        intact = {}
-        for step, description in found.items():
-            if isinstance(description, DamagedError):
-                log_message(self.name, f"{description}; not using this checkpoint")
-                continue
-            try:
-                intact[step] = _RUN_STATE.validate_python(description)
-            except pydantic.ValidationError:
-                log_message(self.name, f"checkpoint {step}: not of this version; not using it")
-        best_prompts = {0, *intact, self._best.step}
-        for run in intact.values():
-            self._require_unchanged(run)
-            if run.best_step in best_prompts:
-                return dataclasses.asdict(run)
-        if found:
-            log_message(self.name, "no checkpoint can be used: starting from the beginning")
-        return None
-
-    def _require_unchanged(self, run: RunState) -> None:
-        """Check that a checkpoint belongs to this base model, this data and this optimizer."""
-        changed = None
-        if run.base != self.base.fingerprint:
-            changed = "base model"
-        elif run.optimizer.get("state") != self.run.optimizer.get("state"):
-            changed = "optimizer"
-        elif not same_data(run.examples, self.examples):
-            changed = "data"
-        elif run.objective and run.objective != self.run.objective:
-            changed = "data" if self._prepared.teacher is None else "teacher"
-        if changed:
-            raise FolderError(
-                f"{self.folder}: its {changed} has changed since the run began; restore it, "
-                "or choose another folder"
-            )
 
     def _finish_step(self) -> None:
         """Wait for the pending step, check that its results are finite, and report them."""
