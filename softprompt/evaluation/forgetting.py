@@ -70,8 +70,8 @@ def forgetting(
     ]
     difference = np.zeros(len(examples))
     with progress(label, 2 * len(examples), "texts") as bar:
-        for sign, model in ((-1, (adapted, prefix)), (1, (base.backbone, None))):
-            for numbers, scores in score(*model, examples, batch_size):
+        for sign, model, first in ((-1, adapted, prefix), (1, base.backbone, None)):
+            for numbers, scores in score(model, first, examples, batch_size):
                 difference[numbers] += sign * scores[:, 0]
                 bar.advance(len(numbers))
     tokens = [len(example.candidates[0]) for example in examples]
