@@ -10,7 +10,7 @@ import pytest
 from conftest import GOLDEN
 
 from softprompt import Record, TemplateSettings, UserError, load_base, make_task
-from softprompt.data.teacher import teacher_opening
+from softprompt.data.teacher import teacher_text
 from softprompt.experiment.objective_settings import TeacherSettings
 from softprompt.experiment.schema import GenerationSettings
 from softprompt.generation.engine import Engine, Request
@@ -98,7 +98,7 @@ def test_the_answers_are_greedy_and_read_what_the_teacher_of_distillation_reads(
     (tmp_path / "manual.txt").write_text(DOCUMENT)
     settings = TeacherSettings(context=str(tmp_path / "manual.txt"))
     task = make_task(base, TEMPLATE, None, virtual_tokens=5)
-    opening = teacher_opening(settings, base, TEMPLATE, None, [], 0, task)
+    opening = teacher_text(settings, base, TEMPLATE, None, [], 0, task).first
     engine = Engine(base.backbone, base.tokenizer, GenerationSettings(max_new_tokens=8))
     for each in module.study(DOCUMENT, base, TEMPLATE, **SETTINGS)[:3]:
         record = Record({"question": each.question}, "a")
