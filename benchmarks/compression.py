@@ -36,7 +36,7 @@ from softprompt.training.preparation import Preparation
 
 EXPERIMENT = Path("experiments/compress-document.yaml")
 DOCUMENT = Path("experiments/data/pep_811/pep-0811.txt")
-PLAIN_TEXT = Path("experiments/data/movie_reviews/test.jsonl")
+PLAIN_TEXT = "experiments/data/movie_reviews/test.jsonl"
 TEXTS = 48  # reviews, for forgetting
 ROWS, NEW_TOKENS = 16, 32  # for the speed of generation
 

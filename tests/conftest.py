@@ -76,6 +76,7 @@ SLOW = [
     "test_lora",
     "test_positions",
     "test_plan",
+    "test_compression",
     "test_sharded_loading",
     "test_decoder",
     "test_card",
