@@ -102,7 +102,7 @@ def test_all_mistakes_are_reported_together_with_file_line_and_key(file):
         [
             f"{file}:10: prompt.lenght: unknown key; did you mean 'length'?",
             f"{file}:11: prompt.init: Input should be 'vocabulary', 'random', 'text', "
-            "'labels' or 'prompts', "
+            "'labels', 'teacher' or 'prompts', "
             "not 'vocab'",
             f"{file}:12: optimizer.learning_rate: Input should be a valid number, not 'fast'",
             f"{file}:13: sede: unknown key; did you mean 'seed'?",
