@@ -227,7 +227,7 @@ class PartlyFrozenPrefix(Method):
 
     def folded(self) -> PrefixTuning:
         """Return the plain prefix with the frozen keys and values and the current others."""
-        rest = self.trained.folded()
+        rest: Any = self.trained.folded()
         keys = jnp.concatenate([self.keys[...], rest.keys[...]], axis=1)
         values = jnp.concatenate([self.values[...], rest.values[...]], axis=1)
         return PrefixTuning(keys, values, self.opening[...])
