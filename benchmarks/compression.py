@@ -19,7 +19,6 @@ import numpy as np
 
 from softprompt import load_experiment, load_prompt, make_task, train
 from softprompt.cli.progress import Bar, printed_log
-from softprompt.data.records import read_records
 from softprompt.evaluation.forgetting import forgetting
 from softprompt.evaluation.objective import measure_objective
 from softprompt.evaluation.scoring import prepare_model, score
@@ -36,8 +35,6 @@ from softprompt.training.preparation import Preparation
 
 EXPERIMENT = Path("experiments/compress-document.yaml")
 DOCUMENT = Path("experiments/data/pep_811/pep-0811.txt")
-PLAIN_TEXT = "experiments/data/movie_reviews/test.jsonl"
-TEXTS = 48  # reviews, for forgetting
 ROWS, NEW_TOKENS = 16, 32  # for the speed of generation
 
 COLUMNS = (
@@ -74,7 +71,6 @@ class Comparison:
         self.prepared = Preparation().prepare(experiment)
         self.base, self.examples = self.prepared.base, self.prepared.examples["test"]
         self.batch_size = experiment.evaluation.batch_size
-        self.texts = [record.fields["text"] for record in read_records(PLAIN_TEXT)[:TEXTS]]
         text = DOCUMENT.read_text()
         self.document = self.base.tokenizer(text, add_special_tokens=False).input_ids
         self.marked = make_task(self.base, experiment.template, None, virtual_tokens=1).opening
@@ -93,14 +89,14 @@ class Comparison:
     def measure(self, name: str, method: Method) -> dict[str, Scores]:
         """Print a row of the table, and return the loss of the answers and the divergence."""
         backbone, prefix = prepare_model(method, self.base.backbone)
-        model = Model(method, self.base.backbone, self.prepared.teacher)
+        model = Model(method, self.base.backbone, self.prepared.teacher.model)
         found = measure_objective(Distillation(), model, self.examples, self.batch_size, name)
         statistics = np.zeros((len(self.examples), 2))
         for numbers, scores in score(backbone, prefix, self.examples, self.batch_size):
             lengths = [len(self.examples[number].candidates[0]) for number in numbers]
             statistics[numbers] = np.stack([-scores[:, 0], lengths], axis=1)
         found["loss"] = Scores(statistics, weighted_mean("loss"))
-        forgotten = forgetting(method, self.base.backbone, self.base, self.texts)
+        forgotten = forgetting(method, self.base.backbone, self.base)
         loss, divergence = found["loss"], found["objective_loss"]
         low, high = np.exp(loss.intervals()["loss"])
         cells = [

@@ -227,12 +227,8 @@ class PartlyFrozenPrefix(Method):
 
     def folded(self) -> PrefixTuning:
         """Return the plain prefix with the frozen keys and values and the current others."""
-<<<<<<< HEAD
         rest = self.trained.folded()
         assert isinstance(rest, PrefixTuning)
-=======
-        rest: Any = self.trained.folded()
->>>>>>> a44eb4f28a049e1474c54e4ce4b1cd06ad83286d
         keys = jnp.concatenate([self.keys[...], rest.keys[...]], axis=1)
         values = jnp.concatenate([self.values[...], rest.values[...]], axis=1)
         return PrefixTuning(keys, values, self.opening[...])
