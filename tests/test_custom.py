@@ -164,7 +164,7 @@ def test_another_optimizer_is_noticed(file, tmp_path, capsys):
         train(experiment, folder)
     capsys.readouterr()
     train(experiment, folder, optimizer=optax.sgd(0.2, momentum=0.9))
-    assert "the optimizer computes something else than before" in capsys.readouterr().err
+    assert "the optimizer computes other updates than before" in capsys.readouterr().err
 
 
 class Unhashable:

@@ -52,7 +52,7 @@ def test_columns_of_files_are_left_out_of_a_dataset_on_the_hub(dataset, monkeypa
 def test_a_dataset_of_files_alone_is_refused(dataset, tmp_path):
     folder = str(tmp_path / "saved")
     dataset.select_columns(["image"]).save_to_disk(folder)
-    with pytest.raises(UserError, match="saved: has no text, only images, audio or other files"):
+    with pytest.raises(UserError, match="saved: has only images, audio or other files"):
         read_source(folder)
 
 

@@ -181,7 +181,7 @@ def test_a_continued_study_does_not_repeat_a_question(base):
 def test_an_existing_file_is_not_overwritten(base, tmp_path):
     path = tmp_path / "q.jsonl"
     path.write_text("mine\n")
-    with pytest.raises(UserError, match=r"q.jsonl: exists already, and q.study.json is not"):
+    with pytest.raises(UserError, match=r"q.jsonl: exists already, but q.study.json is not"):
         written(base, path)
     assert path.read_text() == "mine\n"
     path.unlink()
@@ -233,7 +233,7 @@ def test_what_cannot_be_studied_is_refused(base, tiny, t5_folder):
 def test_a_model_without_new_questions_ends_in_one_line(base, monkeypatch):
     monkeypatch.setattr(module, "question_in", lambda text, prompt, chunk: prompt.begin)
     monkeypatch.setattr(module, "_MOST_ATTEMPTS", 3)
-    with pytest.raises(UserError, match=r"wrote \d+ questions and then no new one"):
+    with pytest.raises(UserError, match=r"wrote \d+ questions and then no new ones"):
         module.study(DOCUMENT, base, TEMPLATE, **SETTINGS | {"questions": 60})
 
 

@@ -112,9 +112,9 @@ def test_a_teacher_with_rows_of_its_own_matches_the_formula(variant, monkeypatch
 def test_other_targets_of_the_teacher_are_rejected():
     changed = [TAUGHT[0], example_of([43, 9], [[23], [24, 25, 26, 28]], 0)]
     shorter = [TAUGHT[0], example_of([43, 9], [[23], [24, 25]], 0)]
-    with pytest.raises(UserError, match="tokens of a target differ"):
+    with pytest.raises(UserError, match="target tokens of the teacher differ"):
         TrainingBatches(STUDENT, 2, 0, all_candidates=True, teacher=Examples(changed))[0]
-    with pytest.raises(UserError, match="tokens of a target differ"):
+    with pytest.raises(UserError, match="target tokens of the teacher differ"):
         TrainingBatches(STUDENT, 2, 0, all_candidates=True, teacher=Examples(shorter))
 
 
@@ -188,7 +188,7 @@ def test_a_teacher_with_another_vocabulary_is_rejected(tmp_path):
     with pytest.raises(UserError) as error:
         train(experiment, tmp_path / "run")
     (line,) = str(error.value).splitlines()
-    assert "'smollm2-135m-instruct' has another vocabulary than" in line
+    assert "'smollm2-135m-instruct' does not have the vocabulary of" in line
 
 
 def test_a_changed_teacher_is_noticed_and_a_missing_one_reported(tmp_path, capsys):
@@ -268,8 +268,8 @@ def test_a_teacher_writes_the_targets_once(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("verbalizer={AA: A, BB: B}", "needs free text"),
-        ("generation.temperature=0.5", "targets are greedy"),
+        ("verbalizer={AA: A, BB: B}", "cannot be used with a verbalizer"),
+        ("generation.temperature=0.5", "targets are decoded greedily"),
         ("template.target='{answer} {word}'", "needs a template.target with one {field}"),
     ],
 )

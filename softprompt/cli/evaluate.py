@@ -65,8 +65,8 @@ examples:
     command.add_argument(
         "--forgetting",
         action="store_true",
-        help="also measure how much the prompt raises the loss on plain text (default: what the "
-        "experiment says)",
+        help="also measure how much the prompt raises the loss on plain text (default: "
+        "evaluation.forgetting of the run)",
     )
     add_scoring(command)
 
@@ -153,7 +153,7 @@ def _evaluate_one(options: argparse.Namespace, experiment: "Experiment") -> None
     )
     scores = dict(measured.scores)
     if experiment.objective.custom:
-        print_line("the custom objective is not measured, because only Python code has it")
+        print_line("the custom objective is not measured, because it exists only in Python code")
     elif objective == "preference" or teacher is not None:
         as_taught = None
         if teacher is not None and not teacher.reads_same_rows:
@@ -178,7 +178,7 @@ def _evaluate_one(options: argparse.Namespace, experiment: "Experiment") -> None
 
 
 def _teacher(experiment: "Experiment", prompt: "TrainedPrompt") -> "PreparedTeacher | None":
-    """Prepare the teacher of a run. If it is no longer there, say so and return None."""
+    """Prepare the teacher of a run. If it cannot be loaded, say so and return None."""
     from softprompt.data.splits import read_split
     from softprompt.training.teachers import prepare_teacher
 

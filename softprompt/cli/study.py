@@ -18,13 +18,14 @@ def add_to(subparsers: Any) -> None:
         run,
         "write training questions and answers about a document",
         """\
-The base model reads parts of the document and writes questions about them: requests for lists or
-summaries, questions about facts, practical questions and creative ones. Then it reads the whole
-document and answers them greedily. Each line of the output has a question, its answer, the kind
-of question and the number of the part. If the command is interrupted, run it again: it continues.
+The base model reads the document in chunks and writes questions about each chunk: requests for
+lists or summaries, questions about facts, practical questions and creative tasks. Then it reads
+the whole document and answers the questions greedily. Each line of the output has a question, its
+answer, the kind of question and the number of the chunk. If the command is interrupted, run it
+again to continue.
 
-With --experiment, the base model and the template are taken from an experiment with
-`objective: distill`, so that the answers are those of its teacher.
+With --experiment, the base model and the template come from an experiment with
+`objective: distill`. If its teacher reads the same document, it would give the same answers.
 
 examples:
   softprompt study manual.txt
@@ -36,12 +37,12 @@ examples:
         "--experiment",
         type=Path,
         metavar="FILE",
-        help="take base model and template from this experiment",
+        help="take the base model and the template from this experiment",
     )
     command.add_argument(
         "--base",
         metavar="NAME",
-        help=f"base model (default: the one of the experiment, or {_BASE})",
+        help=f"base model (default: from the experiment, otherwise {_BASE})",
     )
     command.add_argument(
         "--questions",
@@ -54,14 +55,14 @@ examples:
         "--output",
         type=Path,
         metavar="FILE",
-        help="a .jsonl file (default: DOCUMENT with the suffix .questions.jsonl)",
+        help="output file, .jsonl (default: DOCUMENT with the ending .questions.jsonl)",
     )
     command.add_argument(
         "--max-new-tokens",
         type=positive_integer,
         default=128,
         metavar="N",
-        help="maximum number of tokens of an answer (default: 128)",
+        help="maximum number of tokens in an answer (default: 128)",
     )
     command.add_argument(
         "--batch-size",
@@ -71,7 +72,11 @@ examples:
         help="number of questions to write and answer together (default: 16)",
     )
     command.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="random seed of the questions (default: 0)"
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="random seed for the questions (default: 0)",
     )
 
 

@@ -26,7 +26,7 @@ def without_media(rows: Any, source: str) -> Any:
         return rows
     names = ", ".join(map(repr, media))
     if len(media) == len(rows.features):
-        raise UserError(f"{source}: has no text, only images, audio or other files in {names}")
+        raise UserError(f"{source}: has only images, audio or other files, in {names}")
     _log.info(f"{source}: left out {names}: images, audio and other files are not read")
     return rows.remove_columns(media)
 

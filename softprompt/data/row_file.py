@@ -115,8 +115,8 @@ class RowFile:
             return [_decode(content.decode()) for content in self._reader.read(first, stop)]
         except (RuntimeError, ValueError, IndexError) as error:
             raise UserError(
-                f"{self._path}: is damaged ({reason_of(error)}); delete the folder that it is in, "
-                "and start again"
+                f"{self._path}: is damaged ({reason_of(error)}); delete the folder that contains "
+                "it, and start again"
             ) from None
 
 

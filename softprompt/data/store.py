@@ -134,7 +134,7 @@ def _locked(folder: Path, *, wait: bool = True) -> int | None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         if wait:
-            _log.info(f"{folder}: waiting for another process, which is writing this data")
+            _log.info(f"{folder}: waiting for another process that is writing this data")
             fcntl.flock(descriptor, fcntl.LOCK_EX)
     else:
         wait = True

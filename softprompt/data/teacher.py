@@ -58,8 +58,8 @@ def teacher_text(
     if settings.input is not None:
         if template.messages or template.text:
             raise UserError(
-                "objective.teacher.input: needs template.input; conversations and plain text have "
-                "no other form"
+                "objective.teacher.input: replaces template.input, so it cannot be used with "
+                "template.messages or template.text"
             )
         template = template.model_copy(update={"input": settings.input})
     shown = draw_demonstrations(template, verbalizer, records, settings.shots, seed)
@@ -68,8 +68,8 @@ def teacher_text(
     marked = make_task(base, template, verbalizer, shown, virtual_tokens=int(has_context))
     if None in marked.pieces:
         raise UserError(
-            "objective.teacher.context: is read once for all rows; put {prompt} before the first "
-            "field of the teacher's input"
+            "objective.teacher.context: the text is read once for all rows; put {prompt} before "
+            "the first field of the teacher's input"
         )
     first = opening_with(_context_ids(settings, base), marked)
     pieces = list(marked.pieces)
@@ -79,7 +79,7 @@ def teacher_text(
     if window - len(first) < needed:
         raise UserError(
             f"objective.teacher: base {base.name!r} has a context window of {window} tokens, too "
-            f"short for the {len(first)} that the teacher reads first and {needed} of a row"
+            f"short for the {len(first)} tokens that the teacher reads first and {needed} for a row"
         )
     available = min(marked.max_tokens, window - len(first))
     task = dataclasses.replace(marked, pieces=pieces, opening=(), max_tokens=available)

@@ -79,7 +79,7 @@ class TeacherRows:
 
 def _other_targets() -> UserError:
     return UserError(
-        "objective.teacher: the teacher's tokens of a target differ from the student's; use a "
+        "objective.teacher: the target tokens of the teacher differ from the student's; use a "
         "teacher with the same template.target, verbalizer and tokenizer"
     )
 

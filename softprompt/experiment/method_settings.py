@@ -97,7 +97,7 @@ class PrefixSettings(InitializationSettings):
         default=0,
         ge=0,
         le=100_000,
-        description="Number of virtual tokens, from the first, that keep their initial keys and "
+        description="Number of virtual tokens at the start that keep their initial keys and "
         "values.",
     )
     size: int | None = Field(

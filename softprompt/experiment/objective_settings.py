@@ -22,7 +22,7 @@ _BETA = {"dpo": 0.1, "ipo": 0.1, "normalized": 5.0}
 
 
 class TeacherSettings(Section):
-    """The teacher of `objective: distill`: a model that reads more than the student or is more.
+    """The teacher of `objective: distill`: a better model than the student, or one that reads more.
 
     Without `run` and `base`, it is the base model of the student. `context`, `shots`, `input` and
     `base` can be combined.
@@ -46,8 +46,8 @@ class TeacherSettings(Section):
     )
     run: PathText | None = Field(
         default=None,
-        description="Run folder of a trained teacher, with the same base model. It reads what it "
-        "was trained to read.",
+        description="Run folder of a trained teacher with the same base model. It reads each "
+        "record with its own template and prompt.",
     )
     base: PathText | None = Field(
         default=None,
@@ -56,8 +56,8 @@ class TeacherSettings(Section):
     writes_targets: bool = Field(
         default=False,
         description="Whether the teacher writes the targets of the training and validation data "
-        "before training, greedily, as the section `generation` says. They are kept in the run "
-        "folder.",
+        "before training. It decodes greedily, with the other settings of the section "
+        "`generation`. The run folder keeps the targets.",
     )
 
     @pydantic.field_validator("input")
@@ -73,10 +73,11 @@ class TeacherSettings(Section):
         names = ("context", "shots", "input", "base")
         given = [name for name in names if getattr(self, name)]
         if self.run is not None and given:
-            raise ValueError(f"a run reads what it was trained to read; remove {given[0]} or run")
+            raise ValueError(f"a run uses its own template and prompt; remove {given[0]} or run")
         if self.run is None and not given:
             raise ValueError(
-                "set context, shots, input, run or base: the teacher must read more or be more"
+                "set context, shots, input, run or base, so that the teacher differs from the "
+                "student"
             )
         return self
 
@@ -127,7 +128,7 @@ class ObjectiveSettings(Section):
     custom: bool = Field(
         default=False,
         description="Whether Python code passed the loss to `train`. The rest of the section then "
-        "only decides what the loss is given: weights, pairs of answers, or a teacher.",
+        "only decides what the loss receives: weights, pairs of answers, or a teacher.",
     )
 
     @pydantic.model_validator(mode="before")

@@ -214,8 +214,8 @@ class Experiment(Section):
         owners = [owner for owner, names in OBJECTIVE_METRICS.items() if metric in names]
         if self.objective.custom and owners and metric != "objective_loss":
             raise ValueError(
-                f"evaluation.metric: {metric} is not measured with a custom objective; "
-                "objective_loss is"
+                f"evaluation.metric: {metric} is not measured with a custom objective; use "
+                "objective_loss"
             )
         if not self.objective.custom and owners and name not in owners:
             raise ValueError(f"evaluation.metric: {metric} needs objective: {' or '.join(owners)}")
@@ -239,13 +239,15 @@ class Experiment(Section):
     def _check_written_targets(self) -> None:
         name, generation = "objective.teacher.writes_targets", self.generation
         if self.verbalizer is not None:
-            raise ValueError(f"{name} needs free text, without a verbalizer")
+            raise ValueError(f"{name} cannot be used with a verbalizer")
         if self.template.text is not None:
             raise ValueError(f"{name} cannot be used with template.text, which has no answers")
         if self.template.messages is None and len(template_fields(self.template.target)) != 1:
             raise ValueError(f"{name} needs a template.target with one {{field}}")
         if generation.temperature is not None or generation.samples > 1:
-            raise ValueError(f"{name}: targets are greedy; remove temperature and samples")
+            raise ValueError(
+                f"{name}: targets are decoded greedily; remove temperature and samples"
+            )
 
     def _check_free_text(self) -> None:
         evaluation = self.evaluation

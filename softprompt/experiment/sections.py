@@ -63,7 +63,7 @@ class TemplateSettings(Section):
         default="{label}",
         description="Text that the model learns to generate. Without `input`, the default is "
         "`{completion}`. With `objective: preference`, it is `{chosen}`, after a space if `input` "
-        "ends in text of the template.",
+        "ends in literal text.",
     )
     messages: str | None = Field(
         default=None,

@@ -192,7 +192,7 @@ class Study:
                 if attempt == _MOST_ATTEMPTS:
                     raise UserError(
                         f"base {self._base.name!r} wrote {batch.start} questions and then no new "
-                        "one; ask for fewer questions, or choose a larger base"
+                        "ones; ask for fewer questions, or choose a larger base"
                     )
                 asked |= self._ask(missing, attempt, asking, taken)
                 attempt += 1
@@ -253,7 +253,7 @@ class Study:
         if opening + _ROOM + answer > window:
             raise UserError(
                 f"the document has {len(self._ids)} tokens; base {self._base.name!r} has a context "
-                f"window of {window} tokens, and needs {_ROOM} of them for a question and {answer} "
+                f"window of {window} tokens and needs {_ROOM} of them for a question and {answer} "
                 "for an answer; shorten the document, or choose another base"
             )
 
@@ -291,8 +291,8 @@ def _require_fields(template: TemplateSettings) -> None:
     fields = template_fields(template.input), template_fields(template.target)
     if fields != (["question"], ["answer"]):
         raise UserError(
-            "template: a study writes the fields question and answer; template.input must have "
-            "{question} and template.target {answer}, and no other fields"
+            "template: a study writes the fields question and answer; template.input must have the "
+            "field {question} and template.target the field {answer}; other fields have no text"
         )
 
 

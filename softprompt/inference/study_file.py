@@ -79,7 +79,7 @@ def _require_settings(study: Study, path: Path) -> None:
             write_file(settings, f"{text}\n")
     elif not settings.exists():
         raise UserError(
-            f"{path}: exists already, and {settings.name} is not beside it; choose another file"
+            f"{path}: exists already, but {settings.name} is not beside it; choose another file"
         )
     elif changes := differences(read_json(settings), study.description):
         raise UserError(

@@ -126,8 +126,8 @@ def first_vectors(given: Sequence[jax.Array], length: int) -> jax.Array:
     (embeddings,) = given
     if len(embeddings) < length:
         raise UserError(
-            f"init: teacher starts {length} virtual tokens, but the teacher reads only "
-            f"{len(embeddings)} tokens before every row; set a smaller length"
+            f"init: teacher: the length is {length}, but the teacher reads only {len(embeddings)} "
+            "tokens before every row; set a smaller length"
         )
     return embeddings[:length]
 

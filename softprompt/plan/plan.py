@@ -211,8 +211,8 @@ def _notes(
         )
     if experiment.objective.teacher:
         notes.append(
-            "the teacher's pass over the rows is counted, but not the keys and values of the text "
-            "that it reads first, whose length is unknown"
+            "the teacher's pass over the rows is counted; the keys and values of the text that it "
+            "reads first are not, because its length is unknown"
         )
     if hardware.platform == "cuda" and planned.devices > 8:
         notes.append("the links between servers are slower than those within, which are counted")

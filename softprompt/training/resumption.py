@@ -51,7 +51,7 @@ def newest_usable(
         try:
             intact[step] = _RUN_STATE.validate_python(description)
         except pydantic.ValidationError:
-            log_message(name, f"checkpoint {step}: not of this version; not using it")
+            log_message(name, f"checkpoint {step}: made by another version; not using it")
     best_prompts = {0, *intact, saved_prompt}
     for run in intact.values():
         if changed := _changed(run, began, prepared):

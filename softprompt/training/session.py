@@ -275,8 +275,8 @@ class Session:
             if self.run.optimizer != began.optimizer:
                 log_message(
                     self.name,
-                    "the optimizer computes something else than before; pass the same one to get "
-                    "the result of an uninterrupted run (the version of Optax matters too)",
+                    "the optimizer computes other updates than before; to get the result of an "
+                    "uninterrupted run, pass the same optimizer and use the same version of Optax",
                 )
             self.run.optimizer = began.optimizer
             shapes = self.state.saved_shapes()

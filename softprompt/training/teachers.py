@@ -117,8 +117,8 @@ def _other_base(name: str, experiment: Experiment, base: Base) -> Base:
     vocabulary = base.tokenizer.get_vocab()
     if other.tokenizer.get_vocab() != vocabulary:
         raise UserError(
-            f"objective.teacher.base: {other.name!r} has another vocabulary than {base.name!r}; "
-            "choose a model of the same family"
+            f"objective.teacher.base: {other.name!r} does not have the vocabulary of {base.name!r}"
+            "; choose a model of the same family"
         )
     sizes = [model.backbone.arch.vocab_size for model in (base, other)]
     if min(sizes) <= max(vocabulary.values(), default=0) and sizes[0] != sizes[1]:

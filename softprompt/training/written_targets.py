@@ -79,7 +79,7 @@ def with_written_targets(
         raise UserError(f"objective.teacher: the teacher wrote no target for the {split} data")
     if len(written) < len(records):
         count = len(records) - len(written)
-        _log.info(f"{split}: {count} records left out, for which the teacher wrote nothing")
+        _log.info(f"{split}: left out {count} records for which the teacher wrote nothing")
     return written
 
 
