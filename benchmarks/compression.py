@@ -2,10 +2,10 @@
 
     python benchmarks/compression.py runs/compression
 
-The runs are those of experiments/compress-document.yaml, some with another length, another start
-or another objective. A finished run is not trained again, and an interrupted one continues. The
-table is about the test questions, whose answers the base model wrote with the whole document in its
-context. The tokens are those that every row attends to first, the chat template's included.
+The runs use experiments/compress-document.yaml, some with another length, other initial values or
+another objective. A finished run is not trained again, and an interrupted one continues. The table
+is about the test questions, whose answers the base model wrote with the whole document in its
+context. The column "tokens" counts the tokens before every row, including the chat template.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from softprompt.training.preparation import Preparation
 
 EXPERIMENT = Path("experiments/compress-document.yaml")
 DOCUMENT = Path("experiments/data/pep_811/pep-0811.txt")
-ROWS, NEW_TOKENS = 16, 32  # for the speed of generation
+ROWS, NEW_TOKENS = 16, 32  # to measure the speed of generation
 
 COLUMNS = (
     "tokens",
@@ -76,7 +76,7 @@ class Comparison:
         self.marked = make_task(self.base, experiment.template, None, virtual_tokens=1).opening
 
     def reading(self, tokens: Sequence[int]) -> PrefixTuning:
-        """Return a method that reads these tokens in the place of the document."""
+        """Return a method that reads these tokens instead of the document."""
         ids = [i for token in self.marked for i in (tokens if token == ~0 else [token])]
         prefix = read(self.base.backbone, ids)
         return PrefixTuning(prefix.keys, prefix.values)
@@ -133,7 +133,7 @@ def interval(scores: Scores) -> str:
 
 
 def gap_closed(found: dict[str, dict[str, Scores]], name: str) -> str:
-    """Return which part of the perplexity gap a method closes, with a 95% interval."""
+    """Return the share of the perplexity gap that a method closes, with a 95% interval."""
     nothing, whole, this = (found[n]["loss"].statistics for n in ("no context", "full text", name))
     random, count = np.random.default_rng(0), len(this)
     shares = []
@@ -178,7 +178,7 @@ def main():
         difference = paired_test(best, found[name]["loss"])["loss"]
         low, high = difference.interval
         value = f"{difference.difference:+.3f} ({low:+.3f} to {high:+.3f})"
-        print(f"loss of distilled, 1/16, minus that of {name}: {value}")
+        print(f"loss of distilled, 1/16, minus loss of {name}: {value}")
 
 
 if __name__ == "__main__":

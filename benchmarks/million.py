@@ -4,10 +4,10 @@
 
 The script writes data files of random words from the film reviews, 6 to 18 words a row, with
 10,000 rows and with --rows. It then starts `softprompt train` on each, twice, with
-`data.validation: 0.1` and two steps of 16 rows. The first start also compiles all programs. The
-script prints for both starts the seconds from the start of the process to the first step and the
-peak memory. rows/s is the rate of reading, dividing and tokenizing: the rows that a file has more
-than the small one, by the time that its first start takes longer. FOLDER takes about 500 MB.
+`data.validation: 0.1` and two steps of 16 rows. The first start also compiles all programs. For
+both starts, the script prints the peak memory and the seconds from the start of the process to the
+first step. rows/s is the rate of reading, splitting and tokenizing: the additional rows of the
+large file, divided by the additional time of its first start. FOLDER takes about 500 MB.
 """
 
 import argparse
@@ -34,7 +34,7 @@ evaluation: {{examples: 16}}
 
 
 def write_rows(path, count):
-    """Write a data file of random rows. The ending of its name says which kind."""
+    """Write a data file of random rows, in the format of its suffix."""
     words = [w for line in REVIEWS.open() for w in json.loads(line)["text"].split()]
     rng = random.Random(0)
     rows = (

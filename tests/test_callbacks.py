@@ -1,4 +1,4 @@
-"""Python code in a run: callbacks that follow and end it."""
+"""Callbacks: Python code that receives the values of a run and may end it."""
 
 import pytest
 from conftest import write_experiment
@@ -108,7 +108,7 @@ def test_a_step_is_received_after_the_next_one_has_begun(experiment, tmp_path, m
 
 
 def test_a_callback_ends_the_run_after_a_step(experiment, whole, tmp_path, capsys):
-    """One more step has begun by then. It is evaluated as a last step is."""
+    """One more step has begun by then. It is evaluated because it is the last one."""
     recorder = StopAfterStep(5)
     summary = train(experiment, tmp_path / "run", callbacks=[recorder])
     assert summary["steps"] == 6
@@ -156,7 +156,7 @@ def test_an_exception_of_a_callback_propagates_after_the_state_is_saved(
 
 
 def test_all_processes_learn_what_the_main_one_decides(monkeypatch):
-    """An agreement returns what it was given before."""
+    """An agreement returns what the previous call passed to it."""
     given = [0]
 
     def agreement(number):

@@ -1,4 +1,4 @@
-"""Prompt compression: prefixes that start from what the teacher reads, and partly frozen ones."""
+"""Prompt compression: prefixes that start from the teacher's text, and partly frozen prefixes."""
 
 import json
 import shutil

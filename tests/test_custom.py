@@ -1,4 +1,4 @@
-"""An objective and an optimizer that Python code passes to `train`."""
+"""A custom objective and optimizer that Python code passes to `train`."""
 
 import dataclasses
 import json
@@ -95,7 +95,7 @@ def test_an_objective_of_rows_is_measured_and_selects_the_best_step(free_text, t
 
 
 def test_a_custom_loss_is_given_pairs_if_the_section_asks_for_them(tmp_path):
-    """The section decides what a batch holds, and the function what is minimized."""
+    """The section decides what a batch holds, and the function computes the loss."""
     pairs = [{"prompt": c, "chosen": c * 2, "rejected": "no"} for c in "abcdefgh"]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     file = write_experiment(tmp_path, 5, 5)

@@ -14,7 +14,7 @@ datasets = pytest.importorskip("datasets")
 
 @pytest.fixture
 def dataset(tmp_path):
-    """A dataset whose images are paths of a file that is no image, as a hostile one could be."""
+    """A dataset with an image path that leads to another file, as in a hostile dataset."""
     secret = tmp_path / "secret"
     secret.write_text("not an image")
     image = {"path": str(secret), "bytes": None}

@@ -1,4 +1,4 @@
-"""Stores: data that is tokenized once, complete or absent, checked, and read by its numbers."""
+"""Stores: data that is tokenized once, complete or absent, checked, and read by row numbers."""
 
 import datetime
 import json
@@ -25,7 +25,7 @@ from softprompt.experiment.schema import TemplateSettings
 
 @pytest.fixture(autouse=True)
 def large(tmp_path, monkeypatch):
-    """Treat all files as large ones, and keep their stores in a folder of the test."""
+    """Treat all files as large, and keep their stores in a folder of the test."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(stored_records, "LARGE", 1)
 

@@ -1,4 +1,4 @@
-"""Self-study: the questions, the answers, and the file that a study continues."""
+"""Self-study: the questions, the answers, and continuing an interrupted study."""
 
 import copy
 import dataclasses
@@ -57,7 +57,7 @@ def base(folder):
 
 @pytest.fixture(autouse=True)
 def random_text_counts(monkeypatch):
-    """The golden model writes random characters: its words are the codes of the first of them."""
+    """The golden model writes random characters: the words are the codes of the first ones."""
     generate = Reading.generate
 
     def question(text, prompt, chunk):

@@ -64,7 +64,7 @@ def all_logits(backbone, prefix, batch):
 
 
 def logits_of(backbone, prefix, examples) -> list[np.ndarray]:
-    """The logits `[n, V]` of each candidate, which has a row of its own."""
+    """The logits `[n, V]` of each candidate, in its own row."""
     alone = [
         example_of(example.input, [candidate], 0)
         for example in examples
@@ -223,7 +223,7 @@ def test_the_digest_of_an_objective_depends_on_the_teacher_and_the_weights(tmp_p
 
 
 def test_a_teacher_writes_the_targets_once(tmp_path, monkeypatch, capsys):
-    """A stopped run keeps what is written. A whole file is not written again."""
+    """A stopped run keeps the written targets. A complete file is not written again."""
     overrides = "objective.teacher.writes_targets=true", "generation.max_new_tokens=4"
     overrides += ("evaluation.batch_size=1",)
     experiment = experiment_with(tmp_path, "input: 'Repeat {word}:'", *overrides)

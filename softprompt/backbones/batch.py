@@ -48,8 +48,8 @@ class Batch:
       row_length: T, at least the length of the longest row.
       row_targets: at least the number of targets of every row.
       weights: `[G, R]`, how much each row counts in training; None if all count the same.
-      teacher: the same rows as a teacher reads them: a batch with other tokens and the same
-        targets. None if it reads these rows.
+      teacher: the same examples as a teacher reads them, in a batch with other tokens and the same
+        targets. None if there is no teacher or it reads these rows.
     """
 
     tokens: Array

@@ -16,7 +16,7 @@ import numpy as np
 from softprompt.backbones.attention import MASKED_POSITION
 
 MAX_PACKED_TOKENS = 512  # of all prefixes together, if the rows of a batch use several
-# Keys and values are padded to one of these. A wide prefix takes much of the time of a token.
+# Keys and values are padded to one of these. Padding of a wide prefix would cost much time.
 _WIDTHS = [128, 512, *(2048 * 2**i for i in range(19))]
 _MULTIPLE = 32  # embeddings are padded to a multiple of this
 

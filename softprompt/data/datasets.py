@@ -22,7 +22,7 @@ def make_examples(
 ) -> Dataset:
     """Encode records as examples, with their answers; log how many were truncated.
 
-    The examples of stored records are stored too; see `read_stored`. Other examples are in memory.
+    The examples of stored records are stored too; see `read_stored`. Others are kept in memory.
 
     Args:
       task: the compiled template.
@@ -63,7 +63,7 @@ def dataset_of(
       task: the task that the function uses.
       encode: encodes the records.
       records, split, progress: see `make_examples`.
-      kind: what the function makes, for messages and as a part of the key of a store.
+      kind: what the function makes, for messages and for the key of a store.
     """
     rows = as_records(records)
     encoded = _numbered(encode, rows, split, progress)
@@ -84,7 +84,7 @@ def dataset_of(
 
 def _numbered(encode: Encode, records: Records, split: str, progress: Progress) -> NumberedExamples:
     """Yield the examples of records, each with the number of its record."""
-    waiting: deque[tuple[int, Record]] = deque()  # records from the last example on
+    waiting: deque[tuple[int, Record]] = deque()  # records since the one of the last example
 
     def read() -> Iterator[Record]:
         for number, record in enumerate(records):

@@ -9,7 +9,7 @@ from softprompt.data.records import Record
 from softprompt.data.template import Spans
 from softprompt.errors import UserError
 
-_BATCH_RECORDS = 2048  # with fewer, the threads wait for each other
+_BATCH_RECORDS = 2048  # with fewer, the tokenizer's threads wait for each other
 _BATCH_CHARACTERS = 2**20  # a token of an encoded text takes some hundred bytes
 
 

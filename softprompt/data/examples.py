@@ -164,7 +164,7 @@ class Summary:
 
 
 def from_counts(counts: np.ndarray) -> tuple[Lengths, np.ndarray]:
-    """Return the `lengths` and the `answers` of a dataset from what `Summary.counts` returned."""
+    """Return the `lengths` and the `answers` of a dataset from the result of `Summary.counts`."""
     return Lengths(*counts[:-1]), counts[-1]
 
 

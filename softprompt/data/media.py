@@ -12,7 +12,7 @@ _log = logging.getLogger(__name__)
 def without_media(rows: Any, source: str) -> Any:
     """Return a dataset without its columns of images, audio and other files.
 
-    Reading such a value opens a file whose path the dataset chooses.
+    Reading such a value would open a file at a path that the dataset chooses.
 
     Args:
       rows: a `datasets.Dataset`.
@@ -32,7 +32,7 @@ def without_media(rows: Any, source: str) -> Any:
 
 
 def _holds_files(feature: Any) -> bool:
-    """Whether values are files, or contain files in lists or mappings."""
+    """Return whether values are files, or contain files in lists or mappings."""
     if isinstance(feature, Mapping):
         return any(map(_holds_files, feature.values()))
     if isinstance(feature, list | tuple):

@@ -8,8 +8,8 @@ from typing import Any
 from softprompt.errors import UserError, reason_of, shortened
 from softprompt.files.reading import MEBIBYTE, open_file
 
-_ROWS = 1000  # that are decoded at once
-_BUFFER = MEBIBYTE  # of a column
+_ROWS = 1000  # decoded at once
+_BUFFER = MEBIBYTE  # for each column
 
 
 def read_parquet(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -18,7 +18,7 @@ from softprompt.data.sources import Source, files_of, source_name
 from softprompt.errors import UserError, reason_of
 from softprompt.files.json_lines import parse_json_lines
 
-_READ_TOGETHER = 512  # records, of a pass over all of them
+_READ_TOGETHER = 512  # records, in a pass over all of them
 _DICT, _INFO = "dataset_dict.json", "dataset_info.json"  # in folders of `save_to_disk`
 
 
@@ -74,7 +74,7 @@ class Records(Sequence[Record]):
     """A sequence whose records are read on access, so that they need not fit in memory.
 
     Attributes:
-      digest: a hash that identifies the records in every process; None if they have none.
+      digest: a hash that identifies the records in every process; None if there is none.
     """
 
     digest: str | None = None

@@ -12,15 +12,15 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 
 from softprompt.errors import UserError, reason_of
 
-_FORM = "group_size:16,zstd:1"  # so many rows are compressed together
-_READ_TOGETHER = 512  # rows, of a pass over all of them
-_DENSE = 4  # a range is read as a whole if one of so many of its rows is wanted
+_FORM = "group_size:16,zstd:1"  # 16 rows are compressed together
+_READ_TOGETHER = 512  # rows, in a pass over all of them
+_DENSE = 4  # a range is read as a whole if at least one in four of its rows is wanted
 _TYPE = "type that is not JSON"
 _PLAIN = bytes, datetime.date, datetime.time, datetime.timedelta, decimal.Decimal
 
 
 class RowWriter:
-    """Writes rows to a new file, one after another. It is a context manager, which completes it.
+    """Writes rows to a new file, one after another. A context manager that completes the file.
 
     Args:
       path: the file.
@@ -34,11 +34,11 @@ class RowWriter:
         self._writer = ArrayRecordWriter(str(path), _FORM)
 
     def write(self, row: Any) -> None:
-        """Write a row. A value that JSON does not have, such as a date, becomes `NotJSON`.
+        """Write a row. A value that JSON cannot hold, such as a date, becomes `NotJSON`.
 
         Raises:
           OSError: see above.
-          ValueError, RecursionError: if the row has a number of too many digits, or is nested too
+          ValueError, RecursionError: if a number has too many digits, or the row is nested too
             deeply.
         """
         content = _encode(row).encode()
@@ -121,7 +121,7 @@ class RowFile:
 
 
 class NotJSON:
-    """A value of a type that JSON does not have, such as a date. Its class has the type's name.
+    """A value of a type that JSON cannot hold, such as a date. Its class has the name of the type.
 
     Attributes:
       text: the value as text.
@@ -131,7 +131,7 @@ class NotJSON:
 
 
 def as_text(value: Any) -> str:
-    """Return a value that JSON does not have as text that is the same in every process."""
+    """Return a value that JSON cannot hold as text that is the same in every process."""
     if isinstance(value, NotJSON):
         return value.text
     return str(value) if isinstance(value, _PLAIN) else type(value).__name__
@@ -142,7 +142,7 @@ def _described(value: Any) -> dict[str, str]:
 
 
 def _restored(value: dict[str, Any]) -> Any:
-    """Return a JSON object, or if it describes another value, that value as `NotJSON`."""
+    """Return a JSON object. If it describes another value, return that value as `NotJSON`."""
     if len(value) == 2 and isinstance(name := value.get(_TYPE), str):
         return type(name, (NotJSON,), {"text": str(value.get("text"))})()
     return value

@@ -43,7 +43,7 @@ class SplitReader:
     """Reads the splits of experiments one after another, and keeps those that were read last.
 
     Args:
-      progress: shows how many records of large files are read.
+      progress: shows how many records of large files have been read.
     """
 
     def __init__(self, progress: Progress = silent) -> None:
@@ -153,7 +153,7 @@ def divide(
 
 
 def _digests(records: Records, seed: int) -> np.ndarray:
-    """Return the digest of every record, uint64 `[N]`. Those of stored records are stored too."""
+    """Return the digest of every record, uint64 `[N]`. Digests of stored records are stored too."""
 
     def computed() -> np.ndarray:
         return np.fromiter((_digest(r, seed) for r in records), np.uint64, len(records))

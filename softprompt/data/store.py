@@ -1,9 +1,9 @@
 """Stores: folders in the cache that hold data in the form in which it is used.
 
 A store is written once, under a temporary name, and then renamed, so it is complete or absent. The
-file `contents.json`, which is written last, has the size and the SHA-256 of every other file. They
-are compared each time a store is opened, and a damaged store is written again. Stores hold
-ArrayRecord files, NumPy arrays and JSON, and nothing that is executed.
+file `contents.json`, which is written last, has the size and the SHA-256 of every other file. The
+files are checked each time a store is opened, and a damaged store is written again. Stores hold
+only ArrayRecord files, NumPy arrays and JSON. Nothing in them is executed.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ _log = logging.getLogger(__name__)
 
 _CONTENTS = "contents.json"
 _MOST = 16 * 1024 * MEBIBYTE  # of all stores together
-_PACKAGES = "tokenizers", "transformers", "jinja2"  # that decide what a row becomes
+_PACKAGES = "tokenizers", "transformers", "jinja2"  # they decide the tokens of a row
 _UNFINISHED = ".new"
 
 
@@ -63,13 +63,13 @@ def store_key(*parts: Any) -> str:
 
 
 def open_store(key: str, write: Callable[[Path], dict[str, Any]]) -> tuple[Path, dict[str, Any]]:
-    """Return the folder of a store, which is written first if it is absent or damaged.
+    """Return the folder of a store. Write the store first if it is absent or damaged.
 
     If another process writes the same store, this one waits for it.
 
     Args:
       key: the name of the store, see `store_key`.
-      write: writes the files into a new folder, and returns what to remember about them.
+      write: writes the files into a new folder, and returns information to keep with them.
 
     Returns:
       The folder, and what `write` returned when the store was written.
@@ -82,7 +82,7 @@ def open_store(key: str, write: Callable[[Path], dict[str, Any]]) -> tuple[Path,
         folder.parent.mkdir(parents=True, exist_ok=True)
         _remove_unfinished(folder.parent)
         with _owned(folder.with_suffix(_UNFINISHED)) as new:
-            contents = _intact(folder)  # another process may have written it meanwhile
+            contents = _intact(folder)  # another process may have written it by now
             if contents is None:
                 about = write(new)
                 files = {path.name: _described(path) for path in new.iterdir()}
@@ -105,7 +105,7 @@ def stores_folder() -> Path:
 def _owned(folder: Path) -> Iterator[Path]:
     """Create an empty folder that no other process uses at the same time, and remove it at the end.
 
-    The lock of the folder belongs to the process that writes in it, and ends with it.
+    The process that writes in the folder holds a lock. The lock ends with the process.
     """
     folder.mkdir(exist_ok=True)
     while (descriptor := _locked(folder)) is None:
@@ -124,7 +124,7 @@ def _locked(folder: Path, *, wait: bool = True) -> int | None:
     """Lock a folder, and return the descriptor that holds the lock.
 
     Returns:
-      None if the folder was renamed or removed meanwhile, or if it is locked and `wait` is false.
+      None if the folder has been renamed or removed, or if it is locked and `wait` is false.
     """
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -172,7 +172,7 @@ def _intact(folder: Path) -> Contents | None:
 
 
 def _remove_unfinished(root: Path) -> None:
-    """Remove what killed processes have left."""
+    """Remove the folders that killed processes have left."""
     for folder in root.glob(f"*{_UNFINISHED}"):
         if (descriptor := _locked(folder, wait=False)) is not None:
             shutil.rmtree(folder, ignore_errors=True)
@@ -180,9 +180,9 @@ def _remove_unfinished(root: Path) -> None:
 
 
 def _remove_old(kept: Path) -> None:
-    """Remove the stores that were not used for longest, if all take more space than they may.
+    """Remove the least recently used stores if all of them take too much space.
 
-    A process that uses a removed store keeps its files open.
+    A process can still use a removed store, because it keeps the files open.
     """
     sizes: dict[Path, tuple[float, int]] = {}
     for folder in kept.parent.iterdir():

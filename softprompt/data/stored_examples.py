@@ -1,4 +1,4 @@
-"""Examples of stored records, kept in a store: they are tokenized once, and read by their numbers.
+"""Examples of stored records. They are tokenized once, kept in a store, and read by their numbers.
 
 Axis letters: N examples.
 """
@@ -20,7 +20,7 @@ from softprompt.errors import UserError
 from softprompt.files.json_files import checked
 
 _ROWS, _COUNTS = "examples.array_record", "counts.npy"
-_READ_TOGETHER = 512  # examples, of a pass over all of them
+_READ_TOGETHER = 512  # examples, in a pass over all of them
 
 NumberedExamples = Iterable[tuple[int, Example]]
 """Examples in order, each with the number of its record."""
@@ -36,7 +36,7 @@ class StoredExamples(Dataset):
 
     Args:
       folder: the folder of the store.
-      about: what the writer of the store returned.
+      about: what `write` returned, see `open_store`.
       records: the records of the examples.
       ids: the ids that tokens can have.
 
@@ -68,7 +68,7 @@ class StoredExamples(Dataset):
             yield from map(_example, rows, self._records.records([row[0] for row in rows]))
 
     def _checked(self, number: int, row: Any) -> Any:
-        """Check the row of an example, because it decides where a batch is written."""
+        """Check the row of an example, because its lengths decide where it is put in a batch."""
         try:
             source, tokens, candidates, answer, _, earlier = row
             spans = sum(stop - start for start, stop in earlier)
@@ -102,13 +102,13 @@ def _example(row: Any, record: Record) -> Example:
 def stored_examples(
     task: Task, records: Records, examples: NumberedExamples, kind: str
 ) -> StoredExamples:
-    """Return the examples of records, from a store that is written first if it is absent.
+    """Return the examples of records from a store. Write the store first if it is absent.
 
     Args:
       task: the task that encodes the records.
       records: records with a digest.
       examples: the examples. They are only iterated over if the store is absent.
-      kind: what the examples are, if a task can make several kinds of them.
+      kind: the kind of the examples, because a task can make several kinds.
 
     Raises:
       OSError: if the store cannot be written.
@@ -132,7 +132,7 @@ def stored_examples(
 
 
 def _key(task: Task, records: Records, virtual: int, kind: str) -> str:
-    """Return a key that changes with everything that decides the tokens of a row.
+    """Return a key that depends on everything that decides the tokens of a row.
 
     The opening is not part of a row.
     """

@@ -1,4 +1,4 @@
-"""Records of large files, kept in a store, so that they need not fit in memory."""
+"""Records of large files. They are kept in a store, so that they need not fit in memory."""
 
 import hashlib
 import logging
@@ -19,7 +19,7 @@ from softprompt.runtime.progress import Bar, Progress, silent
 _log = logging.getLogger(__name__)
 
 LARGE = 4 * MEBIBYTE
-"""The size from which files are kept in a store. Smaller ones are read again at each start."""
+"""Files of this total size or more are kept in a store. Smaller ones are read at each start."""
 
 _ROWS = "records.array_record"
 _COUNTED = 512  # records between two reports of progress
@@ -91,7 +91,7 @@ def read_stored(source: Source, progress: Progress = silent) -> Sequence[Record]
 
 
 def _large_files(source: Source) -> list[Path] | None:
-    """Return the files of a source if they are large; None if they are not, or are no files."""
+    """Return the files of a source if they are large; None if small or not regular files."""
     texts = [source] if isinstance(source, str) else source
     if any(text.startswith("hub:") or is_saved_dataset(text) for text in texts):
         return None
@@ -112,7 +112,7 @@ def _digest(path: Path) -> str:
 
 
 def _write_rows(paths: Sequence[Path], writer: RowWriter, bar: Bar) -> int:
-    """Write the rows of all files, each with the number of its file, and return their number."""
+    """Write the rows of all files, each with the index of its file. Return the number of rows."""
     count = 0
     for number, path in enumerate(paths):
         for where, fields in read_rows(path):

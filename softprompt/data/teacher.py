@@ -1,4 +1,4 @@
-"""What a teacher reads: a text first, and then its rows, which may differ from the student's."""
+"""What a teacher reads: first a text, and then rows, which may differ from the student's."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -41,8 +41,8 @@ def teacher_text(
 ) -> TeacherText:
     """Return what a teacher reads.
 
-    It reads the text of `settings.context` in the place of the virtual tokens, and as many solved
-    examples as `settings.shots`. Its rows follow `settings.input`, by default the template.
+    It reads the text of `settings.context` instead of the virtual tokens, and `settings.shots`
+    solved examples. Its rows follow `settings.input`, or by default the template.
 
     Args:
       settings: the section `objective.teacher`.
@@ -89,7 +89,7 @@ def teacher_text(
 def same_rows(pieces: Sequence[Piece], student: Task) -> bool:
     """Return whether a teacher whose rows have these pieces can read the rows of the student.
 
-    Special tokens at the beginning of the student's rows alone are no hindrance.
+    It can if only the student's rows begin with special tokens.
     """
     own, others = list(student.pieces), list(pieces)
     begins = bool(own) and isinstance(own[0], list)
@@ -97,7 +97,7 @@ def same_rows(pieces: Sequence[Piece], student: Task) -> bool:
 
 
 def opening_with(context: Sequence[int], marked: Task) -> list[int]:
-    """Return the ids of the opening of a task, with a text in the place of its virtual token.
+    """Return the ids of the opening of a task, with a text instead of its virtual token.
 
     Args:
       context: the ids of the text.

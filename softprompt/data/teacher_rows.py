@@ -1,4 +1,4 @@
-"""The rows that a teacher reads beside the student's rows, with the same targets.
+"""The rows of a teacher that go with the student's rows and have the same targets.
 
 Axis letters: N examples, G packs.
 """
@@ -20,11 +20,11 @@ class TeacherRows:
     Args:
       student: N examples.
       teacher: the same N examples as the teacher reads them.
-      separate_targets: whether both backbones read targets apart from the input.
+      separate_targets: whether both backbones read targets separately from the input.
       all_candidates: whether rows keep all candidates, and not only the right one.
 
     Raises:
-      UserError: if the targets have other lengths.
+      UserError: if the targets of teacher and student have different lengths.
     """
 
     def __init__(

@@ -50,7 +50,7 @@ def forgetting(
       method: the trained method.
       backbone: the backbone after training; only full fine-tuning changes it.
       base: the base model, which is causal.
-      texts: N texts; by default `plain_texts()`. Of a long one, the beginning is used.
+      texts: N texts; by default `plain_texts()`. Long texts are cut off at their end.
       batch_size: the most texts in a batch.
       label: label of the progress bar.
       progress: shows how many texts are done, with and without the trained part.
@@ -92,7 +92,7 @@ def require_causal(base: Base) -> None:
 
 
 def _without_text(method: Method, backbone: Backbone) -> Method:
-    """Return the method with an opening of its virtual tokens alone."""
+    """Return the method with an opening that has only its virtual tokens."""
     trained = nnx.clone(method.folded())
     opening = np.asarray(trained.opening[...])
     virtual = opening[opening < 0]

@@ -1,4 +1,4 @@
-"""Self-study: a model writes questions about a document, and answers them with the document.
+"""Self-study: a model writes questions about a document and answers them with it in its context.
 
 The method is from Cartridges (Eyuboglu et al. 2025, arXiv:2506.06266, section 4).
 """
@@ -29,7 +29,7 @@ from softprompt.inference.study_reading import Reading
 
 _QUESTION_TOKENS = 40
 _ROOM = 128  # tokens for a question and the template around it
-_ATTEMPTS_OF_A_KIND = 4  # then the next kind is tried
+_ATTEMPTS_OF_A_KIND = 4  # before the next kind is tried
 _MOST_ATTEMPTS = _ATTEMPTS_OF_A_KIND * len(KINDS)
 _ASKING = TemplateSettings(input="{prompt}\n\n{question}\n\n1.")
 _TEMPERATURE, _TOP_P = 0.7, 0.95
@@ -57,13 +57,13 @@ class StudyQuestion(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class StudySettings:
-    """What decides the questions and the answers, besides the document and the base model.
+    """Settings that, with the document and the base model, decide the questions and the answers.
 
     Attributes:
-      questions: their number.
-      seed: of the questions. Answers are greedy.
-      max_new_tokens: the most tokens of an answer.
-      batch_size: the most questions that are written and answered together.
+      questions: number of questions.
+      seed: random seed for the questions. Answers are decoded greedily.
+      max_new_tokens: maximum number of tokens in an answer.
+      batch_size: maximum number of questions that are written and answered together.
     """
 
     questions: int = 256
@@ -82,14 +82,14 @@ def study_template(base: Base) -> TemplateSettings:
 class Study:
     """Questions about one document.
 
-    Every batch of questions is a function of the document, the settings and the batches before it.
-    So an interrupted study can go on where it stopped.
+    Every batch of questions depends only on the document, the base model, the template, the
+    settings and the earlier batches. So an interrupted study can continue where it stopped.
 
     Args:
       document: the text.
-      base: the base model that writes questions and answers them. It is a causal model.
-      template: how the answering model reads document and question. The document stands in the
-        place of the virtual tokens, as for the teacher of `objective: distill`. The input has
+      base: the base model that writes the questions and answers them. It must be causal.
+      template: how the model reads the document and a question before it answers. The document
+        replaces the virtual tokens, as for the teacher of `objective: distill`. The input has
         the field `question` and the target has the field `answer`.
       settings: number of questions, seed and sizes.
 
@@ -144,7 +144,7 @@ class Study:
         """Divide the questions into batches.
 
         Args:
-          done: number of questions that exist already. Batches that they complete are left out.
+          done: number of questions that exist already. Their complete batches are left out.
         """
         count, size = self._settings.questions, self._settings.batch_size
         batches = [range(begin, min(begin + size, count)) for begin in range(0, count, size)]
@@ -157,7 +157,7 @@ class Study:
           done: the questions of the first batches, from an earlier call.
 
         Raises:
-          UserError: if the model writes no more new questions.
+          UserError: if the model stops writing new questions.
         """
         taken = {same_question(each.question) for each in done}
         batches = self.batches(len(done))
@@ -172,7 +172,7 @@ class Study:
             yield written
 
     def _asking(self, chunk: int) -> Reading:
-        """Let the model read a chunk before it writes questions."""
+        """Return the model after it has read a chunk, ready to write questions."""
         begin, end = self._chunks[chunk]
         return Reading.of(self._base, _ASKING, self._document[begin:end].strip())
 
@@ -183,7 +183,7 @@ class Study:
         answering: Reading,
         taken: set[str],
     ) -> list[StudyQuestion]:
-        """Write the questions of a batch; replace those that are no questions or not new."""
+        """Write the questions of a batch. Replace texts that are not usable or not new."""
         asked: dict[int, tuple[str, str]] = {}
         found: dict[int, StudyQuestion] = {}
         attempt = 0
@@ -217,7 +217,7 @@ class Study:
         asking: Mapping[int, Reading],
         taken: set[str],
     ) -> dict[int, tuple[str, str]]:
-        """Let the model write a question for each number; return kind and text of the usable."""
+        """Write a question for each number, and return the kind and the text of each usable one."""
         settings = GenerationSettings(
             max_new_tokens=_QUESTION_TOKENS,
             temperature=_TEMPERATURE,
@@ -264,7 +264,7 @@ def study(
     template: TemplateSettings | None = None,
     **settings: Any,
 ) -> list[StudyQuestion]:
-    """Let a base model write questions about a document, and answer them.
+    """Write questions about a document with a base model, and answer them with it.
 
     Args:
       document: the text.

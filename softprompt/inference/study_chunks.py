@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-CHUNK_TOKENS = 384  # about the most
+CHUNK_TOKENS = 384  # maximum, approximately
 
 
 def chunks_of(document: str, offsets: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -10,7 +10,7 @@ def chunks_of(document: str, offsets: Sequence[tuple[int, int]]) -> list[tuple[i
 
     Args:
       document: the text.
-      offsets: begin and end of each of its tokens.
+      offsets: begin and end of each token of the document, in characters.
 
     Returns:
       Begin and end of each chunk, in characters.
@@ -19,7 +19,7 @@ def chunks_of(document: str, offsets: Sequence[tuple[int, int]]) -> list[tuple[i
     chunks, begin, first = [], 0, 0
     for left in range(count, 0, -1):
         end = len(document)
-        if left > 1:  # as many of the tokens that are left as every later chunk
+        if left > 1:  # divide the tokens that are left evenly among the chunks that are left
             most = first + (len(offsets) - first) // left
             end = _last_break(document, begin, offsets[most][0])
         chunks.append((begin, end))

@@ -1,4 +1,4 @@
-"""The file of a study: one question per line, and its settings in a file beside it."""
+"""The file of a study, with one question per line, and the file of its settings."""
 
 import fcntl
 import json
@@ -31,14 +31,14 @@ class _Line(pydantic.BaseModel):
 
 
 def write_study(study: Study, path: Path, progress: Progress = silent) -> int:
-    """Write the questions of a study to a JSON Lines file, or go on with an interrupted one.
+    """Write the questions of a study to a JSON Lines file, or continue an interrupted study.
 
     Every batch is written as soon as it is done. If the process ends, the next call continues, and
     the file becomes the same as without the interruption.
 
     Args:
       study: the study.
-      path: the file. The file beside it, with the suffix `.study.json`, holds the settings.
+      path: the file. Another file with the suffix `.study.json` holds the settings.
       progress: shows how many questions are done.
 
     Returns:
@@ -89,9 +89,8 @@ def _require_settings(study: Study, path: Path) -> None:
 
 def _read_done(study: Study, file: IO[bytes], path: Path) -> list[StudyQuestion]:
     """Return the questions of all complete batches, and remove the rest of the file."""
-    *lines, _ = read_bytes(path, _LARGEST).split(
-        b"\n"
-    )  # what a killed process left of a line comes last
+    # The last part is empty, or a line that a killed process did not complete.
+    *lines, _ = read_bytes(path, _LARGEST).split(b"\n")
     done = []
     for number, line in enumerate(lines, 1):
         where = f"{path}:{number}"

@@ -1,8 +1,8 @@
-"""Seed prompts of self-study, and what of the model's texts is a question or an answer.
+"""Seed prompts of self-study, and how questions and answers are read from the model's texts.
 
 The five kinds come from Cartridges (Eyuboglu et al. 2025, arXiv:2506.06266, section 4). The texts
-are our own. The model continues a list of questions, so that a small model without a chat template
-can write them, too.
+are our own. The model continues a list of questions, so that even a small model without a chat
+template can write them.
 """
 
 import re
@@ -11,11 +11,11 @@ from typing import NamedTuple
 
 
 class SeedPrompt(NamedTuple):
-    """What is asked of the model after it has read a part of a document.
+    """What the model is asked to do after it has read a chunk of a document.
 
     Attributes:
       text: the heading of a list of questions.
-      begin: the first words of the question, which the model continues.
+      begin: the first words of the question. The model continues them.
       end: the mark that ends the question.
     """
 
@@ -109,7 +109,7 @@ _REPEATED_WORDS = 8
 
 
 def question_in(text: str, prompt: SeedPrompt, chunk: str) -> str | None:
-    """Return the question whose first words the model has continued; None if it is not usable.
+    """Return the question that a seed prompt and the model wrote; None if it is not usable.
 
     A usable question has 4 to 40 words. At least one of the words that the model wrote is from the
     chunk and not from the seed prompt, and has five letters, a capital letter or a digit.
@@ -117,7 +117,7 @@ def question_in(text: str, prompt: SeedPrompt, chunk: str) -> str | None:
     Args:
       text: what the model wrote, up to the end of the first sentence.
       prompt: the seed prompt.
-      chunk: the part of the document that the question is about.
+      chunk: the chunk of the document that the question is about.
     """
     continued = text.rstrip(" .?!:;,\"'*")
     if not _FEWEST_WORDS <= len(_words(prompt.begin + continued)) <= _MOST_WORDS:
@@ -129,7 +129,7 @@ def question_in(text: str, prompt: SeedPrompt, chunk: str) -> str | None:
 def answer_in(text: str) -> str:
     """Return an answer up to where it repeats eight words in a row, as small models often do.
 
-    It is empty if the text has no letters or digits.
+    The answer is empty if the text has no letters or digits.
     """
     words = list(re.finditer(r"\S+", text))
     seen = set()
@@ -143,7 +143,7 @@ def answer_in(text: str) -> str:
 
 
 def same_question(question: str) -> str:
-    """Return a key that is equal for questions that differ in case and punctuation alone."""
+    """Return a key that is equal for questions that differ only in case and punctuation."""
     return " ".join(_words(question.casefold()))
 
 

@@ -1,4 +1,4 @@
-"""A base model that has read a text, and answers questions after it."""
+"""A base model that has read a text and writes after it."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ class Reading:
     Attributes:
       text: the text.
       task: its opening contains the text.
-      prefix: of the opening.
+      prefix: the keys and values of the opening.
       stop: the texts that end an answer, besides the end-of-text token.
     """
 
@@ -32,7 +32,7 @@ class Reading:
 
     @classmethod
     def of(cls, base: Base, template: TemplateSettings, text: str) -> "Reading":
-        """Let a base model read a text in the place of the virtual tokens of a template."""
+        """Return a base model that has read a text instead of the virtual tokens of a template."""
         ids = base.tokenizer(text, add_special_tokens=False).input_ids
         marked = make_task(base, template, None, virtual_tokens=1)
         opening = opening_with(ids, marked)
@@ -54,10 +54,10 @@ class Reading:
 
         Args:
           questions: what the model is asked.
-          settings: how it writes.
-          batch_size: the most questions in a batch.
-          begins: what each answer begins with; it is not part of the result. Empty: nothing.
-          seeds: of each text. Empty: the seed of the settings.
+          settings: the settings of the generation.
+          batch_size: maximum number of questions in a batch.
+          begins: the beginning of each text, which is not part of the result; empty for none.
+          seeds: the seed of each text; empty to use the seed of the settings.
         """
         base, task = self.task.base, self.task
         settings = settings.model_copy(update={"stop": [*settings.stop, *self.stop]})

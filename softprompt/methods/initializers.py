@@ -34,8 +34,8 @@ def initial_vectors(
       experiment: gives the seed, and the verbalizer for `init: labels`.
       settings: its section `prompt` or `prefix`, which says how many vectors and which `init`.
       base: the base model.
-      given: for `init: prompts` the vectors `[P, D]` of each prompt of `init_prompts`; for
-        `init: teacher` the embeddings `[S, D]` of the S tokens that the teacher reads first.
+      given: for `init: prompts`, the vectors `[P, D]` of each prompt in `init_prompts`; for
+        `init: teacher`, the embeddings `[S, D]` of the S tokens that the teacher reads first.
 
     Returns:
       `[P, D]`, float32.
@@ -117,8 +117,8 @@ def label_vectors(
 def first_vectors(given: Sequence[jax.Array], length: int) -> jax.Array:
     """Return the embeddings `[P, D]` of the first tokens that a teacher reads.
 
-    From them, prefix tuning starts with the keys and values that the base model computes for
-    these tokens, as in Cartridges (Eyuboglu et al. 2025, arXiv:2506.06266).
+    Prefix tuning then starts from the keys and values that the base model computes for these
+    tokens, as in Cartridges (Eyuboglu et al. 2025, arXiv:2506.06266).
 
     Raises:
       UserError: if the teacher reads fewer than `length` tokens before every row.

@@ -162,9 +162,9 @@ class Method(nnx.Module):
           experiment: its seed determines all random values.
           base: the base model.
           opening: `[S]`, see the class.
-          given: vectors that training can start from: those of each of the `initial_prompts`,
-            `[P, D]`; without any, the embeddings of the tokens that the teacher of distillation
-            reads first.
+          given: vectors that training can start from: the vectors `[P, D]` of each of the
+            `initial_prompts`. If there are none, the embeddings of the tokens that the teacher of
+            distillation reads first.
 
         Raises:
           UserError: if the settings do not fit the base model.

@@ -199,10 +199,10 @@ class ReparametrizedPrefix(Method):
 
 
 class PartlyFrozenPrefix(Method):
-    """A prefix whose first keys and values stay as they are, and whose others are trained.
+    """A prefix whose first keys and values are frozen while the others are trained.
 
-    Cartridges (Eyuboglu et al. 2025, arXiv:2506.06266) freezes the first token, which many other
-    tokens attend to whatever they are (an attention sink). It folds to a plain `PrefixTuning`.
+    Cartridges (Eyuboglu et al. 2025, arXiv:2506.06266) freezes the first token, because many tokens
+    attend to it whatever it is (an attention sink). The method folds to a plain `PrefixTuning`.
 
     Args:
       keys: `[L, n, K, h]`, the keys of the first n virtual tokens.
@@ -226,7 +226,7 @@ class PartlyFrozenPrefix(Method):
         return self.folded().learned_prefix(backbone)
 
     def folded(self) -> PrefixTuning:
-        """Return the plain prefix with the frozen keys and values and the current others."""
+        """Return the plain prefix with the frozen and the trained keys and values."""
         rest = self.trained.folded()
         assert isinstance(rest, PrefixTuning)
         keys = jnp.concatenate([self.keys[...], rest.keys[...]], axis=1)

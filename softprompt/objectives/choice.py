@@ -18,11 +18,11 @@ def objective_of(settings: ObjectiveSettings, opening: Sequence[int]) -> Objecti
       opening: the ids that every row begins with. Virtual tokens, which are negative, are left out.
 
     Raises:
-      UserError: if only Python code knows the objective.
+      UserError: if the objective is custom, because only Python code can pass it.
     """
     if settings.custom:
         raise UserError(
-            "objective.custom: the loss of this experiment is a function; pass it in Python: "
+            "objective.custom: the loss of this experiment is Python code; pass it in Python: "
             "train(..., objective=...)"
         )
     if settings.name == "preference":

@@ -1,7 +1,7 @@
 """Distillation: the student learns the distributions of a teacher that reads more or is better.
 
 The student is the base model with the trained part. The teacher is another frozen model, or the
-base model that reads a text before the rows or has rows of its own. Both predict the same targets.
+base model with a text before the rows or with its own rows. Both predict the same targets.
 
 Axis letters: G packs, R rows of a pack, B = G·R rows, M targets of a pack, C targets of a chunk,
 V vocabulary.
@@ -65,7 +65,7 @@ class Distillation(RowObjective):
 
         def compare(logits: jax.Array, head: Any, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
             expected = nnx.merge(graphdef, head)(hidden)  # [G, C, V]
-            # One of two models may have more logits than the vocabulary has tokens.
+            # One of the two models may have more logits than the vocabulary has tokens.
             size = min(logits.shape[-1], expected.shape[-1])
             logits, expected = logits[..., :size], expected[..., :size]
             agree = jnp.argmax(logits, axis=-1) == jnp.argmax(expected, axis=-1)

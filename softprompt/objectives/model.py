@@ -20,7 +20,7 @@ class Model(NamedTuple):
     Attributes:
       method: the method, which holds the trainable part.
       backbone: the backbone without the method. An objective may use it as a reference.
-      teacher: the teacher of distillation; None without one.
+      teacher: the teacher of distillation; None if there is none.
 
     Examples:
       >>> base = load_base("smollm2-135m-instruct")
@@ -70,7 +70,7 @@ class RowObjective(abc.ABC):
         sum of the weights. Rows of padding have weight 0.
 
         Args:
-          model: the method on its backbone. The backbone alone may be the reference.
+          model: the method on its backbone. The backbone without it may be the reference.
           batch: rows with targets `[G, M]`.
           key: the random key of this pass, for dropout; None for no dropout.
         """

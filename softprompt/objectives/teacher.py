@@ -13,15 +13,15 @@ from flax import nnx
 from softprompt.backbones.loading import Backbone, Prefix
 from softprompt.methods.method import Constant
 
-_MOST_TOKENS = 1024  # that are read together
+_MOST_TOKENS = 1024  # read together
 
 
 class Teacher(nnx.Module):
     """A frozen model that the student learns from.
 
     Args:
-      backbone: the model. It may be the backbone of the student, which is then not stored twice.
-      read_first: the prefix that the teacher has read before every row; None for none.
+      backbone: the model. If it is the backbone of the student, it is not stored twice.
+      read_first: the prefix that the teacher reads before every row; None for none.
 
     Examples:
       >>> base = load_base("smollm2-135m-instruct")
@@ -37,7 +37,7 @@ class Teacher(nnx.Module):
 
     @property
     def prefix(self) -> Any:
-        """The prefix that the teacher has read before every row, or None."""
+        """The prefix that the teacher reads before every row, or None."""
         return None if self.read_first is None else self.read_first.get_value()
 
     def __repr__(self) -> str:

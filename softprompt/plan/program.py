@@ -84,7 +84,7 @@ def step_program(
 ) -> StepProgram:
     """Return the step of an experiment.
 
-    The method is built like for training, except that virtual tokens start from random vectors:
+    The method is built as for training, except that virtual tokens start from random vectors:
     the initial values do not change the program, and other ones need a tokenizer. The teacher of
     distillation is the base model without the text that it reads first, whose length is unknown.
 
@@ -114,7 +114,7 @@ def step_program(
         return kind.build(experiment, base, opening(experiment), ())
 
     method = nnx.eval_shape(build, backbone)
-    # What a teacher reads first is not known without a tokenizer.
+    # Without a tokenizer, the text that a teacher reads first is not known.
     teacher = Teacher(backbone) if experiment.objective.name == "distill" else None
     graphdef, trainable, frozen = split(method, backbone, teacher)
     if not jax.tree.leaves(trainable):

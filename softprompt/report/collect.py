@@ -32,7 +32,7 @@ class RunRecord:
       validation: validation metrics of the best prompt; the latest ones if the run is not
         finished.
       test: metrics on the test data, if any.
-      forgetting: of the best prompt; None if it was not measured.
+      forgetting: the forgetting of the best prompt; None if it was not measured.
       records: the records of `metrics.jsonl`.
       seconds: logged time of the training steps; None if nothing was logged.
       peak_memory_bytes: peak memory of the process; None if the run is not finished.

@@ -1,4 +1,4 @@
-"""Progress bars of tqdm, which are widgets in a notebook and lines of text elsewhere."""
+"""Progress bars of tqdm. They are widgets in a notebook and lines of text elsewhere."""
 
 import sys
 from types import TracebackType
@@ -12,7 +12,7 @@ _DELAY = 1.0  # seconds; shorter work shows no bar
 class ProgressBar:
     """A progress bar with the rate, the time left, and a note such as the latest loss.
 
-    It is removed when the work ends. Work that takes less than a second shows no bar.
+    The bar is removed when the work ends. Work that takes less than a second shows no bar.
 
     Args:
       label: the name of the work, such as `train`.
@@ -37,7 +37,7 @@ class ProgressBar:
         part: bool = False,
         **options: Any,
     ):
-        from tqdm.auto import tqdm  # when it is used, because it looks for a notebook
+        from tqdm.auto import tqdm  # imported here, because the import looks for a notebook
 
         text = {"desc": f"  {label}" if part else label, "unit": f" {unit}"}
         # The widths of a terminal and of a widget follow the window.
@@ -75,8 +75,8 @@ def bars_in_notebooks(
 ) -> Bar:
     """Show a `ProgressBar` in a notebook, and nothing elsewhere.
 
-    This is the default of the functions that Python users call. Their other code decides what a
-    script prints.
+    This is the default of the functions that Python users call. In a script, users decide what is
+    printed.
     """
     show = ProgressBar if "ipykernel.zmqshell" in sys.modules else silent
     return show(label, total, unit, done=done, part=part)

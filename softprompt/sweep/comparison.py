@@ -32,7 +32,7 @@ class Row:
       method: name of the method.
       metric: name of the metric in `quality`, with the split that it was measured on.
       quality: value of the metric for each seed whose run is finished.
-      forgetting: for each of these runs, if it was measured.
+      forgetting: the forgetting of each of these runs where it was measured.
       trainable_parameters: number of trained parameters.
       saved_bytes: size of the saved prompt.
       train_seconds: time of the training steps alone; the median over seeds.

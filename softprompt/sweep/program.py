@@ -48,8 +48,7 @@ def train_steps(
     keys: Sequence[jax.Array],
     **program: Any,
 ) -> list[tuple[nnx.State, Any, dict[str, jax.Array]]]:
-    """Make one `update` of N trials in one program. The trials share the backbone
-    and the teacher.
+    """Make one `update` of N trials in one program. The trials share the backbone and the teacher.
 
     The trials of one device run side by side. With a mixture of experts they run one after
     another, because JAX has no `vmap` of `ragged_dot` with shared weights.
@@ -87,8 +86,8 @@ def shared_settings(experiment: Experiment) -> str:
 
     Trials may differ in seed, learning rate, warm-up, number of steps, weight decay, and in
     the settings that `Method.varying_settings` names, such as the initialization. Few-shot
-    demonstrations, of the student or of the teacher, are drawn by the seed and the trials share
-    them, so with `shots` the seed must be the same.
+    demonstrations, for the student or the teacher, depend on the seed, and the trials share them.
+    So with `shots` the seed must be the same.
     """
     varying = method_class(experiment.method).varying_settings(experiment)
     excluded: dict[str, Any] = {**_VARYING, **varying}
@@ -225,7 +224,7 @@ def _arguments(
 
 
 def _program_key(session: Session) -> Any:
-    """A key that is equal for trials that share a program, the base model and the teacher."""
+    """A key that is equal for trials with the same program, base model and teacher."""
     state = session.state
     arrays = state.trainable, state.opt_state, state.frozen[0]
     shapes = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(arrays)]

@@ -24,7 +24,7 @@ class BestPrompt:
       experiment: the experiment of the run.
       folder: the run folder.
       prepared: the base model and the task.
-      state: the arrays of the run, whose shapes a checkpoint has.
+      state: the arrays of the run. A checkpoint has arrays of the same shapes.
     """
 
     def __init__(self, experiment: Experiment, folder: Path, prepared: Prepared, state: TrainState):
@@ -56,10 +56,10 @@ class BestPrompt:
         )
 
     def load(self, run: RunState, checkpoints: Checkpoints) -> tuple[Model, Any, Any]:
-        """Load the best prompt, or write it again from the checkpoint of its step.
+        """Load the best prompt. If it is missing or damaged, write it from its checkpoint first.
 
         Returns:
-          The model, and the adapted backbone and the prefix to run.
+          The model, the adapted backbone to run, and its prefix.
         """
         base, task, prepared = self._prepared.base, self._prepared.task, self._prepared.teacher
         teacher = None if prepared is None else prepared.model

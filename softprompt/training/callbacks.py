@@ -1,4 +1,4 @@
-"""Callbacks of a run: Python code that follows its steps and evaluations, and may end it."""
+"""Callbacks: Python code that is called after steps and evaluations, and may end the run."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
@@ -14,7 +14,7 @@ _GO_ON, _END, _FAIL = range(3)  # what the processes agree on; the largest numbe
 class Callback(Protocol):
     """What `train(..., callbacks=[...])` calls. A subclass overrides one method or both.
 
-    A method that returns `True` ends the run as early stopping does: the last step is evaluated,
+    A method that returns `True` ends the run, as early stopping does: the last step is evaluated,
     and the prompt, the state and the summary are saved.
 
     Examples:
@@ -27,12 +27,12 @@ class Callback(Protocol):
     """
 
     def on_step(self, step: int, measured: Mapping[str, float]) -> bool | None:
-        """Receive what a step measured. Steps are counted from 1.
+        """Receive the values that a step measured. Steps are counted from 1.
 
         Args:
           step: the step. The next one may already be running.
-          measured: `loss`, `gradient_norm`, the metrics of the objective, and the
-            `learning_rate`, unless Python code passed the optimizer.
+          measured: `loss`, `gradient_norm`, the metrics of the objective, and `learning_rate`.
+            With a custom optimizer there is no `learning_rate`.
         """
 
     def on_evaluation(self, step: int, metrics: Mapping[str, float]) -> bool | None:
@@ -40,10 +40,10 @@ class Callback(Protocol):
 
 
 class CallbackError(Exception):
-    """A callback failed. This is not an `OSError`, say, which would be about a file of the run.
+    """A callback failed. It wraps errors such as `OSError`, which would seem to come from the run.
 
     Attributes:
-      error: the exception of the callback; in other processes, an error that says what happened.
+      error: the exception of the callback. In other processes, an error that explains this.
     """
 
     def __init__(self, error: Exception):
@@ -52,13 +52,13 @@ class CallbackError(Exception):
 
 
 class Callbacks:
-    """Calls the callbacks of a run in the main process, and tells all processes what follows.
+    """Calls the callbacks of a run in the main process, and shares the result with all processes.
 
-    An exception in a callback is kept until the state of the run is saved. Nothing is called
-    after it.
+    An exception in a callback is kept until the state of the run is saved. No callback is called
+    after an exception.
 
     Args:
-      callbacks: they are called in this order. All processes are given the same number.
+      callbacks: called in this order. All processes must pass the same number of them.
 
     Attributes:
       ends: whether a callback has ended the run. It is False in other processes.
@@ -83,8 +83,8 @@ class Callbacks:
         """Return whether the run ends, and the error to raise. All processes call it together.
 
         Args:
-          wait: wait for the main process. Without it, several processes learn what the main one
-            decided before the previous call, so that no device waits.
+          wait: wait for the decision of the main process. If it is false and there are several
+            processes, they learn what was decided at the previous call, so that no device waits.
         """
         number = _FAIL if self.error else _END if self.ends else _GO_ON
         if self._agreement:

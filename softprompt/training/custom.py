@@ -1,4 +1,4 @@
-"""An objective and an optimizer that Python code passes to `train`, and what a run records of them.
+"""A custom objective and optimizer from Python code, and what a run records about them.
 
 A run never stores the objects themselves.
 """
@@ -19,7 +19,7 @@ from softprompt.objectives.model import Objective, RowObjective
 
 
 class Custom(NamedTuple):
-    """What replaces parts of an experiment.
+    """An objective and an optimizer that replace parts of an experiment.
 
     Attributes:
       objective: replaces the loss of the section `objective`; None to keep it.
@@ -32,8 +32,8 @@ class Custom(NamedTuple):
     def marked(self, experiment: Experiment) -> Experiment:
         """Return the experiment as the run records it: it says what is custom.
 
-        A `RowObjective` also selects the best step, unless the experiment names another metric or
-        has a verbalizer.
+        With a `RowObjective`, `objective_loss` selects the best step, unless the experiment names
+        another metric or has a verbalizer.
 
         Raises:
           UserError: if the objective or the optimizer cannot be used.
@@ -55,8 +55,8 @@ class Custom(NamedTuple):
         of_objectives = {name for names in OBJECTIVE_METRICS.values() for name in names}
         if metric in of_objectives and not (measured and metric == "objective_loss"):
             raise UserError(
-                f"evaluation.metric: {metric} is not measured with this objective; a RowObjective "
-                "is measured by objective_loss, and another function only by loss"
+                f"evaluation.metric: {metric} is not measured with this objective; use "
+                "objective_loss for a RowObjective, or loss for another function"
             )
         return experiment.with_metric(metric)
 
@@ -87,9 +87,9 @@ def optimizer_record(optimizer: Any, trainable: Any) -> dict[str, str]:
 
     Returns:
       Nothing for the optimizer of the experiment, whose settings are in `config.yaml`. Otherwise
-      two digests. `state` is that of the names and shapes of its state. `computation` is that of
-      its program, with learning rates and schedules; it also changes with the version of Optax
-      or JAX.
+      two digests. `state` is the digest of the names and shapes of its state. `computation` is the
+      digest of its program, with learning rates and schedules. It also changes with the versions
+      of Optax and JAX.
 
     Raises:
       UserError: if its state cannot be saved.

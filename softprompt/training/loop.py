@@ -59,7 +59,7 @@ def train(
       objective: replaces the loss of the section `objective`. A `RowObjective` is also measured on
         the validation and test data.
       optimizer: an Optax optimizer, which replaces the section `optimizer`.
-      callbacks: follow the steps and evaluations, and may end the run; see `Callback`.
+      callbacks: called after steps and evaluations; they may end the run; see `Callback`.
       progress: shows progress; by default with bars in a notebook, and not at all elsewhere.
 
     Returns:
@@ -70,7 +70,7 @@ def train(
         holds another run, or if the loss is not finite.
       Stopped: on Ctrl-C, SIGTERM or SIGHUP while it trains, after the state is saved. A second
         signal has its usual effect.
-      Exception: what a callback raises, after the state is saved.
+      Exception: any exception that a callback raises, after the state is saved.
 
     Examples:
       >>> experiment = load_experiment("experiments/sentiment.yaml", ["training.steps=20"])

@@ -1,4 +1,4 @@
-"""Measuring a model on a split while it trains: its predictions, and its objective."""
+"""Measuring a model of a run on a split: its predictions and its objective."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -28,9 +28,9 @@ def measure(
       experiment: its section `evaluation` says how much is measured.
       prepared: the task and the examples.
       objective: the objective of the run.
-      model: the model, and the adapted backbone and the prefix to run.
+      model: the model, the adapted backbone to run, and its prefix.
       split: `validation` or `test`.
-      name: put before the label of the progress bar; empty for none.
+      name: text before the label of the progress bar; empty for none.
       progress: shows the evaluation.
 
     Raises:

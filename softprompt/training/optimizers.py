@@ -60,11 +60,11 @@ class UpdateRule:
         """Return the rule of an experiment.
 
         Raises:
-          UserError: if only Python code knows the optimizer.
+          UserError: if the optimizer is custom, because only Python code can pass it.
         """
         if settings.name == "custom":
             raise UserError(
-                "optimizer.name: custom stands for an Optax optimizer; pass it in Python: "
+                "optimizer.name: custom means an Optax optimizer; pass it in Python: "
                 "train(..., optimizer=...)"
             )
         return cls(settings.name, settings.schedule, settings.clip_norm)
@@ -174,7 +174,7 @@ def learning_rate(schedule: str, numbers: Hyperparameters, step: jax.Array | int
     It rises linearly to the peak, then stays constant or falls to 0 at `steps`. A warm-up
     of n steps uses 1/n, 2/n, … of the peak, so that the first step is not wasted on 0.
     """
-    numpy: Any = np if isinstance(step, int) else jnp  # on the host without a device, or compiled
+    numpy: Any = np if isinstance(step, int) else jnp  # an int needs no device
     warmup = numbers.warmup_steps
     done = numpy.clip((step - warmup) / numpy.maximum(1, numbers.steps - warmup), 0, 1)
     after = {

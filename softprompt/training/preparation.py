@@ -47,7 +47,7 @@ class Prepared:
       task: turns records into examples.
       examples: the examples of each split.
       method: the method before training.
-      teacher: the teacher of distillation; None without one.
+      teacher: the teacher of distillation; None if there is none.
       teacher_examples: the examples of each split as the teacher reads them; empty if it reads the
         rows of the student.
       custom: replaces the objective, the optimizer, or both.
@@ -64,7 +64,7 @@ class Prepared:
     seconds: float
 
     def objective_digest(self, weights: np.ndarray | None) -> str:
-        """Return a digest of what the objective reads besides the examples; empty if nothing.
+        """Return a digest of the other inputs of the objective besides the examples; empty if none.
 
         Args:
           weights: `[N]`, the weights of the training examples, or None.
@@ -82,10 +82,10 @@ class Prepared:
 class Preparation:
     """Prepares experiments one after another, and reuses what they have in common.
 
-    It keeps the base model, the examples of each split and the teacher that were prepared last.
+    It keeps the last base model, the last examples of each split, and the last teacher.
 
     Args:
-      progress: shows how many records are read and tokenized.
+      progress: shows how many records have been read and tokenized.
       trial_devices: see `mesh_of`.
     """
 
@@ -207,7 +207,7 @@ class Preparation:
     def _teacher_of(
         self, experiment: Experiment, base: Base, records: Sequence[Record], task: Task
     ) -> PreparedTeacher | None:
-        """Prepare the teacher of an experiment, if it has one, or reuse the last one."""
+        """Return the teacher of an experiment, if it has one. Reuse the last one if possible."""
         settings = experiment.objective.teacher
         if settings is None:
             return None

@@ -120,7 +120,7 @@ class Reporter:
           state: gives the number of trainable parameters.
           seconds: duration of the whole run.
           test: the evaluation on the test data; None if there is no test data.
-          forgetting: of the best prompt; None if it is not measured.
+          forgetting: the forgetting of the best prompt; None if it is not measured.
         """
         run, training = self._run, self._experiment.training
         if test and is_main():

@@ -1,4 +1,4 @@
-"""Which checkpoint a stopped run resumes from."""
+"""Choosing the checkpoint from which a stopped run resumes."""
 
 import dataclasses
 from pathlib import Path
@@ -32,8 +32,8 @@ def newest_usable(
       folder: the run folder.
       began: the state with which the run would begin now.
       prepared: the experiment as it was prepared now.
-      saved_prompt: the step of the prompt in the run folder; -1 without one.
-      name: put before log messages; empty for none.
+      saved_prompt: the step of the prompt in the run folder; -1 if there is none.
+      name: text before log messages; empty for none.
 
     Returns:
       None if there is no such checkpoint.
@@ -67,7 +67,7 @@ def newest_usable(
 
 
 def _changed(run: RunState, began: RunState, prepared: Prepared) -> str | None:
-    """Name what differs between the run of a checkpoint and the run as it would begin now."""
+    """Name the difference between the run of a checkpoint and the run as it would begin now."""
     if run.base != began.base:
         return "base model"
     if run.optimizer.get("state") != began.optimizer.get("state"):

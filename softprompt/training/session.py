@@ -55,7 +55,7 @@ class Session:
       folder: the run folder, opened by `open_run`.
       prepared: the base model, the data and the method.
       stop: a signal ends an evaluation early.
-      callbacks: follow the run and may end it.
+      callbacks: called after steps and evaluations; they may end the run.
       padded_length: see `TrainState`.
       name: put before log messages; empty for none.
       progress: shows evaluations.
@@ -168,7 +168,7 @@ class Session:
         every, patience = self.experiment.checkpoints.every, evaluation.patience
         is_due = run.step > 0 and run.step % evaluation.every == 0
         saves = every and run.step % every == 0 and self._saved_step < run.step
-        waits = bool(is_due or saves)  # for the device anyway
+        waits = bool(is_due or saves)  # the run waits for the device anyway
         if waits:
             self._finish_step()
         self._follow_callbacks(wait=waits)

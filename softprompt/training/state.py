@@ -27,8 +27,8 @@ class RunState:
     """The state of a run apart from its arrays. Every checkpoint holds it as JSON.
 
     Attributes:
-      base, examples, objective: digests of the base model, of the tokenized data, and of what the
-        objective reads besides (see `Prepared.objective_digest`; empty for nothing, and in
+      base, examples, objective: digests of the base model, of the tokenized data, and of the other
+        inputs of the objective (see `Prepared.objective_digest`; empty if there are none, and in
         checkpoints of earlier versions). A run resumes only if they are unchanged.
       optimizer: see `optimizer_record`; empty for the optimizer of the experiment.
       ended: whether a callback has ended the run.

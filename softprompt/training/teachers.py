@@ -22,11 +22,11 @@ class PreparedTeacher:
     """A teacher, ready to be read from.
 
     Attributes:
-      model: the frozen model, and what it has read before every row.
-      first: the ids of the text that it has read before every row; empty for a trained run.
+      model: the frozen model, with the prefix that it reads before every row.
+      first: the ids of the text that it reads before every row; empty for a trained run.
       task: turns records into its rows.
       reads_same_rows: whether it reads the rows of the student.
-      available: the most tokens that a row may have.
+      available: the maximum number of tokens in a row.
       digest: SHA-256 of the weights and of what the teacher reads first.
     """
 
@@ -38,7 +38,7 @@ class PreparedTeacher:
     digest: str
 
     def limited(self, student: Task) -> Task:
-        """Return the task of the student, with rows short enough if the teacher reads them too."""
+        """Return the student's task, limited to the teacher's window if both read the same rows."""
         if not self.reads_same_rows:
             return student
         return dataclasses.replace(student, max_tokens=min(student.max_tokens, self.available))
@@ -73,7 +73,7 @@ def prepare_teacher(
 
 
 def _trained(run: str, base: Base, student: Task) -> PreparedTeacher:
-    """Return the model of a trained run, with what it was trained to read first."""
+    """Return the model of a trained run, with the prefix of its own prompt."""
     trained = load_prompt(Path(run), base)
     window = base.backbone.arch.context_length
     taken = 0 if trained.prefix is None else trained.prefix.length
@@ -95,7 +95,7 @@ def _reading(
     records: Sequence[Record],
     student: Task,
 ) -> PreparedTeacher:
-    """Return a base model that reads a text first, or rows of its own."""
+    """Return a base model with a text to read first, or with its own rows."""
     own = base if settings.base is None else _other_base(settings.base, experiment, base)
     texts = experiment.template, experiment.verbalizer
     text = teacher_text(settings, own, *texts, records, experiment.seed, student)

@@ -1,7 +1,7 @@
 """Targets that a teacher writes before training, kept in the run folder.
 
-A file `targets-<split>.jsonl` has a line with a digest of the teacher and of what it reads, and
-then a line per record. Lines are added while the teacher writes, so that a stopped run goes on.
+A file `targets-<split>.jsonl` begins with a digest of the teacher and its inputs, and has one more
+line for each record. Lines are added while the teacher writes, so that a stopped run can continue.
 """
 
 import hashlib
@@ -23,10 +23,10 @@ from softprompt.training.teachers import PreparedTeacher
 
 _log = logging.getLogger(__name__)
 
-SPLITS = ("train", "validation")  # whose targets the teacher writes
+SPLITS = ("train", "validation")  # the teacher writes their targets
 
 _LIMIT = 4096 * MEBIBYTE
-_BATCHES = 4  # are generated before their texts are stored
+_BATCHES = 4  # generated before their texts are stored
 
 
 def with_written_targets(
@@ -37,7 +37,7 @@ def with_written_targets(
     folder: Path | None,
     progress: Progress,
 ) -> Sequence[Record]:
-    """Return records with the targets that a teacher writes. Some may have been stored before.
+    """Return records with the targets that a teacher writes. Stored targets are used again.
 
     Records after which the teacher writes nothing are left out.
 
@@ -47,7 +47,7 @@ def with_written_targets(
       records: the records of a split. Their own targets are not read.
       split: the name of the split.
       folder: the run folder; None to store nothing.
-      progress: shows how many targets are written.
+      progress: shows how many targets have been written.
 
     Raises:
       UserError: if a record does not fit the template, or the file cannot be read or written.

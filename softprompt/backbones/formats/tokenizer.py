@@ -39,7 +39,7 @@ class GuardedTokenizer(PreTrainedTokenizerFast):
 
     @contextlib.contextmanager
     def guarded(self, text: Any) -> Iterator[None]:
-        """Check what is encoded in the context, and turn failures into a `UserError`.
+        """Check a text before code encodes it, and turn failures of that code into a `UserError`.
 
         Args:
           text: a text, or a list of texts or words.
@@ -95,7 +95,7 @@ def encode_ids(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list
     backend, texts = tokenizer.backend_tokenizer, list(texts)
     guarded = isinstance(tokenizer, GuardedTokenizer)
     with tokenizer.guarded(texts) if guarded else contextlib.nullcontext():
-        backend.no_padding()  # the settings of the last call; the next one sets them again
+        backend.no_padding()  # remove settings of an earlier call; the next call sets its own
         backend.no_truncation()
         encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
     return [encoding.ids for encoding in encodings]
