@@ -14,7 +14,7 @@ datasets = pytest.importorskip("datasets")
 
 @pytest.fixture
 def dataset(tmp_path):
-    """A dataset with an image path that leads to another file, as in a hostile dataset."""
+    """A dataset whose image paths name a file that is not an image, as in a hostile dataset."""
     secret = tmp_path / "secret"
     secret.write_text("not an image")
     image = {"path": str(secret), "bytes": None}

@@ -25,7 +25,8 @@ answer, the kind of question and the number of the chunk. If the command is inte
 again to continue.
 
 With --experiment, the base model and the template come from an experiment with
-`objective: distill`. If its teacher reads the same document, it would give the same answers.
+`objective: distill`. Its teacher would give the same answers if it is the same base model and
+reads the same document.
 
 examples:
   softprompt study manual.txt
