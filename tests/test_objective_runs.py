@@ -110,7 +110,11 @@ def test_an_experiment_is_written_and_read_back_with_its_objective(path, text, t
         ),
         ("{name: distill, teacher: {run: a, shots: 2}}", [], "remove shots or run"),
         ("{name: distill, teacher: {input: a}}", [], "objective.teacher.input: has no {field}"),
-        ("preference", ["method=full"], "compares with the base model, which method full changes"),
+        (
+            "preference",
+            ["method=full"],
+            "needs the unchanged base model; choose another method than full",
+        ),
         ("preference", ["template.target='{answer}'"], "from the fields chosen and rejected"),
         ("preference", ["verbalizer={a: a, b: b}"], "learns from free text"),
         ("cross_entropy", ["evaluation.metric=kl"], "kl needs objective: preference"),

@@ -16,7 +16,7 @@ def without_media(rows: Any, source: str) -> Any:
 
     Args:
       rows: a `datasets.Dataset`.
-      source: names it in messages.
+      source: names the dataset in messages.
 
     Raises:
       UserError: if there are no other columns.

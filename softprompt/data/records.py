@@ -105,7 +105,7 @@ class Part(Records):
 
     Args:
       records: the sequence.
-      numbers: which records, `[N]`.
+      numbers: the indices of the records, `[N]`.
     """
 
     def __init__(self, records: Sequence[Record], numbers: np.ndarray):

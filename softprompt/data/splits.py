@@ -40,7 +40,7 @@ class _Divided:
 
 
 class SplitReader:
-    """Reads the splits of experiments one after another, and keeps those that were read last.
+    """Reads the splits of experiments one after another, and keeps the splits that it read last.
 
     Args:
       progress: shows how many records of large files have been read.

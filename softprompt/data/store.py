@@ -1,4 +1,4 @@
-"""Stores: folders in the cache that hold data in the form in which it is used.
+"""Stores: folders in the cache that hold records and examples in a form that is fast to read.
 
 A store is written once, under a temporary name, and then renamed, so it is complete or absent. The
 file `contents.json`, which is written last, has the size and the SHA-256 of every other file. The
@@ -45,7 +45,7 @@ class Contents(pydantic.BaseModel):
 
     Attributes:
       files: the size and the SHA-256 of each file, by name.
-      about: what the writer of the store says about it.
+      about: information that the writer of the store keeps with it.
     """
 
     files: dict[str, _File]
@@ -56,8 +56,8 @@ def store_key(*parts: Any) -> str:
     """Return the name of a store.
 
     Args:
-      parts: JSON values that decide its contents. The code of this package and the versions of the
-        packages that it uses are added to them.
+      parts: JSON values that decide the contents of the store. The code of this package and the
+        versions of the packages that it uses are added to them.
     """
     return hashlib.sha256(json.dumps([_code(), *parts]).encode()).hexdigest()
 

@@ -137,8 +137,8 @@ def _key(task: Task, records: Records, virtual: int, kind: str) -> str:
     The opening is not part of a row.
     """
     tokenizer, backbone = task.base.tokenizer, task.base.backbone
-    tokenizer.backend_tokenizer.no_padding()  # the settings of the last call, which the
-    tokenizer.backend_tokenizer.no_truncation()  # next one sets again
+    tokenizer.backend_tokenizer.no_padding()  # remove settings of an earlier call; the next
+    tokenizer.backend_tokenizer.no_truncation()  # call sets its own
     text = tokenizer.backend_tokenizer.to_str()
     return store_key(
         kind,

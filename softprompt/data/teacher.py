@@ -22,8 +22,8 @@ class TeacherText:
     """What a teacher reads.
 
     Attributes:
-      first: the ids of the tokens that it reads before every row.
-      task: turns records into its rows.
+      first: the ids of the tokens that the teacher reads before every row.
+      task: turns records into the rows of the teacher.
     """
 
     first: list[int]
@@ -120,7 +120,7 @@ def read_context(path: Path) -> str:
     """Return the text of a file for a teacher to read.
 
     Raises:
-      UserError: if it cannot be read, is not UTF-8, or is blank.
+      UserError: if the file cannot be read, is not UTF-8, or is blank.
     """
     try:
         text = read_bytes(path, _LARGEST_CONTEXT).decode()

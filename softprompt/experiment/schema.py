@@ -221,8 +221,8 @@ class Experiment(Section):
             raise ValueError(f"evaluation.metric: {metric} needs objective: {' or '.join(owners)}")
         if name != "cross_entropy" and not method_class(self.method).keeps_backbone:
             raise ValueError(
-                f"objective: {name} compares with the base model, which method {self.method} "
-                "changes; choose another method, such as lora"
+                f"objective: {name} needs the unchanged base model; choose another method than "
+                f"{self.method}, such as lora"
             )
         if self.objective.teacher is not None and self.objective.teacher.writes_targets:
             self._check_written_targets()

@@ -68,8 +68,8 @@ def filled_in(template: str, values: Mapping[str, str]) -> str:
 def preferred_answer(template: Mapping[str, Any]) -> str:
     """Return the default target of `objective: preference`: the field `chosen`.
 
-    A space comes before it if the input ends in text of the template, such as `Answer:`. After a
-    field, white space or a chat template, the record decides.
+    A space comes before it if the input ends in literal text, such as `Answer:`. After a field,
+    white space or a chat template, the answer of the record is used as it is.
 
     Args:
       template: the section as the user wrote it, without a target.

@@ -1,4 +1,4 @@
-"""Self-study: a model writes questions about a document and answers them with it in its context.
+"""Self-study: a model writes questions about a document and answers them with it in context.
 
 The method is from Cartridges (Eyuboglu et al. 2025, arXiv:2506.06266, section 4).
 """

@@ -45,8 +45,8 @@ def write_study(study: Study, path: Path, progress: Progress = silent) -> int:
       The number of questions that existed already.
 
     Raises:
-      UserError: if the file belongs to other settings or to something else, is damaged, or cannot
-        be written, or if another process writes it.
+      UserError: if the file was written with other settings or is not the file of a study, if it is
+        damaged or cannot be written, or if another process is writing it.
     """
     if path.suffix != ".jsonl":
         raise UserError(f"{path}: a study writes JSON Lines; choose a name that ends in .jsonl")
@@ -71,7 +71,7 @@ def write_study(study: Study, path: Path, progress: Progress = silent) -> int:
 
 
 def _require_settings(study: Study, path: Path) -> None:
-    """Write the settings of a new study; require that an existing one has the same."""
+    """Write the settings of a new study. Require the same settings for an existing study."""
     settings = path.with_suffix(".study.json")
     if not path.stat().st_size:
         text = json.dumps(study.description, indent=2, ensure_ascii=False)

@@ -111,8 +111,8 @@ _REPEATED_WORDS = 8
 def question_in(text: str, prompt: SeedPrompt, chunk: str) -> str | None:
     """Return the question that a seed prompt and the model wrote; None if it is not usable.
 
-    A usable question has 4 to 40 words. At least one of the words that the model wrote is from the
-    chunk and not from the seed prompt, and has five letters, a capital letter or a digit.
+    A usable question has 4 to 40 words. At least one word that the model wrote occurs in the chunk
+    but not in the seed prompt, and has at least five letters, a capital letter or a digit.
 
     Args:
       text: what the model wrote, up to the end of the first sentence.
@@ -127,7 +127,7 @@ def question_in(text: str, prompt: SeedPrompt, chunk: str) -> str | None:
 
 
 def answer_in(text: str) -> str:
-    """Return an answer up to where it repeats eight words in a row, as small models often do.
+    """Return an answer, cut off where it repeats eight words in a row, as small models often do.
 
     The answer is empty if the text has no letters or digits.
     """

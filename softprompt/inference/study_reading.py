@@ -50,10 +50,10 @@ class Reading:
         begins: Sequence[str] = (),
         seeds: Sequence[int | None] = (),
     ) -> list[tuple[str, bool]]:
-        """Return what the model writes after each question, and whether it came to an end.
+        """Return the text that the model writes after each question, and whether the text ended.
 
         Args:
-          questions: what the model is asked.
+          questions: questions for the model.
           settings: the settings of the generation.
           batch_size: maximum number of questions in a batch.
           begins: the beginning of each text, which is not part of the result; empty for none.

@@ -1,4 +1,4 @@
-"""What an objective is given: a method on its frozen backbone, and a teacher."""
+"""The model that an objective receives: a method on its frozen backbone, and a teacher."""
 
 import abc
 from collections.abc import Callable
@@ -70,7 +70,7 @@ class RowObjective(abc.ABC):
         sum of the weights. Rows of padding have weight 0.
 
         Args:
-          model: the method on its backbone. The backbone without it may be the reference.
+          model: the method on its backbone. The backbone without the method may be the reference.
           batch: rows with targets `[G, M]`.
           key: the random key of this pass, for dropout; None for no dropout.
         """

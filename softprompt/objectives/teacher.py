@@ -1,4 +1,4 @@
-"""The teacher of distillation: a frozen model, and what it reads before every row.
+"""The teacher of distillation: a frozen model, and the prefix that it reads before every row.
 
 Axis letters: S tokens.
 """

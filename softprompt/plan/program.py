@@ -85,8 +85,9 @@ def step_program(
     """Return the step of an experiment.
 
     The method is built as for training, except that virtual tokens start from random vectors:
-    the initial values do not change the program, and other ones need a tokenizer. The teacher of
-    distillation is the base model without the text that it reads first, whose length is unknown.
+    the initial values do not change the program, and other initial values need a tokenizer. The
+    teacher of distillation is the base model without the text that it reads first, because the
+    length of that text is unknown.
 
     Args:
       experiment: what would be trained.

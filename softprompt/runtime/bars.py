@@ -19,7 +19,7 @@ class ProgressBar:
       total: number of units.
       unit: the name of the units, such as `steps`.
       done: number of units that were done earlier.
-      part: whether another bar shows the work that this is a part of.
+      part: whether this work is a part of other work that has its own bar.
       options: further arguments of `tqdm.auto.tqdm`.
 
     Examples:

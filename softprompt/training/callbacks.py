@@ -1,4 +1,4 @@
-"""Callbacks: Python code that is called after steps and evaluations, and may end the run."""
+"""Callbacks: Python code that is called after steps and evaluations and may end the run."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
@@ -8,11 +8,11 @@ import jax
 from softprompt.errors import UserError
 from softprompt.parallel.hosts import Agreement, is_main
 
-_GO_ON, _END, _FAIL = range(3)  # what the processes agree on; the largest number counts
+_GO_ON, _END, _FAIL = range(3)  # the processes agree on the largest number
 
 
 class Callback(Protocol):
-    """What `train(..., callbacks=[...])` calls. A subclass overrides one method or both.
+    """Called by `train(..., callbacks=[...])`. A subclass overrides one method or both.
 
     A method that returns `True` ends the run, as early stopping does: the last step is evaluated,
     and the prompt, the state and the summary are saved.
@@ -80,7 +80,7 @@ class Callbacks:
         self._call(lambda callback: callback.on_evaluation(step, metrics))
 
     def decision(self, *, wait: bool) -> tuple[bool, CallbackError | None]:
-        """Return whether the run ends, and the error to raise. All processes call it together.
+        """Return whether the run ends, and the error to raise. All processes call this together.
 
         Args:
           wait: wait for the decision of the main process. If it is false and there are several

@@ -30,7 +30,7 @@ class Custom(NamedTuple):
     optimizer: optax.GradientTransformation | None = None
 
     def marked(self, experiment: Experiment) -> Experiment:
-        """Return the experiment as the run records it: it says what is custom.
+        """Return the experiment as the run records it, with the custom parts marked.
 
         With a `RowObjective`, `objective_loss` selects the best step, unless the experiment names
         another metric or has a verbalizer.

@@ -59,7 +59,7 @@ def train(
       objective: replaces the loss of the section `objective`. A `RowObjective` is also measured on
         the validation and test data.
       optimizer: an Optax optimizer, which replaces the section `optimizer`.
-      callbacks: called after steps and evaluations; they may end the run; see `Callback`.
+      callbacks: called after steps and evaluations. They may end the run; see `Callback`.
       progress: shows progress; by default with bars in a notebook, and not at all elsewhere.
 
     Returns:

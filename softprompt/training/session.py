@@ -55,7 +55,7 @@ class Session:
       folder: the run folder, opened by `open_run`.
       prepared: the base model, the data and the method.
       stop: a signal ends an evaluation early.
-      callbacks: called after steps and evaluations; they may end the run.
+      callbacks: called after steps and evaluations. They may end the run.
       padded_length: see `TrainState`.
       name: put before log messages; empty for none.
       progress: shows evaluations.

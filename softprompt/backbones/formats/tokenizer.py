@@ -39,7 +39,7 @@ class GuardedTokenizer(PreTrainedTokenizerFast):
 
     @contextlib.contextmanager
     def guarded(self, text: Any) -> Iterator[None]:
-        """Check a text before code encodes it, and turn failures of that code into a `UserError`.
+        """Check a text before the context encodes it, and turn failures into a `UserError`.
 
         Args:
           text: a text, or a list of texts or words.
