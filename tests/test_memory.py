@@ -22,7 +22,10 @@ OPENING = [-1, -2, -3]
     [
         ([], "prompt.length or prompt.size or method"),
         (["prompt.reparametrization=lstm"], "prompt.length or prompt.size or method"),
-        (["method=prefix", "prefix.size=4"], "prefix.length or prefix.size or method"),
+        (
+            ["method=prefix", "prefix.size=4"],
+            "prefix.length or prefix.frozen or prefix.size or method",
+        ),
         (["method=lora"], "lora.rank or method"),
         (["method=dept"], "dept.positions or dept.rank or method"),
         (["method=full"], "change method"),

@@ -24,7 +24,7 @@ class ProgressBar:
 
     Examples:
       >>> experiment = load_experiment("experiments/sentiment.yaml", ["training.steps=20"])
-      >>> summary = train(experiment, "runs/bars", progress=ProgressBar)
+      >>> summary = train(experiment, "runs/with-bars", progress=ProgressBar)
     """
 
     def __init__(
