@@ -89,9 +89,8 @@ def _require_settings(study: Study, path: Path) -> None:
 
 def _read_done(study: Study, file: IO[bytes], path: Path) -> list[StudyQuestion]:
     """Return the questions of all complete batches, and remove the rest of the file."""
-    *lines, _ = read_bytes(path, _LARGEST).split(
-        b"\n"
-    )  # what a killed process left of a line comes last
+    # What a killed process left of a line comes last.
+    *lines, _ = read_bytes(path, _LARGEST).split(b"\n")
     done = []
     for number, line in enumerate(lines, 1):
         where = f"{path}:{number}"
