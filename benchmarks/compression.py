@@ -19,6 +19,7 @@ import numpy as np
 
 from softprompt import load_experiment, load_prompt, make_task, train
 from softprompt.cli.progress import Bar, printed_log
+from softprompt.data.teacher import opening_with
 from softprompt.evaluation.forgetting import forgetting
 from softprompt.evaluation.objective import measure_objective
 from softprompt.evaluation.scoring import prepare_model, score
@@ -73,12 +74,11 @@ class Comparison:
         self.batch_size = experiment.evaluation.batch_size
         text = DOCUMENT.read_text()
         self.document = self.base.tokenizer(text, add_special_tokens=False).input_ids
-        self.marked = make_task(self.base, experiment.template, None, virtual_tokens=1).opening
+        self.marked = make_task(self.base, experiment.template, None, virtual_tokens=1)
 
     def reading(self, tokens: Sequence[int]) -> PrefixTuning:
         """Return a method that reads these tokens instead of the document."""
-        ids = [i for token in self.marked for i in (tokens if token == ~0 else [token])]
-        prefix = read(self.base.backbone, ids)
+        prefix = read(self.base.backbone, opening_with(tokens, self.marked))
         return PrefixTuning(prefix.keys, prefix.values)
 
     def trained(self, folder: Path) -> PrefixTuning:

@@ -1,6 +1,7 @@
 """Teachers of distillation: rows of their own, trained runs, other base models, resumption."""
 
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from conftest import GOLDEN, batch_of, example_of, golden_backbone
 from flax import nnx
+from test_conversations import SHORT
 
 from softprompt import (
     LoRA,
@@ -263,6 +265,86 @@ def test_a_teacher_writes_the_targets_once(tmp_path, monkeypatch, capsys):
     path.write_text("\n".join(['{"digest": "of another teacher"}', *lines, ""]))
     with pytest.raises(UserError, match="its teacher or data has changed since the run began"):
         train(experiment, tmp_path / "whole")
+
+
+def test_a_run_that_stops_while_the_teacher_writes_goes_on(tmp_path, monkeypatch):
+    overrides = "objective.teacher.writes_targets=true", "generation.max_new_tokens=2"
+    overrides += ("evaluation.batch_size=1",)
+    experiment = experiment_with(tmp_path, "input: 'Repeat {word}:'", *overrides)
+    calls, generate = [], Engine.generate
+
+    def interrupted(self, *arguments, **options):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return generate(self, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "generate", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(experiment, tmp_path / "run")
+    written = (tmp_path / "run" / "targets-train.jsonl").read_text()
+    assert len(written.splitlines()) == 5  # the first is about the teacher
+    assert train(experiment, tmp_path / "run")["steps"] == 2
+    assert (tmp_path / "run" / "targets-train.jsonl").read_text().startswith(written)
+
+
+def test_written_targets_are_in_the_field_that_the_student_reads(tiny, tmp_path):
+    """The template of the teacher has a target of two fields."""
+    settings = TemplateSettings(input="Say {word}:", target="{word} {answer}")
+    task = make_task(tiny, settings, None, virtual_tokens=3)
+    SoftPrompt.from_vocabulary(tiny, 3, jax.random.key(5)).save(tmp_path / "first", tiny, task)
+    run = f"run: {tmp_path / 'first'}, writes_targets: true"
+    prepared = Preparation().prepare(experiment_with(tmp_path, run, "generation.max_new_tokens=4"))
+    records = [example.record.fields for example in prepared.examples["train"]]
+    assert all(record["answer"] != record["word"][:2].upper() for record in records)
+
+
+def test_a_target_that_a_teacher_writes_ends_with_its_turn(tmp_path, monkeypatch):
+    """In some chat templates, turns end with another token than texts."""
+    base = tmp_path / "base"
+    shutil.copytree(GOLDEN / "llama-grouped", base)
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    config["chat_template"] = SHORT.replace("<|endoftext|>", "<|pad|>")
+    (base / "tokenizer_config.json").write_text(json.dumps(config))
+    stops, generate = [], Engine.generate
+
+    def recorded(self, *arguments, **options):
+        stops.append(self._settings.stop)
+        return generate(self, *arguments, **options)
+
+    monkeypatch.setattr(Engine, "generate", recorded)
+    chat = f"base={base}", "template={input: 'Say {word}', target: '{answer}', chat: true}"
+    teacher = "input: 'Repeat {word}', writes_targets: true"
+    Preparation().prepare(experiment_with(tmp_path, teacher, *chat, "generation.max_new_tokens=2"))
+    assert stops
+    assert all(stop == ["<|pad|>"] for stop in stops)
+
+
+def test_experiments_with_the_same_teacher_share_it_and_its_targets(tmp_path):
+    overrides = "objective.teacher.writes_targets=true", "generation.max_new_tokens=2"
+    preparation = Preparation()
+    first, second, third = (
+        preparation.prepare(experiment_with(tmp_path, teacher, *overrides, *more))
+        for teacher, more in (
+            ("input: 'Repeat {word}:'", []),
+            ("input: 'Repeat {word}:'", ["seed=1", "objective.temperature=2.0"]),
+            ("shots: 1", []),
+        )
+    )
+    assert second.teacher is first.teacher
+    assert second.examples["train"] is first.examples["train"]
+    assert second.teacher_examples["train"] is first.teacher_examples["train"]
+    assert third.teacher is not first.teacher
+    assert third.examples["train"] is not first.examples["train"]
+
+
+@pytest.mark.parametrize("name", ["shots", "input"])
+def test_a_teacher_of_plain_text_has_no_other_input(tmp_path, name):
+    teacher = {"shots": "shots: 1", "input": "input: 'Repeat {word}:'"}[name]
+    experiment = experiment_with(tmp_path, teacher, "template={text: word}")
+    with pytest.raises(UserError, match=rf"objective.teacher.{name}: needs template.input"):
+        Preparation().prepare(experiment)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from softprompt.cli.arguments import add_base, add_batch_size, add_command, add_scoring
 from softprompt.cli.inputs import requested_mesh, with_scoring
@@ -15,6 +15,8 @@ from softprompt.cli.tables import print_table
 from softprompt.errors import UserError
 
 if TYPE_CHECKING:
+    from softprompt.data.examples import Dataset
+    from softprompt.data.task import Task
     from softprompt.experiment.schema import Experiment
     from softprompt.inference.prompt import TrainedPrompt
     from softprompt.metrics.scores import Scores
@@ -106,12 +108,7 @@ def _load_experiment(config: Path, options: argparse.Namespace) -> "Experiment":
 
 
 def _evaluate_one(options: argparse.Namespace, experiment: "Experiment") -> None:
-    from softprompt.data.datasets import make_examples
-    from softprompt.data.preferences import preference_examples
-    from softprompt.data.splits import read_split
-    from softprompt.evaluation.evaluate import evaluate
     from softprompt.evaluation.forgetting import forgetting, require_causal
-    from softprompt.evaluation.objective import measure_objective
     from softprompt.evaluation.predictions import require_output
     from softprompt.experiment.metric_names import MODEL_METRICS
     from softprompt.files.writing import write_errors
@@ -119,7 +116,7 @@ def _evaluate_one(options: argparse.Namespace, experiment: "Experiment") -> None
     from softprompt.objectives.choice import objective_of
     from softprompt.objectives.model import Model
     from softprompt.storage.run_folder import write_predictions
-    from softprompt.training.written_targets import SPLITS, with_written_targets
+    from softprompt.training.measurement import measure
 
     if options.output:
         require_output(options.output)
@@ -127,64 +124,82 @@ def _evaluate_one(options: argparse.Namespace, experiment: "Experiment") -> None
     prompt = with_scoring(load_prompt(options.runs[0], options.base, mesh=mesh), options)
     if experiment.evaluation.forgetting:
         require_causal(prompt.base)
-    objective = experiment.objective.name
-    encode = preference_examples if objective == "preference" else make_examples
-    records, teacher = read_split(experiment, options.split, Bar), None
-    if objective == "distill":
-        teacher = _teacher(experiment, prompt)
-    task = prompt.task
-    if teacher is not None and experiment.objective.teacher is not None:
-        task = teacher.limited(task)
-        if experiment.objective.teacher.writes_targets and options.split in SPLITS:
-            records = with_written_targets(
-                teacher, experiment, records, options.split, options.runs[0], Bar
-            )
-    examples = encode(task, records, options.split, Bar)
-    needs_predictions = options.output or set(experiment.evaluation.metrics) - {*MODEL_METRICS}
-    measured = evaluate(
-        prompt.backbone,
-        prompt.prefix,
-        task,
-        examples,
-        experiment.model_copy(update={"scoring": prompt.scoring}),
-        options.split,
-        max_generated=None if needs_predictions else 0,
-        progress=Bar,
-    )
-    scores = dict(measured.scores)
+    data = _read(options, experiment, prompt)
+    objective, teacher = None, None if data.teacher is None else data.teacher.model
     if experiment.objective.custom:
         print_line("the custom objective is not measured, because it exists only in Python code")
-    elif objective == "preference" or teacher is not None:
-        as_taught = None
-        if teacher is not None and not teacher.reads_same_rows:
-            as_taught = encode(teacher.task, records, f"teacher's {options.split}", Bar)
-        scores |= measure_objective(
-            objective_of(experiment.objective, task.opening),
-            Model(prompt.method, prompt.base.backbone, teacher.model if teacher else None),
-            examples,
-            options.batch_size,
-            f"{options.split}: {objective}",
-            Bar,
-            as_taught,
-        )
+    elif experiment.objective.teacher is None or teacher is not None:
+        objective = objective_of(experiment.objective, data.task.opening)
+    needs_predictions = options.output or set(experiment.evaluation.metrics) - {*MODEL_METRICS}
+    model = Model(prompt.method, prompt.base.backbone, teacher)
+    measured = measure(
+        experiment.model_copy(update={"scoring": prompt.scoring}),
+        data.task,
+        data.examples,
+        objective,
+        (model, prompt.backbone, prompt.prefix),
+        options.split,
+        Bar,
+        max_generated=None if needs_predictions else 0,
+        teacher_examples=data.teacher_examples,
+    )
+    scores = dict(measured.scores)
     if experiment.evaluation.forgetting:
         scores["forgetting"] = forgetting(
             prompt.method, prompt.backbone, prompt.base, batch_size=options.batch_size, progress=Bar
         )
-    _print_result({"split": options.split, "examples": len(examples)}, scores)
+    _print_result({"split": options.split, "examples": len(data.examples)}, scores)
     if options.output:
         with write_errors(options.output):
             write_predictions(options.output, measured.samples)
 
 
+class _Data(NamedTuple):
+    """The examples of a split, as the run read them.
+
+    Attributes:
+      task: turns records into examples.
+      examples: N examples.
+      teacher: the teacher of the run; None if it has none, or it is no longer there.
+      teacher_examples: the N examples as the teacher reads them; None if it reads the same rows.
+    """
+
+    task: "Task"
+    examples: "Dataset"
+    teacher: "PreparedTeacher | None"
+    teacher_examples: "Dataset | None"
+
+
+def _read(options: argparse.Namespace, experiment: "Experiment", prompt: "TrainedPrompt") -> _Data:
+    from softprompt.data.datasets import make_examples
+    from softprompt.data.preferences import preference_examples
+    from softprompt.data.splits import read_split
+    from softprompt.training.written_targets import SPLITS, with_written_targets
+
+    task, split, settings = prompt.task, options.split, experiment.objective
+    encode = preference_examples if settings.name == "preference" else make_examples
+    records = read_split(experiment, split, Bar)
+    teacher, taught = _teacher(experiment, prompt), None
+    if teacher is not None:
+        task = teacher.limited(task)
+        if settings.teacher and settings.teacher.writes_targets and split in SPLITS:
+            folder = options.runs[0]
+            records = with_written_targets(teacher, task, experiment, records, split, folder, Bar)
+        if not teacher.reads_same_rows:
+            taught = encode(teacher.task, records, f"teacher's {split}", Bar)
+    return _Data(task, encode(task, records, split, Bar), teacher, taught)
+
+
 def _teacher(experiment: "Experiment", prompt: "TrainedPrompt") -> "PreparedTeacher | None":
-    """Prepare the teacher of a run. If it cannot be loaded, say so and return None."""
+    """Prepare the teacher of a run, if it has one. If it is no longer there, say so."""
     from softprompt.data.splits import read_split
     from softprompt.training.teachers import prepare_teacher
 
-    assert experiment.objective.teacher is not None
+    settings = experiment.objective.teacher
+    if settings is None:
+        return None
     try:
-        shown = read_split(experiment, "train") if experiment.objective.teacher.shots else []
+        shown = read_split(experiment, "train") if settings.shots else []
         return prepare_teacher(experiment, prompt.base, shown, prompt.task)
     except UserError as error:
         print_line(f"objective_loss and agreement are not measured: {error}")

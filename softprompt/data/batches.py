@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from softprompt.backbones.batch import Batch
 from softprompt.data.balance import balanced, divide_by_class, length_classes
 from softprompt.data.examples import Dataset, Example, Examples
-from softprompt.data.layout import Layout, PackedShape
+from softprompt.data.layout import Layout, PackedShape, grown, multiple_of_8
 from softprompt.data.teacher_rows import TeacherRows
 from softprompt.parallel.hosts import rows_here
 from softprompt.parallel.mesh import ROWS, axis_size
@@ -174,9 +174,9 @@ class TrainingBatches:
             PackedShape(
                 packs=self._packs,
                 rows=self._batch_size // self._packs,
-                tokens=_multiple_of_8(int(tokens)),
-                targets=_multiple_of_8(int(targets)),
-                row_length=_multiple_of_8(bound),
+                tokens=multiple_of_8(int(tokens)),
+                targets=multiple_of_8(int(targets)),
+                row_length=multiple_of_8(bound),
                 row_targets=int(self._target_lengths[self._row_lengths <= bound].max()),
             )
             for bound, (tokens, targets) in zip(self._bounds, largest, strict=True)
@@ -232,7 +232,7 @@ def evaluation_batches(
             packs=packs,
             rows=rows,
             tokens=_rounded(most_tokens),
-            targets=_multiple_of_8(most_targets),
+            targets=multiple_of_8(most_targets),
             row_length=_rounded(int(lengths[members].max())),
             row_targets=int(targets[members].max()),
         )
@@ -304,10 +304,6 @@ def _largest(
     return max(int(lengths[p].sum()) for p in packs), max(int(targets[p].sum()) for p in packs)
 
 
-def _multiple_of_8(number: int) -> int:
-    return -(-number // 8) * 8
-
-
 def _rounded(number: int) -> int:
     """Round up to a multiple of 8, and from 512 on to one of 32 numbers up to the double."""
     multiple = max(8, 2 ** (number.bit_length() - 6))
@@ -317,11 +313,5 @@ def _rounded(number: int) -> int:
 def _enlarged(shape: PackedShape, tokens: int, targets: int) -> PackedShape:
     """Return the shape, or a larger one if packs of so many tokens and targets do not fit."""
     return dataclasses.replace(
-        shape, tokens=_grown(shape.tokens, tokens), targets=_grown(shape.targets, targets)
+        shape, tokens=grown(shape.tokens, tokens), targets=grown(shape.targets, targets)
     )
-
-
-def _grown(size: int, needed: int) -> int:
-    """Return a size, or if more is needed, the size plus a few sixteenths of it."""
-    step = _multiple_of_8(-(-size // 16))
-    return size + max(0, -(-(needed - size) // step)) * step

@@ -134,3 +134,14 @@ class Layout:
             batch.segments[pack, end:stop] = number + 1
             batch.target_indices[pack, scored] = [last, *range(end, stop)]
             end = stop
+
+
+def grown(size: int, needed: int) -> int:
+    """Return a size of a shape, or if more is needed, the size plus a few sixteenths of it."""
+    step = multiple_of_8(-(-size // 16))
+    return size + max(0, -(-(needed - size) // step)) * step
+
+
+def multiple_of_8(number: int) -> int:
+    """Round up to a multiple of 8."""
+    return -(-number // 8) * 8

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pydantic
 
+from softprompt.backbones.formats.tokenizer import plain_backend
 from softprompt.data.examples import Dataset, Example, Summary, from_counts
 from softprompt.data.records import Record, Records
 from softprompt.data.row_file import RowFile, RowWriter
@@ -137,9 +138,7 @@ def _key(task: Task, records: Records, virtual: int, kind: str) -> str:
     The opening is not part of a row.
     """
     tokenizer, backbone = task.base.tokenizer, task.base.backbone
-    tokenizer.backend_tokenizer.no_padding()  # remove settings of an earlier call; the next
-    tokenizer.backend_tokenizer.no_truncation()  # call sets its own
-    text = tokenizer.backend_tokenizer.to_str()
+    text = plain_backend(tokenizer).to_str()
     return store_key(
         kind,
         records.digest,

@@ -148,9 +148,16 @@ class Task:
             return {field: question_of(messages_of(record, field))}
         return {field: record.text(field) for field in template_fields(self.template.input)}
 
-    def stopping(self, settings: GenerationSettings) -> GenerationSettings:
-        """Return the settings with the token that ends an answer, if it ends no text."""
-        end = turn_end(self.base.tokenizer) if self.template.messages else ""
+    def stopping(self, settings: GenerationSettings, *, trained: bool = True) -> GenerationSettings:
+        """Return the settings with the token that ends an answer, if it ends no text.
+
+        Args:
+          settings: how text is generated.
+          trained: whether the model was trained on this task. With `template.chat`, it has then
+            learned to end an answer with the end-of-text token instead.
+        """
+        chat = self.template.messages or (self.template.chat and not trained)
+        end = turn_end(self.base.tokenizer) if chat else ""
         if end in ("", self.base.tokenizer.eos_token, *settings.stop):
             return settings
         return settings.model_copy(update={"stop": [*settings.stop, end]})

@@ -55,12 +55,14 @@ def teacher_text(
     Raises:
       UserError: if the context cannot be read, or the context window is too short.
     """
+    if template.messages or template.text:
+        for name in ("input", "shots"):
+            if getattr(settings, name):
+                raise UserError(
+                    f"objective.teacher.{name}: needs template.input; conversations and plain text "
+                    f"have no {'other form' if name == 'input' else 'solved examples'}"
+                )
     if settings.input is not None:
-        if template.messages or template.text:
-            raise UserError(
-                "objective.teacher.input: replaces template.input, so it cannot be used with "
-                "template.messages or template.text"
-            )
         template = template.model_copy(update={"input": settings.input})
     shown = draw_demonstrations(template, verbalizer, records, settings.shots, seed)
     has_context = settings.context is not None

@@ -10,7 +10,7 @@ import numpy as np
 
 from softprompt.backbones.batch import Batch
 from softprompt.data.examples import Dataset
-from softprompt.data.layout import Layout, PackedShape
+from softprompt.data.layout import Layout, PackedShape, grown, multiple_of_8
 from softprompt.errors import UserError
 
 
@@ -57,15 +57,14 @@ class TeacherRows:
         """
         members = self._student_lengths <= batch.row_length
         share = self._lengths[members].sum() / self._student_lengths[members].sum()
-        usual = _multiple_of_8(int(batch.tokens.shape[1] * share) + 1)
-        step = _multiple_of_8(-(-usual // 16))
+        usual = multiple_of_8(int(batch.tokens.shape[1] * share) + 1)
         needed = max((int(self._lengths[pack].sum()) for pack in packs), default=0)
         shape = PackedShape(
             packs=batch.tokens.shape[0],
             rows=batch.lengths.shape[1],
-            tokens=usual + max(0, -(-(needed - usual) // step)) * step,
+            tokens=grown(usual, needed),
             targets=batch.targets.shape[1],
-            row_length=_multiple_of_8(int(self._lengths[members].max())),
+            row_length=multiple_of_8(int(self._lengths[members].max())),
             row_targets=batch.row_targets,
         )
         examples = [[self._examples[int(number)] for number in pack] for pack in packs]
@@ -82,7 +81,3 @@ def _other_targets() -> UserError:
         "objective.teacher: the target tokens of the teacher differ from the student's; use a "
         "teacher with the same template.target, verbalizer and tokenizer"
     )
-
-
-def _multiple_of_8(number: int) -> int:
-    return -(-number // 8) * 8

@@ -140,7 +140,8 @@ class Generator:
             records = [prompt.record(inputs[i], f"input {i + 1}") for i in indices]
             requests.update(zip(indices, prompt.requests(records, generation), strict=True))
         backbones = [self.base.backbone if p.is_prefix else p.backbone for p in chosen]
-        stopping = {id(prompt): prompt.task.stopping(generation) for prompt in chosen}
+        distinct = {id(prompt): prompt for prompt in chosen}
+        stopping = {key: p.task.stopping(generation) for key, p in distinct.items()}
         settings_of = [stopping[id(prompt)] for prompt in chosen]
         keys = zip(map(id, backbones), (tuple(each.stop) for each in settings_of), strict=True)
         results: dict[int, Generated] = {}

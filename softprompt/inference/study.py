@@ -161,10 +161,11 @@ class Study:
         """
         taken = {same_question(each.question) for each in done}
         batches = self.batches(len(done))
-        answering = Reading.of(self._base, self._template, self._document) if batches else None
+        if not batches:
+            return
+        answering = Reading.of(self._base, self._template, self._document)
         asking: dict[int, Reading] = {}
         for batch in batches:
-            assert answering is not None
             chunks = sorted({self._chunk_of(i) for i in batch})
             asking = {chunk: asking.get(chunk) or self._asking(chunk) for chunk in chunks}
             written = self._write_batch(batch, asking, answering, taken.copy())

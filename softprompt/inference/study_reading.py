@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Sequence
 
 from softprompt.backbones.loading import Base, Prefix
-from softprompt.data.chat import turn_end
 from softprompt.data.records import Record
 from softprompt.data.task import Task, make_task
 from softprompt.data.teacher import opening_with
@@ -22,13 +21,11 @@ class Reading:
       text: the text.
       task: its opening contains the text.
       prefix: the keys and values of the opening.
-      stop: the texts that end an answer, besides the end-of-text token.
     """
 
     text: str
     task: Task
     prefix: Prefix
-    stop: Sequence[str]
 
     @classmethod
     def of(cls, base: Base, template: TemplateSettings, text: str) -> "Reading":
@@ -37,9 +34,7 @@ class Reading:
         marked = make_task(base, template, None, virtual_tokens=1)
         opening = opening_with(ids, marked)
         task = dataclasses.replace(marked, opening=opening)
-        end = turn_end(base.tokenizer) if template.chat else ""
-        stop = [end] if end not in ("", base.tokenizer.eos_token) else []
-        return cls(text, task, read(base.backbone, opening), stop)
+        return cls(text, task, read(base.backbone, opening))
 
     def generate(
         self,
@@ -60,7 +55,7 @@ class Reading:
           seeds: the seed of each text; empty to use the seed of the settings.
         """
         base, task = self.task.base, self.task
-        settings = settings.model_copy(update={"stop": [*settings.stop, *self.stop]})
+        settings = task.stopping(settings, trained=False)
         task = task.for_generation(settings.max_new_tokens, self.prefix.length)
         records = [Record({"question": text}, "question") for text in questions]
         examples = list(task.examples(records, with_answer=False))

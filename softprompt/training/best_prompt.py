@@ -61,8 +61,8 @@ class BestPrompt:
         Returns:
           The model, the adapted backbone to run, and its prefix.
         """
-        base, task, prepared = self._prepared.base, self._prepared.task, self._prepared.teacher
-        teacher = None if prepared is None else prepared.model
+        base, task = self._prepared.base, self._prepared.task
+        teacher = self._prepared.teacher_model
         if result_of_main(lambda: self.step) != run.best_step:
             trainable, _ = checkpoints.load(run.best_step, self._state.saved_shapes())
             self.save(trainable, run)

@@ -27,9 +27,12 @@ from softprompt.experiment.methods import method_class
 from softprompt.experiment.schema import Experiment
 from softprompt.inference.prompt import load_prompt
 from softprompt.methods.method import Method
+from softprompt.objectives.teacher import Teacher
+from softprompt.parallel.hosts import is_main
 from softprompt.parallel.mesh import make_mesh
 from softprompt.parallel.sharding import require_rows
 from softprompt.runtime.progress import Progress, silent
+from softprompt.storage.run_folder import write_config
 from softprompt.training.custom import AS_WRITTEN, Custom
 from softprompt.training.requirements import require_memory
 from softprompt.training.teachers import PreparedTeacher, prepare_teacher
@@ -63,6 +66,11 @@ class Prepared:
     custom: Custom
     seconds: float
 
+    @property
+    def teacher_model(self) -> Teacher | None:
+        """The frozen model of the teacher, with what it reads first; None without one."""
+        return None if self.teacher is None else self.teacher.model
+
     def objective_digest(self, weights: np.ndarray | None) -> str:
         """Return a digest of the other inputs of the objective besides the examples; empty if none.
 
@@ -94,7 +102,7 @@ class Preparation:
         self._bases: dict[str, Base] = {}
         self._splits = SplitReader(progress)
         self._examples: dict[str, tuple[Any, Sequence[Record], Dataset]] = {}
-        self._teachers: dict[Any, PreparedTeacher] = {}  # the last one, by what determines it
+        self._teacher: tuple[Any, Sequence[Record], PreparedTeacher] | None = None
         self._written: dict[str, tuple[Any, Sequence[Record], Sequence[Record]]] = {}
 
     def prepare(
@@ -131,7 +139,7 @@ class Preparation:
         if teacher is not None:
             task = teacher.limited(task)
             splits = {
-                split: self._with_targets(teacher, experiment, part, split, folder)
+                split: self._with_targets(teacher, experiment, task, part, split, folder)
                 for split, part in splits.items()
             }
         encode = preference_examples if pairs else make_examples
@@ -190,8 +198,7 @@ class Preparation:
         wanted = experiment.model_dump_json(include={"base", "compute"})
         if wanted not in self._bases:
             self._bases.clear()  # free the memory before loading another one
-            self._examples.clear()
-            self._teachers.clear()
+            self._free_teacher()
             began = time.monotonic()
             settings = experiment.compute.model_dump(exclude={"mesh"})
             base = load_base(experiment.base, **settings, mesh=mesh)
@@ -211,18 +218,29 @@ class Preparation:
         settings = experiment.objective.teacher
         if settings is None:
             return None
-        drawn = (experiment.seed, id(records)) if settings.shots else None
-        texts = experiment.model_dump_json(include={"objective", "template", "verbalizer"})
-        key = texts, drawn, str(task.pieces)
-        if key not in self._teachers:
-            self._teachers.clear()  # free the memory before preparing another one
-            self._teachers[key] = prepare_teacher(experiment, base, records, task)
-        return self._teachers[key]
+        names: Any = {"objective": {"teacher"}, "template": True, "verbalizer": True}
+        seed = experiment.seed if settings.shots else None
+        key = experiment.model_dump_json(include=names), seed, str(task.pieces)
+        if self._teacher is not None:
+            last_key, source, teacher = self._teacher
+            if last_key == key and (source is records or not settings.shots):
+                return teacher
+        self._free_teacher()
+        teacher = prepare_teacher(experiment, base, records, task)
+        self._teacher = key, records, teacher
+        return teacher
+
+    def _free_teacher(self) -> None:
+        """Free the memory of the last teacher and of what was made with it, before another one."""
+        self._teacher = None
+        self._written.clear()
+        self._examples.clear()  # the teacher's rows hold its base model
 
     def _with_targets(
         self,
         teacher: PreparedTeacher,
         experiment: Experiment,
+        student: Task,
         records: Sequence[Record],
         split: str,
         folder: Path | None,
@@ -231,11 +249,13 @@ class Preparation:
         settings = experiment.objective.teacher
         if settings is None or not settings.writes_targets or split not in SPLITS:
             return records
-        key = teacher, experiment.generation, experiment.seed
+        key = experiment.generation
         last_key, source, written = self._written.get(split, (None, (), ()))
         if last_key != key or source is not records:
+            if folder is not None and is_main():
+                write_config(folder, experiment)  # a run that stops here is then known as one
             written = with_written_targets(
-                teacher, experiment, records, split, folder, self._progress
+                teacher, student, experiment, records, split, folder, self._progress
             )
             self._written[split] = key, records, written
         return written

@@ -8,7 +8,7 @@ number, and a checkpoint holds everything else.
 import dataclasses
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -18,7 +18,7 @@ from flax import nnx
 
 from softprompt.backbones.batch import Batch
 from softprompt.data.batches import TrainingBatches
-from softprompt.data.examples import data_digest
+from softprompt.data.examples import Example, data_digest
 from softprompt.data.sources import source_name
 from softprompt.data.weights import example_weights
 from softprompt.errors import Stopped, UserError
@@ -110,12 +110,11 @@ class Session:
             teacher=prepared.teacher_examples.get("train"),
         )
         self._iterator = self.batches.iterate()
-        teacher = None if prepared.teacher is None else prepared.teacher.model
         self.state = TrainState(
             experiment,
             prepared.method,
             self.base.backbone,
-            teacher,
+            prepared.teacher_model,
             padded_length,
             prepared.custom,
         )
@@ -344,9 +343,25 @@ class Session:
     def _measure(
         self, model: tuple[Model, Any, Any], split: str, progress: Progress
     ) -> EvaluationResult:
-        objective = self.state.program["objective"]
+        """Measure a model on the validation or the test data."""
+        settings = self.experiment.evaluation
+        examples: Sequence[Example] = self.examples[split]
+        generated: int | None = settings.samples
+        if split == "validation":
+            examples = examples[: settings.examples]
+        elif settings.samples:
+            generated = None
+        taught = self._prepared.teacher_examples.get(split)
         return measure(
-            self.experiment, self._prepared, objective, model, split, self.name, progress
+            self.experiment,
+            self.task,
+            examples,
+            self.state.program["objective"],
+            model,
+            f"{self.name}: {split}" if self.name else split,
+            progress,
+            max_generated=generated,
+            teacher_examples=None if taught is None else taught[: len(examples)],
         )
 
     def _require_finite(self, values: Mapping[str, float], kind: str = "") -> None:

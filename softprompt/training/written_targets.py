@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from softprompt.data.records import Record
+from softprompt.data.task import Task
 from softprompt.errors import FolderError, UserError
 from softprompt.experiment.schema import Experiment
 from softprompt.files.json_lines import parse_json_lines
@@ -31,6 +32,7 @@ _BATCHES = 4  # generated before their texts are stored
 
 def with_written_targets(
     teacher: PreparedTeacher,
+    student: Task,
     experiment: Experiment,
     records: Sequence[Record],
     split: str,
@@ -43,6 +45,7 @@ def with_written_targets(
 
     Args:
       teacher: the teacher, which writes greedily.
+      student: the task of the student, which learns the targets.
       experiment: its section `generation` says how long a target may be and where it stops.
       records: the records of a split. Their own targets are not read.
       split: the name of the split.
@@ -54,7 +57,7 @@ def with_written_targets(
       FolderError: if a run began with other targets.
     """
     task, model, size = teacher.task, teacher.model, experiment.evaluation.batch_size
-    settings = task.stopping(experiment.generation)
+    settings = task.stopping(experiment.generation, trained=False)
     requests = requests_of(records, task, model.prefix, settings)
     digest = hashlib.sha256(f"{teacher.digest} {settings.model_dump_json()}".encode())
     for request in requests:
@@ -73,7 +76,9 @@ def with_written_targets(
             texts += new
             bar.advance(len(new))
     written = [
-        task.with_target(record, text) for record, text in zip(records, texts, strict=True) if text
+        student.with_target(record, text)
+        for record, text in zip(records, texts, strict=True)
+        if text
     ]
     if not written:
         raise UserError(f"objective.teacher: the teacher wrote no target for the {split} data")

@@ -92,13 +92,22 @@ def encode_ids(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list
     Raises:
       UserError: see `encode_texts`.
     """
-    backend, texts = tokenizer.backend_tokenizer, list(texts)
+    texts = list(texts)
     guarded = isinstance(tokenizer, GuardedTokenizer)
     with tokenizer.guarded(texts) if guarded else contextlib.nullcontext():
-        backend.no_padding()  # remove settings of an earlier call; the next call sets its own
-        backend.no_truncation()
-        encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
+        encodings = plain_backend(tokenizer).encode_batch_fast(texts, add_special_tokens=False)
     return [encoding.ids for encoding in encodings]
+
+
+def plain_backend(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
+    """Return the tokenizer of the tokenizers library, without padding and truncation.
+
+    A call of the tokenizer sets both, so what is left of the last call is removed.
+    """
+    backend: Tokenizer = tokenizer.backend_tokenizer
+    backend.no_padding()
+    backend.no_truncation()
+    return backend
 
 
 @contextlib.contextmanager
