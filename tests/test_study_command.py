@@ -171,7 +171,7 @@ def test_an_interrupted_study_ends_with_the_same_file(base, tmp_path):
 
 
 def test_a_continued_study_does_not_repeat_a_question(base):
-    """The second batch is replaced if its questions are those of the first."""
+    """Questions of the second batch that equal earlier ones are replaced."""
     study = Study(DOCUMENT, base, TEMPLATE, StudySettings(**SETTINGS))
     _, second, _ = study.write()
     again = next(study.write(second))

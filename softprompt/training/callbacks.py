@@ -83,8 +83,8 @@ class Callbacks:
         """Return whether the run ends, and the error to raise. All processes call this together.
 
         Args:
-          wait: wait for the decision of the main process. If it is false and there are several
-            processes, they learn what was decided at the previous call, so that no device waits.
+          wait: wait for the decision of the main process. If it is false, several processes get
+            the decision of the previous call, so that no device waits.
         """
         number = _FAIL if self.error else _END if self.ends else _GO_ON
         if self._agreement:

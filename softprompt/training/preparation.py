@@ -231,7 +231,7 @@ class Preparation:
         return teacher
 
     def _free_teacher(self) -> None:
-        """Free the memory of the last teacher and of what was made with it, before another one."""
+        """Free the memory of the last teacher, of its targets and of its examples."""
         self._teacher = None
         self._written.clear()
         self._examples.clear()  # the teacher's rows hold its base model

@@ -36,7 +36,7 @@ def newest_usable(
       name: text before log messages; empty for none.
 
     Returns:
-      None if there is no such checkpoint.
+      None if no checkpoint can be used.
 
     Raises:
       FolderError: if a checkpoint belongs to another base model, other data, another teacher, or

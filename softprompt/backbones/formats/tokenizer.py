@@ -102,7 +102,7 @@ def encode_ids(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list
 def plain_backend(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
     """Return the tokenizer of the tokenizers library, without padding and truncation.
 
-    A call of the tokenizer sets both, so what is left of the last call is removed.
+    A call of the tokenizer sets both. This removes the settings of the last call.
     """
     backend: Tokenizer = tokenizer.backend_tokenizer
     backend.no_padding()
