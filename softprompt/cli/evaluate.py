@@ -174,17 +174,20 @@ def _read(options: argparse.Namespace, experiment: "Experiment", prompt: "Traine
     from softprompt.data.datasets import make_examples
     from softprompt.data.preferences import preference_examples
     from softprompt.data.splits import read_split
-    from softprompt.training.written_targets import SPLITS, with_written_targets
+    from softprompt.training.written_targets import SPLITS, read_targets
 
     task, split, settings = prompt.task, options.split, experiment.objective
     encode = preference_examples if settings.name == "preference" else make_examples
     records = read_split(experiment, split, Bar)
     teacher, taught = _teacher(experiment, prompt), None
+    if settings.teacher and settings.teacher.writes_targets and split in SPLITS:
+        written = read_targets(task, records, split, options.runs[0])
+        records = written.records
+        if teacher is not None and teacher.digest != written.header["teacher"]:
+            _say_not_measured("the teacher has changed since it wrote the targets")
+            teacher = None
     if teacher is not None:
         task = teacher.limited(task)
-        if settings.teacher and settings.teacher.writes_targets and split in SPLITS:
-            folder = options.runs[0]
-            records = with_written_targets(teacher, task, experiment, records, split, folder, Bar)
         if not teacher.reads_same_rows:
             taught = encode(teacher.task, records, f"teacher's {split}", Bar)
     return _Data(task, encode(task, records, split, Bar), teacher, taught)
@@ -202,8 +205,12 @@ def _teacher(experiment: "Experiment", prompt: "TrainedPrompt") -> "PreparedTeac
         shown = read_split(experiment, "train") if settings.shots else []
         return prepare_teacher(experiment, prompt.base, shown, prompt.task)
     except UserError as error:
-        print_line(f"objective_loss and agreement are not measured: {error}")
+        _say_not_measured(str(error))
         return None
+
+
+def _say_not_measured(reason: str) -> None:
+    print_line(f"objective_loss and agreement are not measured: {reason}")
 
 
 def _print_result(about: Mapping[str, Any], scores: "Mapping[str, Scores]") -> None:

@@ -25,7 +25,7 @@ from softprompt.files.reading import MEBIBYTE
 from softprompt.methods.method import Method
 from softprompt.methods.prompt_file import PromptFile
 from softprompt.parallel.sharding import with_shardings
-from softprompt.storage.arrays import load_arrays, load_description, save_arrays
+from softprompt.storage.arrays import digest_of_files, load_arrays, load_description, save_arrays
 
 _FILE = "prompt.json"
 _FORMAT = 2
@@ -213,6 +213,11 @@ class SavedPrompt:
         form = with_shardings(self._saved_form(base), base.backbone.mesh)
         arrays = load_arrays(self.folder, form)
         return self._class.load(arrays, self.description, opening), arrays
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the checksums of `prompt.json` and of the learned arrays."""
+        return digest_of_files(self.folder)
 
     @property
     def _class(self) -> type[Method]:

@@ -177,6 +177,11 @@ def load_description(folder: Path, file: str, limit: int = 16 * MEBIBYTE) -> dic
         raise DamagedError(f"{folder}: cannot be read ({error.strerror})") from None
 
 
+def digest_of_files(folder: Path) -> str:
+    """Return one digest of all files of a saved folder, from their checksums."""
+    return _sha256(folder / _SUMS)
+
+
 def _require_files_and_folders(folder: Path) -> None:
     """Check that a folder holds nothing else. Orbax would wait forever for a pipe's writer."""
     for path in folder.rglob("*"):

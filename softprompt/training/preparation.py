@@ -36,7 +36,7 @@ from softprompt.storage.run_folder import write_config
 from softprompt.training.custom import AS_WRITTEN, Custom
 from softprompt.training.requirements import require_memory
 from softprompt.training.teachers import PreparedTeacher, prepare_teacher
-from softprompt.training.written_targets import SPLITS, with_written_targets
+from softprompt.training.written_targets import SPLITS, WrittenTargets, write_targets
 
 _log = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ class Preparation:
         self._splits = SplitReader(progress)
         self._examples: dict[str, tuple[Any, Sequence[Record], Dataset]] = {}
         self._teacher: tuple[Any, Sequence[Record], PreparedTeacher] | None = None
-        self._written: dict[str, tuple[Any, Sequence[Record], Sequence[Record]]] = {}
+        self._written: dict[str, tuple[Any, Sequence[Record], WrittenTargets]] = {}
 
     def prepare(
         self,
@@ -249,16 +249,20 @@ class Preparation:
         settings = experiment.objective.teacher
         if settings is None or not settings.writes_targets or split not in SPLITS:
             return records
+        if folder is not None and is_main():
+            write_config(folder, experiment)  # a run that stops here is then known as one
         key = experiment.generation
-        last_key, source, written = self._written.get(split, (None, (), ()))
-        if last_key != key or source is not records:
-            if folder is not None and is_main():
-                write_config(folder, experiment)  # a run that stops here is then known as one
-            written = with_written_targets(
-                teacher, student, experiment, records, split, folder, self._progress
-            )
-            self._written[split] = key, records, written
-        return written
+        if split in self._written:
+            last_key, source, written = self._written[split]
+            if last_key == key and source is records:
+                if folder is not None:
+                    written.save(folder)
+                return written.records
+        written = write_targets(
+            teacher, student, experiment, records, split, folder, self._progress
+        )
+        self._written[split] = key, records, written
+        return written.records
 
     def _examples_of(
         self, task: Task, records: Sequence[Record], split: str, encode: Callable[..., Dataset]

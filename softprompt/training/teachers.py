@@ -14,6 +14,7 @@ from softprompt.errors import UserError
 from softprompt.experiment.objective_settings import TeacherSettings
 from softprompt.experiment.schema import Experiment
 from softprompt.inference.prompt import load_prompt
+from softprompt.methods.saved import SavedPrompt
 from softprompt.objectives.teacher import Teacher, read
 
 
@@ -77,14 +78,13 @@ def _trained(run: str, base: Base, student: Task) -> PreparedTeacher:
     trained = load_prompt(Path(run), base)
     window = base.backbone.arch.context_length
     taken = 0 if trained.prefix is None else trained.prefix.length
-    digest = hashlib.sha256(json.dumps(trained.description, sort_keys=True).encode()).hexdigest()
     return PreparedTeacher(
         Teacher(trained.backbone, trained.prefix),
         (),
         trained.task,
         list(trained.task.pieces) == list(student.pieces) and None not in student.pieces,
         window - taken,
-        digest,
+        SavedPrompt.read(Path(run)).digest,
     )
 
 

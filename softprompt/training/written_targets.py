@@ -1,13 +1,15 @@
 """Targets that a teacher writes before training, kept in the run folder.
 
-A file `targets-<split>.jsonl` begins with a digest of the teacher and its inputs, and has one more
+A file `targets-<split>.jsonl` begins with digests of the teacher and the records, and has one more
 line for each record. Lines are added while the teacher writes, so that a stopped run can continue.
 """
 
+import dataclasses
 import hashlib
+import itertools
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from softprompt.data.records import Record
@@ -30,7 +32,36 @@ _LIMIT = 4096 * MEBIBYTE
 _BATCHES = 4  # generated before their texts are stored
 
 
-def with_written_targets(
+@dataclasses.dataclass(frozen=True)
+class WrittenTargets:
+    """The targets that a teacher wrote for the records of a split.
+
+    Attributes:
+      split: the name of the split.
+      header: the first line of the file: `digest` of the teacher, its settings and its inputs,
+        `teacher`, the digest of the teacher alone, and `records`, of the inputs of the student.
+      texts: one for each record; empty if the teacher wrote nothing.
+      records: the records with a text, which is their target.
+    """
+
+    split: str
+    header: Mapping[str, str]
+    texts: Sequence[str]
+    records: Sequence[Record]
+
+    def save(self, folder: Path) -> None:
+        """Store the targets in another run folder.
+
+        Raises:
+          UserError, FolderError: see `write_targets`.
+        """
+        path = _path(folder, self.split)
+        stored = result_of_main(lambda: _begin(path, self.header, len(self.texts)))
+        if is_main():
+            _append(path, self.texts[len(stored) :])
+
+
+def write_targets(
     teacher: PreparedTeacher,
     student: Task,
     experiment: Experiment,
@@ -38,7 +69,7 @@ def with_written_targets(
     split: str,
     folder: Path | None,
     progress: Progress,
-) -> Sequence[Record]:
+) -> WrittenTargets:
     """Return records with the targets that a teacher writes. Stored targets are used again.
 
     Records after which the teacher writes nothing are left out.
@@ -49,7 +80,8 @@ def with_written_targets(
       experiment: its section `generation` says how long a target may be and where it stops.
       records: the records of a split. Their own targets are not read.
       split: the name of the split.
-      folder: the run folder; None to store nothing.
+      folder: the run folder; None to store nothing. A file with the targets of another teacher or
+        of other data gets another name.
       progress: shows how many targets have been written.
 
     Raises:
@@ -62,10 +94,15 @@ def with_written_targets(
     digest = hashlib.sha256(f"{teacher.digest} {settings.model_dump_json()}".encode())
     for request in requests:
         digest.update(json.dumps(list(map(int, request.tokens))).encode())
-    path = None if folder is None else folder / f"targets-{split}.jsonl"
-    texts: list[str] = []
-    if path is not None:
-        texts = result_of_main(lambda: _stored(path, digest.hexdigest(), len(records)))
+    header = {
+        "digest": digest.hexdigest(),
+        "teacher": teacher.digest,
+        "records": _digest_of(student, records),
+    }
+    path, texts = None, []
+    if folder is not None:
+        path = _path(folder, split)
+        texts = result_of_main(lambda: _begin(path, header, len(records)))
     engine = Engine(model.backbone, task.base.tokenizer, settings)
     with progress(f"write {split} targets", len(records), "targets", done=len(texts)) as bar:
         while len(texts) < len(records):
@@ -75,6 +112,70 @@ def with_written_targets(
                 _append(path, new)
             texts += new
             bar.advance(len(new))
+    return _with_targets(student, records, split, header, texts)
+
+
+def read_targets(
+    student: Task, records: Sequence[Record], split: str, folder: Path
+) -> WrittenTargets:
+    """Return records with the targets in a run folder. The teacher is not needed.
+
+    Args:
+      student: the task of the student.
+      records: the records of a split, as the run read them.
+      split: the name of the split.
+      folder: the run folder.
+
+    Raises:
+      UserError: if the file is missing, damaged or incomplete, or belongs to other records.
+    """
+    path = _path(folder, split)
+    if not path.exists():
+        raise UserError(
+            f"{path}: no such file; it has the targets that the teacher wrote for the {split} data"
+        )
+    header, texts, _ = _read(path)
+    if header.get("records") != _digest_of(student, records):
+        raise UserError(
+            f"{path}: the {split} data has changed since the teacher wrote these targets; restore "
+            "the data"
+        )
+    if len(texts) != len(records):
+        raise UserError(f"{path}: has {len(texts)} targets for {len(records)} records")
+    return _with_targets(student, records, split, header, texts)
+
+
+def require_unused(folder: Path) -> None:
+    """Check that no run has begun in a folder whose teacher or data has changed.
+
+    Raises:
+      FolderError: if there are checkpoints.
+    """
+    if any(folder.glob("checkpoints/*")):
+        raise FolderError(
+            f"{folder}: its teacher or data has changed since the run began; restore it, "
+            "or choose another folder"
+        )
+
+
+def _path(folder: Path, split: str) -> Path:
+    return folder / f"targets-{split}.jsonl"
+
+
+def _digest_of(student: Task, records: Sequence[Record]) -> str:
+    digest = hashlib.sha256()
+    for record in records:
+        digest.update(json.dumps(student.input_fields(record)).encode())
+    return digest.hexdigest()
+
+
+def _with_targets(
+    student: Task,
+    records: Sequence[Record],
+    split: str,
+    header: Mapping[str, str],
+    texts: Sequence[str],
+) -> WrittenTargets:
     written = [
         student.with_target(record, text)
         for record, text in zip(records, texts, strict=True)
@@ -85,37 +186,54 @@ def with_written_targets(
     if len(written) < len(records):
         count = len(records) - len(written)
         _log.info(f"{split}: left out {count} records for which the teacher wrote nothing")
-    return written
+    return WrittenTargets(split, header, texts, written)
 
 
-def _stored(path: Path, digest: str, count: int) -> list[str]:
+def _begin(path: Path, header: Mapping[str, str], count: int) -> list[str]:
     """Return the stored targets of the first records; begin the file if there are none.
 
     An incomplete last line, left by a killed process, is removed.
     """
     texts: list[str] = []
-    end = None  # an incomplete line
+    complete = False
     if path.exists():
-        *lines, end = read_bytes(path, _LIMIT).decode(errors="replace").split("\n")
-        values = list(parse_json_lines(lines, str(path)))
-        if values and values[0][1] == {"digest": digest}:
-            for where, value in values[1:]:
-                if not isinstance(value.get("target"), str):
-                    raise UserError(f"{where}: not a target; delete the file to write it again")
-                texts.append(value["target"])
-        elif any(path.parent.glob("checkpoints/*")):
-            raise FolderError(
-                f"{path.parent}: its teacher or data has changed since the run began; restore it, "
-                "or choose another folder"
+        found, stored, complete = _read(path)
+        if found.get("digest") == header["digest"]:
+            texts = stored
+        elif found:
+            require_unused(path.parent)
+            other = _unused_name(path)
+            with write_errors(path):
+                path.rename(other)
+            _log.warning(
+                f"{path}: the teacher or the data has changed; the earlier targets are now in "
+                f"{other.name}"
             )
         if len(texts) > count:
             raise UserError(f"{path}: has more targets than records; delete it to write it again")
-    if end != "" or not texts:
-        lines = [json.dumps({"digest": digest}), *map(_line, texts)]
+    if not texts or not complete:
+        lines = [json.dumps(header), *map(_line, texts)]
         with write_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, "".join(f"{line}\n" for line in lines))
     return texts
+
+
+def _read(path: Path) -> tuple[dict[str, str], list[str], bool]:
+    """Return the header, the targets, and whether the last line is complete."""
+    *lines, end = read_bytes(path, _LIMIT).decode(errors="replace").split("\n")
+    values = list(parse_json_lines(lines, str(path)))
+    if not values or "digest" not in values[0][1]:
+        return ({"digest": ""} if values else {}), [], not end
+    for where, value in values[1:]:
+        if not isinstance(value.get("target"), str):
+            raise UserError(f"{where}: not a target; delete the file to write it again")
+    return values[0][1], [value["target"] for _, value in values[1:]], not end
+
+
+def _unused_name(path: Path) -> Path:
+    names = (path.with_name(f"{path.stem}.{number}.jsonl") for number in itertools.count(1))
+    return next(name for name in names if not name.exists())
 
 
 def _append(path: Path, texts: Sequence[str]) -> None:
