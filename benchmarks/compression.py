@@ -89,7 +89,7 @@ class Comparison:
     def measure(self, name: str, method: Method) -> dict[str, Scores]:
         """Print a row of the table, and return the loss of the answers and the divergence."""
         backbone, prefix = prepare_model(method, self.base.backbone)
-        model = Model(method, self.base.backbone, self.prepared.teacher.model)
+        model = Model(method, self.base.backbone, self.prepared.teacher)
         found = measure_objective(Distillation(), model, self.examples, self.batch_size, name)
         statistics = np.zeros((len(self.examples), 2))
         for numbers, scores in score(backbone, prefix, self.examples, self.batch_size):

@@ -158,9 +158,9 @@ def test_a_long_text_is_read_in_parts(monkeypatch):
 def first_loss(experiment) -> float:
     """The loss before the first step."""
     prepared = Preparation().prepare(experiment)
-    taught = prepared.teacher_examples.get("train")
+    taught = prepared.taught.get("train")
     batch = TrainingBatches(prepared.examples["train"], 4, 0, teacher=taught)[0]
-    model = Model(prepared.method, prepared.base.backbone, prepared.teacher.model)
+    model = Model(prepared.method, prepared.base.backbone, prepared.teacher)
     total, weight, _ = jax.jit(Distillation())(model, batch, jax.random.key(0))
     return float(total / weight)
 
@@ -334,7 +334,7 @@ def test_experiments_with_the_same_teacher_share_it_and_its_targets(tmp_path):
     )
     assert second.teacher is first.teacher
     assert second.examples["train"] is first.examples["train"]
-    assert second.teacher_examples["train"] is first.teacher_examples["train"]
+    assert second.taught["train"] is first.taught["train"]
     assert third.teacher is not first.teacher
     assert third.examples["train"] is not first.examples["train"]
 

@@ -32,9 +32,18 @@ def test_eval_needs_the_written_targets_but_not_the_teacher(tmp_path, monkeypatc
     experiment = experiment_with(tmp_path, f"context: {manual}", *WRITES)
     run = tmp_path / "run"
     measured = train(experiment, run)["validation"]
-    monkeypatch.setattr(Engine, "generate", lambda *_: pytest.fail("generates"))
+    generate = Engine.generate
+
+    def nothing(self, requests, *arguments, **options):
+        assert not requests
+        return generate(self, requests, *arguments, **options)
+
+    monkeypatch.setattr(Engine, "generate", nothing)
     found, _ = evaluated(run, capsys)
     assert found["objective_loss"] == pytest.approx(measured["objective_loss"], rel=1e-5)
+
+    assert main(["eval", str(run), str(run), "--split", "validation"]) == 1
+    assert "the teacher of each run wrote targets of its own" in capsys.readouterr().err
 
     manual.write_text("Say it once.")
     found, said = evaluated(run, capsys)
@@ -50,15 +59,15 @@ def test_eval_needs_the_written_targets_but_not_the_teacher(tmp_path, monkeypatc
     data, targets = tmp_path / "train.jsonl", run / "targets-validation.jsonl"
     whole = data.read_text()
     data.write_text(whole.replace("aaa", "zzz"))
-    assert main(["eval", str(run), "--split", "validation"]) == 2
+    assert main(["eval", str(run), "--split", "validation"]) == 1
     assert "the validation data has changed since the teacher wrote" in capsys.readouterr().err
     data.write_text(whole)
     lines = targets.read_text().splitlines()
     targets.write_text("\n".join([*lines[:-1], ""]))
-    assert main(["eval", str(run), "--split", "validation"]) == 2
+    assert main(["eval", str(run), "--split", "validation"]) == 1
     assert "has 7 targets for 8 records" in capsys.readouterr().err
     targets.unlink()
-    assert main(["eval", str(run), "--split", "validation"]) == 2
+    assert main(["eval", str(run), "--split", "validation"]) == 1
     assert "it has the targets that the teacher wrote" in capsys.readouterr().err
 
 
@@ -76,6 +85,7 @@ def test_every_trial_of_a_sweep_keeps_the_written_targets(tmp_path):
 
 def test_earlier_targets_are_kept_under_another_name(tmp_path, caplog):
     run, names = tmp_path / "run", ["targets-train.1.jsonl", "targets-train.2.jsonl"]
+    run.mkdir()
     earlier = []
     for text in ("Say {word}", "Tell {word}", "Repeat {word}"):
         experiment = experiment_with(tmp_path, f"input: '{text}'", *WRITES)
@@ -95,11 +105,10 @@ def test_the_digest_of_a_run_covers_what_it_learned(tiny, tmp_path):
     for seed in (5, 5, 6):
         prompt = SoftPrompt.from_vocabulary(tiny, 3, jax.random.key(seed))
         prompt.save(tmp_path / "first", tiny, task)
-        digests.append(Preparation().prepare(experiment).teacher.digest)
+        digests.append(Preparation().prepare(experiment).teacher_digest)
         if seed == 5:
             train(experiment, train_folder)
     assert digests[0] != digests[2]
     (train_folder / "summary.json").unlink()
     with pytest.raises(FolderError, match="its teacher has changed since the run began"):
         train(experiment, train_folder)
-    print(digests)

@@ -1,7 +1,7 @@
 """Batches of rows that a backbone reads, with the targets that it predicts.
 
 Axis letters: G packs, N tokens of a pack, R rows of a pack, B = G·R rows, T tokens of a row,
-M targets of a pack, D hidden.
+M targets of a pack, D hidden, k most likely tokens.
 """
 
 import dataclasses
@@ -50,6 +50,10 @@ class Batch:
       weights: `[G, R]`, how much each row counts in training; None if all count the same.
       teacher: the same examples as a teacher reads them, in a batch with other tokens and the same
         targets. None if there is no teacher or it reads these rows.
+      top_tokens: `[G, M, k]`, the most likely tokens of a teacher that is not needed any more; see
+        `TopTokens`. None if there is no teacher or it reads rows.
+      top_log_probabilities: `[G, M, k + 1]`, of these tokens and of all others together. None if
+        `top_tokens` is.
     """
 
     tokens: Array
@@ -64,6 +68,8 @@ class Batch:
     row_targets: int = dataclasses.field(metadata={"static": True})
     weights: Array = None
     teacher: "Batch | None" = None
+    top_tokens: Array = None
+    top_log_probabilities: Array = None
 
     STATIC: ClassVar = ("row_length", "row_targets")
 

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from softprompt.cli.arguments import add_base, add_batch_size, add_command, add_scoring
 from softprompt.cli.inputs import requested_mesh, with_scoring
@@ -15,11 +15,10 @@ from softprompt.cli.tables import print_table
 from softprompt.errors import UserError
 
 if TYPE_CHECKING:
-    from softprompt.data.examples import Dataset
-    from softprompt.data.task import Task
     from softprompt.experiment.schema import Experiment
     from softprompt.inference.prompt import TrainedPrompt
     from softprompt.metrics.scores import Scores
+    from softprompt.training.inputs import Inputs
     from softprompt.training.teachers import PreparedTeacher
 
 
@@ -90,6 +89,12 @@ def run(options: argparse.Namespace) -> None:
             f"{config}: has no data.{options.split}; choose another --split ({', '.join(splits)}), "
             f"or train with data.{options.split}=FILE"
         )
+    teacher = experiment.objective.teacher
+    if others and teacher and teacher.writes_targets and options.split != "test":
+        raise UserError(
+            f"{config}: the teacher of each run wrote targets of its own; evaluate the runs one by "
+            "one, or together with --split test"
+        )
     if others:
         _evaluate_several(options, experiment)
     else:
@@ -124,73 +129,55 @@ def _evaluate_one(options: argparse.Namespace, experiment: "Experiment") -> None
     prompt = with_scoring(load_prompt(options.runs[0], options.base, mesh=mesh), options)
     if experiment.evaluation.forgetting:
         require_causal(prompt.base)
-    data = _read(options, experiment, prompt)
-    objective, teacher = None, None if data.teacher is None else data.teacher.model
+    inputs = _read(options, experiment, prompt)
+    examples, taught = inputs.examples[options.split], inputs.taught.get(options.split)
+    objective = None
     if experiment.objective.custom:
         print_line("the custom objective is not measured, because it exists only in Python code")
-    elif experiment.objective.teacher is None or teacher is not None:
-        objective = objective_of(experiment.objective, data.task.opening)
+    elif experiment.objective.teacher is None or inputs.teacher_digest:
+        objective = objective_of(experiment.objective, inputs.task.opening)
     needs_predictions = options.output or set(experiment.evaluation.metrics) - {*MODEL_METRICS}
-    model = Model(prompt.method, prompt.base.backbone, teacher)
+    model = Model(prompt.method, prompt.base.backbone, inputs.teacher)
     measured = measure(
         experiment.model_copy(update={"scoring": prompt.scoring}),
-        data.task,
-        data.examples,
+        inputs.task,
+        examples,
         objective,
         (model, prompt.backbone, prompt.prefix),
         options.split,
         Bar,
         max_generated=None if needs_predictions else 0,
-        teacher_examples=data.teacher_examples,
+        taught=taught,
     )
     scores = dict(measured.scores)
     if experiment.evaluation.forgetting:
         scores["forgetting"] = forgetting(
             prompt.method, prompt.backbone, prompt.base, batch_size=options.batch_size, progress=Bar
         )
-    _print_result({"split": options.split, "examples": len(data.examples)}, scores)
+    _print_result({"split": options.split, "examples": len(examples)}, scores)
     if options.output:
         with write_errors(options.output):
             write_predictions(options.output, measured.samples)
 
 
-class _Data(NamedTuple):
-    """The examples of a split, as the run read them.
-
-    Attributes:
-      task: turns records into examples.
-      examples: N examples.
-      teacher: the teacher of the run; None if it has none, or it is no longer there.
-      teacher_examples: the N examples as the teacher reads them; None if it reads the same rows.
-    """
-
-    task: "Task"
-    examples: "Dataset"
-    teacher: "PreparedTeacher | None"
-    teacher_examples: "Dataset | None"
-
-
-def _read(options: argparse.Namespace, experiment: "Experiment", prompt: "TrainedPrompt") -> _Data:
-    from softprompt.data.datasets import make_examples
-    from softprompt.data.preferences import preference_examples
+def _read(
+    options: argparse.Namespace, experiment: "Experiment", prompt: "TrainedPrompt"
+) -> "Inputs":
+    """Read the examples of a split as the run read them, and prepare its teacher."""
     from softprompt.data.splits import read_split
+    from softprompt.training.inputs import InputReader
     from softprompt.training.written_targets import SPLITS, read_targets
 
-    task, split, settings = prompt.task, options.split, experiment.objective
-    encode = preference_examples if settings.name == "preference" else make_examples
-    records = read_split(experiment, split, Bar)
-    teacher, taught = _teacher(experiment, prompt), None
+    split, settings = options.split, experiment.objective
+    records, teacher = read_split(experiment, split, Bar), _teacher(experiment, prompt)
     if settings.teacher and settings.teacher.writes_targets and split in SPLITS:
-        written = read_targets(task, records, split, options.runs[0])
+        written = read_targets(prompt.task, records, split, options.runs[0])
         records = written.records
         if teacher is not None and teacher.digest != written.header["teacher"]:
             _say_not_measured("the teacher has changed since it wrote the targets")
             teacher = None
-    if teacher is not None:
-        task = teacher.limited(task)
-        if not teacher.reads_same_rows:
-            taught = encode(teacher.task, records, f"teacher's {split}", Bar)
-    return _Data(task, encode(task, records, split, Bar), teacher, taught)
+    splits = {split: records}
+    return InputReader(Bar).read(experiment, prompt.task, splits, teacher, trains=False)
 
 
 def _teacher(experiment: "Experiment", prompt: "TrainedPrompt") -> "PreparedTeacher | None":

@@ -13,9 +13,10 @@ from jax.sharding import Mesh
 
 from softprompt.backbones.batch import Batch
 from softprompt.data.balance import balanced, divide_by_class, length_classes
-from softprompt.data.examples import Dataset, Example, Examples
+from softprompt.data.examples import AnswerOnly, Dataset, Example, Examples
 from softprompt.data.layout import Layout, PackedShape, grown, multiple_of_8
 from softprompt.data.teacher_rows import TeacherRows
+from softprompt.data.top_tokens import TopTokens
 from softprompt.parallel.hosts import rows_here
 from softprompt.parallel.mesh import ROWS, axis_size
 from softprompt.runtime.memory import Result, require_batch_size, run_batches
@@ -46,7 +47,8 @@ class TrainingBatches:
         fills in only the packs that its devices hold; see `hosts.divide_rows`.
       weights: `[N]`, how much each example counts, see `Batch.weights`; None if all count the same.
       all_candidates: whether to keep all candidates of an example, and not only the right one.
-      teacher: the examples as a teacher reads them; None if there is none or it reads the same.
+      teacher: the examples as a teacher reads them, or its most likely tokens at the targets that
+        the rows keep; None if there is none or it reads the same.
 
     Raises:
       ValueError: if there are fewer examples than `batch_size`, or if passes times devices do
@@ -74,7 +76,7 @@ class TrainingBatches:
         mesh: Mesh | None = None,
         weights: np.ndarray | None = None,
         all_candidates: bool = False,
-        teacher: Dataset | None = None,
+        teacher: Dataset | TopTokens | None = None,
     ):
         import grain  # takes a tenth of a second, and only training needs it
 
@@ -91,12 +93,12 @@ class TrainingBatches:
             )
         self._filled = None if mesh is None else set(rows_here(self._packs, mesh))
         self._examples = Examples.of(examples)
-        self._weights, self._all_candidates = weights, all_candidates
-        self._teacher = None
-        if teacher is not None:
-            self._teacher = TeacherRows(self._examples, teacher, separate_targets, all_candidates)
+        if not all_candidates:
+            self._examples = AnswerOnly(self._examples)
+            teacher = AnswerOnly(teacher) if isinstance(teacher, Dataset) else teacher
+        self._weights = weights
+        self._teacher = _beside(self._examples, teacher, separate_targets)
         lengths = self._examples.lengths
-        lengths = lengths if all_candidates else lengths.answer_only()
         self._layout = Layout.of(lengths, separate_targets)
         self._row_lengths = self._layout.row_lengths(lengths)
         self._target_lengths = lengths.targets
@@ -120,7 +122,7 @@ class TrainingBatches:
         epoch, number = divmod(number, self._per_epoch)
         window, place = divmod(number, self._per_window)
         length_class, packs = self._window(epoch, window)[place]
-        examples = [[self._example(int(i)) for i in pack] for pack in packs]
+        examples = [[self._examples[int(i)] for i in pack] for pack in packs]
         shape = self._shape(length_class, packs)
         weights = None if self._weights is None else [self._weights[pack] for pack in packs]
         batch = self._layout.lay_out(examples, shape, self._filled, weights)
@@ -133,10 +135,6 @@ class TrainingBatches:
         weights: list[np.ndarray] | None = None if self._weights is None else []
         batch = self._layout.lay_out([], self._shapes[0], weights=weights)
         return batch if self._teacher is None else self._teacher.beside(batch, [])
-
-    def _example(self, number: int) -> Example:
-        example = self._examples[number]
-        return example if self._all_candidates else example.answer_only()
 
     def iterate(self) -> "grain.DatasetIterator[Batch]":
         """Return a Grain iterator. Its `get_state` and `set_state` save and set the position."""
@@ -195,7 +193,7 @@ def evaluation_batches(
     *,
     separate_targets: bool = False,
     mesh: Mesh | None = None,
-    teacher: Sequence[Example] | None = None,
+    teacher: Sequence[Example] | TopTokens | None = None,
 ) -> Iterator[tuple[list[int], Result]]:
     """Run all examples once, in batches with almost equally many tokens.
 
@@ -205,71 +203,106 @@ def evaluation_batches(
       run: function to call with each batch.
       separate_targets: whether the backbone reads targets apart from the input.
       mesh: the devices that divide the rows, or None.
-      teacher: the examples as a teacher reads them; None if there is none or it reads the same.
+      teacher: as for `TrainingBatches`; it may go on after the last of the examples.
 
     Yields:
       The indices of the examples in the first rows of a batch, and the result of `run`.
     """
     require_batch_size(batch_size)
-    dataset, packs = Examples.of(examples), axis_size(mesh, ROWS)
+    dataset = Examples.of(examples)
     layout = Layout.of(dataset.lengths, separate_targets)
-    lengths, targets = layout.row_lengths(dataset.lengths), dataset.lengths.targets
-    rows_of_teacher = None
-    if teacher is not None:
-        rows_of_teacher = TeacherRows(dataset, Examples.of(teacher), separate_targets, True)
+    plan = _EvaluationPlan(dataset, layout, batch_size, axis_size(mesh, ROWS))
+    beside = _beside(dataset, teacher, separate_targets)
 
-    def in_packs(batch: Sequence[int], rows: int) -> list[np.ndarray]:
-        ordered = np.concatenate(balanced(np.array(batch), lengths, packs))
+    def run_part(numbers: list[int], most: int) -> tuple[list[int], Result]:
+        packs, shape = plan.packs(numbers, most)
+        batch = layout.lay_out([[dataset[int(i)] for i in pack] for pack in packs], shape)
+        if beside is not None:
+            batch = beside.beside(batch, packs)
+        return np.concatenate(packs).tolist(), run(batch)
+
+    for _, result in run_batches(plan.groups, batch_size, run_part):
+        yield result
+
+
+class _EvaluationPlan:
+    """Divides examples into batches with almost equally many tokens.
+
+    Args:
+      dataset: the examples.
+      layout: their layout.
+      batch_size: the most examples in a batch.
+      packs: the number of packs of a batch.
+
+    Attributes:
+      groups: the numbers of the examples in each batch.
+    """
+
+    def __init__(self, dataset: Dataset, layout: Layout, batch_size: int, packs: int):
+        self._lengths, self._targets = layout.row_lengths(dataset.lengths), dataset.lengths.targets
+        self._batch_size, self._packs = batch_size, packs
+        self.groups: list[list[int]] = []
+        self._shapes: list[PackedShape] = []
+        self._class_of = np.zeros(len(dataset), np.int64)
+        self._smaller = functools.cache(self._shape_for_fewer_rows)
+        bounds, numbers = length_classes(self._lengths), np.arange(len(dataset))
+        for members in divide_by_class(numbers, self._lengths, bounds, batch_size):
+            if not members.size:
+                continue
+            count = -(-members.size // batch_size)
+            batches = [batch.tolist() for batch in balanced(members, self._lengths, count)]
+            # A power of two, so that programs are compiled for few numbers of rows.
+            rows = batch_size if len(batches) > 1 else 1 << (members.size - 1).bit_length()
+            self._class_of[members] = len(self._shapes)
+            self._shapes.append(self._shape(batches, min(rows, batch_size)))
+            self.groups += batches
+
+    def packs(self, numbers: Sequence[int], most: int) -> tuple[list[np.ndarray], PackedShape]:
+        """Return the examples in each pack of a batch, and its shape.
+
+        Args:
+          numbers: the numbers of examples of one group.
+          most: the most examples in a batch; less than the batch size if memory ran out.
+        """
+        number = int(self._class_of[numbers[0]])
+        shape = self._shapes[number] if most == self._batch_size else self._smaller(number, most)
+        ordered = self._in_packs(numbers, shape.rows)
+        return ordered, _enlarged(shape, *_largest(ordered, self._lengths, self._targets))
+
+    def _in_packs(self, batch: Sequence[int], rows: int) -> list[np.ndarray]:
+        ordered = np.concatenate(balanced(np.array(batch), self._lengths, self._packs))
         # Full packs come first, so that all empty rows are at the end of the batch.
         return [ordered[start : start + rows] for start in range(0, len(ordered), rows)]
 
-    def shape_of(batches: Sequence[Sequence[int]], rows: int) -> PackedShape:
-        rows = -(-rows // packs)
-        all_packs = [pack for batch in batches for pack in in_packs(batch, rows)]
+    def _shape(self, batches: Sequence[Sequence[int]], rows: int) -> PackedShape:
+        """Return a shape of `rows` rows in which each of the batches fits."""
+        rows = -(-rows // self._packs)
+        all_packs = [pack for batch in batches for pack in self._in_packs(batch, rows)]
         members = np.concatenate(all_packs)
-        most_tokens, most_targets = _largest(all_packs, lengths, targets)
+        most_tokens, most_targets = _largest(all_packs, self._lengths, self._targets)
         return PackedShape(
-            packs=packs,
+            packs=self._packs,
             rows=rows,
             tokens=_rounded(most_tokens),
             targets=multiple_of_8(most_targets),
-            row_length=_rounded(int(lengths[members].max())),
-            row_targets=int(targets[members].max()),
+            row_length=_rounded(int(self._lengths[members].max())),
+            row_targets=int(self._targets[members].max()),
         )
 
-    groups: list[list[int]] = []
-    shapes: list[PackedShape] = []
-    class_of = np.zeros(len(dataset), np.int64)
-    bounds = length_classes(lengths)
-    for members in divide_by_class(np.arange(len(dataset)), lengths, bounds, batch_size):
-        if not members.size:
-            continue
-        batches = [b.tolist() for b in balanced(members, lengths, -(-members.size // batch_size))]
-        # A power of two, so that programs are compiled for few numbers of rows.
-        rows = batch_size if len(batches) > 1 else 1 << (members.size - 1).bit_length()
-        class_of[members] = len(shapes)
-        shapes.append(shape_of(batches, min(rows, batch_size)))
-        groups += batches
-
-    @functools.cache
-    def smaller(number: int, most: int) -> PackedShape:
+    def _shape_for_fewer_rows(self, number: int, most: int) -> PackedShape:
         """Return the shape of a class for fewer rows, because memory ran out."""
-        own = [group for group in groups if class_of[group[0]] == number]
+        own = [group for group in self.groups if self._class_of[group[0]] == number]
         parts = [group[i : i + most] for group in own for i in range(0, len(group), most)]
-        return shape_of(parts, min(most, shapes[number].rows * packs))
+        return self._shape(parts, min(most, self._shapes[number].rows * self._packs))
 
-    def run_part(numbers: list[int], most: int) -> tuple[list[int], Result]:
-        number = int(class_of[numbers[0]])
-        shape = shapes[number] if most == batch_size else smaller(number, most)
-        ordered = in_packs(numbers, shape.rows)
-        shape = _enlarged(shape, *_largest(ordered, lengths, targets))
-        batch = layout.lay_out([[dataset[int(i)] for i in pack] for pack in ordered], shape)
-        if rows_of_teacher is not None:
-            batch = rows_of_teacher.beside(batch, ordered)
-        return np.concatenate(ordered).tolist(), run(batch)
 
-    for _, result in run_batches(groups, batch_size, run_part):
-        yield result
+def _beside(
+    examples: Dataset, teacher: Sequence[Example] | TopTokens | None, separate_targets: bool
+) -> TeacherRows | TopTokens | None:
+    """Return what puts the teacher's rows, or its most likely tokens, beside a batch."""
+    if teacher is None or isinstance(teacher, TopTokens):
+        return teacher
+    return TeacherRows(examples, Examples.of(teacher[: len(examples)]), separate_targets)
 
 
 def side_by_side(batches: Sequence[Batch]) -> Batch:
@@ -279,8 +312,8 @@ def side_by_side(batches: Sequence[Batch]) -> Batch:
         arrays = [getattr(batch, name) for batch in batches]
         if arrays[0] is None:
             return None
-        width = max(array.shape[-1] for array in arrays)
-        more = [[(0, 0)] * (a.ndim - 1) + [(0, width - a.shape[-1])] for a in arrays]
+        width = max(array.shape[1] for array in arrays)
+        more = [[(0, 0), (0, width - a.shape[1]), *[(0, 0)] * (a.ndim - 2)] for a in arrays]
         return np.stack(
             [np.pad(a, m, constant_values=empty) for a, m in zip(arrays, more, strict=True)]
         )

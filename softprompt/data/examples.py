@@ -196,6 +196,25 @@ class Examples(Dataset):
         return self._examples[number]
 
 
+class AnswerOnly(Dataset):
+    """The examples of another dataset, with the right candidate alone.
+
+    Args:
+      dataset: examples with their answers.
+    """
+
+    def __init__(self, dataset: Dataset):
+        self._dataset = dataset
+        self.lengths, self.answers = dataset.lengths.answer_only(), np.zeros_like(dataset.answers)
+        self.digest, self.truncated = dataset.digest, dataset.truncated
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def example(self, number: int) -> Example:
+        return self._dataset.example(number).answer_only()
+
+
 def data_digest(splits: Mapping[str, Dataset]) -> str:
     """Return one digest of all splits, by which a run recognizes its data when it resumes."""
     digests = {split: dataset.digest for split, dataset in splits.items()}

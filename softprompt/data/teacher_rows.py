@@ -21,19 +21,14 @@ class TeacherRows:
       student: N examples.
       teacher: the same N examples as the teacher reads them.
       separate_targets: whether both backbones read targets separately from the input.
-      all_candidates: whether rows keep all candidates, and not only the right one.
 
     Raises:
       UserError: if the targets of teacher and student have different lengths.
     """
 
-    def __init__(
-        self, student: Dataset, teacher: Dataset, separate_targets: bool, all_candidates: bool
-    ):
-        self._examples, self._all_candidates = teacher, all_candidates
+    def __init__(self, student: Dataset, teacher: Dataset, separate_targets: bool):
+        self._examples = teacher
         own, others = teacher.lengths, student.lengths
-        if not all_candidates:
-            own, others = own.answer_only(), others.answer_only()
         if not np.array_equal(own.targets, others.targets):
             raise _other_targets()
         self._layout = Layout.of(own, separate_targets)
@@ -68,8 +63,6 @@ class TeacherRows:
             row_targets=batch.row_targets,
         )
         examples = [[self._examples[int(number)] for number in pack] for pack in packs]
-        if not self._all_candidates:
-            examples = [[example.answer_only() for example in pack] for pack in examples]
         rows = self._layout.lay_out(examples, shape, filled)
         if not np.array_equal(rows.targets, batch.targets):
             raise _other_targets()

@@ -13,6 +13,7 @@ import numpy as np
 from softprompt.backbones.batch import Batch
 from softprompt.data.batches import evaluation_batches
 from softprompt.data.examples import Example
+from softprompt.data.top_tokens import TopTokens
 from softprompt.metrics.scores import Scores, weighted_mean
 from softprompt.objectives.model import Model, RowObjective
 from softprompt.parallel.mesh import whole
@@ -27,7 +28,7 @@ def measure_objective(
     batch_size: int,
     label: str,
     progress: Progress = silent,
-    teacher: Sequence[Example] | None = None,
+    teacher: Sequence[Example] | TopTokens | None = None,
 ) -> dict[str, Scores]:
     """Return the loss of an objective, as `objective_loss`, and its metrics.
 
@@ -38,7 +39,7 @@ def measure_objective(
       batch_size: the most examples in a batch.
       label: label of the progress bar.
       progress: shows how many examples are done.
-      teacher: the N examples as the teacher reads them; None if it reads the same rows.
+      teacher: see `evaluation_batches`.
 
     Raises:
       NotFiniteError: if a value is infinite or NaN.

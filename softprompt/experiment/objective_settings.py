@@ -59,6 +59,14 @@ class TeacherSettings(Section):
         "before training. It decodes greedily, with the other settings of the section "
         "`generation`. The run folder keeps the targets.",
     )
+    top_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        le=1_000_000,
+        description="Number of most likely tokens of the teacher to store at each target before "
+        "training, in the run folder. All other tokens then count as one, and the steps do not "
+        "need the teacher. `null`: the teacher reads each batch.",
+    )
 
     @pydantic.field_validator("input")
     @classmethod

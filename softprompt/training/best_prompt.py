@@ -62,7 +62,7 @@ class BestPrompt:
           The model, the adapted backbone to run, and its prefix.
         """
         base, task = self._prepared.base, self._prepared.task
-        teacher = self._prepared.teacher_model
+        teacher = self._prepared.teacher
         if result_of_main(lambda: self.step) != run.best_step:
             trainable, _ = checkpoints.load(run.best_step, self._state.saved_shapes())
             self.save(trainable, run)

@@ -6,6 +6,7 @@ from typing import Any
 
 from softprompt.data.examples import Example
 from softprompt.data.task import Task
+from softprompt.data.top_tokens import TopTokens
 from softprompt.evaluation.evaluate import EvaluationResult, evaluate
 from softprompt.evaluation.objective import measure_objective
 from softprompt.experiment.schema import Experiment
@@ -23,7 +24,7 @@ def measure(
     progress: Progress,
     *,
     max_generated: int | None = None,
-    teacher_examples: Sequence[Example] | None = None,
+    taught: Sequence[Example] | TopTokens | None = None,
 ) -> EvaluationResult:
     """Evaluate a model, and measure an objective if it can tell rows apart.
 
@@ -32,7 +33,7 @@ def measure(
       examples: N examples.
       objective: it is measured if it is a `RowObjective`.
       model: the model, and the adapted backbone and the prefix to run.
-      teacher_examples: the N examples as the teacher reads them; None if it reads the same rows.
+      taught: see `Inputs`; it may go on after the last of the examples.
 
     Raises:
       NotFiniteError: if a score is infinite or NaN.
@@ -51,5 +52,5 @@ def measure(
     if not isinstance(objective, RowObjective):
         return result
     size, label = experiment.evaluation.batch_size, f"{label}: objective"
-    scores = measure_objective(objective, whole, examples, size, label, progress, teacher_examples)
+    scores = measure_objective(objective, whole, examples, size, label, progress, taught)
     return dataclasses.replace(result, scores={**result.scores, **scores})

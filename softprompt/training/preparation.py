@@ -4,9 +4,8 @@ import dataclasses
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +13,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from softprompt.backbones.loading import Base, load_base
-from softprompt.data.datasets import make_examples
-from softprompt.data.examples import Dataset, data_digest
-from softprompt.data.preferences import preference_examples
+from softprompt.data.batches import TrainingBatches
+from softprompt.data.examples import Dataset
 from softprompt.data.records import Record, Rows
+from softprompt.data.sources import source_name
 from softprompt.data.splits import SplitReader
 from softprompt.data.task import Task, make_task
 from softprompt.data.template import draw_demonstrations
+from softprompt.data.top_tokens import TopTokens
 from softprompt.errors import UserError
 from softprompt.evaluation.forgetting import require_causal
 from softprompt.experiment.methods import method_class
@@ -34,9 +34,10 @@ from softprompt.parallel.sharding import require_rows
 from softprompt.runtime.progress import Progress, silent
 from softprompt.storage.run_folder import write_config
 from softprompt.training.custom import AS_WRITTEN, Custom
+from softprompt.training.inputs import InputReader
 from softprompt.training.requirements import require_memory
+from softprompt.training.reuse import LastResults
 from softprompt.training.teachers import PreparedTeacher, prepare_teacher
-from softprompt.training.written_targets import SPLITS, WrittenTargets, write_targets
 
 _log = logging.getLogger(__name__)
 
@@ -47,12 +48,8 @@ class Prepared:
 
     Attributes:
       base: the base model.
-      task: turns records into examples.
-      examples: the examples of each split.
+      task, examples, teacher, taught, teacher_digest: see `Inputs`.
       method: the method before training.
-      teacher: the teacher of distillation; None if there is none.
-      teacher_examples: the examples of each split as the teacher reads them; empty if it reads the
-        rows of the student.
       custom: replaces the objective, the optimizer, or both.
       seconds: duration of the preparation.
     """
@@ -60,16 +57,12 @@ class Prepared:
     base: Base
     task: Task
     examples: Mapping[str, Dataset]
+    teacher: Teacher | None
+    taught: Mapping[str, Dataset | TopTokens]
+    teacher_digest: str
     method: Method
-    teacher: PreparedTeacher | None
-    teacher_examples: Mapping[str, Dataset]
     custom: Custom
     seconds: float
-
-    @property
-    def teacher_model(self) -> Teacher | None:
-        """The frozen model of the teacher, with what it reads first; None without one."""
-        return None if self.teacher is None else self.teacher.model
 
     def objective_digest(self, weights: np.ndarray | None) -> str:
         """Return a digest of the other inputs of the objective besides the examples; empty if none.
@@ -77,11 +70,9 @@ class Prepared:
         Args:
           weights: `[N]`, the weights of the training examples, or None.
         """
-        if self.teacher is None and weights is None:
+        if not self.teacher_digest and weights is None:
             return ""
-        digest = hashlib.sha256()
-        if self.teacher is not None:
-            digest.update(f"{self.teacher.digest} {data_digest(self.teacher_examples)}".encode())
+        digest = hashlib.sha256(self.teacher_digest.encode())
         if weights is not None:
             digest.update(weights.tobytes())
         return digest.hexdigest()
@@ -90,7 +81,7 @@ class Prepared:
 class Preparation:
     """Prepares experiments one after another, and reuses what they have in common.
 
-    It keeps the last base model, the last examples of each split, and the last teacher.
+    It keeps the last base model, the last teacher, and the last examples of each split.
 
     Args:
       progress: shows how many records have been read and tokenized.
@@ -99,11 +90,9 @@ class Preparation:
 
     def __init__(self, progress: Progress = silent, trial_devices: int = 1) -> None:
         self._progress, self._trial_devices = progress, trial_devices
-        self._bases: dict[str, Base] = {}
         self._splits = SplitReader(progress)
-        self._examples: dict[str, tuple[Any, Sequence[Record], Dataset]] = {}
-        self._teacher: tuple[Any, Sequence[Record], PreparedTeacher] | None = None
-        self._written: dict[str, tuple[Any, Sequence[Record], WrittenTargets]] = {}
+        self._bases, self._results = LastResults(), LastResults()
+        self._reader = InputReader(progress, self._results)
 
     def prepare(
         self,
@@ -117,7 +106,7 @@ class Preparation:
         Args:
           experiment: the experiment.
           records: by split, rows that replace the source that the experiment names.
-          folder: the run folder, which keeps the targets that a teacher writes.
+          folder: the run folder, which keeps what a teacher writes or predicts.
           custom: replaces the objective, the optimizer, or both.
 
         Raises:
@@ -126,33 +115,16 @@ class Preparation:
         began = time.monotonic()
         task, splits = self.task(experiment, records)
         base, kind = task.base, method_class(experiment.method)
-        if experiment.evaluation.forgetting:
-            require_causal(base)
-        _, before = kind.virtual_tokens(experiment)
-        pairs = experiment.objective.name == "preference"
-        if pairs and None in task.pieces:
-            raise UserError(
-                "objective: preference compares with the base model without virtual tokens, so "
-                "all of them must come before the first field of template.input"
-            )
+        _require_supported(experiment, task)
         teacher = self._teacher_of(experiment, base, splits["train"], task)
         if teacher is not None:
-            task = teacher.limited(task)
-            splits = {
-                split: self._with_targets(teacher, experiment, task, part, split, folder)
-                for split, part in splits.items()
-            }
-        encode = preference_examples if pairs else make_examples
-        examples = {
-            split: self._examples_of(task, part, split, encode) for split, part in splits.items()
-        }
-        teacher_examples = {}
-        if teacher is not None and not teacher.reads_same_rows:
-            teacher_examples = {
-                split: self._examples_of(teacher.task, part, f"teacher's {split}", encode)
-                for split, part in splits.items()
-            }
+            if folder is not None and is_main():
+                write_config(folder, experiment)  # a run that stops here is then known as one
+            splits = self._reader.with_targets(experiment, task, splits, teacher, folder)
+        inputs = self._reader.read(experiment, task, splits, teacher, folder)
+        task = inputs.task
         if not task.labels and not task.template.text and experiment.evaluation.samples:
+            _, before = kind.virtual_tokens(experiment)
             task.for_generation(experiment.generation.max_new_tokens, before + len(task.opening))
         given = [_vectors_of(path, base) for path in kind.initial_prompts(experiment)]
         if teacher is not None and teacher.first and not given:
@@ -160,7 +132,7 @@ class Preparation:
         require_memory(experiment, base, task.opening, given, custom.optimizer)
         method = kind.build(experiment, base, task.opening, given)
         seconds = time.monotonic() - began
-        return Prepared(base, task, examples, method, teacher, teacher_examples, custom, seconds)
+        return Prepared(base, **inputs._asdict(), method=method, custom=custom, seconds=seconds)
 
     def task(
         self, experiment: Experiment, records: Mapping[str, Rows] | None = None
@@ -195,10 +167,8 @@ class Preparation:
         return task, splits
 
     def _base(self, experiment: Experiment, mesh: Mesh | None) -> Base:
-        wanted = experiment.model_dump_json(include={"base", "compute"})
-        if wanted not in self._bases:
-            self._bases.clear()  # free the memory before loading another one
-            self._free_teacher()
+        def load() -> Base:
+            self._results.clear()  # free the memory before loading another one
             began = time.monotonic()
             settings = experiment.compute.model_dump(exclude={"mesh"})
             base = load_base(experiment.base, **settings, mesh=mesh)
@@ -208,8 +178,10 @@ class Preparation:
                 f"{base.compute.dtype}{f', {kind} matrices' if kind else ''}, "
                 f"{base.compute.attention} attention"
             )
-            self._bases[wanted] = base
-        return self._bases[wanted]
+            return base
+
+        key = experiment.model_dump_json(include={"base", "compute"})
+        return self._bases.get("base", key, (), load)[0]
 
     def _teacher_of(
         self, experiment: Experiment, base: Base, records: Sequence[Record], task: Task
@@ -218,67 +190,62 @@ class Preparation:
         settings = experiment.objective.teacher
         if settings is None:
             return None
-        names: Any = {"objective": {"teacher"}, "template": True, "verbalizer": True}
+
+        def load() -> PreparedTeacher:
+            self._results.clear()  # the teacher's rows hold its base model
+            return prepare_teacher(experiment, base, records, task)
+
+        about = settings.model_dump_json(exclude={"writes_targets", "top_tokens"})
+        texts = experiment.model_dump_json(include={"template", "verbalizer"})
         seed = experiment.seed if settings.shots else None
-        key = experiment.model_dump_json(include=names), seed, str(task.pieces)
-        if self._teacher is not None:
-            last_key, source, teacher = self._teacher
-            if last_key == key and (source is records or not settings.shots):
-                return teacher
-        self._free_teacher()
-        teacher = prepare_teacher(experiment, base, records, task)
-        self._teacher = key, records, teacher
-        return teacher
+        key = about, texts, seed, str(task.pieces)
+        return self._results.get("teacher", key, (records,) if settings.shots else (), load)[0]
 
-    def _free_teacher(self) -> None:
-        """Free the memory of the last teacher, of its targets and of its examples."""
-        self._teacher = None
-        self._written.clear()
-        self._examples.clear()  # the teacher's rows hold its base model
 
-    def _with_targets(
-        self,
-        teacher: PreparedTeacher,
-        experiment: Experiment,
-        student: Task,
-        records: Sequence[Record],
-        split: str,
-        folder: Path | None,
-    ) -> Sequence[Record]:
-        """Return records with the targets that the teacher writes, if it writes any."""
-        settings = experiment.objective.teacher
-        if settings is None or not settings.writes_targets or split not in SPLITS:
-            return records
-        if folder is not None and is_main():
-            write_config(folder, experiment)  # a run that stops here is then known as one
-        key = experiment.generation
-        if split in self._written:
-            last_key, source, written = self._written[split]
-            if last_key == key and source is records:
-                if folder is not None:
-                    written.save(folder)
-                return written.records
-        written = write_targets(
-            teacher, student, experiment, records, split, folder, self._progress
+def _require_supported(experiment: Experiment, task: Task) -> None:
+    """Check what only the base model and the compiled template show."""
+    if experiment.evaluation.forgetting:
+        require_causal(task.base)
+    if experiment.objective.name == "preference" and None in task.pieces:
+        raise UserError(
+            "objective: preference compares with the base model without virtual tokens, so "
+            "all of them must come before the first field of template.input"
         )
-        self._written[split] = key, records, written
-        return written.records
 
-    def _examples_of(
-        self, task: Task, records: Sequence[Record], split: str, encode: Callable[..., Dataset]
-    ) -> Dataset:
-        """Encode the examples of a split, or reuse the examples of the last experiment."""
-        # The opening is not part of an example. It only limits the length of the input.
-        most = task.max_tokens if task.template.text else 0  # it divides plain text
-        key = dataclasses.replace(task, opening=(), max_tokens=most, virtual_tokens=0), encode
-        prompt_in_rows = any(piece is None for piece in task.pieces)
-        if split in self._examples and not prompt_in_rows:
-            last_key, source, examples = self._examples[split]
-            if last_key == key and source is records and _fit(examples, task):
-                return examples
-        examples = encode(task, records, split, self._progress)
-        self._examples[split] = key, records, examples
-        return examples
+
+def training_batches(
+    experiment: Experiment, prepared: Prepared, weights: np.ndarray | None
+) -> TrainingBatches:
+    """Return the training batches of a run.
+
+    Args:
+      experiment: the experiment.
+      prepared: the prepared experiment.
+      weights: `[N]`, the weights of the training examples, or None.
+
+    Raises:
+      UserError: if the examples do not fill a batch.
+    """
+    settings, examples = experiment.training, prepared.examples["train"]
+    rows = settings.batch_size * settings.accumulate
+    if len(examples) < rows:
+        raise UserError(
+            f"{source_name(experiment.data.train)}: {len(examples)} examples do not fill a batch "
+            f"of {rows}; set a smaller training.batch_size"
+            f"{' or training.accumulate' if settings.accumulate > 1 else ''}"
+        )
+    backbone = prepared.base.backbone
+    return TrainingBatches(
+        examples,
+        rows,
+        experiment.seed,
+        weights=weights,
+        all_candidates=experiment.objective.name == "preference",
+        separate_targets=backbone.separate_targets,
+        passes=settings.accumulate,
+        mesh=backbone.mesh,
+        teacher=prepared.taught.get("train"),
+    )
 
 
 def mesh_of(experiment: Experiment, trial_devices: int = 1) -> Mesh | None:
@@ -308,14 +275,6 @@ def mesh_of(experiment: Experiment, trial_devices: int = 1) -> Mesh | None:
         raise UserError(f"sweep.devices: {error}") from None
     require_rows(experiment.training.batch_size, mesh)
     return mesh
-
-
-def _fit(examples: Dataset, task: Task) -> bool:
-    """Whether encoding the examples with the limit of a task would not change them."""
-    lengths = examples.lengths
-    return not examples.truncated and bool(
-        (lengths.input + lengths.longest <= task.max_tokens).all()
-    )
 
 
 def _vectors_of(path: str, base: Base) -> jax.Array:

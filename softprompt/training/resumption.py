@@ -75,5 +75,5 @@ def _changed(run: RunState, began: RunState, prepared: Prepared) -> str | None:
     if not same_data(run.examples, prepared.examples):
         return "data"
     if run.objective and run.objective != began.objective:
-        return "data" if prepared.teacher is None else "teacher"
+        return "teacher" if prepared.teacher_digest else "data"
     return None

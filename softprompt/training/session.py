@@ -6,7 +6,6 @@ number, and a checkpoint holds everything else.
 """
 
 import dataclasses
-import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,11 +16,9 @@ import jax
 from flax import nnx
 
 from softprompt.backbones.batch import Batch
-from softprompt.data.batches import TrainingBatches
 from softprompt.data.examples import Example, data_digest
-from softprompt.data.sources import source_name
 from softprompt.data.weights import example_weights
-from softprompt.errors import Stopped, UserError
+from softprompt.errors import Stopped
 from softprompt.evaluation.evaluate import EvaluationResult
 from softprompt.evaluation.forgetting import forgetting
 from softprompt.evaluation.scoring import prepare_model
@@ -38,7 +35,8 @@ from softprompt.training.best_prompt import BestPrompt
 from softprompt.training.callbacks import Callbacks
 from softprompt.training.custom import optimizer_record
 from softprompt.training.measurement import measure
-from softprompt.training.preparation import Prepared
+from softprompt.training.not_finite import step_not_finite, wrong_values
+from softprompt.training.preparation import Prepared, training_batches
 from softprompt.training.reporting import Reporter, log_message
 from softprompt.training.resumption import newest_usable
 from softprompt.training.state import RunState, TrainState
@@ -89,34 +87,13 @@ class Session:
         self.base, self.task, self.examples = prepared.base, prepared.task, prepared.examples
         self._stop, self._progress = stop, progress
         self._prepared, self._callbacks = prepared, callbacks or Callbacks()
-        self.rows = experiment.training.batch_size * experiment.training.accumulate
-        if len(self.examples["train"]) < self.rows:
-            accumulates = experiment.training.accumulate > 1
-            raise UserError(
-                f"{source_name(experiment.data.train)}: {len(self.examples['train'])} examples do "
-                f"not fill a batch of {self.rows}; set a smaller training.batch_size"
-                f"{' or training.accumulate' if accumulates else ''}"
-            )
         weights = example_weights(self.examples["train"], experiment.objective.weights)
-        self.batches = TrainingBatches(
-            self.examples["train"],
-            self.rows,
-            experiment.seed,
-            weights=weights,
-            all_candidates=experiment.objective.name == "preference",
-            separate_targets=self.base.backbone.separate_targets,
-            passes=experiment.training.accumulate,
-            mesh=self.base.backbone.mesh,
-            teacher=prepared.teacher_examples.get("train"),
-        )
+        self.rows = experiment.training.batch_size * experiment.training.accumulate
+        self.batches = training_batches(experiment, prepared, weights)
         self._iterator = self.batches.iterate()
+        frozen = self.base.backbone, prepared.teacher
         self.state = TrainState(
-            experiment,
-            prepared.method,
-            self.base.backbone,
-            prepared.teacher_model,
-            padded_length,
-            prepared.custom,
+            experiment, prepared.method, *frozen, padded_length, prepared.custom
         )
         record = optimizer_record(prepared.custom.optimizer, self.state.trainable)
         self.steps = experiment.training.steps if jax.tree.leaves(self.state.trainable) else 0
@@ -351,7 +328,7 @@ class Session:
             examples = examples[: settings.examples]
         elif settings.samples:
             generated = None
-        taught = self._prepared.teacher_examples.get(split)
+        taught = self._prepared.taught.get(split)
         return measure(
             self.experiment,
             self.task,
@@ -361,32 +338,14 @@ class Session:
             f"{self.name}: {split}" if self.name else split,
             progress,
             max_generated=generated,
-            teacher_examples=None if taught is None else taught[: len(examples)],
+            taught=taught,
         )
 
     def _require_finite(self, values: Mapping[str, float], kind: str = "") -> None:
-        wrong = [
-            f"the {kind}{name.replace('_', ' ')} is {value}"
-            for name, value in values.items()
-            if not math.isfinite(value)
-        ]
-        if wrong:
-            raise self._not_finite(" and ".join(wrong))
+        if wrong := wrong_values(values, kind):
+            raise self._not_finite(wrong)
 
     def _not_finite(self, what: str) -> NotFiniteError:
         """The error about a value after a step, with what to change."""
-        self._checkpoints.wait()
-        newest = self._checkpoints.steps[-1:]
-        kept = f"checkpoint {self._checkpoints.path(newest[0])} is kept" if newest else ""
-        where = "" if self.name else " and train in another folder"
-        optimizer = self.experiment.optimizer
-        advice = f"lower optimizer.learning_rate (now {optimizer.learning_rate:g})"
-        if optimizer.name == "custom":
-            advice = "lower the learning rate of the optimizer, or clip the gradient"
-        elif optimizer.clip_norm is None:
-            advice += " or set optimizer.clip_norm"
-        if self.run.step <= 1:  # measured before the first update
-            advice = f"change the settings of method {self.experiment.method}, or {advice}"
-        return NotFiniteError(
-            f"step {self.run.step}: {what}; {advice}{where}; {kept or 'there is no checkpoint yet'}"
-        )
+        alone = not self.name
+        return step_not_finite(self.experiment, self.run.step, what, self._checkpoints, alone=alone)

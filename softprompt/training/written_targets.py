@@ -15,11 +15,11 @@ from pathlib import Path
 from softprompt.data.records import Record
 from softprompt.data.task import Task
 from softprompt.errors import FolderError, UserError
-from softprompt.experiment.schema import Experiment
+from softprompt.experiment.schema import Experiment, GenerationSettings
 from softprompt.files.json_lines import parse_json_lines
 from softprompt.files.reading import MEBIBYTE, read_bytes
 from softprompt.files.writing import write_errors, write_file
-from softprompt.generation.engine import Engine, requests_of
+from softprompt.generation.engine import Engine, Request, requests_of
 from softprompt.parallel.hosts import is_main, result_of_main
 from softprompt.runtime.progress import Progress
 from softprompt.training.teachers import PreparedTeacher
@@ -91,14 +91,7 @@ def write_targets(
     task, model, size = teacher.task, teacher.model, experiment.evaluation.batch_size
     settings = task.stopping(experiment.generation, trained=False)
     requests = requests_of(records, task, model.prefix, settings)
-    digest = hashlib.sha256(f"{teacher.digest} {settings.model_dump_json()}".encode())
-    for request in requests:
-        digest.update(json.dumps(list(map(int, request.tokens))).encode())
-    header = {
-        "digest": digest.hexdigest(),
-        "teacher": teacher.digest,
-        "records": _digest_of(student, records),
-    }
+    header = _header(teacher, settings, requests, _digest_of(student, records))
     path, texts = None, []
     if folder is not None:
         path = _path(folder, split)
@@ -160,6 +153,19 @@ def require_unused(folder: Path) -> None:
 
 def _path(folder: Path, split: str) -> Path:
     return folder / f"targets-{split}.jsonl"
+
+
+def _header(
+    teacher: PreparedTeacher,
+    settings: GenerationSettings,
+    requests: Sequence[Request],
+    records: str,
+) -> dict[str, str]:
+    """Return the first line of a file; see `WrittenTargets`."""
+    digest = hashlib.sha256(f"{teacher.digest} {settings.model_dump_json()}".encode())
+    for request in requests:
+        digest.update(json.dumps(list(map(int, request.tokens))).encode())
+    return {"digest": digest.hexdigest(), "teacher": teacher.digest, "records": records}
 
 
 def _digest_of(student: Task, records: Sequence[Record]) -> str:
