@@ -306,6 +306,17 @@ evaluation: {{every: 2, samples: 0}}
     )
     status, output, _ = call("show", tmp_path / "compress.yaml", "--number", "1")
     assert (status, output.count("Q:·")) == (0, 1)
+    experiment = (tmp_path / "compress.yaml").read_text()
+    for old, new, message in (
+        ("data:", "compute: {mesh: {data: 2}}\ndata:", "mesh {data: 2}: needs 2 devices"),
+        ("template: {", "template: {max_tokens: 20, ", "template.max_tokens 20: too few for a"),
+    ):
+        (tmp_path / "other.yaml").write_text(experiment.replace(old, new, 1))
+        command[-1], options[-1] = tmp_path / "other.yaml", tmp_path / "others.jsonl"
+        status, _, errors = call(*command, *options)
+        assert (status, errors.count("\n")) == (1, 1)
+        assert message in errors
+    command[-1], options[-1] = tmp_path / "compress.yaml", path
     status, _, errors = call(*command, *options, "--seed", "1")
     assert (status, errors.count("\n")) == (1, 1)
     assert "seed: was 0, is now 1" in errors
