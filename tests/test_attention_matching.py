@@ -72,9 +72,9 @@ def test_it_is_nearer_to_the_document_than_its_first_tokens(tiny, document):
                     (first.keys[number], first.values),
                 )
             )
-            assert np.linalg.norm(kept - whole) < 0.5 * np.linalg.norm(cut - whole)
+            assert np.linalg.norm(kept - whole) < 0.6 * np.linalg.norm(cut - whole)
     whole, kept, cut = (states(tiny, each, OTHER_ROWS) for each in (document, found, first))
-    assert np.linalg.norm(kept - whole) < 0.7 * np.linalg.norm(cut - whole)
+    assert np.linalg.norm(kept - whole) < 0.8 * np.linalg.norm(cut - whole)
 
 
 def test_moved_keys_are_those_of_earlier_tokens(tiny):

@@ -161,7 +161,8 @@ class Decoder(nnx.Module):
         layers = LayerFunctions(self.arch, self.mesh, positions, groups, kernel)
         inputs = self._inputs(first)
         x = self._with_positions(x, positions)
-        x = _all_but_last(layers.function_for(*map(groups.get, queries)), x, inputs, self.trained)
+        layer = layers.function_for(*(groups[name] for name in queries))
+        x = _all_but_last(layer, x, inputs, self.trained)
         last = _recomputed(layers.function_for(targets, select=select))
         x, _ = last(x, jax.tree.map(lambda a: a[-1], inputs))
         return self.norm(x)
@@ -231,9 +232,9 @@ class Decoder(nnx.Module):
         groups["row"] = rows = Tokens(positions, before, segments)
         positions = positions + before
         layers = LayerFunctions(self.arch, self.mesh, positions, groups, kernel)
-        inputs = self._inputs(prefix, cache)
+        layer, inputs = layers.function_for(rows), self._inputs(prefix, cache)
         x, keys_values = jax.lax.scan(
-            _recomputed(layers.function_for(rows)), self._with_positions(x, positions), inputs
+            _recomputed(layer), self._with_positions(x, positions), inputs
         )
         return self.norm(x), keys_values
 

@@ -44,7 +44,7 @@ class LayerFunctions:
         kernel: Kernel | None,
     ):
         self._mesh, self._groups, self._kernel = mesh, groups, kernel
-        self._scores = {
+        self._scores: dict[str, Any] = {
             "scale": arch.attention_scale or arch.head_size**-0.5,
             "softcap": arch.attention_softcap,
         }

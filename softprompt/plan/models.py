@@ -24,7 +24,8 @@ def read_models(experiment: Experiment) -> tuple[dict[str, Any], list[Any]]:
     """
     teacher = experiment.objective.teacher
     names = [experiment.base, *([teacher.base] if teacher and teacher.base else [])]
-    configs, archs = [read_config(name) for name in names], []
+    configs = [read_config(name) for name in names]
+    archs: list[Any] = []
     for name, config in zip(names, configs, strict=True):
         try:
             archs.append(architecture_of(config, ()))

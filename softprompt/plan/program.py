@@ -86,8 +86,7 @@ def step_program(
 
     The method is built as for training, except that virtual tokens start from random vectors:
     the initial values do not change the program, and other initial values need a tokenizer. The
-    teacher of distillation is without the text that it reads first, because the length of that text
-    is unknown.
+    text that the teacher of distillation reads first is left out, because its length is unknown.
 
     Args:
       experiment: what would be trained.
