@@ -37,7 +37,7 @@ def step_of(attention: str, in_rows: bool, rows: int, tokens: int, layers: int, 
     arch = architecture_of(config, ())
     arch = dataclasses.replace(arch, layers=arch.layers[:layers])
     batch = BatchShape(rows, tokens + (VIRTUAL if in_rows else 0), TARGETS)
-    return step_program(load_experiment(EXPERIMENT, settings), config, arch, batch, mesh)
+    return step_program(load_experiment(EXPERIMENT, settings), config, [arch], batch, mesh)
 
 
 def compiled(program, mesh):

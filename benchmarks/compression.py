@@ -3,9 +3,10 @@
     python benchmarks/compression.py runs/compression
 
 The runs use experiments/compress-document.yaml, some with another length, other initial values or
-another objective. A finished run is not trained again, and an interrupted one continues. The table
-is about the test questions, whose answers the base model wrote with the whole document in its
-context. The column "tokens" counts the tokens before every row, including the chat template.
+another objective. A finished run is not trained again, and an interrupted one continues. Attention
+Matching needs no training. The table is about the test questions, whose answers the base model
+wrote with the whole document in its context. The column "tokens" counts the tokens before every
+row, including the chat template.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from attention_matching import attention_matching
 
 from softprompt import load_experiment, load_prompt, make_task, train
 from softprompt.cli.progress import Bar, printed_log
@@ -37,6 +39,7 @@ from softprompt.training.preparation import Preparation
 EXPERIMENT = Path("experiments/compress-document.yaml")
 DOCUMENT = Path("experiments/data/pep_811/pep-0811.txt")
 ROWS, NEW_TOKENS = 16, 32  # to measure the speed of generation
+MATCHED = 64  # training questions whose queries Attention Matching uses
 
 COLUMNS = (
     "tokens",
@@ -80,6 +83,15 @@ class Comparison:
         """Return a method that reads these tokens instead of the document."""
         prefix = read(self.base.backbone, opening_with(tokens, self.marked))
         return PrefixTuning(prefix.keys, prefix.values)
+
+    def matched(self, count: int) -> PrefixTuning:
+        """Return a prefix as long as that of the first tokens, by Attention Matching."""
+        whole, cut = (opening_with(t, self.marked) for t in (self.document, self.document[:count]))
+        prefix = read(self.base.backbone, whole)
+        training = self.prepared.examples["train"][:MATCHED]
+        rows = [[*each.input, *each.candidates[0]] for each in training]
+        compressed = attention_matching(self.base.backbone, prefix, rows, len(cut))
+        return PrefixTuning(compressed.keys, compressed.values)
 
     def trained(self, folder: Path) -> PrefixTuning:
         """Return the prefix of a run, followed by the opening of the questions."""
@@ -168,13 +180,15 @@ def main():
         name = f"first tokens, 1/{share}"
         cut = comparison.document[: length // share]
         found[name] = comparison.measure(name, comparison.reading(cut))
+    name = "Attention Matching, 1/16"
+    found[name] = comparison.measure(name, comparison.matched(length // 16))
     for name, folder in folders.items():
         found[name] = comparison.measure(name, comparison.trained(folder))
     print()
     for name in list(found)[2:]:
         print(gap_closed(found, name))
     best = found["distilled, 1/16"]["loss"]
-    for name in ("first tokens, 1/16", *list(RUNS)[3:]):
+    for name in ("first tokens, 1/16", "Attention Matching, 1/16", *list(RUNS)[3:]):
         difference = paired_test(best, found[name]["loss"])["loss"]
         low, high = difference.interval
         value = f"{difference.difference:+.3f} ({low:+.3f} to {high:+.3f})"

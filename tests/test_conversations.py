@@ -11,6 +11,7 @@ import pytest
 from conftest import GOLDEN, batch_of, write_experiment
 
 from softprompt import (
+    Generator,
     Model,
     Record,
     SoftPrompt,
@@ -26,6 +27,7 @@ from softprompt import (
 )
 from softprompt.cli.main import main
 from softprompt.data.examples import Examples
+from softprompt.generation.engine import Engine
 
 SHORT = """\
 {%- for message in messages %}
@@ -246,6 +248,36 @@ def test_a_run_on_conversations(tmp_path, capsys):
     card = (tmp_path / "out" / "README.md").read_text()
     assert "<|start|>u{messages}<|pad|>\n<|start|>a" in card
     assert "the token that ends its turn" in card
+
+
+@pytest.mark.parametrize(("method", "stop"), [("none", ["<|pad|>"]), ("prompt", [])])
+def test_a_base_model_alone_ends_an_answer_with_its_turn(tmp_path, monkeypatch, method, stop):
+    """What is trained has learned to end it with the end-of-text token instead."""
+    base = tmp_path / "base"
+    shutil.copytree(GOLDEN / "llama-grouped", base)
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    config["chat_template"] = SHORT.replace("<|endoftext|>", "<|pad|>")
+    (base / "tokenizer_config.json").write_text(json.dumps(config))
+    stops, generate = [], Engine.generate
+
+    def recorded(self, *arguments, **options):
+        stops.append(self._settings.stop)
+        return generate(self, *arguments, **options)
+
+    monkeypatch.setattr(Engine, "generate", recorded)
+    settings = [
+        *(f"base={base}", f"method={method}", "verbalizer=null", "training.steps=1"),
+        *("template={input: '{text} is', target: '{label}', chat: true}", "data.test=null"),
+        *("evaluation.metric=loss", "evaluation.metrics=[exact_match]", "evaluation.samples=1"),
+        *("evaluation.every=1", "generation.max_new_tokens=2"),
+    ]
+    train(load_experiment(write_experiment(tmp_path, 5, 5), settings), tmp_path / "run")
+    evaluated = len(stops)
+    prompt = load_prompt(tmp_path / "run")
+    prompt.generate(["h"])
+    Generator(prompt.base, {"run": prompt}).generate(["h"], "run", max_new_tokens=2)
+    assert len(stops) == evaluated + 2 > 2
+    assert all(each == stop for each in stops)
 
 
 def test_pairs_of_prompt_and_completion_need_no_template(tiny):

@@ -16,6 +16,7 @@ from softprompt.evaluation.forgetting import forgetting, plain_texts
 from softprompt.evaluation.scoring import prepare_model
 from softprompt.experiment.methods import method_class
 from softprompt.sweep.comparison import compare
+from softprompt.sweep.runner import sweep
 from softprompt.training.preparation import Preparation
 
 TEXTS = ["The river is long.", "Snow!", "Birds sing in the early morning."]
@@ -114,6 +115,19 @@ def test_a_run_measures_its_best_prompt_and_eval_measures_the_same(experiment_fi
     assert (status, json.loads(out)["forgetting"]) == (0, pytest.approx(summary["forgetting"]))
     status, out, _ = call("runs", tmp_path / "runs", "--json")
     assert json.loads(out)["forgetting"] == summary["forgetting"]
+
+
+def test_every_trial_of_a_sweep_measures_its_own_prompt(space):
+    section = "  points: [{seed: 1}, {prompt.length: 2}]\n  at_once: 2\n"
+    settings = "evaluation.forgetting=true", "training.steps=2", "evaluation.every=2"
+    found = []
+    for trial in sweep(space(section, *settings)):
+        prompt = load_prompt(trial.folder)
+        expected = forgetting(prompt.method, prompt.backbone, prompt.base).values()["forgetting"]
+        summary = json.loads((trial.folder / "summary.json").read_text())
+        assert summary["forgetting"] == pytest.approx(expected, abs=1e-6)
+        found.append(expected)
+    assert abs(found[0] - found[1]) > 1e-3
 
 
 def test_a_comparison_has_a_column_for_it(experiment_file, tmp_path):

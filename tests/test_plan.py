@@ -16,7 +16,7 @@ from softprompt.parallel.mesh import make_mesh
 from softprompt.plan.flops import count_flops
 from softprompt.plan.hardware import parse_hardware
 from softprompt.plan.measure import measure
-from softprompt.plan.models import read_config
+from softprompt.plan.models import read_config, read_models
 from softprompt.plan.program import BatchShape, step_program
 from softprompt.plan.public_models import PUBLIC_MODELS
 from softprompt.plan.search import chosen_mesh, sizes_of
@@ -51,11 +51,11 @@ def tiny(tmp_path):
 
 
 def program(experiment, tokens=16, targets=4, mesh=None):
-    config = read_config(experiment.base)
+    config, archs = read_models(experiment)
     rows = BatchShape(
         experiment.training.batch_size * experiment.training.accumulate, tokens, targets
     )
-    return step_program(experiment, config, architecture_of(config, ()), rows, mesh)
+    return step_program(experiment, config, archs, rows, mesh)
 
 
 # The numbers of parameters that the hub shows for these repositories.
@@ -123,6 +123,30 @@ def test_the_pass_of_a_reference_or_a_teacher_is_counted(tiny):
             sum(array.size for array in jax.tree.leaves(each.frozen[1])) for each in (step, plain)
         )
         assert stored == expected
+
+
+def test_a_teacher_with_another_base_model_is_counted(tiny, tmp_path):
+    larger = TINY | {"num_hidden_layers": 10}
+    (tmp_path / "larger").mkdir()
+    (tmp_path / "larger" / "config.json").write_text(json.dumps(larger))
+    plain, same, other = (
+        program(tiny("verbalizer=null", "template.target='{label}'", *objective))
+        for objective in (
+            (),
+            ("objective={name: distill, teacher: {shots: 2}}",),
+            (f"objective={{name: distill, teacher: {{base: {tmp_path / 'larger'}}}}}",),
+        )
+    )
+    base, shared, both = (
+        sum(array.size for array in jax.tree.leaves(step.frozen[1]))
+        for step in (plain, same, other)
+    )
+    layer = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64 + 2 * 32
+    assert shared == base
+    assert both == 2 * base + 5 * layer
+    steps = [count_flops(step.trace()) for step in (plain, same, other)]
+    of_layers = forward_flops(4 * 16, 16)
+    assert steps[2] - steps[1] == pytest.approx(of_layers, rel=0.5)
 
 
 def test_method_none_has_no_step_to_plan(tiny):
@@ -229,8 +253,8 @@ def test_unknown_hardware_is_one_line(text, message):
 
 
 def sizes(experiment, hardware):
-    arch = architecture_of(read_config(experiment.base), ())
-    return sizes_of(experiment, arch, *parse_hardware(hardware))
+    _, archs = read_models(experiment)
+    return sizes_of(experiment, archs, *parse_hardware(hardware))
 
 
 def test_the_mesh_is_that_of_the_experiment_or_uses_all_chips(tiny):
@@ -246,9 +270,13 @@ def test_the_mesh_is_that_of_the_experiment_or_uses_all_chips(tiny):
 
 def test_a_mesh_is_chosen_that_divides_the_model():
     arch = architecture_of(PUBLIC_MODELS["llama-3.1-70b"], ())
-    assert chosen_mesh(arch, 16, 8) == {"fsdp": 8}
-    assert chosen_mesh(arch, 16, 64) == {"fsdp": 16, "model": 4}
-    assert chosen_mesh(arch, 1, 16) is None
+    assert chosen_mesh([arch], 16, 8) == {"fsdp": 8}
+    assert chosen_mesh([arch], 16, 64) == {"fsdp": 16, "model": 4}
+    assert chosen_mesh([arch], 1, 16) is None
+    tiny = architecture_of(TINY, ())  # 4 heads, 2 key-value heads, 32 hidden features
+    assert chosen_mesh([arch], 1, 4) == {"model": 4}
+    assert chosen_mesh([arch, tiny], 2, 4) == {"fsdp": 2, "model": 2}
+    assert chosen_mesh([arch, tiny], 1, 4) is None
 
 
 def test_the_memory_of_the_arguments_is_that_of_the_compiler(tiny):

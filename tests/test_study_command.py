@@ -298,7 +298,8 @@ evaluation: {{every: 2, samples: 0}}
     command = ["study", tmp_path / "manual.txt", "--experiment", tmp_path / "compress.yaml"]
     path = tmp_path / "questions.jsonl"
     options = ["--questions", "12", "--max-new-tokens", "8", "--batch-size", "4", "--output", path]
-    assert call(*command, *options) == (0, f"{path}\n", "")
+    status, output, _ = call(*command, *options)
+    assert (status, output) == (0, f"{path}\n")
     written_by_command = path.read_bytes()
     base = load_base(str(folder))
     assert json.loads(written_by_command.splitlines()[0]) == (
@@ -306,6 +307,17 @@ evaluation: {{every: 2, samples: 0}}
     )
     status, output, _ = call("show", tmp_path / "compress.yaml", "--number", "1")
     assert (status, output.count("Q:·")) == (0, 1)
+    experiment = (tmp_path / "compress.yaml").read_text()
+    for old, new, message in (
+        ("data:", "compute: {mesh: {data: 2}}\ndata:", "mesh {data: 2}: needs 2 devices"),
+        ("template: {", "template: {max_tokens: 20, ", "template.max_tokens 20: too few for a"),
+    ):
+        (tmp_path / "other.yaml").write_text(experiment.replace(old, new, 1))
+        command[-1], options[-1] = tmp_path / "other.yaml", tmp_path / "others.jsonl"
+        status, _, errors = call(*command, *options)
+        assert status == 1
+        assert message in errors.splitlines()[-1]
+    command[-1], options[-1] = tmp_path / "compress.yaml", path
     status, _, errors = call(*command, *options, "--seed", "1")
     assert (status, errors.count("\n")) == (1, 1)
     assert "seed: was 0, is now 1" in errors

@@ -359,3 +359,25 @@ def test_targets_that_a_teacher_cannot_write_are_rejected(tmp_path, override, me
     with pytest.raises(UserError) as error:
         experiment_with(tmp_path, "shots: 1, writes_targets: true", override)
     assert message in str(error.value)
+
+
+def test_targets_that_a_teacher_will_write_are_not_needed_to_show_examples(tmp_path, capsys):
+    context = tmp_path / "context.txt"
+    context.write_text("a b " * 24)  # 96 of the 128 tokens of the window
+    records = [{"word": "long " * 9}, {"word": "ab"}]
+    teacher = f"{{context: {context}, writes_targets: true}}"
+    experiment_with(tmp_path, "shots: 1")
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(each) + "\n" for each in records))
+    arguments = ["show", str(tmp_path / "case.yaml"), f"objective.teacher={teacher}"]
+    assert main([*arguments, "method=none"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == "before training, the teacher writes the targets ⟦?⟧"
+    assert lines[3] == f"{tmp_path}/train.jsonl:1 (29 tokens, 0 with loss, truncated):"
+    assert lines[4].startswith("Say·long·long·")
+    assert lines[4].endswith(":⟦?⟧")
+    assert lines[6:] == [f"{tmp_path}/train.jsonl:2 (7 tokens, 0 with loss):", "Say·ab:⟦?⟧"]
+    (tmp_path / "context.txt").unlink()
+    assert main(arguments) == 0
+    captured = capsys.readouterr()
+    assert "the token limit of the teacher is not known: " in captured.err
+    assert f"{tmp_path}/train.jsonl:1 (53 tokens, 3 of them virtual, 0 with loss):" in captured.out

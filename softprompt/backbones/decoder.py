@@ -11,27 +11,23 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from softprompt.backbones.architecture import Architecture, LayerKind
-from softprompt.backbones.attention import Source, attend
+from softprompt.backbones.architecture import Architecture
 from softprompt.backbones.batch import Batch
 from softprompt.backbones.block import Block
 from softprompt.backbones.cache import Cache
-from softprompt.backbones.flash import AttentionName, Kernel, flash_attend, kernel_of
+from softprompt.backbones.decoder_layers import LayerFunctions, kinds_of
+from softprompt.backbones.flash import AttentionName, Kernel, kernel_of
 from softprompt.backbones.head import OutputHead
 from softprompt.backbones.layers import Embedding, LayerNorm, Linear, RMSNorm
 from softprompt.backbones.opening import Opening, computed
 from softprompt.backbones.prefix import Prefix
 from softprompt.backbones.quantization import Quantization
-from softprompt.backbones.rope import angles
 from softprompt.backbones.tokens import (
     Tokens,
-    same,
     tokens_before,
     tokens_of_batch,
     tokens_of_targets,
 )
-from softprompt.parallel.mesh import ROWS, divide
-from softprompt.parallel.sharding import gather_layer
 
 
 class Decoder(nnx.Module):
@@ -162,11 +158,12 @@ class Decoder(nnx.Module):
             in_opening = jnp.arange(size) + groups["opening"].before
             positions, queries = _put_in_front(in_opening, positions), ["opening", "row"]
 
-        layer_for = self._layer_functions(positions, groups, kernel)
+        layers = LayerFunctions(self.arch, self.mesh, positions, groups, kernel)
         inputs = self._inputs(first)
         x = self._with_positions(x, positions)
-        x = _all_but_last(layer_for(*map(groups.get, queries)), x, inputs, self.trained)
-        last = _recomputed(layer_for(targets, select=select))
+        layer = layers.function_for(*(groups[name] for name in queries))
+        x = _all_but_last(layer, x, inputs, self.trained)
+        last = _recomputed(layers.function_for(targets, select=select))
         x, _ = last(x, jax.tree.map(lambda a: a[-1], inputs))
         return self.norm(x)
 
@@ -234,8 +231,8 @@ class Decoder(nnx.Module):
         groups, before = tokens_before(prefix, None, cache)
         groups["row"] = rows = Tokens(positions, before, segments)
         positions = positions + before
-        layer = self._layer_functions(positions, groups, kernel)(rows)
-        inputs = self._inputs(prefix, cache)
+        layers = LayerFunctions(self.arch, self.mesh, positions, groups, kernel)
+        layer, inputs = layers.function_for(rows), self._inputs(prefix, cache)
         x, keys_values = jax.lax.scan(
             _recomputed(layer), self._with_positions(x, positions), inputs
         )
@@ -257,82 +254,13 @@ class Decoder(nnx.Module):
 
     def _inputs(self, prefix, cache=None):
         """Return what differs between layers, as arrays `[L, ...]`."""
-        kinds = _kinds(self.arch)
+        kinds = kinds_of(self.arch)
         stored = {}
         if prefix is not None:
             stored["prefix"] = prefix.keys[:, None], prefix.values[:, None]
         if cache is not None:
             stored["cache"] = cache.keys, cache.values
         return self.layers, jnp.array([kinds.index(kind) for kind in self.arch.layers]), stored
-
-    def _layer_functions(self, positions, groups, kernel):
-        """Return a function that makes the function of a layer.
-
-        Args:
-          positions: of all tokens that a layer reads, including those before the rows.
-          groups: by name, the tokens that can be attended to. "row" are the tokens of the rows.
-          kernel: computes attention of all tokens; None for XLA.
-        """
-        arch, mesh, kinds = self.arch, self.mesh, _kinds(self.arch)
-        scale, softcap = arch.attention_scale or arch.head_size**-0.5, arch.attention_softcap
-        has_windows = any(kind.window for kind in kinds)
-
-        def by_kind(function):
-            """Stack what a function returns for each kind: all layers run in one scan."""
-            return jax.tree.map(lambda *each: jnp.stack(each), *map(function, kinds))
-
-        def masks(kind: LayerKind, queries: Tokens) -> dict[str, jax.Array | None]:
-            """Return which tokens of each group the queries attend to; None for all."""
-            return {
-                name: None
-                if keys.is_whole and keys is not queries and not has_windows
-                else queries.mask(keys, kind.window)
-                for name, keys in groups.items()
-                if name != "row" or queries is not groups.get("opening")
-            }
-
-        rotary = by_kind(lambda kind: kind.rope and angles(kind.rope, positions))
-
-        def layer_for(*queries: Tokens, select=same):
-            """Return the function that computes the outputs of a layer for some tokens.
-
-            Args:
-              queries: the groups of these tokens.
-              select: takes these tokens from all that the layer reads.
-            """
-            masks_by_kind = [by_kind(partial(masks, queries=group)) for group in queries]
-
-            def layer(x, inputs):
-                block, kind, stored = inputs
-                block, x = gather_layer(block, mesh), divide(x, mesh, ROWS)
-                angles, masks = jax.tree.map(lambda a: a[kind], (rotary, masks_by_kind))
-
-                def attention(q, keys, values):
-                    own = {
-                        name: (group.to_rows(keys), group.to_rows(values))
-                        for name, group in groups.items()
-                        if name not in stored
-                    }
-                    if kernel is not None and select is same:
-                        flash = partial(flash_attend, kernel=kernel, scale=scale, softcap=softcap)
-                        forms = [partial(flash, window=k.window, mesh=mesh) for k in kinds]
-                        (group,) = queries
-                        shared = jax.tree.map(lambda array: array[0], stored.get("prefix"))
-                        mixed = jax.lax.switch(kind, forms, group.to_rows(q), *own["row"], shared)
-                        return group.from_rows(mixed)
-                    arrays, outputs = own | stored, []
-                    for group, visible in zip(queries, masks, strict=True):
-                        pairs = ((*arrays[name], mask) for name, mask in visible.items())
-                        sources = [Source(*each) for each in pairs]
-                        mixed = attend(group.to_rows(q), sources, scale=scale, softcap=softcap)
-                        outputs.append(group.from_rows(mixed))
-                    return jnp.concatenate(outputs, axis=1)
-
-                return block(x, angles, attention, select)
-
-            return layer
-
-        return layer_for
 
 
 # For the backward pass, keep the outputs of the weight matrices and recompute the rest. On a CPU
@@ -364,11 +292,6 @@ def _all_but_last(layer, x, inputs, trained: bool):
     # Slices of all layers but the last would be a copy of the model.
     count = len(jax.tree.leaves(inputs)[0])
     return jax.lax.scan(numbered, x, jnp.arange(count - 1))[0]
-
-
-def _kinds(arch: Architecture) -> list[LayerKind]:
-    """Return the different kinds of layers."""
-    return list(dict.fromkeys(arch.layers))
 
 
 def _put_in_front(first: jax.Array, packed: jax.Array) -> jax.Array:

@@ -24,8 +24,8 @@ the whole document and answers the questions greedily. Each line of the output h
 answer, the kind of question and the number of the chunk. If the command is interrupted, run it
 again to continue.
 
-With --experiment, the base model and the template come from an experiment with
-`objective: distill`. Its teacher would give the same answers if it is the same base model and
+With --experiment, the base model, the template and the section `compute` come from an experiment
+with `objective: distill`. Its teacher would give the same answers if it is the same base model and
 reads the same document.
 
 examples:
@@ -33,12 +33,16 @@ examples:
   softprompt study manual.txt --questions 64 --seed 1 --output held-out.jsonl
   softprompt study manual.txt --experiment compress-manual.yaml --output train.jsonl""",
     )
+    _add_options(command)
+
+
+def _add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("document", type=Path, metavar="DOCUMENT", help="a text file")
     command.add_argument(
         "--experiment",
         type=Path,
         metavar="FILE",
-        help="take the base model and the template from this experiment",
+        help="take the base model, the template and `compute` from this experiment",
     )
     command.add_argument(
         "--base",
@@ -88,18 +92,19 @@ def run(options: argparse.Namespace) -> None:
     from softprompt.experiment.reading import load_experiment
     from softprompt.inference.study import Study, StudySettings
     from softprompt.inference.study_file import write_study
+    from softprompt.training.preparation import mesh_of
 
     document = read_context(options.document)
-    template, compute, name = None, {}, options.base or _BASE
+    template, mesh, compute, name = None, None, {}, options.base or _BASE
     if options.experiment:
         experiment = load_experiment(options.experiment)
         template = experiment.template
-        compute = experiment.compute.model_dump(exclude={"mesh"})
+        mesh, compute = mesh_of(experiment), experiment.compute.model_dump(exclude={"mesh"})
         name = options.base or experiment.base
     settings = StudySettings(
         options.questions, options.seed, options.max_new_tokens, options.batch_size
     )
-    study = Study(document, load_base(name, **compute), template, settings)
+    study = Study(document, load_base(name, **compute, mesh=mesh), template, settings)
     path = options.output or options.document.with_suffix(".questions.jsonl")
     write_study(study, path, Bar)
     print(path)

@@ -11,6 +11,9 @@ from softprompt.data.task import Task
 LEGEND = "loss on ⟦…⟧; · is a space, ⏎ a line break, ⇥ a tab"
 """What the marks in `shown_example` mean."""
 
+UNKNOWN = "?"
+"""What `shown_example` shows in the place of a target that is not known."""
+
 _MARKS = {" ": "·", "\n": "⏎\n", "\t": "⇥"}
 
 
@@ -21,7 +24,7 @@ def shown_example(task: Task, example: Example) -> str:
 
     Args:
       task: the task that made the example.
-      example: an example with its answer.
+      example: an example. Without an answer, `UNKNOWN` stands in the place of the target.
     """
     inputs = [*task.opening, *example.input]
     begin = len(task.opening)
@@ -33,12 +36,13 @@ def shown_example(task: Task, example: Example) -> str:
     parts.append(_text(task, inputs[end:]))
     if task.base.backbone.separate_targets:
         parts.append("\ndecoder: ")
-    parts.append(f"⟦{_text(task, _target(example))}⟧")
+    unknown = example.answer is None
+    parts.append(f"⟦{UNKNOWN if unknown else _text(task, _target(example))}⟧")
     return "".join(parts)
 
 
 def counts_of(task: Task, example: Example) -> str:
-    """Return the numbers of tokens of an example as text."""
+    """Return the numbers of tokens of an example as text, without a target that is not known."""
     virtual = sum(token < 0 for token in (*task.opening, *example.input))
     targets = _target(example)
     total = len(task.opening) + len(example.input) + len(targets)
@@ -52,8 +56,7 @@ def counts_of(task: Task, example: Example) -> str:
 
 
 def _target(example: Example) -> Sequence[int]:
-    assert example.answer is not None
-    return example.candidates[example.answer]
+    return () if example.answer is None else example.candidates[example.answer]
 
 
 def _text(task: Task, ids: Sequence[int]) -> str:

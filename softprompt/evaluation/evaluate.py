@@ -13,6 +13,7 @@ import numpy as np
 from softprompt.data.examples import Example
 from softprompt.data.task import Task
 from softprompt.evaluation.scoring import calibrated_scores, score
+from softprompt.experiment.methods import method_class
 from softprompt.experiment.metric_names import MODEL_METRICS
 from softprompt.experiment.schema import Experiment
 from softprompt.generation.engine import Engine, requests_of
@@ -91,7 +92,8 @@ def evaluate(
         predictions = [task.labels[i] for i in calibrated.argmax(axis=1)]
         references = [task.labels[example.answer or 0] for example in examples]
     else:
-        answered, generation = examples[:max_generated], task.stopping(experiment.generation)
+        answered, trained = examples[:max_generated], method_class(experiment.method).trainable
+        generation = task.stopping(experiment.generation, trained=trained is not False)
         requests = []
         if answered:  # without requests, max_new_tokens may exceed the context window
             requests = requests_of([e.record for e in answered], task, prefix, generation)

@@ -141,7 +141,7 @@ class Generator:
             requests.update(zip(indices, prompt.requests(records, generation), strict=True))
         backbones = [self.base.backbone if p.is_prefix else p.backbone for p in chosen]
         distinct = {id(prompt): prompt for prompt in chosen}
-        stopping = {key: p.task.stopping(generation) for key, p in distinct.items()}
+        stopping = {key: p.stopping(generation) for key, p in distinct.items()}
         settings_of = [stopping[id(prompt)] for prompt in chosen]
         keys = zip(map(id, backbones), (tuple(each.stop) for each in settings_of), strict=True)
         results: dict[int, Generated] = {}

@@ -234,16 +234,20 @@ class TrainedPrompt:
         Raises:
           UserError: if an input is empty or lacks a field, or the context window is too short.
         """
-        how = self.task.stopping(changed(self.generation, settings))
+        how = self.stopping(changed(self.generation, settings))
         engine = Engine(self.backbone, self.base.tokenizer, how)
         requests = self.requests(self._records(inputs), how)
         return engine.generate(requests, batch_size, progress=progress)
 
     def stream(self, text: Input, **settings: Any) -> Iterator[str]:
         """Generate text after one input, and yield its pieces as soon as they are final."""
-        how = self.task.stopping(changed(self.generation, settings))
+        how = self.stopping(changed(self.generation, settings))
         (request,) = self.requests(self._records([text]), how)
         return Engine(self.backbone, self.base.tokenizer, how).stream(request)
+
+    def stopping(self, settings: GenerationSettings) -> GenerationSettings:
+        """Return settings that also stop at the end of an answer; see `Task.stopping`."""
+        return self.task.stopping(settings, trained=self.method.trainable is not False)
 
     def requests(self, records: Sequence[Record], settings: GenerationSettings) -> list[Request]:
         """Return records as requests to an `Engine`."""

@@ -60,6 +60,10 @@ class Reading:
         records = [Record({"question": text}, "question") for text in questions]
         examples = list(task.examples(records, with_answer=False))
         if any(example.truncated for example in examples):
+            if task.max_tokens == task.template.max_tokens:
+                raise UserError(
+                    f"template.max_tokens {task.max_tokens}: too few for a question; raise it"
+                )
             raise UserError(f"base {base.name!r}: its context window is too short for a question")
         begun = [
             [*example.input, *base.tokenizer(begin, add_special_tokens=False).input_ids]

@@ -145,7 +145,19 @@ class PrefixTuning(Method):
         )
 
 
-class ReparametrizedPrefix(Method):
+class _FoldedPrefix(Method):
+    """A prefix that is trained in another form, and folds to a plain `PrefixTuning`."""
+
+    name: ClassVar[str] = "prefix"
+    label: ClassVar[str] = "prefix tuning"
+    trainable: ClassVar[Any] = PromptParam
+
+    def learned_prefix(self, backbone: Backbone) -> Prefix | None:
+        """Fold, and return the prefix."""
+        return self.folded().learned_prefix(backbone)
+
+
+class ReparametrizedPrefix(_FoldedPrefix):
     """A prefix plus the output of a network that all virtual tokens share.
 
     The network of Li & Liang computes the keys and values themselves. This one computes a change
@@ -159,10 +171,6 @@ class ReparametrizedPrefix(Method):
       key: for the random initial weights.
       opening: see `Method`.
     """
-
-    name: ClassVar[str] = "prefix"
-    label: ClassVar[str] = "prefix tuning"
-    trainable: ClassVar[Any] = PromptParam
 
     def __init__(
         self,
@@ -181,10 +189,6 @@ class ReparametrizedPrefix(Method):
         self.down_bias = PromptParam(jnp.zeros(size))
         self.up = PromptParam(jnp.zeros((size, self.first.size // length)))
 
-    def learned_prefix(self, backbone: Backbone) -> Prefix:
-        """Fold to a `PrefixTuning`, and return its prefix."""
-        return self.folded().learned_prefix(backbone)
-
     def folded(self) -> PrefixTuning:
         """Return the plain prefix with the current keys and values."""
         inner = jnp.tanh(self.inputs[...] @ self.down[...] + self.down_bias[...][None])  # [P, F]
@@ -198,7 +202,7 @@ class ReparametrizedPrefix(Method):
         return f"ReparametrizedPrefix({length} virtual tokens, network of size {size})"
 
 
-class PartlyFrozenPrefix(Method):
+class PartlyFrozenPrefix(_FoldedPrefix):
     """A prefix whose first keys and values are frozen while the others are trained.
 
     Cartridges (Eyuboglu et al. 2025, arXiv:2506.06266) freezes the first token, because many tokens
@@ -210,20 +214,12 @@ class PartlyFrozenPrefix(Method):
       trained: the other virtual tokens, with the opening.
     """
 
-    name: ClassVar[str] = "prefix"
-    label: ClassVar[str] = "prefix tuning"
-    trainable: ClassVar[Any] = PromptParam
-
     def __init__(
         self, keys: jax.Array, values: jax.Array, trained: PrefixTuning | ReparametrizedPrefix
     ):
         super().__init__(trained.opening[...])
         self.keys, self.values = Constant(keys), Constant(values)
         self.trained = trained
-
-    def learned_prefix(self, backbone: Backbone) -> Prefix:
-        """Fold to a `PrefixTuning`, and return its prefix."""
-        return self.folded().learned_prefix(backbone)
 
     def folded(self) -> PrefixTuning:
         """Return the plain prefix with the frozen and the trained keys and values."""

@@ -4,11 +4,34 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
+from softprompt.backbones.config import architecture_of
 from softprompt.backbones.formats.gguf import GGUFFile
 from softprompt.backbones.loading import SHORT_NAMES, find_model
 from softprompt.errors import UserError, reason_of
+from softprompt.experiment.schema import Experiment
 from softprompt.files.json_files import read_json
 from softprompt.plan.public_models import PUBLIC_MODELS
+
+
+def read_models(experiment: Experiment) -> tuple[dict[str, Any], list[Any]]:
+    """Return the config of an experiment's base model, and the architectures of its models.
+
+    The first architecture belongs to the base model. If the teacher has another base model, its
+    architecture comes second.
+
+    Raises:
+      UserError: if a model does not exist, or its architecture is not supported.
+    """
+    teacher = experiment.objective.teacher
+    names = [experiment.base, *([teacher.base] if teacher and teacher.base else [])]
+    configs = [read_config(name) for name in names]
+    archs: list[Any] = []
+    for name, config in zip(names, configs, strict=True):
+        try:
+            archs.append(architecture_of(config, ()))
+        except UserError as error:
+            raise UserError(f"base {name}: {error}") from None
+    return configs[0], archs
 
 
 def read_config(name: str) -> dict[str, Any]:

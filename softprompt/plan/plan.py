@@ -2,17 +2,17 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jax.sharding import Mesh
 
-from softprompt.backbones.config import architecture_of
 from softprompt.backbones.quantization import inputs_together, parameter_count
 from softprompt.errors import UserError
 from softprompt.experiment.schema import Experiment
 from softprompt.parallel.hosts import bytes_on_device
 from softprompt.parallel.mesh import make_mesh
-from softprompt.parallel.sharding import require_divisible, require_rows
+from softprompt.parallel.sharding import Together, require_divisible, require_rows
 from softprompt.plan.devices import (
     absent_devices,
     missing_compiler,
@@ -22,7 +22,7 @@ from softprompt.plan.devices import (
 from softprompt.plan.flops import count_flops
 from softprompt.plan.hardware import Hardware, parse_hardware
 from softprompt.plan.measure import MeshPlan, measure
-from softprompt.plan.models import read_config
+from softprompt.plan.models import read_models
 from softprompt.plan.program import BatchShape, StepProgram, step_program
 from softprompt.plan.search import Sizes, chosen_mesh, sizes_of, smallest_that_fits
 
@@ -41,7 +41,8 @@ class Plan:
       compiler: `tpu` or `cuda`, or `cpu` if that is the hardware or the compiler is missing.
       usable: bytes of memory that a program can use on each device.
       rows: the shape of a batch.
-      parameters, trained_parameters: numbers of parameters.
+      parameters, trained_parameters: numbers of parameters. The first includes a teacher with
+        another base model.
       flops: operations of a step, on all devices together.
       planned: what the step needs on the mesh.
       smallest: the smallest mesh that fits, if `planned` does not and the search found one.
@@ -84,47 +85,20 @@ def make_plan(
       UserError: if the hardware or the base model is not known, or the mesh does not fit them.
     """
     kind, chips = parse_hardware(hardware)
-    config = read_config(experiment.base)
-    try:
-        arch = architecture_of(config, ())
-    except UserError as error:
-        raise UserError(f"base {experiment.base}: {error}") from None
-    together = inputs_together(experiment.compute.quantize)
-    sizes = sizes_of(experiment, arch, kind, chips)
-    rows = _rows(experiment, arch, tokens, targets)
+    config, archs = read_models(experiment)
+    sizes = sizes_of(experiment, archs, kind, chips)
+    rows = _rows(experiment, archs[0], tokens, targets)
     missing = missing_compiler(kind)
     on_cpu = kind.platform == "cpu" or missing is not None
     virtual_devices = chips if on_cpu else 1
     if missing:  # the search for a mesh that fits may need more than the chips
         virtual_devices = max(chips, _MOST_VIRTUAL)
     start_jax(virtual_devices)
-    whole = step_program(experiment, config, arch, rows, None)
+    whole = step_program(experiment, config, archs, rows, None)
     flops = count_flops(whole.trace())
-
-    def program(sizes: Sizes) -> tuple[StepProgram, Mesh]:
-        count = math.prod(sizes.values())
-        devices = virtual_cpu_devices(count) if on_cpu else absent_devices(kind, count)
-        mesh = make_mesh(sizes, devices)
-        require_divisible(arch, mesh, together)
-        require_rows(experiment.training.batch_size, mesh)
-        return step_program(experiment, config, arch, rows, mesh), mesh
-
-    def arguments(sizes: Sizes) -> int:
-        step, _ = program(sizes)
-        return bytes_on_device((step.frozen, step.trainable, step.opt_state, step.batch))
-
-    planned = measure(*program(sizes), kind, flops)
-    smallest: MeshPlan | None = None
-    tried: list[MeshPlan] = []
-    if not planned.fits and kind.platform != "cpu":  # more virtual devices share the same memory
-        smallest, tried = smallest_that_fits(
-            planned,
-            _MOST_VIRTUAL if on_cpu else kind.most_chips,
-            lambda count: chosen_mesh(arch, experiment.training.batch_size, count, together),
-            arguments,
-            lambda sizes: measure(*program(sizes), kind, flops),
-            kind.usable,
-        )
+    planner = _Planner(experiment, config, archs, kind, rows, on_cpu, flops)
+    planned = planner.plan(sizes)
+    smallest, tried = planner.search(planned)
     base, trained = (parameter_count(arrays) for arrays in (whole.frozen[1], whole.trainable))
     return Plan(
         experiment=experiment.name,
@@ -146,6 +120,66 @@ def make_plan(
             *_assumptions(experiment, rows, tokens, targets),
         ],
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Planner:
+    """Plans the step of an experiment for meshes of one kind of hardware.
+
+    Attributes:
+      experiment: what would be trained.
+      config, archs: see `read_models`.
+      hardware: the kind of hardware.
+      rows: the shape of a batch.
+      on_cpu: whether virtual CPU devices take the place of the hardware.
+      flops: operations of a step.
+    """
+
+    experiment: Experiment
+    config: Mapping[str, Any]
+    archs: Sequence[Any]
+    hardware: Hardware
+    rows: BatchShape
+    on_cpu: bool
+    flops: int
+
+    def plan(self, sizes: Sizes) -> MeshPlan:
+        """Compile the step for a mesh, and return what it needs there."""
+        return measure(*self._program(sizes), self.hardware, self.flops)
+
+    def search(self, planned: MeshPlan) -> tuple[MeshPlan | None, list[MeshPlan]]:
+        """Return the smallest mesh that fits if `planned` does not, and the meshes tried for it."""
+        if planned.fits or self.hardware.platform == "cpu":  # virtual devices share one memory
+            return None, []
+        batch_size = self.experiment.training.batch_size
+        return smallest_that_fits(
+            planned,
+            _MOST_VIRTUAL if self.on_cpu else self.hardware.most_chips,
+            lambda count: chosen_mesh(self.archs, batch_size, count, self._together),
+            self._arguments,
+            self.plan,
+            self.hardware.usable,
+        )
+
+    @property
+    def _together(self) -> Together:
+        return inputs_together(self.experiment.compute.quantize)
+
+    def _program(self, sizes: Sizes) -> tuple[StepProgram, Mesh]:
+        count = math.prod(sizes.values())
+        devices = (
+            virtual_cpu_devices(count) if self.on_cpu else absent_devices(self.hardware, count)
+        )
+        mesh = make_mesh(sizes, devices)
+        for arch in self.archs:
+            require_divisible(arch, mesh, self._together)
+        require_rows(self.experiment.training.batch_size, mesh)
+        return step_program(self.experiment, self.config, self.archs, self.rows, mesh), mesh
+
+    def _arguments(self, sizes: Sizes) -> int:
+        """Return the bytes of the step's arguments on each device of a mesh."""
+        step, _ = self._program(sizes)
+        return bytes_on_device((step.frozen, step.trainable, step.opt_state, step.batch))
 
 
 def _rows(experiment: Experiment, arch: Any, tokens: int | None, targets: int | None) -> BatchShape:
@@ -209,7 +243,10 @@ def _notes(
             "compute.mesh is not set, and training would use one device; to train as planned, "
             f"set {settings}"
         )
-    if experiment.objective.teacher:
+    teacher = experiment.objective.teacher
+    if teacher and teacher.base:
+        notes.append(f"parameters, memory and operations include the teacher, {teacher.base}")
+    if teacher:
         notes.append(
             "the teacher's pass over the rows is counted; the keys and values of the text that it "
             "reads first are not, because its length is unknown"

@@ -4,7 +4,7 @@ Axis letters: B batch, T tokens, M target positions, P virtual tokens.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -78,7 +78,7 @@ class StepProgram:
 def step_program(
     experiment: Experiment,
     config: Mapping[str, Any],
-    arch: Any,
+    archs: Sequence[Any],
     rows: BatchShape,
     mesh: Mesh | None,
 ) -> StepProgram:
@@ -86,13 +86,13 @@ def step_program(
 
     The method is built as for training, except that virtual tokens start from random vectors:
     the initial values do not change the program, and other initial values need a tokenizer. The
-    teacher of distillation is the base model without the text that it reads first, because the
-    length of that text is unknown.
+    text that the teacher of distillation reads first is left out, because its length is unknown.
 
     Args:
       experiment: what would be trained.
       config: the content of the base model's `config.json`.
-      arch: the architecture that it describes.
+      archs: the architecture that it describes. If the teacher has another base model, its
+        architecture comes second.
       rows: the shape of a batch.
       mesh: the mesh, or None for one device.
 
@@ -101,22 +101,16 @@ def step_program(
     """
     experiment = _with_random_vectors(experiment)
     kind = method_class(experiment.method)
-    compute = experiment.compute
-    attention: AttentionName = "xla"
-    if mesh is not None:
-        attention = planned_attention(compute.attention, arch, compute.dtype, mesh)
-    backbone = backbone_shapes(
-        arch, dtype=compute.dtype, quantize=compute.quantize, attention=attention, mesh=mesh
-    )
+    backbone, *others = (_backbone(experiment, arch, mesh) for arch in archs)
 
     def build(backbone: Backbone) -> Method:
         no_tokenizer: Any = None
-        base = Base(experiment.base, "", config, backbone, no_tokenizer, compute)
+        base = Base(experiment.base, "", config, backbone, no_tokenizer, experiment.compute)
         return kind.build(experiment, base, opening(experiment), ())
 
     method = nnx.eval_shape(build, backbone)
     # Without a tokenizer, the text that a teacher reads first is not known.
-    teacher = Teacher(backbone) if experiment.objective.name == "distill" else None
+    teacher = Teacher((others or [backbone])[0]) if experiment.objective.teacher else None
     graphdef, trainable, frozen = split(method, backbone, teacher)
     if not jax.tree.leaves(trainable):
         raise UserError(f"method {experiment.method} trains nothing, so there is no step to plan")
@@ -130,6 +124,17 @@ def step_program(
     trainable, opt_state, frozen = with_shardings((trainable, opt_state, frozen), mesh)
     batch, key = _shapes(batch, mesh, ROWS), _shapes(key, mesh)
     return StepProgram(trainable, opt_state, frozen, batch, key, static)
+
+
+def _backbone(experiment: Experiment, arch: Any, mesh: Mesh | None) -> Backbone:
+    """Return a backbone without weights that has the `compute` settings of an experiment."""
+    compute = experiment.compute
+    attention: AttentionName = "xla"
+    if mesh is not None:
+        attention = planned_attention(compute.attention, arch, compute.dtype, mesh)
+    return backbone_shapes(
+        arch, dtype=compute.dtype, quantize=compute.quantize, attention=attention, mesh=mesh
+    )
 
 
 def opening(experiment: Experiment) -> list[int]:

@@ -1,7 +1,7 @@
 """Which mesh to plan for: the experiment's, one that uses all chips, or the smallest that fits."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from softprompt.backbones.quantization import inputs_together
@@ -17,13 +17,13 @@ Sizes = Mapping[str, int]
 _MOST_COMPILED = 4  # meshes that a search compiles for; each takes up to a minute
 
 
-def sizes_of(experiment: Experiment, arch: Any, hardware: Hardware, chips: int) -> Sizes:
+def sizes_of(experiment: Experiment, archs: Sequence[Any], hardware: Hardware, chips: int) -> Sizes:
     """Return the sizes of the mesh to plan for.
 
     Args:
       experiment: if it has no `compute.mesh`, the mesh is `chosen_mesh` for all chips, or for as
         many as the rows of its batches can use.
-      arch: the architecture of the base model.
+      archs: the architectures of the base models.
       hardware, chips: the kind and the number of chips.
 
     Raises:
@@ -32,7 +32,7 @@ def sizes_of(experiment: Experiment, arch: Any, hardware: Hardware, chips: int) 
     if experiment.compute.mesh is None:
         rows, count = experiment.training.batch_size, chips
         together = inputs_together(experiment.compute.quantize)
-        while (sizes := chosen_mesh(arch, rows, count, together)) is None or wrong_count(
+        while (sizes := chosen_mesh(archs, rows, count, together)) is None or wrong_count(
             hardware, count
         ):
             count -= 1
@@ -50,18 +50,22 @@ def sizes_of(experiment: Experiment, arch: Any, hardware: Hardware, chips: int) 
     return {axis: count // fixed if size == -1 else size for axis, size in sizes.items()}
 
 
-def chosen_mesh(arch: Any, rows: int, devices: int, together: Together = one_input) -> Sizes | None:
+def chosen_mesh(
+    archs: Sequence[Any], rows: int, devices: int, together: Together = one_input
+) -> Sizes | None:
     """Return the mesh of a number of devices with the largest `fsdp`; None if there is none.
 
     Args:
-      arch, together: see `require_divisible`.
+      archs: the architectures of models, each of which the mesh must divide.
+      together: see `require_divisible`.
       rows: the rows of a batch, which `data` and `fsdp` must divide.
       devices: the number of devices.
     """
+    first, *others = (list(meshes_of(arch, devices, together)) for arch in archs)
     fitting = [
         sizes
-        for sizes in meshes_of(arch, devices, together)
-        if rows % (sizes["data"] * sizes["fsdp"]) == 0
+        for sizes in first
+        if rows % (sizes["data"] * sizes["fsdp"]) == 0 and all(sizes in each for each in others)
     ]
     if not fitting:
         return None
