@@ -5,6 +5,7 @@ K key-value heads, H heads, h head size, L layers.
 """
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,7 @@ class Cache:
     keys: jax.Array
     values: jax.Array
     lengths: jax.Array
+    attended: int | None = dataclasses.field(default=None, metadata={"static": True})
 
     def __repr__(self) -> str:
         layers, rows, slots = self.keys.shape[:3]
@@ -35,7 +37,7 @@ class Cache:
     @property
     def positions(self) -> jax.Array:
         """The position of the token in each slot, `[B, S]`; `MASKED_POSITION` if it is free."""
-        slots = jnp.arange(self.keys.shape[2])[None]
+        slots = jnp.arange(self.attended or self.keys.shape[2])[None]
         return jnp.where(slots < self.lengths[:, None], slots, MASKED_POSITION)
 
     def append(self, keys: jax.Array, values: jax.Array) -> "Cache":
@@ -45,6 +47,44 @@ class Cache:
             keys=_append(self.keys, keys, self.lengths),
             values=_append(self.values, values, self.lengths),
             lengths=self.lengths + 1,
+        )
+
+    def first(self, slots: int) -> "Cache":
+        """Return the cache with only the first slots of each row. No row may have more tokens."""
+        return dataclasses.replace(self, attended=slots)
+
+    def of_layer(self, layer: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Return the keys and values of a layer, `[B, S, K, h]`."""
+        _, rows, slots, heads, size = self.keys.shape
+        shape = 1, rows, self.attended or slots, heads, size
+        return tuple(
+            jax.lax.dynamic_slice(array, (layer, 0, 0, 0, 0), shape)[0]
+            for array in (self.keys, self.values)
+        )
+
+    def rows(self, rows: jax.Array) -> "Cache":
+        """Return the cache of some rows. Indices that are too large take the last row."""
+        take = partial(jnp.take, indices=rows, mode="clip")
+        return Cache(take(self.keys, axis=1), take(self.values, axis=1), take(self.lengths, axis=0))
+
+    def write(
+        self, rows: jax.Array, keys: jax.Array, values: jax.Array, counts: jax.Array
+    ) -> "Cache":
+        """Add tokens to some rows.
+
+        Args:
+          rows: `[b]`, different rows. Nothing is written for indices that are too large.
+          keys, values: `[L, b, T, K, h]`.
+          counts: `[b]`, how many of the T tokens to add to each row.
+        """
+        places = jnp.arange(keys.shape[2])[None]
+        slots = self.lengths.at[rows].get(mode="clip")[:, None] + places
+        slots = jnp.where(places < counts[:, None], slots, self.keys.shape[2])  # dropped
+        at = (slice(None), rows[:, None], slots)
+        return Cache(
+            self.keys.at[at].set(keys, mode="drop"),
+            self.values.at[at].set(values, mode="drop"),
+            self.lengths.at[rows].add(counts, mode="drop"),
         )
 
     def repeated(self, count: int) -> "Cache":

@@ -211,10 +211,35 @@ class Decoder(nnx.Module):
         self, tokens: jax.Array, cache: Cache, prefix: Prefix | None
     ) -> tuple[jax.Array, Cache]:
         """Read the next token of each row, ids `[B]`. Return the same as `start`."""
-        positions = cache.lengths[:, None]
-        embeddings = self.embedding.with_offsets(tokens[:, None], positions)
-        hidden, (keys, values) = self._run(embeddings, positions, None, prefix, cache)
+        hidden, keys, values = self.extend(tokens[:, None], cache, prefix)
         return hidden[:, 0], cache.append(keys, values)
+
+    def extend(
+        self,
+        tokens: jax.Array,
+        cache: Cache,
+        prefix: Prefix | None = None,
+        vectors: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Read several more tokens of each row.
+
+        Args:
+          tokens: ids `[B, T]`.
+          cache: the tokens that each row has read. It is not changed.
+          prefix: what the rows attend to first.
+          vectors: `[B, T, D]`, the embeddings of virtual tokens, whose ids are negative. None if
+            there are no virtual tokens.
+
+        Returns:
+          Hidden states `[B, T, D]`, and the keys and values of the tokens, `[L, B, T, K, h]`.
+        """
+        positions = cache.lengths[:, None] + jnp.arange(tokens.shape[1])[None]
+        embeddings = self.embedding.with_offsets(jnp.maximum(tokens, 0) if vectors is not None else tokens, positions)
+        if vectors is not None:
+            virtual = vectors.astype(embeddings.dtype)
+            embeddings = jnp.where((tokens < 0)[..., None], virtual, embeddings)
+        hidden, (keys, values) = self._run(embeddings, positions, None, prefix, cache)
+        return hidden, keys, values
 
     def _run(self, x, positions=None, segments=None, prefix=None, cache=None):
         """Run all layers on rows, attending to the prefix, the cache and the row itself.
@@ -234,7 +259,7 @@ class Decoder(nnx.Module):
         groups, before = tokens_before(prefix, None, cache)
         groups["row"] = rows = Tokens(positions, before, segments)
         positions = positions + before
-        layer = self._layer_functions(positions, groups, kernel)(rows)
+        layer = _with_cache(self._layer_functions(positions, groups, kernel)(rows), cache)
         inputs = self._inputs(prefix, cache)
         x, keys_values = jax.lax.scan(
             _recomputed(layer), self._with_positions(x, positions), inputs
@@ -262,7 +287,7 @@ class Decoder(nnx.Module):
         if prefix is not None:
             stored["prefix"] = prefix.keys[:, None], prefix.values[:, None]
         if cache is not None:
-            stored["cache"] = cache.keys, cache.values
+            stored["cache"] = jnp.arange(len(cache.keys))  # see `_with_cache`
         return self.layers, jnp.array([kinds.index(kind) for kind in self.arch.layers]), stored
 
     def _layer_functions(self, positions, groups, kernel):
@@ -364,6 +389,21 @@ def _all_but_last(layer, x, inputs, trained: bool):
     # Slices of all layers but the last would be a copy of the model.
     count = len(jax.tree.leaves(inputs)[0])
     return jax.lax.scan(numbered, x, jnp.arange(count - 1))[0]
+
+
+def _with_cache(layer, cache: Cache | None):
+    """Return a layer that reads its keys and values from the cache.
+
+    A scan over the cache would copy all of it.
+    """
+    if cache is None:
+        return layer
+
+    def reading(x, inputs):
+        block, kind, stored = inputs
+        return layer(x, (block, kind, stored | {"cache": cache.of_layer(stored["cache"])}))
+
+    return reading
 
 
 def _kinds(arch: Architecture) -> list[LayerKind]:
