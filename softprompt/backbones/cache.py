@@ -57,10 +57,9 @@ class Cache:
         """Return the keys and values of a layer, `[B, S, K, h]`."""
         _, rows, slots, heads, size = self.keys.shape
         shape = 1, rows, self.attended or slots, heads, size
-        return tuple(
-            jax.lax.dynamic_slice(array, (layer, 0, 0, 0, 0), shape)[0]
-            for array in (self.keys, self.values)
-        )
+        start = layer, 0, 0, 0, 0
+        keys = jax.lax.dynamic_slice(self.keys, start, shape)[0]
+        return keys, jax.lax.dynamic_slice(self.values, start, shape)[0]
 
     def rows(self, rows: jax.Array) -> "Cache":
         """Return the cache of some rows. Indices that are too large take the last row."""

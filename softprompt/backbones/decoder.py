@@ -5,6 +5,7 @@ h head size, L layers, V vocabulary, G packs, N tokens of a pack, M targets of a
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -234,7 +235,9 @@ class Decoder(nnx.Module):
           Hidden states `[B, T, D]`, and the keys and values of the tokens, `[L, B, T, K, h]`.
         """
         positions = cache.lengths[:, None] + jnp.arange(tokens.shape[1])[None]
-        embeddings = self.embedding.with_offsets(jnp.maximum(tokens, 0) if vectors is not None else tokens, positions)
+        embeddings = self.embedding.with_offsets(
+            jnp.maximum(tokens, 0) if vectors is not None else tokens, positions
+        )
         if vectors is not None:
             virtual = vectors.astype(embeddings.dtype)
             embeddings = jnp.where((tokens < 0)[..., None], virtual, embeddings)
@@ -283,7 +286,7 @@ class Decoder(nnx.Module):
     def _inputs(self, prefix, cache=None):
         """Return what differs between layers, as arrays `[L, ...]`."""
         kinds = _kinds(self.arch)
-        stored = {}
+        stored: dict[str, Any] = {}
         if prefix is not None:
             stored["prefix"] = prefix.keys[:, None], prefix.values[:, None]
         if cache is not None:

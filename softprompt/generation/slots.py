@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from softprompt.backbones.batch import Batch, target_log_probabilities
 from softprompt.backbones.cache import Cache
+from softprompt.backbones.prefix import Prefix
 from softprompt.generation.sampling import Sampling, choose
 
 STEPS = 8
@@ -91,9 +92,7 @@ class Scores(NamedTuple):
     @classmethod
     def zeros(cls, *shape: int) -> "Scores":
         """Return zeros for tokens of a shape."""
-        return cls(
-            jnp.zeros(shape), jnp.zeros((*shape, TOP)), jnp.zeros((*shape, TOP), jnp.int32)
-        )
+        return cls(jnp.zeros(shape), jnp.zeros((*shape, TOP)), jnp.zeros((*shape, TOP), jnp.int32))
 
 
 class Generated(NamedTuple):
@@ -387,3 +386,19 @@ def store(bank: Any, slots: Slots, row: jax.Array, entries: jax.Array) -> Any:
 
     keys, values = bank
     return copied(keys, slots.cache.keys), copied(values, slots.cache.values)
+
+
+@jax.jit
+def score(backbone, bank: Any, entries: jax.Array, length: jax.Array, batch: Batch) -> jax.Array:
+    """Return the log-probability of each target of a batch, `[G, M]`.
+
+    Args:
+      backbone: a causal model.
+      bank: keys and values `[L, P, K, h]`.
+      entries: `[W]`, the places of the prefix that all rows attend to, padded.
+      length: the number of entries that are not padding.
+      batch: the rows.
+    """
+    keys, values = (jnp.take(stored, entries, axis=1, mode="clip") for stored in bank)
+    span = jnp.stack([jnp.zeros_like(length), length])[None]
+    return target_log_probabilities(backbone, Prefix(keys, values, span), batch)

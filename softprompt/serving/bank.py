@@ -8,6 +8,7 @@ Axis letters: P tokens of a prefix, D hidden, L layers, K key-value heads, h hea
 
 import dataclasses
 import hashlib
+import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -72,6 +73,8 @@ class Stored:
 class Bank:
     """Keeps account of the places. The device array itself belongs to `Device`.
 
+    Several threads may use it.
+
     Args:
       capacity: the number of places, each for one token.
     """
@@ -80,6 +83,7 @@ class Bank:
         self.capacity = capacity
         self._free = list(range(capacity))
         self._stored: dict[str, Stored] = {}
+        self._lock = threading.Lock()
 
     @property
     def used(self) -> int:
@@ -88,10 +92,11 @@ class Bank:
 
     def find(self, digest: str) -> Stored | None:
         """Return a stored prefix, and count one more use of it; None if it is not there."""
-        stored = self._stored.get(digest)
-        if stored is not None:
-            stored.uses += 1
-        return stored
+        with self._lock:
+            stored = self._stored.get(digest)
+            if stored is not None:
+                stored.uses += 1
+            return stored
 
     def add(self, content: Content) -> Stored:
         """Reserve places for a prefix that is not there.
@@ -99,23 +104,27 @@ class Bank:
         Raises:
           UserError: if there are too few free places.
         """
-        if content.length > len(self._free):
-            raise UserError(
-                f"the prefix has {content.length} tokens, but the bank has room for only "
-                f"{len(self._free)} more; remove prompts, or start with a larger --bank-tokens"
-            )
-        entries = np.array([self._free.pop() for _ in range(content.length)], np.int32)
-        stored = Stored(content.digest, entries, content.tokens)
-        self._stored[stored.digest] = stored
-        return stored
+        with self._lock:
+            if content.length > len(self._free):
+                raise UserError(
+                    f"the prefix has {content.length} tokens, but the bank has room for only "
+                    f"{len(self._free)} more; remove prompts, or start with a larger --bank-tokens"
+                )
+            entries = np.array([self._free.pop() for _ in range(content.length)], np.int32)
+            stored = Stored(content.digest, entries, content.tokens)
+            self._stored[stored.digest] = stored
+            return stored
 
-    def retain(self, stored: Stored) -> None:
-        """Count one more use of a prefix."""
-        stored.uses += 1
+    def retain(self, stored: Stored) -> bool:
+        """Count one more use of a prefix. Return False if it has lost its places."""
+        with self._lock:
+            stored.uses += stored.uses > 0
+            return stored.uses > 0
 
     def release(self, stored: Stored) -> None:
         """Count one use less. A prefix that nobody uses loses its places."""
-        stored.uses -= 1
-        if not stored.uses:
-            del self._stored[stored.digest]
-            self._free += stored.entries.tolist()
+        with self._lock:
+            stored.uses -= 1
+            if not stored.uses:
+                del self._stored[stored.digest]
+                self._free += stored.entries.tolist()

@@ -13,11 +13,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from softprompt.backbones.batch import Batch
+from softprompt.data.layout import Layout, PackedShape
 from softprompt.generation import slots as programs
 from softprompt.generation.sampling import Sampling
 from softprompt.generation.slots import ENDS, Generated, Occupant, Read
 from softprompt.runtime.progress import Progress, silent
 from softprompt.serving.bank import Content, Stored
+
+MOST_TARGETS = 64
+"""The most tokens of all labels of a prompt together."""
 
 SHORT_CHUNK = 32
 """The tokens of the shorter of two kinds of chunks."""
@@ -57,9 +62,14 @@ class Device:
         most = min(self.chunk // SHORT_CHUNK, self.slots)
         return list(dict.fromkeys([(1, SHORT_CHUNK), (most, SHORT_CHUNK), (1, self.chunk)]))
 
-    def compile(self, progress: Progress = silent) -> None:
-        """Compile all programs, by running each once on empty slots."""
-        calls = list(self._all_calls())
+    def compile(self, *, labels: bool, progress: Progress = silent) -> None:
+        """Compile all programs, by running each once on empty slots.
+
+        Args:
+          labels: whether labels will be scored.
+          progress: shows how many programs are compiled.
+        """
+        calls = [*self._all_calls(), *(self._scoring_calls() if labels else ())]
         with progress("compile", len(calls), "programs") as bar:
             for call, *arguments in calls:
                 call(*arguments)
@@ -85,6 +95,45 @@ class Device:
         yield self.read_opening, 0, Content([~0], np.zeros((1, self._hidden), np.float32))
         yield self.release, []
 
+    def _scoring_calls(self) -> Iterator[tuple[Any, ...]]:
+        layout = Layout(separate_targets=False, branching=True)
+        for width in (self._widths[0], self._widths[-1]):
+            prefix = Stored("", np.zeros(width, np.int32), ())
+            for shape in self.scoring_shapes:
+                yield self.score, prefix, layout.lay_out([[]], shape)
+
+    # Labels.
+
+    @property
+    def scoring_shapes(self) -> list[PackedShape]:
+        """The shapes of the batches that `score` takes, from small to large."""
+        most = self.length
+        sizes = [  # rows, tokens, tokens of a row, targets of a row
+            (1, 64, 64, 8),
+            (32, 1024, 64, 8),
+            (8, 1024, 256, 8),
+            (1, most, most, 8),
+            (8, 1024, 256, MOST_TARGETS),
+            (1, most, most, MOST_TARGETS),
+        ]
+        return [
+            PackedShape(1, rows, tokens, rows * targets, length, targets)
+            for rows, tokens, length, targets in sizes
+        ]
+
+    def score(self, prefix: Stored, batch: Batch) -> np.ndarray:
+        """Return the log-probability of each target of a batch, `[1, M]`.
+
+        Args:
+          prefix: what all rows attend to first.
+          batch: has one of the `scoring_shapes`.
+        """
+        width = next(w for w in (self._widths[0], self._widths[-1]) if w >= prefix.length)
+        entries = np.zeros(width, np.int32)
+        entries[: prefix.length] = prefix.entries
+        length = np.int32(prefix.length)
+        return np.asarray(programs.score(self._backbone, self._bank, entries, length, batch))
+
     # Requests.
 
     def occupy(self, row: int, prefix: Stored | None, new: Occupant) -> None:
@@ -92,9 +141,7 @@ class Device:
         prefix = prefix or self._nothing
         entries = self._padded(prefix.entries, fill=0)
         length = np.int32(prefix.length)
-        self._state = programs.occupy(
-            self._state, np.int32(row), self._bank, entries, length, new
-        )
+        self._state = programs.occupy(self._state, np.int32(row), self._bank, entries, length, new)
 
     def read(
         self, chunks: Sequence[tuple[int, Sequence[int], Sequence[int], bool]], attended: int
@@ -217,8 +264,9 @@ def occupant(
     padded = np.full(ENDS, -1, np.int32)
     padded[: len(ends)] = ends
     floats = map(np.float32, (temperature, top_p, min_p, repetition_penalty))
-    warmth, top_probability, least, penalty = floats
-    sampling: Any = Sampling(warmth, np.int32(top_k), top_probability, least, penalty)
+    warmth, nucleus, least, penalty = floats
+    values: list[Any] = [warmth, np.int32(top_k), nucleus, least, penalty]
+    sampling = Sampling(*values)
     return Occupant(np.int32(limit), np.uint32(seed), sampling, padded, seen, np.bool_(scored))
 
 

@@ -1,8 +1,8 @@
 """Continuous batching: which request is read, generates or waits, decided between two calls.
 
-One thread owns the device. In every round it fills free slots, reads one chunk of the inputs of new
-requests, and generates a few tokens in all slots. So nobody waits for a long input of somebody else,
-and a slot that becomes free is filled in the next round.
+One thread owns the device. In every round it fills free slots, reads one chunk of the inputs of
+new requests, and generates a few tokens in all slots. So nobody waits for a long input of somebody
+else, and a slot that becomes free is filled in the next round.
 """
 
 import collections
@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from softprompt.data.examples import Example
 from softprompt.errors import UserError
 from softprompt.generation.slots import STEPS, Generated, Scores
 from softprompt.generation.text import AnswerText
@@ -23,6 +24,7 @@ from softprompt.runtime.finite import model_not_finite
 from softprompt.serving.bank import Bank, Content, Stored
 from softprompt.serving.device import SHORT_CHUNK, Device, occupant
 from softprompt.serving.jobs import Job, ScoredToken, Update
+from softprompt.serving.scorer import Scored, Scorer
 
 _log = logging.getLogger(__name__)
 
@@ -30,7 +32,11 @@ _PATIENT_STEPS = 2  # per round while a slot is free, so that a new request need
 
 
 class Busy(Exception):
-    """Too many requests are waiting."""
+    """Too many requests are waiting, or the server is stopping."""
+
+
+class Removed(Exception):
+    """The prompt of a request was removed before the request began."""
 
 
 @dataclasses.dataclass
@@ -82,13 +88,13 @@ class Scheduler:
         self, device: Device, bank: Bank, tokenizer: PreTrainedTokenizerFast, max_waiting: int
     ):
         self._device, self._bank, self._tokenizer = device, bank, tokenizer
+        self._scorer = Scorer(device)
         self._max_waiting = max_waiting
         self._changed = threading.Condition()
         self._waiting: collections.deque[Job] = collections.deque()
-        self._contents: collections.deque[
-            tuple[Content, concurrent.futures.Future[Stored]]
-        ] = collections.deque()
-        self._released: collections.deque[Stored] = collections.deque()
+        self._contents: collections.deque[tuple[Content, concurrent.futures.Future[Stored]]] = (
+            collections.deque()
+        )
         self._free = list(range(device.slots))
         self._reading: list[_Request] = []
         self._generating: list[_Request] = []
@@ -115,10 +121,13 @@ class Scheduler:
 
         Raises:
           Busy: if too many jobs are waiting, or the scheduler is stopping.
+          Removed: if the prefix of the job has been removed.
         """
         with self._changed:
             if self._draining or len(self._waiting) >= self._max_waiting:
                 raise Busy
+            if job.prefix is not None and not self._bank.retain(job.prefix):
+                raise Removed
             self._waiting.append(job)
             self._changed.notify()
 
@@ -141,11 +150,31 @@ class Scheduler:
             self._changed.notify()
         return done.result()
 
+    def score(self, prefix: Stored, example: Example) -> Scored:
+        """Return the log-probabilities of the candidates of an example, `[C]`, when they are known.
+
+        Raises:
+          Busy: as for `submit`.
+          Removed: as for `submit`.
+        """
+        with self._changed:
+            if self._draining or self._scorer.pending >= self._max_waiting:
+                raise Busy
+            if not self._bank.retain(prefix):
+                raise Removed
+            done = self._scorer.add(prefix, example)
+            self._changed.notify()
+        done.add_done_callback(lambda _: self._bank.release(prefix))
+        return done
+
     def release(self, stored: Stored) -> None:
         """Count one use of a prefix less."""
-        with self._changed:
-            self._released.append(stored)
-            self._changed.notify()
+        self._bank.release(stored)
+
+    @property
+    def length(self) -> int:
+        """The most tokens of a request: prefix, input and new tokens."""
+        return self._device.length
 
     @property
     def waiting(self) -> int:
@@ -173,24 +202,23 @@ class Scheduler:
         self._fail_all(Busy())
 
     def _has_work(self) -> bool:
-        others = self._contents or self._released or self._draining
-        return bool(others or self._has_jobs())
+        return self._draining or self._has_jobs()
 
     def _has_jobs(self) -> bool:
-        return bool(self._waiting or self._reading or self._generating or self._loads)
+        running = self._reading or self._generating or self._loads
+        return bool(self._waiting or self._contents or self._scorer.pending or running)
 
     def _round(self) -> None:
         self._drop_cancelled()
         self._begin_loads()
         self._fill_slots()
         self._continue_loads()
+        self._scorer.run()
         self._read()
         self._generate()
 
     def _drop_cancelled(self) -> None:
         with self._changed:
-            while self._released:
-                self._bank.release(self._released.popleft())
             dropped = [job for job in self._waiting if job.cancelled]
             for job in dropped:
                 self._waiting.remove(job)
@@ -217,13 +245,13 @@ class Scheduler:
         while self._contents and self._free:
             content, done = self._contents.popleft()
             stored = self._bank.find(content.digest)
+            if stored is not None:
+                done.set_result(stored)
+                continue
             try:
-                new = self._bank.add(content) if stored is None else None
+                new = self._bank.add(content)
             except UserError as error:
                 done.set_exception(error)
-                continue
-            if new is None:
-                done.set_result(stored)
                 continue
             load = _Load(content, done, new, self._free.pop())
             self._device.place(load.row, content)
@@ -247,7 +275,9 @@ class Scheduler:
                 if not self._waiting:
                     return
                 job = self._waiting.popleft()
-            request = _Request(job, self._free.pop(), AnswerText(self._tokenizer, job.settings.stop))
+            request = _Request(
+                job, self._free.pop(), AnswerText(self._tokenizer, job.settings.stop)
+            )
             self._device.occupy(request.row, job.prefix, self._occupant(job))
             self._forget_prefix(job)
             self._reading.append(request)
@@ -282,17 +312,17 @@ class Scheduler:
         chunks = []
         for each in chosen:
             tokens, end = each.job.tokens, each.read + size
-            after = tokens[each.read + 1 : end + 1] if each.job.score_input else ()
+            after = list(tokens[each.read + 1 : end + 1]) if each.job.score_input else []
             chunks.append((each.row, tokens[each.read : end], after, end >= len(tokens)))
         result = self._device.read(chunks, max(each.length for each in chosen))
-        tokens, active = np.asarray(result.tokens), np.asarray(result.active)
+        firsts, active = np.asarray(result.tokens), np.asarray(result.active)
         for i, (each, (_, part, after, last)) in enumerate(zip(chosen, chunks, strict=True)):
             each.read += len(part)
             each.input += _scored(after, result.input_scores, i, each.job.top)
             if last:
                 self._reading.remove(each)
                 self._generating.append(each)
-                scored = _scored([int(tokens[i])], result.scores, i, each.job.top)
+                scored = _scored([int(firsts[i])], result.scores, i, each.job.top)
                 self._deliver(each, scored, bool(active[i]))
 
     def _generate(self) -> None:
@@ -338,14 +368,13 @@ class Scheduler:
         for load in self._loads:
             self._bank.release(load.stored)
             load.done.set_exception(error)
+        self._scorer.fail(error)
         self._reading, self._generating, self._loads = [], [], []
         self._free = list(range(self._device.slots))
         self._device.reset()
 
 
-def _scored(
-    ids: Sequence[int], scores: Scores, row: int, top: int | None
-) -> list[ScoredToken]:
+def _scored(ids: Sequence[int], scores: Scores, row: int, top: int | None) -> list[ScoredToken]:
     """Return tokens with their scores, `[b]` or `[b, T]`."""
     if top is None:
         return [ScoredToken(token) for token in ids]
