@@ -53,6 +53,7 @@ class Device:
         self._bank = jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
         self._bank_tokens = bank_tokens
         self._widths = list(_widths(length))
+        self._few_widths = list(dict.fromkeys([self._widths[0], length]))  # of large programs
         self._nothing = Stored("", np.zeros(0, np.int32), ())
         self._unseen = np.zeros(self._vocabulary, bool)
 
@@ -88,16 +89,17 @@ class Device:
             yield self.place, 0, Content(keys=prefix, values=prefix)
             yield self.store, 0, Stored("", np.minimum(tokens, 0), ())
             yield self.occupy, 0, Stored("", tokens, ()), occupant(self._unseen)
+            yield self._decode, 1, width
+        for width in self._few_widths:
             for rows, length in self.read_shapes:
                 chunks = [(row, [0] * length, [0] * length, False) for row in range(rows)]
                 yield self._read, chunks, (rows, length), width
-            yield self._decode, 1, width
         yield self.read_opening, 0, Content([~0], np.zeros((1, self._hidden), np.float32))
         yield self.release, []
 
     def _scoring_calls(self) -> Iterator[tuple[Any, ...]]:
         layout = Layout(separate_targets=False, branching=True)
-        for width in (self._widths[0], self._widths[-1]):
+        for width in self._few_widths:
             prefix = Stored("", np.zeros(width, np.int32), ())
             for shape in self.scoring_shapes:
                 yield self.score, prefix, layout.lay_out([[]], shape)
@@ -128,7 +130,7 @@ class Device:
           prefix: what all rows attend to first.
           batch: has one of the `scoring_shapes`.
         """
-        width = next(w for w in (self._widths[0], self._widths[-1]) if w >= prefix.length)
+        width = _smallest(self._few_widths, prefix.length)
         entries = np.zeros(width, np.int32)
         entries[: prefix.length] = prefix.entries
         length = np.int32(prefix.length)
@@ -156,7 +158,7 @@ class Device:
         """
         needed = len(chunks), max(len(tokens) for _, tokens, _, _ in chunks)
         shape = min(s for s in self.read_shapes if s[0] >= needed[0] and s[1] >= needed[1])
-        return self._read(chunks, shape, self._width(max(attended, 1)))
+        return self._read(chunks, shape, _smallest(self._few_widths, attended))
 
     def _read(self, chunks, shape: tuple[int, int], width: int) -> Read:
         rows = np.full(shape[0], self.slots, np.int32)
@@ -178,7 +180,7 @@ class Device:
           steps: how many, at most `STEPS`.
           longest: the most tokens that an active slot has read.
         """
-        return self._decode(steps, self._width(min(longest + steps, self.length)))
+        return self._decode(steps, _smallest(self._widths, min(longest + steps, self.length)))
 
     def _decode(self, steps: int, width: int) -> Generated:
         self._state, generated = programs.decode(
@@ -204,7 +206,7 @@ class Device:
         keys = np.zeros(shape, np.float32) if content.keys is None else content.keys
         values = np.zeros(shape, np.float32) if content.values is None else content.values
         length = keys.shape[1]
-        more = [(0, 0), (0, self._width(max(length, 1)) - length), (0, 0), (0, 0)]
+        more = [(0, 0), (0, _smallest(self._widths, length) - length), (0, 0), (0, 0)]
         self._state = programs.place(
             self._state, np.int32(row), np.pad(keys, more), np.pad(values, more), np.int32(length)
         )
@@ -229,13 +231,9 @@ class Device:
         self._bank = programs.store(self._bank, self._state, np.int32(row), entries)
 
     def _padded(self, entries: np.ndarray, fill: int) -> np.ndarray:
-        padded = np.full(self._width(max(len(entries), 1)), fill, np.int32)
+        padded = np.full(_smallest(self._widths, len(entries)), fill, np.int32)
         padded[: len(entries)] = entries
         return padded
-
-    def _width(self, needed: int) -> int:
-        """Return the smallest width that is at least `needed`."""
-        return next(width for width in self._widths if width >= needed)
 
 
 def occupant(
@@ -268,6 +266,11 @@ def occupant(
     values: list[Any] = [warmth, np.int32(top_k), nucleus, least, penalty]
     sampling = Sampling(*values)
     return Occupant(np.int32(limit), np.uint32(seed), sampling, padded, seen, np.bool_(scored))
+
+
+def _smallest(widths: Sequence[int], needed: int) -> int:
+    """Return the smallest width that is at least `needed`."""
+    return next(width for width in widths if width >= needed)
 
 
 def _widths(length: int) -> Iterator[int]:
