@@ -70,7 +70,7 @@ class Bench:
         return read
 
     def decode(self, steps):
-        generated = self.device.decode(steps, max(self.lengths.values()))
+        generated = self.device.decode(steps, max(self.lengths) + 1, max(self.lengths.values()))
         for row, ids in self.ids.items():
             new = np.asarray(generated.tokens)[row, : generated.counts[row]].tolist()
             ids += new

@@ -28,17 +28,10 @@ class Cache:
     keys: jax.Array
     values: jax.Array
     lengths: jax.Array
-    attended: int | None = dataclasses.field(default=None, metadata={"static": True})
 
     def __repr__(self) -> str:
         layers, rows, slots = self.keys.shape[:3]
         return f"Cache({layers} layers, {rows} rows, {slots} slots)"
-
-    @property
-    def positions(self) -> jax.Array:
-        """The position of the token in each slot, `[B, S]`; `MASKED_POSITION` if it is free."""
-        slots = jnp.arange(self.attended or self.keys.shape[2])[None]
-        return jnp.where(slots < self.lengths[:, None], slots, MASKED_POSITION)
 
     def append(self, keys: jax.Array, values: jax.Array) -> "Cache":
         """Add one token to each row, with keys and values `[L, B, 1, K, h]`."""
@@ -49,17 +42,10 @@ class Cache:
             lengths=self.lengths + 1,
         )
 
-    def first(self, slots: int) -> "Cache":
-        """Return the cache with only the first slots of each row. No row may have more tokens."""
-        return dataclasses.replace(self, attended=slots)
-
-    def of_layer(self, layer: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Return the keys and values of a layer, `[B, S, K, h]`."""
-        _, rows, slots, heads, size = self.keys.shape
-        shape = 1, rows, self.attended or slots, heads, size
-        start = layer, 0, 0, 0, 0
-        keys = jax.lax.dynamic_slice(self.keys, start, shape)[0]
-        return keys, jax.lax.dynamic_slice(self.values, start, shape)[0]
+    def view(self, rows: int | None = None, slots: int | None = None) -> "CacheView":
+        """Return the first slots of the first rows, by default all. No row may have more tokens."""
+        _, all_rows, all_slots, _, _ = self.keys.shape
+        return CacheView(self, rows or all_rows, slots or all_slots)
 
     def rows(self, rows: jax.Array) -> "Cache":
         """Return the cache of some rows. Indices that are too large take the last row."""
@@ -101,6 +87,39 @@ class Cache:
             take_rows(self.values, rows, axis=1),
             take_rows(self.lengths, rows),
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheView:
+    """The first slots of the first rows of a cache. It is not a copy.
+
+    Attributes:
+      cache: the cache.
+      rows: B.
+      slots: S.
+    """
+
+    cache: Cache
+    rows: int
+    slots: int
+
+    @property
+    def lengths(self) -> jax.Array:
+        """The number of tokens that each row has read, `[B]`."""
+        return self.cache.lengths[: self.rows]
+
+    @property
+    def positions(self) -> jax.Array:
+        """The position of the token in each slot, `[B, S]`; `MASKED_POSITION` if it is free."""
+        slots = jnp.arange(self.slots)[None]
+        return jnp.where(slots < self.lengths[:, None], slots, MASKED_POSITION)
+
+    def of_layer(self, layer: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Return the keys and values of a layer, `[B, S, K, h]`."""
+        _, _, _, heads, size = self.cache.keys.shape
+        start, shape = (layer, 0, 0, 0, 0), (1, self.rows, self.slots, heads, size)
+        keys = jax.lax.dynamic_slice(self.cache.keys, start, shape)[0]
+        return keys, jax.lax.dynamic_slice(self.cache.values, start, shape)[0]
 
 
 @jax.tree_util.register_dataclass

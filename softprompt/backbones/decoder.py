@@ -16,7 +16,7 @@ from softprompt.backbones.architecture import Architecture, LayerKind
 from softprompt.backbones.attention import Source, attend
 from softprompt.backbones.batch import Batch
 from softprompt.backbones.block import Block
-from softprompt.backbones.cache import Cache
+from softprompt.backbones.cache import Cache, CacheView
 from softprompt.backbones.flash import AttentionName, Kernel, flash_attend, kernel_of
 from softprompt.backbones.head import OutputHead
 from softprompt.backbones.layers import Embedding, LayerNorm, Linear, RMSNorm
@@ -212,13 +212,13 @@ class Decoder(nnx.Module):
         self, tokens: jax.Array, cache: Cache, prefix: Prefix | None
     ) -> tuple[jax.Array, Cache]:
         """Read the next token of each row, ids `[B]`. Return the same as `start`."""
-        hidden, keys, values = self.extend(tokens[:, None], cache, prefix)
+        hidden, keys, values = self.extend(tokens[:, None], cache.view(), prefix)
         return hidden[:, 0], cache.append(keys, values)
 
     def extend(
         self,
         tokens: jax.Array,
-        cache: Cache,
+        cache: CacheView,
         prefix: Prefix | None = None,
         vectors: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -290,7 +290,7 @@ class Decoder(nnx.Module):
         if prefix is not None:
             stored["prefix"] = prefix.keys[:, None], prefix.values[:, None]
         if cache is not None:
-            stored["cache"] = jnp.arange(len(cache.keys))  # see `_with_cache`
+            stored["cache"] = jnp.arange(len(self.arch.layers))  # see `_with_cache`
         return self.layers, jnp.array([kinds.index(kind) for kind in self.arch.layers]), stored
 
     def _layer_functions(self, positions, groups, kernel):
@@ -394,7 +394,7 @@ def _all_but_last(layer, x, inputs, trained: bool):
     return jax.lax.scan(numbered, x, jnp.arange(count - 1))[0]
 
 
-def _with_cache(layer, cache: Cache | None):
+def _with_cache(layer, cache: CacheView | None):
     """Return a layer that reads its keys and values from the cache.
 
     A scan over the cache would copy all of it.

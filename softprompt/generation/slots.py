@@ -222,7 +222,7 @@ def read(
       following: `[b, T]`, the id after each token; -1 if it is not scored.
       attended: at least the number of tokens that each row has read before.
     """
-    hidden, keys, values = backbone.extend(tokens, slots.cache.rows(rows).first(attended))
+    hidden, keys, values = backbone.extend(tokens, slots.cache.rows(rows).view(slots=attended))
     slots = dataclasses.replace(slots, cache=slots.cache.write(rows, keys, values, counts))
     last = jnp.take_along_axis(hidden, (counts - 1)[:, None, None], axis=1)[:, 0]
     slots, chosen, scores = _advance(slots, backbone.logits(last), rows, complete)
@@ -236,34 +236,41 @@ def read(
     return slots, Read(chosen, active, scores, input_scores)
 
 
-@partial(jax.jit, donate_argnames="slots", static_argnames="attended")
-def decode(backbone, slots: Slots, steps: jax.Array, *, attended: int) -> tuple[Slots, Generated]:
+@partial(jax.jit, donate_argnames="slots", static_argnames=("rows", "attended"))
+def decode(
+    backbone, slots: Slots, steps: jax.Array, *, rows: int, attended: int
+) -> tuple[Slots, Generated]:
     """Generate tokens in all active slots.
 
     Args:
       backbone: a causal model.
       slots: are donated.
       steps: the number of tokens in each row, at most `STEPS`.
+      rows: b. All active slots are among the first b.
       attended: at least the number of tokens of each active row after these steps.
     """
-    count = len(slots.active)
-    rows = jnp.arange(count)
+    numbers = jnp.arange(rows)
     before = slots.generated
 
     def step(carry):
         number, slots, tokens, scores = carry
-        hidden, keys, values = backbone.extend(slots.last[:, None], slots.cache.first(attended))
-        cache = slots.cache.append(keys, values)
-        lengths = jnp.where(slots.active, cache.lengths, slots.cache.lengths)
-        slots = dataclasses.replace(slots, cache=dataclasses.replace(cache, lengths=lengths))
-        slots, chosen, found = _advance(slots, backbone.logits(hidden[:, 0]), rows, slots.active)
-        put = lambda array, value: array.at[:, number].set(value)  # noqa: E731
+        active = slots.active[:rows]
+        last = slots.last[:rows, None]
+        hidden, keys, values = backbone.extend(last, slots.cache.view(rows, attended))
+        cache = slots.cache.write(numbers, keys, values, active.astype(jnp.int32))
+        slots = dataclasses.replace(slots, cache=cache)
+        slots, chosen, found = _advance(slots, backbone.logits(hidden[:, 0]), numbers, active)
+
+        def put(array: jax.Array, value: jax.Array) -> jax.Array:
+            return array.at[:rows, number].set(value)
+
         return number + 1, slots, put(tokens, chosen), jax.tree.map(put, scores, found)
 
     def more(carry):
         number, slots, *_ = carry
         return (number < steps) & slots.active.any()
 
+    count = len(slots.active)
     start = 0, slots, jnp.zeros((count, STEPS), jnp.int32), Scores.zeros(count, STEPS)
     _, slots, tokens, scores = jax.lax.while_loop(more, step, start)
     return slots, Generated(tokens, slots.generated - before, slots.active, scores)
@@ -362,7 +369,7 @@ def read_opening(
       count: the number of tokens that are not padding.
     """
     rows = row[None]
-    cache = slots.cache.rows(rows)
+    cache = slots.cache.rows(rows).view()
     _, keys, values = backbone.extend(tokens[None], cache, vectors=vectors[None])
     return dataclasses.replace(slots, cache=slots.cache.write(rows, keys, values, count[None]))
 

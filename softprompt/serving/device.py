@@ -53,6 +53,8 @@ class Device:
         self._bank = jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
         self._bank_tokens = bank_tokens
         self._widths = list(_widths(length))
+        # A request that is alone should not pay for slots that are empty.
+        self._decoded_rows = sorted({1, -(-slots // 4), slots})
         self._few_widths = list(dict.fromkeys([self._widths[0], length]))  # of large programs
         self._nothing = Stored("", np.zeros(0, np.int32), ())
         self._unseen = np.zeros(self._vocabulary, bool)
@@ -89,7 +91,8 @@ class Device:
             yield self.place, 0, Content(keys=prefix, values=prefix)
             yield self.store, 0, Stored("", np.minimum(tokens, 0), ())
             yield self.occupy, 0, Stored("", tokens, ()), occupant(self._unseen)
-            yield self._decode, 1, width
+            for rows in self._decoded_rows:
+                yield self._decode, 1, rows, width
         for width in self._few_widths:
             for rows, length in self.read_shapes:
                 chunks = [(row, [0] * length, [0] * length, False) for row in range(rows)]
@@ -173,18 +176,20 @@ class Device:
         )
         return read
 
-    def decode(self, steps: int, longest: int) -> Generated:
+    def decode(self, steps: int, rows: int, longest: int) -> Generated:
         """Generate tokens in all active slots.
 
         Args:
           steps: how many, at most `STEPS`.
+          rows: all active slots are among so many first slots.
           longest: the most tokens that an active slot has read.
         """
-        return self._decode(steps, _smallest(self._widths, min(longest + steps, self.length)))
+        width = _smallest(self._widths, min(longest + steps, self.length))
+        return self._decode(steps, _smallest(self._decoded_rows, rows), width)
 
-    def _decode(self, steps: int, width: int) -> Generated:
+    def _decode(self, steps: int, rows: int, width: int) -> Generated:
         self._state, generated = programs.decode(
-            self._backbone, self._state, np.int32(steps), attended=width
+            self._backbone, self._state, np.int32(steps), rows=rows, attended=width
         )
         return generated
 

@@ -239,6 +239,12 @@ class Scheduler:
             (self._reading if each in self._reading else self._generating).remove(each)
             self._free.append(each.row)
 
+    def _take_slot(self) -> int:
+        """Take the first free slot, so that the active slots are among the first ones."""
+        row = min(self._free)
+        self._free.remove(row)
+        return row
+
     # Prefixes.
 
     def _begin_loads(self) -> None:
@@ -253,7 +259,7 @@ class Scheduler:
             except UserError as error:
                 done.set_exception(error)
                 continue
-            load = _Load(content, done, new, self._free.pop())
+            load = _Load(content, done, new, self._take_slot())
             self._device.place(load.row, content)
             self._loads.append(load)
 
@@ -276,7 +282,7 @@ class Scheduler:
                     return
                 job = self._waiting.popleft()
             request = _Request(
-                job, self._free.pop(), AnswerText(self._tokenizer, job.settings.stop)
+                job, self._take_slot(), AnswerText(self._tokenizer, job.settings.stop)
             )
             self._device.occupy(request.row, job.prefix, self._occupant(job))
             self._forget_prefix(job)
@@ -331,7 +337,8 @@ class Scheduler:
             return
         steps = 1 if self._reading or self._loads else _PATIENT_STEPS if self._free else STEPS
         longest = max(each.length for each in self._generating)
-        result: Generated = self._device.decode(steps, longest)
+        rows = max(each.row for each in self._generating) + 1
+        result: Generated = self._device.decode(steps, rows, longest)
         tokens, counts = np.asarray(result.tokens), np.asarray(result.counts)
         active = np.asarray(result.active)
         for each in list(self._generating):
