@@ -11,6 +11,7 @@ PACKAGE = Path(softprompt.__file__).parent
 # From top to bottom. A module may import from its own layer and from layers below it.
 LAYERS = [
     "cli",
+    "serving",
     "report",
     "sweep",
     "plan",

@@ -5,6 +5,7 @@ K key-value heads, H heads, h head size, L layers.
 """
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -32,12 +33,6 @@ class Cache:
         layers, rows, slots = self.keys.shape[:3]
         return f"Cache({layers} layers, {rows} rows, {slots} slots)"
 
-    @property
-    def positions(self) -> jax.Array:
-        """The position of the token in each slot, `[B, S]`; `MASKED_POSITION` if it is free."""
-        slots = jnp.arange(self.keys.shape[2])[None]
-        return jnp.where(slots < self.lengths[:, None], slots, MASKED_POSITION)
-
     def append(self, keys: jax.Array, values: jax.Array) -> "Cache":
         """Add one token to each row, with keys and values `[L, B, 1, K, h]`."""
         return dataclasses.replace(
@@ -45,6 +40,36 @@ class Cache:
             keys=_append(self.keys, keys, self.lengths),
             values=_append(self.values, values, self.lengths),
             lengths=self.lengths + 1,
+        )
+
+    def view(self, rows: int | None = None, slots: int | None = None) -> "CacheView":
+        """Return the first slots of the first rows, by default all. No row may have more tokens."""
+        _, all_rows, all_slots, _, _ = self.keys.shape
+        return CacheView(self, rows or all_rows, slots or all_slots)
+
+    def rows(self, rows: jax.Array) -> "Cache":
+        """Return the cache of some rows. Indices that are too large take the last row."""
+        take = partial(jnp.take, indices=rows, mode="clip")
+        return Cache(take(self.keys, axis=1), take(self.values, axis=1), take(self.lengths, axis=0))
+
+    def write(
+        self, rows: jax.Array, keys: jax.Array, values: jax.Array, counts: jax.Array
+    ) -> "Cache":
+        """Add tokens to some rows.
+
+        Args:
+          rows: `[b]`, different rows. Nothing is written for indices that are too large.
+          keys, values: `[L, b, T, K, h]`.
+          counts: `[b]`, how many of the T tokens to add to each row.
+        """
+        places = jnp.arange(keys.shape[2])[None]
+        slots = self.lengths.at[rows].get(mode="clip")[:, None] + places
+        slots = jnp.where(places < counts[:, None], slots, self.keys.shape[2])  # dropped
+        at = (slice(None), rows[:, None], slots)
+        return Cache(
+            self.keys.at[at].set(keys, mode="drop"),
+            self.values.at[at].set(values, mode="drop"),
+            self.lengths.at[rows].add(counts, mode="drop"),
         )
 
     def repeated(self, count: int) -> "Cache":
@@ -62,6 +87,39 @@ class Cache:
             take_rows(self.values, rows, axis=1),
             take_rows(self.lengths, rows),
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheView:
+    """The first slots of the first rows of a cache. It is not a copy.
+
+    Attributes:
+      cache: the cache.
+      rows: B.
+      slots: S.
+    """
+
+    cache: Cache
+    rows: int
+    slots: int
+
+    @property
+    def lengths(self) -> jax.Array:
+        """The number of tokens that each row has read, `[B]`."""
+        return self.cache.lengths[: self.rows]
+
+    @property
+    def positions(self) -> jax.Array:
+        """The position of the token in each slot, `[B, S]`; `MASKED_POSITION` if it is free."""
+        slots = jnp.arange(self.slots)[None]
+        return jnp.where(slots < self.lengths[:, None], slots, MASKED_POSITION)
+
+    def of_layer(self, layer: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Return the keys and values of a layer, `[B, S, K, h]`."""
+        _, _, _, heads, size = self.cache.keys.shape
+        start, shape = (layer, 0, 0, 0, 0), (1, self.rows, self.slots, heads, size)
+        keys = jax.lax.dynamic_slice(self.cache.keys, start, shape)[0]
+        return keys, jax.lax.dynamic_slice(self.cache.values, start, shape)[0]
 
 
 @jax.tree_util.register_dataclass

@@ -5,6 +5,7 @@ h head size, L layers, V vocabulary, G packs, N tokens of a pack, M targets of a
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from jax.sharding import Mesh
 from softprompt.backbones.architecture import Architecture
 from softprompt.backbones.batch import Batch
 from softprompt.backbones.block import Block
-from softprompt.backbones.cache import Cache
+from softprompt.backbones.cache import Cache, CacheView
 from softprompt.backbones.decoder_layers import LayerFunctions, kinds_of
 from softprompt.backbones.flash import AttentionName, Kernel, kernel_of
 from softprompt.backbones.head import OutputHead
@@ -208,10 +209,37 @@ class Decoder(nnx.Module):
         self, tokens: jax.Array, cache: Cache, prefix: Prefix | None
     ) -> tuple[jax.Array, Cache]:
         """Read the next token of each row, ids `[B]`. Return the same as `start`."""
-        positions = cache.lengths[:, None]
-        embeddings = self.embedding.with_offsets(tokens[:, None], positions)
-        hidden, (keys, values) = self._run(embeddings, positions, None, prefix, cache)
+        hidden, keys, values = self.extend(tokens[:, None], cache.view(), prefix)
         return hidden[:, 0], cache.append(keys, values)
+
+    def extend(
+        self,
+        tokens: jax.Array,
+        cache: CacheView,
+        prefix: Prefix | None = None,
+        vectors: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Read several more tokens of each row.
+
+        Args:
+          tokens: ids `[B, T]`.
+          cache: the tokens that each row has read. It is not changed.
+          prefix: what the rows attend to first.
+          vectors: `[B, T, D]`, the embeddings of virtual tokens, whose ids are negative. None if
+            there are no virtual tokens.
+
+        Returns:
+          Hidden states `[B, T, D]`, and the keys and values of the tokens, `[L, B, T, K, h]`.
+        """
+        positions = cache.lengths[:, None] + jnp.arange(tokens.shape[1])[None]
+        embeddings = self.embedding.with_offsets(
+            jnp.maximum(tokens, 0) if vectors is not None else tokens, positions
+        )
+        if vectors is not None:
+            virtual = vectors.astype(embeddings.dtype)
+            embeddings = jnp.where((tokens < 0)[..., None], virtual, embeddings)
+        hidden, (keys, values) = self._run(embeddings, positions, None, prefix, cache)
+        return hidden, keys, values
 
     def _run(self, x, positions=None, segments=None, prefix=None, cache=None):
         """Run all layers on rows, attending to the prefix, the cache and the row itself.
@@ -232,7 +260,7 @@ class Decoder(nnx.Module):
         groups["row"] = rows = Tokens(positions, before, segments)
         positions = positions + before
         layers = LayerFunctions(self.arch, self.mesh, positions, groups, kernel)
-        layer, inputs = layers.function_for(rows), self._inputs(prefix, cache)
+        layer, inputs = _with_cache(layers.function_for(rows), cache), self._inputs(prefix, cache)
         x, keys_values = jax.lax.scan(
             _recomputed(layer), self._with_positions(x, positions), inputs
         )
@@ -255,11 +283,11 @@ class Decoder(nnx.Module):
     def _inputs(self, prefix, cache=None):
         """Return what differs between layers, as arrays `[L, ...]`."""
         kinds = kinds_of(self.arch)
-        stored = {}
+        stored: dict[str, Any] = {}
         if prefix is not None:
             stored["prefix"] = prefix.keys[:, None], prefix.values[:, None]
         if cache is not None:
-            stored["cache"] = cache.keys, cache.values
+            stored["cache"] = jnp.arange(len(self.arch.layers))  # see `_with_cache`
         return self.layers, jnp.array([kinds.index(kind) for kind in self.arch.layers]), stored
 
 
@@ -292,6 +320,21 @@ def _all_but_last(layer, x, inputs, trained: bool):
     # Slices of all layers but the last would be a copy of the model.
     count = len(jax.tree.leaves(inputs)[0])
     return jax.lax.scan(numbered, x, jnp.arange(count - 1))[0]
+
+
+def _with_cache(layer, cache: CacheView | None):
+    """Return a layer that reads its keys and values from the cache.
+
+    A scan over the cache would copy all of it.
+    """
+    if cache is None:
+        return layer
+
+    def reading(x, inputs):
+        block, kind, stored = inputs
+        return layer(x, (block, kind, stored | {"cache": cache.of_layer(stored["cache"])}))
+
+    return reading
 
 
 def _put_in_front(first: jax.Array, packed: jax.Array) -> jax.Array:

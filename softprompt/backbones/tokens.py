@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from softprompt.backbones.attention import causal_mask, same_sequence
 from softprompt.backbones.batch import Batch
-from softprompt.backbones.cache import Cache
+from softprompt.backbones.cache import CacheView
 from softprompt.backbones.opening import Opening
 from softprompt.backbones.prefix import Prefix, positions_within
 
@@ -61,7 +61,7 @@ class Tokens:
 
 
 def tokens_before(
-    prefix: Prefix | None, opening: Opening | None, cache: Cache | None = None
+    prefix: Prefix | None, opening: Opening | None, cache: CacheView | None = None
 ) -> tuple[dict[str, Tokens], int | jax.Array]:
     """Return the groups of tokens before the rows, and the number of their tokens.
 

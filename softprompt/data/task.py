@@ -36,6 +36,8 @@ from softprompt.experiment.templates import template_fields
 
 _log = logging.getLogger(__name__)
 
+Input = str | Mapping[str, Any] | Record  # a text, or fields by name if the template has several
+
 
 @dataclasses.dataclass(frozen=True)
 class Task:
@@ -96,7 +98,7 @@ class Task:
         Raises:
           UserError: see `example`. The examples of all records before the bad one come first.
         """
-        with self._encoder() as encode:
+        with self.encoder() as encode:
             for batch in record_batches(records):
                 try:
                     yield from encode(batch, with_answer)
@@ -119,8 +121,42 @@ class Task:
           UserError: if a field is missing or empty, the label or the task is not known, the
             target is too long, or the input is too long even without its longest field.
         """
-        with self._encoder() as encode:
+        with self.encoder() as encode:
             return encode([record], with_answer)[0]
+
+    @contextlib.contextmanager
+    def encoder(self) -> Iterator[Callable[[Sequence[Record], bool], list[Example]]]:
+        """Yield a function that encodes records as `example` does, given `with_answer`.
+
+        For conversations, a process that renders the chat template runs in this context.
+        """
+        if field := self.template.messages:
+            encoder = ConversationEncoder(self.base, field, self.max_tokens, self._row_opening)
+            with contextlib.closing(encoder):
+                yield encoder.encode
+        else:
+            yield self._encode
+
+    def record(self, text: Input, where: str) -> Record:
+        """Return an input as a record. A bare text fills the only field of the template.
+
+        Args:
+          text: a text, fields by name, or a record.
+          where: names the input in error messages.
+
+        Raises:
+          UserError: if it is something else, or a text for a template with several fields.
+        """
+        if isinstance(text, Record):
+            return text
+        if isinstance(text, Mapping):
+            return Record(text, where)
+        if not isinstance(text, str):
+            raise UserError(f"{where}: neither text nor a mapping of fields")
+        fields = template_fields(self.template.input)
+        if len(fields) > 1:
+            raise UserError(f"{where}: give its fields by name ({', '.join(fields)})")
+        return Record({fields[0]: text}, where)
 
     def content_free(self, text: str) -> Example:
         """Return an example without an answer, with this text in every field, for calibration."""
@@ -182,16 +218,6 @@ class Task:
                 f"tokens, and every input begins with {prefix_length}; generate fewer tokens"
             )
         return dataclasses.replace(self, max_tokens=min(self.max_tokens, available))
-
-    @contextlib.contextmanager
-    def _encoder(self) -> Iterator[Callable[[Sequence[Record], bool], list[Example]]]:
-        """Yield a function that encodes records, with answers or without."""
-        if field := self.template.messages:
-            encoder = ConversationEncoder(self.base, field, self.max_tokens, self._row_opening)
-            with contextlib.closing(encoder):
-                yield encoder.encode
-        else:
-            yield self._encode
 
     def _row_opening(self, record: Record) -> list[int]:
         """Return the virtual tokens of a record that stand in its row."""

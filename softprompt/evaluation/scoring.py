@@ -117,5 +117,10 @@ def calibrated_scores(
         ((_, bias),) = score(backbone, prefix, [content_free], 1)
         scores = scores - bias
     if scoring.normalize:
-        scores = scores / np.array([len(candidate) for candidate in examples[0].candidates])
+        scores = normalized_scores(scores, examples[0].candidates)
     return scores
+
+
+def normalized_scores(scores: np.ndarray, candidates: Sequence[Sequence[int]]) -> np.ndarray:
+    """Divide log-probabilities `[N, C]` by the number of tokens of each candidate."""
+    return scores / np.array([len(candidate) for candidate in candidates])

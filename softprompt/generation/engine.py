@@ -23,6 +23,7 @@ from softprompt.errors import UserError
 from softprompt.experiment.schema import GenerationSettings
 from softprompt.generation import beams, decoding
 from softprompt.generation.sampling import Sampling
+from softprompt.generation.text import AnswerText
 from softprompt.runtime.finite import model_not_finite
 from softprompt.runtime.memory import run_batches
 from softprompt.runtime.progress import Progress, silent
@@ -117,7 +118,7 @@ class Engine:
         if tokenizer.eos_token_id is None:
             raise UserError("the base model's tokenizer has no end-of-text token to stop at")
         self._backbone, self._tokenizer, self._settings = backbone, tokenizer, settings
-        self._end = tokenizer.eos_token_id
+        self._answer = AnswerText(tokenizer, settings.stop)
         self._capacity = _power_of_two(max(settings.max_new_tokens, 16))
 
     def generate(
@@ -168,9 +169,9 @@ class Engine:
         ((_, (prefix, state)),) = started
         while True:
             ids, done = self._ids(state)[0], bool(state.done[0])
-            text, ended = self._text(ids)
+            text, ended = self._answer.text(ids)
             finished = done or ended or len(ids) >= settings.max_new_tokens
-            final = text if finished else text[: len(text) - self._uncertain(text)]
+            final = text if finished else self._answer.final(text)
             if len(final) > yielded:
                 yield final[yielded:]
                 yielded = len(final)
@@ -198,10 +199,10 @@ class Engine:
             done = np.array(state.done)
             if settings.stop:
                 for row, ids in enumerate(self._ids(state)):
-                    done[row] |= self._text(ids)[1]
+                    done[row] |= self._answer.text(ids)[1]
                 state = dataclasses.replace(state, done=jnp.asarray(done))
             if done.all() or until >= settings.max_new_tokens:
-                return [self._text(ids) for ids in self._ids(state)]
+                return [self._answer.text(ids) for ids in self._ids(state)]
             until = min(until + chunk, settings.max_new_tokens)
             state = self._continue(prefix, state, until)
 
@@ -246,7 +247,7 @@ class Engine:
             raise model_not_finite("logits")
         ids, counts = np.asarray(state.finished.tokens), np.asarray(state.finished.lengths)
         return [
-            self._text(ids[row, i, : counts[row, i]].tolist())
+            self._answer.text(ids[row, i, : counts[row, i]].tolist())
             for row in range(len(requests))
             for i in range(settings.samples)
         ]
@@ -258,35 +259,16 @@ class Engine:
             raise model_not_finite("logits")
         return [ids[:length].tolist() for ids, length in zip(tokens, lengths, strict=True)]
 
-    def _text(self, ids: Sequence[int]) -> tuple[str, bool]:
-        """The text of generated ids, and whether an end-of-text token or a stop text ended it."""
-        ended = bool(ids) and ids[-1] == self._end
-        text = str(self._tokenizer.decode(ids[:-1] if ended else ids))
-        places = [(text.find(stop), len(stop)) for stop in self._settings.stop]
-        complete = [(place + size, place) for place, size in places if place >= 0]
-        return (text[: min(complete)[1]], True) if complete else (text, ended)
-
-    def _uncertain(self, text: str) -> int:
-        """The number of characters at the end of an unfinished text that may still change."""
-        longest = len(text) - len(text.rstrip("\N{REPLACEMENT CHARACTER}"))
-        for stop in self._settings.stop:
-            for length in range(1, min(len(stop), len(text)) + 1):
-                if text.endswith(stop[:length]):
-                    longest = max(longest, length)
-        return longest
-
     def _ends(self, rows: int) -> np.ndarray:
-        return np.full((rows, 1), self._end, np.int32)
+        return np.full((rows, 1), self._tokenizer.eos_token_id, np.int32)
 
     def _seeds(self, requests: Sequence[Request], rows: int) -> np.ndarray:
         """For each sample a hash of the input, the seed and its index, `[B * samples]`."""
         samples = self._settings.samples
         seeds = np.zeros((rows, samples), np.uint32)
         for row, request in zip(seeds, requests, strict=False):
-            content = np.array(request.tokens, np.int32).tobytes()
             seed = self._settings.seed if request.seed is None else request.seed
-            for i in range(samples):
-                row[i] = zlib.crc32(content + f"{seed} {i}".encode())
+            row[:] = [sample_seed(request.tokens, seed, i) for i in range(samples)]
         return seeds.reshape(-1)
 
     def _seen(self, requests: Sequence[Request], rows: int, copies: int) -> np.ndarray | None:
@@ -298,6 +280,11 @@ class Engine:
             for row, request in zip(seen, requests, strict=False):
                 row[[token for token in (*request.opening, *request.tokens) if token >= 0]] = True
         return seen.repeat(copies, axis=0)
+
+
+def sample_seed(tokens: Sequence[int], seed: int, sample: int) -> int:
+    """Return the random seed of a sample: a hash of the input's ids, a seed and its number."""
+    return zlib.crc32(np.array(tokens, np.int32).tobytes() + f"{seed} {sample}".encode())
 
 
 def _mixable_groups(requests: Sequence[Request]) -> Iterator[list[int]]:

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from softprompt.backbones.loading import Backbone, Base, Prefix, load_base
 from softprompt.data.datasets import log_truncated
 from softprompt.data.records import Record
-from softprompt.data.task import Task
+from softprompt.data.task import Input, Task
 from softprompt.errors import UserError
 from softprompt.evaluation.scoring import calibrated_scores, prepare_model, score
 from softprompt.experiment.schema import GenerationSettings, ScoringSettings
@@ -22,8 +22,6 @@ from softprompt.methods.method import Method
 from softprompt.methods.saved import SavedPrompt, describe, text_task
 from softprompt.runtime.bars import bars_in_notebooks
 from softprompt.runtime.progress import Progress
-
-Input = str | Mapping[str, Any] | Record  # a text, or fields by name if the template has several
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,13 +134,7 @@ class TrainedPrompt:
         for numbers, part in score(*model, examples, batch_size):
             scores[numbers] = part
         scores = calibrated_scores(scores, examples, *model, self.task, self.scoring)
-        # Not `jax.nn.softmax`, which compiles six programs when it is first called.
-        exponentials = np.exp(scores - scores.max(axis=-1, keepdims=True))
-        probabilities = exponentials / exponentials.sum(axis=-1, keepdims=True)
-        return [
-            Prediction(labels[row.argmax()], dict(zip(labels, row.tolist(), strict=True)))
-            for row in probabilities
-        ]
+        return predictions(scores, labels)
 
     def _records(self, inputs: Sequence[Input]) -> list[Record]:
         if isinstance(inputs, str | Mapping | Record):
@@ -156,16 +148,7 @@ class TrainedPrompt:
           text: the input.
           where: names the input in error messages.
         """
-        if isinstance(text, Record):
-            return text
-        if isinstance(text, Mapping):
-            return Record(text, where)
-        if not isinstance(text, str):
-            raise UserError(f"{where}: neither text nor a mapping of fields")
-        fields = template_fields(self.task.template.input)
-        if len(fields) > 1:
-            raise UserError(f"{where}: give its fields by name ({', '.join(fields)})")
-        return Record({fields[0]: text}, where)
+        return self.task.record(text, where)
 
     def perplexity(
         self,
@@ -252,6 +235,17 @@ class TrainedPrompt:
     def requests(self, records: Sequence[Record], settings: GenerationSettings) -> list[Request]:
         """Return records as requests to an `Engine`."""
         return requests_of(records, self.task, self.prefix, settings)
+
+
+def predictions(scores: np.ndarray, labels: Sequence[str]) -> list[Prediction]:
+    """Return the predicted labels for scores in nats, `[N, C]`."""
+    # Not `jax.nn.softmax`, which compiles six programs when it is first called.
+    exponentials = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    probabilities = exponentials / exponentials.sum(axis=-1, keepdims=True)
+    return [
+        Prediction(labels[row.argmax()], dict(zip(labels, row.tolist(), strict=True)))
+        for row in probabilities
+    ]
 
 
 def changed(settings: GenerationSettings, changes: Mapping[str, Any]) -> GenerationSettings:

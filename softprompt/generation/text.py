@@ -1,0 +1,38 @@
+"""The text of generated tokens, and where it ends."""
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerFast
+
+
+class AnswerText:
+    """Turns the ids of an answer into its text, which ends before the first stop text.
+
+    Args:
+      tokenizer: the base model's.
+      stop: texts at which the answer ends. They are not part of it.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, stop: Sequence[str]):
+        self._tokenizer, self._stop = tokenizer, stop
+
+    def text(self, ids: Sequence[int]) -> tuple[str, bool]:
+        """Return the text of ids, and whether an end-of-text token or a stop text ended it."""
+        ended = bool(ids) and ids[-1] == self._tokenizer.eos_token_id
+        text = str(self._tokenizer.decode(ids[:-1] if ended else ids))
+        places = [(text.find(stop), len(stop)) for stop in self._stop]
+        complete = [(place + size, place) for place, size in places if place >= 0]
+        return (text[: min(complete)[1]], True) if complete else (text, ended)
+
+    def final(self, text: str) -> str:
+        """Return the beginning of an unfinished text that more tokens cannot change."""
+        return text[: len(text) - self._uncertain(text)]
+
+    def _uncertain(self, text: str) -> int:
+        """Return the number of characters at the end that may still change."""
+        longest = len(text) - len(text.rstrip("\N{REPLACEMENT CHARACTER}"))
+        for stop in self._stop:
+            for length in range(1, min(len(stop), len(text)) + 1):
+                if text.endswith(stop[:length]):
+                    longest = max(longest, length)
+        return longest

@@ -1,0 +1,1 @@
+"""Serving: one base model with many prompts, over HTTP."""

@@ -1,0 +1,82 @@
+"""What the scheduler does for a request, and what it reports while it does it.
+
+Axis letters: T tokens of an input.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+from softprompt.experiment.schema import GenerationSettings
+from softprompt.serving.bank import Stored
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoredToken:
+    """A token with its log-probability.
+
+    Attributes:
+      id: the id.
+      score: its log-probability in nats, before temperature and penalties; None if it was not
+        asked for, or if nothing comes before the token.
+      top: the most likely ids with their log-probabilities, the most likely first.
+    """
+
+    id: int
+    score: float | None = None
+    top: Sequence[tuple[int, float]] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Update:
+    """What is new about a job.
+
+    Attributes:
+      text: the text that became final.
+      tokens: the tokens that were generated.
+      input: the scored tokens of the input, if the job asks for them. Only in the first update.
+      finish: why the answer ended: "stop" at an end-of-text token or a stop text, "length" at the
+        limit; None if it goes on.
+      error: the reason why the job failed, or None. It is the last update then.
+    """
+
+    text: str = ""
+    tokens: Sequence[ScoredToken] = ()
+    input: Sequence[ScoredToken] = ()
+    finish: str | None = None
+    error: Exception | None = None
+
+    @property
+    def is_last(self) -> bool:
+        """Whether no other update follows."""
+        return self.finish is not None or self.error is not None
+
+
+@dataclasses.dataclass(eq=False)
+class Job:
+    """An input to continue.
+
+    Attributes:
+      prompt: the name of the prompt, for metrics.
+      prefix: what the input follows; None for no prefix. The bank counts it as used until the job
+        has its slot.
+      tokens: `[T]`, the ids of the input, at least one unless there is a prefix.
+      settings: how text is generated. Beams and samples have no effect.
+      seed: the seed of the random key.
+      deliver: is called with each update, in the thread of the scheduler. It must not wait.
+      top: the number of most likely tokens to report with each token; None for no scores.
+      score_input: whether to score the tokens of the input too.
+    """
+
+    prompt: str
+    prefix: Stored | None
+    tokens: Sequence[int]
+    settings: GenerationSettings
+    seed: int
+    deliver: Callable[[Update], None]
+    top: int | None = None
+    score_input: bool = False
+    cancelled: bool = False
+
+    def cancel(self) -> None:
+        """Ask the scheduler to drop the job. Its slot is free after the current call."""
+        self.cancelled = True

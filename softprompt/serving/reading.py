@@ -1,0 +1,106 @@
+"""A template in use: it turns the inputs of requests into ids that follow a prefix in the bank."""
+
+import contextlib
+import threading
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from softprompt.backbones.loading import Base
+from softprompt.data.examples import Example
+from softprompt.data.records import Record
+from softprompt.data.task import Input, Task
+from softprompt.errors import UserError
+from softprompt.methods.method import Method
+from softprompt.serving.bank import Content, Stored
+
+
+class Reading:
+    """A task whose opening is in the bank. Close it after use.
+
+    Args:
+      task: encodes inputs.
+      prefix: the opening, with everything that was learned.
+    """
+
+    def __init__(self, task: Task, prefix: Stored):
+        self.task, self.prefix = task, prefix
+        self._lock = threading.Lock()  # the encoder of conversations is one process
+        self._open = contextlib.ExitStack()
+        self._encode = self._open.enter_context(task.encoder())
+
+    def close(self) -> None:
+        """End the process that renders conversations, if there is one."""
+        self._open.close()
+
+    def example(self, input: Input, where: str) -> Example:
+        """Encode an input.
+
+        Args:
+          input: a text, or fields by name.
+          where: names the input in error messages.
+
+        Raises:
+          UserError: if it does not fit the template.
+        """
+        return self.of_record(self.task.record(input, where))
+
+    def conversation(self, messages: Any) -> Example:
+        """Encode a conversation.
+
+        Args:
+          messages: a list of objects with `role` and `content`.
+
+        Raises:
+          UserError: if the messages are malformed. A template without conversations reads only the
+            content of one user message.
+        """
+        if field := self.task.template.messages:
+            return self.of_record(Record({field: messages}, "request"))
+        turns = [turn for turn in messages if turn["role"] != "system"]
+        if len(turns) != len(messages) or len(turns) != 1 or turns[0]["role"] != "user":
+            raise UserError(
+                "messages: this prompt was trained on single inputs, so give one message, from "
+                "the user"
+            )
+        return self.example(turns[0]["content"], "messages")
+
+    def content_free(self, text: str) -> Example:
+        """Encode a text without content, for calibration. It has the labels as candidates."""
+        return self.task.content_free(text)
+
+    def of_record(self, record: Record) -> Example:
+        """Encode a record, without its answer."""
+        with self._lock:
+            return self._encode([record], False)[0]
+
+
+def content_of(method: Method, task: Task, base: Base) -> Content:
+    """Return what the prefix of a method is computed from.
+
+    Args:
+      method: holds everything learned in its prefix.
+      task: the task that the method was loaded for.
+      base: the base model.
+
+    Raises:
+      UserError: if the method changes the model, or virtual tokens are inside the inputs.
+    """
+    if not method.is_pure_prefix or None in task.pieces:
+        reason = "virtual tokens are inside its inputs"
+        if not method.is_pure_prefix:
+            reason = f"method {method.name} changes the model"
+        raise UserError(
+            f"{reason}, so it cannot share the base model with other prompts; export it with "
+            "--format merged and serve that model"
+        )
+    # On the host, because on the device every length would compile programs.
+    graph, state = nnx.split(method)
+    on_host = nnx.merge(graph, jax.tree.map(np.asarray, state))
+    arrays: Any = {"vectors": on_host.plain_vectors()}
+    prefix = on_host.learned_prefix(base.backbone)
+    if prefix is not None:
+        arrays |= {"keys": prefix.keys, "values": prefix.values}
+    return Content(tuple(task.opening), **arrays)

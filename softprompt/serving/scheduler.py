@@ -1,0 +1,403 @@
+"""Continuous batching: which request is read, generates or waits, decided between two calls.
+
+One thread owns the device. In every round it fills free slots, reads one chunk of the inputs of
+new requests, and generates a few tokens in all slots. So nobody waits for a long input of somebody
+else, and a slot that becomes free is filled in the next round.
+"""
+
+import collections
+import concurrent.futures
+import dataclasses
+import itertools
+import logging
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from softprompt.data.examples import Example
+from softprompt.errors import UserError
+from softprompt.generation.slots import STEPS, Generated, Scores
+from softprompt.generation.text import AnswerText
+from softprompt.runtime.finite import model_not_finite
+from softprompt.serving.bank import Bank, Content, Stored
+from softprompt.serving.device import SHORT_CHUNK, Device, occupant
+from softprompt.serving.jobs import Job, ScoredToken, Update
+from softprompt.serving.scorer import Scored, Scorer
+
+_log = logging.getLogger(__name__)
+
+_PATIENT_STEPS = 2  # per round while a slot is free, so that a new request need not wait for long
+
+
+class Busy(Exception):
+    """Too many requests are waiting, or the server is stopping."""
+
+
+class Removed(Exception):
+    """The prompt of a request was removed before the request began."""
+
+
+@dataclasses.dataclass
+class _Request:
+    """A job in a slot."""
+
+    job: Job
+    row: int
+    answer: AnswerText
+    read: int = 0  # tokens of the input
+    ids: list[int] = dataclasses.field(default_factory=list)
+    delivered: int = 0  # characters of the answer
+    input: list[ScoredToken] = dataclasses.field(default_factory=list)
+
+    @property
+    def length(self) -> int:
+        """The number of tokens in its row of the cache."""
+        prefix = 0 if self.job.prefix is None else self.job.prefix.length
+        return prefix + self.read + max(len(self.ids) - 1, 0)
+
+    @property
+    def left(self) -> int:
+        """The number of tokens of the input that are still to be read."""
+        return len(self.job.tokens) - self.read
+
+
+@dataclasses.dataclass
+class _Load:
+    """A prefix on its way into the bank."""
+
+    content: Content
+    done: "list[concurrent.futures.Future[Stored]]"  # of all who wait for it
+    stored: Stored
+    row: int
+    read: int = 0  # tokens of the opening
+
+
+class Scheduler:
+    """Runs jobs on a device.
+
+    Args:
+      device: the device. No one else may use it while the thread runs.
+      bank: keeps account of its prefixes.
+      tokenizer: the base model's.
+      max_waiting: the most jobs that wait for a slot.
+    """
+
+    def __init__(
+        self, device: Device, bank: Bank, tokenizer: PreTrainedTokenizerFast, max_waiting: int
+    ):
+        self._device, self._bank, self._tokenizer = device, bank, tokenizer
+        self._scorer = Scorer(device)
+        self._max_waiting = max_waiting
+        self._changed = threading.Condition()
+        self._waiting: collections.deque[Job] = collections.deque()
+        self._contents: collections.deque[tuple[Content, concurrent.futures.Future[Stored]]] = (
+            collections.deque()
+        )
+        self._free = list(range(device.slots))
+        self._reading: list[_Request] = []
+        self._generating: list[_Request] = []
+        self._loads: list[_Load] = []
+        self._stopping = self._draining = False
+        self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
+
+    # For other threads.
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def stop(self, *, drain: bool) -> None:
+        """Stop the thread. With `drain`, finish all jobs first; otherwise they fail."""
+        with self._changed:
+            self._draining = True
+            self._stopping = not drain
+            self._changed.notify()
+        self._thread.join()
+
+    def submit(self, job: Job) -> None:
+        """Run a job.
+
+        Raises:
+          Busy: if too many jobs are waiting, or the scheduler is stopping.
+          Removed: if the prefix of the job has been removed.
+        """
+        with self._changed:
+            if self._draining or len(self._waiting) >= self._max_waiting:
+                raise Busy
+            if job.prefix is not None and not self._bank.retain(job.prefix):
+                raise Removed
+            self._waiting.append(job)
+            self._changed.notify()
+
+    def load(self, content: Content) -> Stored:
+        """Compute a prefix and put it into the bank. Wait until it is there.
+
+        A prefix with the same content is used again. Every load needs a `release`.
+
+        Raises:
+          UserError: if the bank is too full, or the prefix too long for a slot.
+        """
+        if content.length >= self._device.length:
+            raise UserError(
+                f"the prefix has {content.length} tokens, but a request has at most "
+                f"{self._device.length}; start with a larger --max-tokens"
+            )
+        done: concurrent.futures.Future[Stored] = concurrent.futures.Future()
+        with self._changed:
+            self._contents.append((content, done))
+            self._changed.notify()
+        return done.result()
+
+    def score(self, prefix: Stored, example: Example) -> Scored:
+        """Return the log-probabilities of the candidates of an example, `[C]`, when they are known.
+
+        Raises:
+          Busy: as for `submit`.
+          Removed: as for `submit`.
+        """
+        with self._changed:
+            if self._draining or self._scorer.pending >= self._max_waiting:
+                raise Busy
+            if not self._bank.retain(prefix):
+                raise Removed
+            done = self._scorer.add(prefix, example)
+            self._changed.notify()
+        done.add_done_callback(lambda _: self._bank.release(prefix))
+        return done
+
+    def release(self, stored: Stored) -> None:
+        """Count one use of a prefix less."""
+        self._bank.release(stored)
+
+    @property
+    def length(self) -> int:
+        """The most tokens of a request: prefix, input and new tokens."""
+        return self._device.length
+
+    @property
+    def waiting(self) -> int:
+        """The number of jobs that wait for a slot."""
+        return len(self._waiting)
+
+    @property
+    def occupied(self) -> int:
+        """The number of slots in use."""
+        return self._device.slots - len(self._free)
+
+    # The thread.
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(self._has_work)
+                if self._stopping or (self._draining and not self._has_jobs()):
+                    break
+            try:
+                self._round()
+            except Exception as error:  # the thread must go on for later requests
+                _log.exception("a call on the device failed")
+                self._fail_all(error)
+        self._fail_all(Busy())
+
+    def _has_work(self) -> bool:
+        return self._draining or self._has_jobs()
+
+    def _has_jobs(self) -> bool:
+        running = self._reading or self._generating or self._loads
+        return bool(self._waiting or self._contents or self._scorer.pending or running)
+
+    def _round(self) -> None:
+        self._drop_cancelled()
+        self._begin_loads()
+        self._fill_slots()
+        self._continue_loads()
+        self._scorer.run()
+        self._read()
+        self._generate()
+
+    def _drop_cancelled(self) -> None:
+        with self._changed:
+            dropped = [job for job in self._waiting if job.cancelled]
+            for job in dropped:
+                self._waiting.remove(job)
+        for job in dropped:
+            self._forget_prefix(job)
+        running = [*self._reading, *self._generating]
+        self._free_slots([each for each in running if each.job.cancelled])
+
+    def _forget_prefix(self, job: Job) -> None:
+        if job.prefix is not None:
+            self._bank.release(job.prefix)
+
+    def _free_slots(self, requests: Sequence[_Request]) -> None:
+        if not requests:
+            return
+        self._device.release([each.row for each in requests])
+        for each in requests:
+            (self._reading if each in self._reading else self._generating).remove(each)
+            self._free.append(each.row)
+
+    def _take_slot(self) -> int:
+        """Take the first free slot, so that the active slots are among the first ones."""
+        row = min(self._free)
+        self._free.remove(row)
+        return row
+
+    # Prefixes.
+
+    def _begin_loads(self) -> None:
+        while self._contents and self._free:
+            content, done = self._contents.popleft()
+            stored = self._bank.find(content.digest)
+            loading = [load for load in self._loads if load.stored is stored]
+            if loading:
+                loading[0].done.append(done)
+                continue
+            if stored is not None:
+                done.set_result(stored)
+                continue
+            try:
+                new = self._bank.add(content)
+            except UserError as error:
+                done.set_exception(error)
+                continue
+            load = _Load(content, [done], new, self._take_slot())
+            self._device.place(load.row, content)
+            self._loads.append(load)
+
+    def _continue_loads(self) -> None:
+        for load in self._loads[:1]:
+            if load.read < len(load.content.tokens):
+                load.read = self._device.read_opening(load.row, load.content, load.read)
+            if load.read == len(load.content.tokens):
+                self._device.store(load.row, load.stored)
+                self._loads.remove(load)
+                self._free.append(load.row)
+                for done in load.done:
+                    done.set_result(load.stored)
+
+    # Requests.
+
+    def _fill_slots(self) -> None:
+        while self._free:
+            with self._changed:
+                if not self._waiting:
+                    return
+                job = self._waiting.popleft()
+            request = _Request(
+                job, self._take_slot(), AnswerText(self._tokenizer, job.settings.stop)
+            )
+            self._device.occupy(request.row, job.prefix, self._occupant(job))
+            self._forget_prefix(job)
+            self._reading.append(request)
+
+    def _occupant(self, job: Job):
+        settings, seen = job.settings, self._device.unseen()
+        if settings.repetition_penalty is not None:
+            opening = () if job.prefix is None else job.prefix.tokens
+            seen = seen.copy()
+            seen[[token for token in (*opening, *job.tokens) if token >= 0]] = True
+        return occupant(
+            seen,
+            limit=settings.max_new_tokens,
+            seed=job.seed,
+            temperature=settings.temperature or 0,
+            top_k=settings.top_k or 0,
+            top_p=settings.top_p or 1,
+            min_p=settings.min_p or 0,
+            repetition_penalty=settings.repetition_penalty or 1,
+            ends=[self._tokenizer.eos_token_id],
+            scored=job.top is not None,
+        )
+
+    def _read(self) -> None:
+        """Read one chunk: a long one of the oldest request, or short ones of several."""
+        if not self._reading:
+            return
+        chosen, size = self._reading[:1], self._device.chunk
+        if chosen[0].left <= 2 * SHORT_CHUNK:
+            rows, _ = max(self._device.read_shapes)
+            chosen, size = self._reading[:rows], SHORT_CHUNK
+        chunks = []
+        for each in chosen:
+            tokens, end = each.job.tokens, each.read + size
+            after = list(tokens[each.read + 1 : end + 1]) if each.job.score_input else []
+            chunks.append((each.row, tokens[each.read : end], after, end >= len(tokens)))
+        result = self._device.read(chunks, max(each.length for each in chosen))
+        firsts, active = np.asarray(result.tokens), np.asarray(result.active)
+        for i, (each, (_, part, after, last)) in enumerate(zip(chosen, chunks, strict=True)):
+            each.read += len(part)
+            each.input += _scored(after, result.input_scores, i, each.job.top)
+            if last:
+                self._reading.remove(each)
+                self._generating.append(each)
+                scored = _scored([int(firsts[i])], result.scores, i, each.job.top)
+                self._deliver(each, scored, bool(active[i]))
+
+    def _generate(self) -> None:
+        """Generate a few tokens in all slots: few if somebody may have to wait for them."""
+        if not self._generating:
+            return
+        steps = 1 if self._reading or self._loads else _PATIENT_STEPS if self._free else STEPS
+        longest = max(each.length for each in self._generating)
+        rows = max(each.row for each in self._generating) + 1
+        result: Generated = self._device.decode(steps, rows, longest)
+        tokens, counts = np.asarray(result.tokens), np.asarray(result.counts)
+        active = np.asarray(result.active)
+        for each in list(self._generating):
+            ids = tokens[each.row, : counts[each.row]].tolist()
+            scored = _scored(ids, result.scores, each.row, each.job.top)
+            self._deliver(each, scored, bool(active[each.row]))
+
+    def _deliver(self, request: _Request, tokens: Sequence[ScoredToken], active: bool) -> None:
+        """Report new tokens of a request. Free its slot if it has ended."""
+        request.ids += [token.id for token in tokens]
+        if request.ids and request.ids[-1] < 0:
+            self._free_slots([request])
+            request.job.deliver(Update(error=model_not_finite("logits")))
+            return
+        text, ended = request.answer.text(request.ids)
+        finish = "stop" if ended else None if active else "length"
+        final = request.answer.final(text) if finish is None else text
+        new = final[request.delivered :]
+        request.delivered = max(request.delivered, len(final))
+        if finish is not None:
+            self._free_slots([request])
+        given, request.input = request.input, []
+        request.job.deliver(Update(new, tokens, given, finish))
+
+    def _fail_all(self, error: Exception) -> None:
+        """Report an error to everybody, and begin with empty slots."""
+        with self._changed:
+            waiting, self._waiting = list(self._waiting), collections.deque()
+        for job in waiting:
+            self._forget_prefix(job)
+        running = [*self._reading, *self._generating]
+        for job in itertools.chain(waiting, (each.job for each in running)):
+            job.deliver(Update(error=error))
+        for load in self._loads:
+            for done in load.done:
+                self._bank.release(load.stored)
+                done.set_exception(error)
+        self._scorer.fail(error)
+        self._reading, self._generating, self._loads = [], [], []
+        self._free = list(range(self._device.slots))
+        self._device.reset()
+
+
+def _scored(ids: Sequence[int], scores: Scores, row: int, top: int | None) -> list[ScoredToken]:
+    """Return tokens with their scores, `[b]` or `[b, T]`."""
+    if top is None:
+        return [ScoredToken(token) for token in ids]
+    chosen, best, best_ids = (np.atleast_1d(np.asarray(array)[row]) for array in scores)
+    best, best_ids = best.reshape(-1, best.shape[-1]), best_ids.reshape(-1, best.shape[-1])
+    return [
+        ScoredToken(
+            token,
+            float(chosen[i]),
+            list(zip(best_ids[i, :top].tolist(), best[i, :top].tolist(), strict=True)),
+        )
+        for i, token in enumerate(ids)
+    ]
