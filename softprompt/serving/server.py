@@ -137,5 +137,5 @@ class _Uvicorn(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Stop after the running requests; at the second signal, at once."""
-        self.force_exit = self.should_exit
-        self.should_exit = self._softprompt_state.is_draining = True
+        self.force_exit, self.should_exit = bool(self.should_exit), True
+        self._softprompt_state.is_draining = True
