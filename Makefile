@@ -7,6 +7,7 @@
 # make attack      5,000 damaged inputs for every command and format (half an hour)
 # make attack-runs kills, signals, flipped bits and full disks in training (a quarter of an hour)
 # make transformers4-test   read merged exports with transformers 4.57
+# make lm-eval-test   score a task with lm-eval over HTTP
 # make plan-test   compile training steps for TPUs and NVIDIA GPUs, which need not be here
 # make bench [ARGS=--quick]   compare with peft (two hours; five minutes with --quick)
 # make wheel-test  install the wheel in a fresh environment and try it
@@ -17,7 +18,7 @@ EXP ?= sentiment
 RUN ?= runs/$(EXP)
 BIN := .venv/bin
 
-.PHONY: install install-dev train sweep model-gemma3 test test-fast attack attack-runs transformers4-test plan-test bench lint format docs wheel wheel-test clean
+.PHONY: install install-dev train sweep model-gemma3 test test-fast attack attack-runs transformers4-test lm-eval-test plan-test bench lint format docs wheel wheel-test clean
 
 # Python compiles each module at its first import. Pip would compile thousands that nobody imports.
 PIP = $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
@@ -99,6 +100,16 @@ transformers4-test: .venv/transformers4
 	rm -rf .venv/merged
 	$(BIN)/python tests/golden/merged_in_transformers4.py export .venv/merged
 	.venv/transformers4/bin/python tests/golden/merged_in_transformers4.py check .venv/merged
+
+# lm-eval needs other versions of some packages, so it has an environment on top of the others.
+.venv/lm-eval: .venv/dev-installed
+	$(PYTHON) -m venv $@
+	$(BIN)/python -c 'import site; print(f"import site; site.addsitedir({site.getsitepackages()[0]!r})")' \
+		> $$(echo $@/lib/python*/site-packages)/packages.pth
+	$@/bin/pip install --quiet --disable-pip-version-check 'lm-eval[api]==0.4.13'
+
+lm-eval-test: .venv/lm-eval
+	$</bin/python -m pytest --numprocesses=0 tests/test_lm_eval.py
 
 # The compilers have an environment of their own, on top of the other packages.
 COMPILERS ?= plan-tpu,plan-cuda

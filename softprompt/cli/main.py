@@ -27,6 +27,7 @@ _COMMANDS = (
     "predict",
     "generate",
     "score",
+    "serve",
     "inspect",
     "compare",
     "runs",

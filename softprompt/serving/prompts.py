@@ -17,7 +17,7 @@ from softprompt.methods.method import Method
 from softprompt.methods.saved import SavedPrompt
 from softprompt.methods.zero_shot import ZeroShot
 from softprompt.serving.reading import Reading, content_of
-from softprompt.serving.scheduler import Scheduler
+from softprompt.serving.scheduler import Removed, Scheduler
 from softprompt.serving.scorer import require_scorable
 
 Kind = Literal["own", "raw", "chat"]
@@ -68,6 +68,7 @@ class ServedPrompt:
         self._base, self._scheduler, self._load = base, scheduler, load
         self._readings: dict[Kind, Reading] = {}
         self._lock = threading.Lock()
+        self._closed = False
         self.candidates, self.bias = self._prepare_labels()
 
     def _prepare_labels(self) -> tuple[Sequence[Sequence[int]], np.ndarray | None]:
@@ -79,15 +80,18 @@ class ServedPrompt:
         require_scorable(neutral.candidates)
         if self.scoring.calibrate is None:
             return neutral.candidates, None
-        return neutral.candidates, self._scheduler.score(reading.prefix, neutral).result()
+        return neutral.candidates, self._scheduler.score(reading.prefix, [neutral])[0].result()
 
     def reading(self, kind: Kind) -> Reading:
         """Return a template in use. Its prefix is computed at its first use.
 
         Raises:
           UserError: if the base model has no chat template, or the bank is full.
+          Removed: if the prompt was removed meanwhile.
         """
         with self._lock:
+            if self._closed:
+                raise Removed
             if kind not in self._readings:
                 self._readings[kind] = self._new_reading(kind)
             return self._readings[kind]
@@ -95,6 +99,7 @@ class ServedPrompt:
     def close(self) -> None:
         """Give the places in the bank back."""
         with self._lock:
+            self._closed = True
             for reading in self._readings.values():
                 reading.close()
                 self._scheduler.release(reading.prefix)
@@ -149,12 +154,13 @@ class Prompts:
         """Return a prompt, or None if there is none with this name."""
         return self._served.get(name)
 
-    def load(self, name: str, folder: Path) -> None:
+    def load(self, name: str, folder: Path, root: str | None = None) -> None:
         """Load a prompt. One with the same name is replaced when the new one is ready.
 
         Args:
           name: its name in requests.
           folder: the folder of a run, or of a saved prompt.
+          root: the name of the folder in answers; by default its own name.
 
         Raises:
           UserError: see `load_prompt` and `ServedPrompt`, and if the name is the base model's.
@@ -173,7 +179,7 @@ class Prompts:
         try:
             served = ServedPrompt(
                 name,
-                folder.resolve().name,
+                root or folder.resolve().name,
                 self._base,
                 self._scheduler,
                 task,

@@ -13,6 +13,7 @@ from softprompt.data.examples import Example
 from softprompt.data.records import Record
 from softprompt.data.task import Input, Task
 from softprompt.errors import UserError
+from softprompt.experiment.schema import GenerationSettings
 from softprompt.methods.method import Method
 from softprompt.serving.bank import Content, Stored
 
@@ -27,9 +28,16 @@ class Reading:
 
     def __init__(self, task: Task, prefix: Stored):
         self.task, self.prefix = task, prefix
+        # Computed once, because it starts a process.
+        self._stops = task.stopping(GenerationSettings()).stop
         self._lock = threading.Lock()  # the encoder of conversations is one process
         self._open = contextlib.ExitStack()
         self._encode = self._open.enter_context(task.encoder())
+
+    def stopping(self, settings: GenerationSettings) -> GenerationSettings:
+        """Return the settings with the token that ends an answer, as `Task.stopping` does."""
+        more = [stop for stop in self._stops if stop not in settings.stop]
+        return settings.model_copy(update={"stop": [*settings.stop, *more]}) if more else settings
 
     def close(self) -> None:
         """End the process that renders conversations, if there is one."""
@@ -59,13 +67,12 @@ class Reading:
         """
         if field := self.task.template.messages:
             return self.of_record(Record({field: messages}, "request"))
-        turns = [turn for turn in messages if turn["role"] != "system"]
-        if len(turns) != len(messages) or len(turns) != 1 or turns[0]["role"] != "user":
+        if len(messages) != 1 or messages[0]["role"] != "user":
             raise UserError(
                 "messages: this prompt was trained on single inputs, so give one message, from "
                 "the user"
             )
-        return self.example(turns[0]["content"], "messages")
+        return self.example(messages[0]["content"], "messages")
 
     def content_free(self, text: str) -> Example:
         """Encode a text without content, for calibration. It has the labels as candidates."""

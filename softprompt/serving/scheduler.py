@@ -150,22 +150,26 @@ class Scheduler:
             self._changed.notify()
         return done.result()
 
-    def score(self, prefix: Stored, example: Example) -> Scored:
-        """Return the log-probabilities of the candidates of an example, `[C]`, when they are known.
+    def score(self, prefix: Stored, examples: Sequence[Example]) -> list[Scored]:
+        """Return the log-probabilities of the candidates of examples, `[C]`, when they are known.
 
         Raises:
           Busy: as for `submit`.
           Removed: as for `submit`.
+          UserError: if an example is too long.
         """
+        for example in examples:
+            self._scorer.require_fitting(prefix, example)
         with self._changed:
             if self._draining or self._scorer.pending >= self._max_waiting:
                 raise Busy
-            if not self._bank.retain(prefix):
+            if not all([self._bank.retain(prefix) for _ in examples]):
                 raise Removed
-            done = self._scorer.add(prefix, example)
+            scored = [self._scorer.add(prefix, example) for example in examples]
             self._changed.notify()
-        done.add_done_callback(lambda _: self._bank.release(prefix))
-        return done
+        for each in scored:
+            each.add_done_callback(lambda _: self._bank.release(prefix))
+        return scored
 
     def release(self, stored: Stored) -> None:
         """Count one use of a prefix less."""
@@ -359,6 +363,8 @@ class Scheduler:
             request.job.deliver(Update(error=model_not_finite("logits")))
             return
         text, ended = request.answer.text(request.ids)
+        if ended:
+            tokens = _until_end(request, tokens)
         finish = "stop" if ended else None if active else "length"
         final = request.answer.final(text) if finish is None else text
         new = final[request.delivered :]
@@ -385,6 +391,15 @@ class Scheduler:
         self._reading, self._generating, self._loads = [], [], []
         self._free = list(range(self._device.slots))
         self._device.reset()
+
+
+def _until_end(request: _Request, tokens: Sequence[ScoredToken]) -> Sequence[ScoredToken]:
+    """Return the new tokens up to the one that ends the answer. A call may generate more."""
+    before = len(request.ids) - len(tokens)
+    for count in range(1, len(tokens)):
+        if request.answer.text(request.ids[: before + count])[1]:
+            return tokens[:count]
+    return tokens
 
 
 def _scored(ids: Sequence[int], scores: Scores, row: int, top: int | None) -> list[ScoredToken]:

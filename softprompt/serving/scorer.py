@@ -14,7 +14,7 @@ import numpy as np
 from softprompt.data.examples import Example
 from softprompt.data.layout import Layout, PackedShape
 from softprompt.errors import UserError
-from softprompt.evaluation.scoring import checked_scores
+from softprompt.runtime.finite import model_not_finite
 from softprompt.serving.bank import Stored
 from softprompt.serving.device import MOST_TARGETS, Device
 
@@ -58,6 +58,19 @@ class Scorer:
         """The number of examples that wait."""
         return len(self._items)
 
+    def require_fitting(self, prefix: Stored, example: Example) -> None:
+        """Require that an example fits the compiled programs.
+
+        Raises:
+          UserError: if it is too long.
+        """
+        item = _Item(prefix, example, concurrent.futures.Future())
+        if not any(_fits([item], shape) for shape in self._device.scoring_shapes):
+            raise UserError(
+                f"{example.record.where}: the input and the labels have {item.tokens} tokens, but "
+                f"the server scores at most {self._device.length}"
+            )
+
     def add(self, prefix: Stored, example: Example) -> Scored:
         """Score an example in one of the next batches."""
         item = _Item(prefix, example, concurrent.futures.Future())
@@ -80,7 +93,7 @@ class Scorer:
             return
         batch = self._layout.lay_out([[each.example for each in chosen]], shape)
         try:
-            scores = checked_scores(self._device.score(first.prefix, batch)[0])
+            scores = self._device.score(first.prefix, batch)[0]
         except Exception as error:
             for each in chosen:
                 each.done.set_exception(error)
@@ -88,8 +101,12 @@ class Scorer:
         begin = 0
         for each in chosen:
             ends = begin + np.cumsum([len(candidate) for candidate in each.example.candidates])
-            each.done.set_result(np.add.reduceat(scores[: ends[-1]], [begin, *ends[:-1]]))
+            total = np.add.reduceat(scores[: ends[-1]], [begin, *ends[:-1]])
             begin = ends[-1]
+            if np.isfinite(total).all():
+                each.done.set_result(total)
+            else:
+                each.done.set_exception(model_not_finite("scores"))
 
     def fail(self, error: Exception) -> None:
         """Report an error for all examples that wait."""

@@ -142,9 +142,9 @@ class Service:
         Raises:
           Busy: if too many inputs wait.
           Removed: if the prompt was removed meanwhile.
+          UserError: if an input is too long.
         """
-        prefix = prompt.reading("own").prefix
-        return [self.scheduler.score(prefix, example) for example in examples]
+        return self.scheduler.score(prompt.reading("own").prefix, examples)
 
     def predict(self, prompt: ServedPrompt, scored: Sequence[Scored]) -> list[Prediction]:
         """Wait for scores, and return the label of each input, as `TrainedPrompt.classify` does."""

@@ -1,0 +1,190 @@
+"""`softprompt serve`: answer requests over HTTP."""
+
+import argparse
+import os
+from pathlib import Path
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from softprompt.cli.arguments import add_command, positive_integer
+from softprompt.cli.progress import Bar
+from softprompt.errors import UserError
+
+if TYPE_CHECKING:
+    from softprompt.backbones.loading import Base
+    from softprompt.methods.saved import SavedPrompt
+
+_EXTRA = ("fastapi", "uvicorn", "prometheus_client")
+
+
+def add_to(subparsers: Any) -> None:
+    """Declare the command and its arguments."""
+    command = add_command(
+        subparsers,
+        "serve",
+        run,
+        "answer requests over HTTP, as OpenAI's API",
+        """\
+One base model serves all prompts: a request names the prompt, or the base model, as its model.
+Requests for different prompts run together. GET /health says when the server is ready. Needs
+pip install 'softprompt[serve]'.
+
+examples:
+  softprompt serve sentiment=runs/sentiment summarize=runs/summarize
+  softprompt serve --base smollm2-135m-instruct --prompts-dir runs --port 8000
+  SOFTPROMPT_API_KEY=... softprompt serve --prompts-dir runs --host 0.0.0.0""",
+    )
+    command.add_argument(
+        "words",
+        nargs="*",
+        default=[],
+        metavar="NAME=RUN",
+        help="a prompt by the name that requests use: a run folder, or its prompt/",
+    )
+    command.add_argument(
+        "--base", metavar="NAME", help="base model (default: the one recorded in the first prompt)"
+    )
+    command.add_argument(
+        "--name", metavar="NAME", help="name of the base model in requests (default: its own)"
+    )
+    command.add_argument(
+        "--prompts-dir",
+        type=Path,
+        metavar="DIR",
+        help="serve every finished run and saved prompt in this folder, also new ones",
+    )
+    command.add_argument("--host", default="127.0.0.1", help="address (default: 127.0.0.1)")
+    command.add_argument(
+        "--port", type=_port, default=8000, metavar="N", help="port (default: 8000; 0: a free one)"
+    )
+    _add_limits(command)
+    _add_access(command)
+    command.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="dtype of the base model (default: the first prompt's, or float32)",
+    )
+    command.add_argument(
+        "--quantize",
+        choices=("int8", "int4"),
+        help="quantize the base model (default: as recorded in the first prompt)",
+    )
+
+
+def _add_limits(command: argparse.ArgumentParser) -> None:
+    for name, default, text in (
+        ("slots", 16, "requests that generate at the same time"),
+        ("max-tokens", 1024, "most tokens of a request: prefix, input and new tokens"),
+        ("bank-tokens", 4096, "tokens of all prefixes together"),
+        ("max-waiting", 256, "requests that wait for a slot; more get status 429"),
+        ("max-body-bytes", 2**20, "largest body of a request"),
+        ("timeout", 600, "seconds after which a request fails"),
+        ("drain-seconds", 30, "seconds that running requests have after SIGTERM"),
+    ):
+        command.add_argument(
+            f"--{name}",
+            type=positive_integer,
+            default=default,
+            metavar="N",
+            help=f"{text} (default: {default})",
+        )
+
+
+def _add_access(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--api-key",
+        metavar="KEY",
+        help="requests need this key (default: $SOFTPROMPT_API_KEY, which other users cannot see)",
+    )
+    command.add_argument(
+        "--admin-key",
+        metavar="KEY",
+        help="allow loading and removing prompts over HTTP with this key (default: "
+        "$SOFTPROMPT_ADMIN_KEY)",
+    )
+    command.add_argument(
+        "--cors-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="allow web pages of this origin; may be given several times",
+    )
+
+
+def run(options: argparse.Namespace) -> None:
+    """Serve until a signal arrives."""
+    given = [_named_folder(word) for word in options.words]
+    names = [name for name, _ in given]
+    if len(set(names)) < len(names):
+        raise UserError("two prompts have the same name")
+    _require_extra()
+    from softprompt.methods.saved import SavedPrompt
+    from softprompt.serving.server import Server, bind
+    from softprompt.serving.service import Limits, Service
+    from softprompt.serving.state import Options, State
+    from softprompt.serving.watch import require_name
+
+    for name in names:
+        require_name(name)
+    if options.prompts_dir is not None and not options.prompts_dir.is_dir():
+        raise UserError(f"--prompts-dir {options.prompts_dir}: no such folder")
+    settings = Options(
+        api_key=options.api_key or os.environ.get("SOFTPROMPT_API_KEY") or None,
+        admin_key=options.admin_key or os.environ.get("SOFTPROMPT_ADMIN_KEY") or None,
+        prompts_dir=options.prompts_dir,
+        max_body_bytes=options.max_body_bytes,
+        timeout=options.timeout,
+        drain_seconds=options.drain_seconds,
+        cors_origins=tuple(options.cors_origin),
+    )
+    with bind(options.host, options.port) as bound:
+        saved = [SavedPrompt.read(folder) for _, folder in given]
+        base = _base(options, saved)
+        limits = Limits(options.slots, options.max_tokens, options.bank_tokens, options.max_waiting)
+        service = Service(base, options.name or base.name, limits)
+        labels = settings.prompts_dir is not None or any(s.content.verbalizer for s in saved)
+        Server(State(service, settings), given, labels=labels).run(bound, Bar)
+
+
+def _require_extra() -> None:
+    """Require the packages of the extra `serve`.
+
+    Raises:
+      UserError: if one is missing.
+    """
+    import importlib.util
+
+    if missing := [name for name in _EXTRA if importlib.util.find_spec(name) is None]:
+        raise UserError(f"serve needs {missing[0]}: pip install 'softprompt[serve]'")
+
+
+def _base(options: argparse.Namespace, saved: "Sequence[SavedPrompt]") -> "Base":
+    """Load the base model, as the first prompt was trained on it."""
+    from softprompt.backbones.loading import load_base
+
+    settings: dict[str, Any] = {}
+    name = options.base
+    if saved:
+        trained = saved[0].content.base
+        settings = trained.compute.model_dump(exclude={"mesh"})
+        name = name or trained.name
+    if name is None:
+        raise UserError("give the base model with --base, or a prompt as NAME=RUN")
+    for key in ("dtype", "quantize"):
+        if getattr(options, key) is not None:
+            settings[key] = getattr(options, key)
+    return load_base(name, **settings)
+
+
+def _named_folder(word: str) -> tuple[str, Path]:
+    """Parse a prompt's name and folder."""
+    name, equals, folder = word.partition("=")
+    if not (name and equals and folder):
+        raise UserError(f"{word!r}: give a prompt as NAME=RUN, such as sentiment=runs/sentiment")
+    return name, Path(folder)
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or len(text) > 5 or int(text) > 65535:
+        raise argparse.ArgumentTypeError("must be a whole number from 0 to 65535")
+    return int(text)

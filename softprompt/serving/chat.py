@@ -1,0 +1,80 @@
+"""`/v1/chat/completions`: the next answer of a conversation."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from softprompt.serving.answers import Answer, account_of, respond
+from softprompt.serving.errors import ErrorResponses
+from softprompt.serving.inputs import Input, Plan, chat_plan
+from softprompt.serving.jobs import ScoredToken, Update
+from softprompt.serving.schema import ChatRequest
+from softprompt.serving.state import State
+from softprompt.serving.token_texts import TokenTexts
+
+
+class ChatStyle:
+    """How answers of a conversation look. See `Style`.
+
+    Args:
+      texts: the texts of tokens.
+    """
+
+    prefix, whole, part = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def __init__(self, texts: TokenTexts):
+        self._texts = texts
+
+    def choice(self, plan: Plan, answer: Answer) -> dict[str, Any]:
+        """Return a complete answer."""
+        message = {"role": "assistant", "content": answer.text, "refusal": None}
+        return {"message": message, "logprobs": self._logprobs(plan, answer.tokens)}
+
+    def piece(self, plan: Plan, input: Input, update: Update, first: bool) -> dict[str, Any]:
+        """Return what an update adds to a stream."""
+        delta = {"role": "assistant"} if first else {}
+        if update.text or first:
+            delta["content"] = update.text
+        return {"delta": delta, "logprobs": self._logprobs(plan, update.tokens)}
+
+    def _logprobs(self, plan: Plan, tokens: Sequence[ScoredToken]) -> dict[str, Any] | None:
+        if plan.top is None:
+            return None
+        content = [
+            self._token(token.id, token.score)
+            | {"top_logprobs": [self._token(*each) for each in token.top]}
+            for token in tokens
+        ]
+        return {"content": content, "refusal": None}
+
+    def _token(self, id: int, score: float | None) -> dict[str, Any]:
+        content = self._texts.bytes(id)
+        return {"token": self._texts.text(id), "logprob": score, "bytes": list(content)}
+
+
+def chat_routes(state: State) -> APIRouter:
+    """Return the route of conversations."""
+    router = APIRouter()
+    style = ChatStyle(state.texts)
+
+    @router.post("/v1/chat/completions", responses=ErrorResponses)
+    async def answer(body: ChatRequest, request: Request) -> Response:
+        """Answer the last message of a conversation."""
+        account = account_of(request)
+
+        def plan() -> Plan:
+            return chat_plan(state.service, state.prompt(body.model, account), body)
+
+        options = body.stream_options
+        return await respond(
+            state,
+            request,
+            plan,
+            style,
+            stream=bool(body.stream),
+            include_usage=bool(options and options.include_usage),
+        )
+
+    return router
