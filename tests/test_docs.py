@@ -42,6 +42,7 @@ PAGES = [
 
 # Pages whose Python or YAML blocks do not run, and why.
 FRAGMENTS = {
+    "docs/deploy.md": "make llama-cpp-test and make vllm-test run the engines",
     "docs/adding-a-method.md": "tests/test_methods.py runs its code",
 }
 # Packages that softprompt does not need. Blocks that import one run where it is installed.

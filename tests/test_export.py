@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 from softprompt import UserError, load_base, load_experiment, load_prompt, train
 from softprompt.cli.main import main
 from softprompt.interop import export as exporting
+from softprompt.interop.embeds import EMBEDS_FILE
 
 LONG = ["training.steps=12", "optimizer.learning_rate=0.3"]
 
@@ -70,6 +71,9 @@ def test_a_merged_model_generates_the_same_text_as_the_prompt(run, tmp_path, nam
         whole = merged.tokenizer(form.format(text=text), add_special_tokens=False).input_ids
         assert written(merged, whole) == expected
         assert len(set(expected)) > 1
+        message = [{"role": "user", "content": text}]
+        rendered = merged.tokenizer.apply_chat_template(message, tokenize=False)
+        assert rendered == form.format(text=text)
 
 
 def test_new_tokens_of_a_merged_model_are_never_the_most_probable(run, tmp_path):
@@ -86,9 +90,27 @@ def test_new_tokens_of_a_merged_model_are_never_the_most_probable(run, tmp_path)
     assert generation["suppress_tokens"] == [size, size + 1, size + 2]
 
 
+@pytest.mark.parametrize("name", ["prompt", "after-text", "shots"])
+def test_exported_embeds_are_what_every_input_begins_with(run, tmp_path, name):
+    prompt = load_prompt(run(name, *MERGED[name]))
+    exporting.export(prompt, tmp_path / "embeds", "embeds")
+    (embeds,) = load_file(tmp_path / "embeds" / EMBEDS_FILE).values()
+    adapted = prompt.method.adapt(prompt.base.backbone)
+    expected = adapted.embedding(np.array(prompt.task.opening))
+    np.testing.assert_array_equal(embeds, expected)
+    form = (tmp_path / "embeds" / "README.md").read_text().split("text = ")[1]
+    text = eval(form.split("\n")[0])
+    record = prompt.record("An example of text.", "")
+    ids = prompt.task.example(record, with_answer=False).input
+    assert prompt.base.tokenizer(text, add_special_tokens=False).input_ids == ids
+
+
 @pytest.mark.parametrize(
     ("name", "overrides", "format", "message"),
     [
+        ("full", MERGED["full"], "embeds", "method full learns no vectors; use --format merged"),
+        ("in-place", MERGED["in-place"], "embeds", "are inside the inputs, not before them"),
+        ("prompt", [], "gguf", "tokenizer cannot be written to a GGUF file"),
         ("prefix", ["method=prefix", "prefix.length=2"], "merged", "prefix cannot be merged"),
         ("dept", ["method=dept"], "merged", "method dept cannot be merged"),
         ("none", ["method=none"], "merged", "method none cannot be merged"),
@@ -104,6 +126,12 @@ def test_an_unsupported_export_is_rejected_and_writes_nothing(
     assert main(arguments) == 1
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_type_without_a_gguf_file_is_rejected(run, tmp_path, capsys):
+    arguments = ["export", str(run("prompt")), str(tmp_path / "out"), "--dtype", "f32"]
+    assert main(arguments) == 1
+    assert "--dtype: only --format gguf has types" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["prompt", "prefix", "lora"])

@@ -6,6 +6,7 @@ from typing import Any
 
 from softprompt.cli.arguments import add_command, add_prompt
 from softprompt.cli.inputs import load_prompt
+from softprompt.errors import UserError
 
 
 def add_to(subparsers: Any) -> None:
@@ -24,19 +25,27 @@ Writes a new folder with a model card (README.md), and prints its path. Formats:
   merged       a model directory for inference engines without support for prompts: the virtual
                tokens become new tokens of the vocabulary; weights of LoRA and of fine-tuning
                are merged into the model
+  gguf         the same as one file for llama.cpp and Ollama
+  embeds       the embeddings with which every input begins, for vLLM's enable_prompt_embeds
 
 examples:
   softprompt export runs/sentiment adapters/sentiment
   softprompt export runs/sentiment models/sentiment --format merged
+  softprompt export runs/sentiment models/sentiment-gguf --format gguf --dtype q8_0
   softprompt export runs/sentiment adapters/sentiment --push me/sentiment""",
     )
     add_prompt(command)
     command.add_argument("folder", type=Path, metavar="DIR", help="a new folder")
     command.add_argument(
         "--format",
-        choices=("peft", "peft-prefix", "merged"),
+        choices=("peft", "peft-prefix", "merged", "gguf", "embeds"),
         default="peft",
         help="the format (default: peft)",
+    )
+    command.add_argument(
+        "--dtype",
+        choices=("f32", "f16", "q8_0"),
+        help="how a GGUF file stores matrices (default: f16)",
     )
     command.add_argument(
         "--push", metavar="OWNER/NAME", help="also upload the folder to the Hugging Face Hub"
@@ -47,7 +56,9 @@ def run(options: argparse.Namespace) -> None:
     """Export the prompt, and upload it if asked to."""
     from softprompt.interop.export import export, push
 
-    export(load_prompt(options), options.folder, options.format)
+    if options.dtype and options.format != "gguf":
+        raise UserError("--dtype: only --format gguf has types to choose from")
+    export(load_prompt(options), options.folder, options.format, options.dtype or "f16")
     print(options.folder)
     if options.push:
         print(push(options.folder, options.push))

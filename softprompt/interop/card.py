@@ -4,43 +4,42 @@ Names, templates and label texts may hold any character. They are written so tha
 the metadata, a code block or a line of the card.
 """
 
-import json
 import math
 import re
-from collections.abc import Iterable
-from typing import Any
-
-from transformers import PreTrainedTokenizerFast
+from collections.abc import Mapping
 
 from softprompt.data.task import Task
-from softprompt.data.template import Piece, compile_template
+from softprompt.data.template import compile_template
 from softprompt.experiment.templates import filled_in, template_fields
 from softprompt.inference.prompt import TrainedPrompt
+from softprompt.interop import engines
+from softprompt.interop.embeds import EMBEDS_FILE
+from softprompt.interop.gguf_export import GGUF_FILE
+from softprompt.interop.markdown import block, code, plain, quoted
+from softprompt.interop.written import (
+    example_input,
+    example_of,
+    rest_of_input,
+    written_input,
+)
+
+_ABOUT_LABELS = (
+    "The measured predictions are the label whose text is the most probable. An engine that "
+    "generates text can also write something else."
+)
 
 
 def adapter_card(prompt: TrainedPrompt) -> str:
     """Return the card of a `peft` adapter."""
-    task, model = prompt.task, prompt.base.backbone.auto_class
-    pieces = task.pieces  # what follows the opening
-    if task.template.messages or not prompt.method.adapter_holds_opening:
+    task = prompt.task
+    if prompt.method.adapter_holds_opening:
+        pieces = rest_of_input(task)
+    else:
         pieces = compile_template(
             task.template, task.demonstrations, task.base.tokenizer, virtual=False
         )
-    loading = f"""\
-from peft import PeftModel
-from transformers import {model}
-
-model = {model}.from_pretrained({_quoted(prompt.base.hub_name)})
-model = PeftModel.from_pretrained(model, "path/to/this/folder")"""
-    return f"""{_metadata(prompt, "peft")}
-# {_plain(prompt.description["experiment"])}
-
-{_about(prompt)}
-
-{_block(loading, "python")}
-
-{_usage(prompt, written_input(pieces, prompt.base.tokenizer))}
-"""
+    written = written_input(pieces, prompt.base.tokenizer)
+    return _card(prompt, written, "peft", {"peft": block(engines.peft_code(prompt), "python")})
 
 
 def merged_card(prompt: TrainedPrompt, written: str) -> str:
@@ -50,44 +49,58 @@ def merged_card(prompt: TrainedPrompt, written: str) -> str:
       prompt: the exported prompt.
       written: the form of an input, as returned by `written_input`.
     """
-    model = prompt.base.backbone.auto_class
-    running = f"""\
-from transformers import AutoTokenizer, {model}
-
-tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
-model = {model}.from_pretrained("path/to/this/folder")
-text = {written!r}.format_map({_values_of(prompt.task.template.input)!r})
-inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt")
-output = model.generate(**inputs, do_sample=False)"""
-    return f"""{_metadata(prompt, "transformers")}
-# {_plain(prompt.description["experiment"])}
-
-{_about(prompt)} It is part of this model, so any standard engine can run it.
-
-{_block(running, "python")}
-
-{_usage(prompt, written)}
-"""
+    programs = {"transformers": block(engines.transformers_code(prompt, written), "python")}
+    if not prompt.base.backbone.separate_targets:
+        programs["vLLM"] = block(engines.vllm_code(prompt, written), "python")
+    about = "It is part of this model, so any standard engine can run it."
+    return _card(prompt, written, "transformers", programs, about)
 
 
-def written_input(
-    pieces: Iterable[Piece], tokenizer: PreTrainedTokenizerFast, virtual: str = ""
-) -> str:
-    """Return the pieces of an input as one template, with special tokens written out.
+def gguf_card(prompt: TrainedPrompt, written: str) -> str:
+    """Return the card of a GGUF file. The arguments are those of `merged_card`."""
+    programs = {"llama-cpp-python": block(engines.llama_cpp_code(prompt, written), "python")}
+    if text := engines.modelfile(prompt, written):
+        programs["Ollama"] = f"Write this Modelfile into the folder:\n\n{block(text)}"
+    about = f"It is part of `{GGUF_FILE}`, so llama.cpp and programs that contain it can run it."
+    return _card(prompt, written, "gguf", programs, about)
+
+
+def embeds_card(prompt: TrainedPrompt, written: str) -> str:
+    """Return the card of embeddings for vLLM.
 
     Args:
-      pieces: as returned by `compile_template`.
-      tokenizer: gives the texts of special tokens.
-      virtual: the text that takes the place of the virtual tokens.
+      prompt: the exported prompt.
+      written: the form of the rest of an input, as returned by `export_embeds`.
     """
+    programs = {"vLLM": block(engines.embeds_code(prompt, written), "python")}
+    about = (
+        f"`{EMBEDS_FILE}` holds the embeddings with which every input begins. Those of the rest "
+        "of the input follow them."
+    )
+    return _card(prompt, written, "vllm", programs, about)
 
-    def text(piece: Piece) -> str:
-        if isinstance(piece, str):
-            return piece
-        special = virtual if piece is None else "".join(tokenizer.convert_ids_to_tokens(piece))
-        return special.replace("{", "{{").replace("}", "}}")
 
-    return "".join(map(text, pieces))
+def _card(
+    prompt: TrainedPrompt, written: str, library: str, programs: Mapping[str, str], about: str = ""
+) -> str:
+    """Return a card.
+
+    Args:
+      prompt: the exported prompt.
+      written: the form of an input.
+      library: the library that loads the export, for the metadata.
+      programs: how to run the export, by the name of the engine.
+      about: what the export is.
+    """
+    sections = [
+        f"{_metadata(prompt, library)}\n# {plain(prompt.description['experiment'])}",
+        f"{_about(prompt)} {about}".rstrip(),
+        *(f"## Use with {engine}\n\n{text}" for engine, text in programs.items()),
+        _usage(prompt, written),
+        "## Generation",
+        _generation(prompt),
+    ]
+    return "\n\n".join(sections) + "\n"
 
 
 def _metadata(prompt: TrainedPrompt, library: str) -> str:
@@ -112,16 +125,16 @@ def _metadata(prompt: TrainedPrompt, library: str) -> str:
         "metrics": list(measured) or None,
         "model-index": [{"name": about["experiment"], "results": [result]}] if metrics else None,
     }
-    lines = [f"{key}: {_quoted(value)}" for key, value in metadata.items() if value]
+    lines = [f"{key}: {quoted(value)}" for key, value in metadata.items() if value]
     return "\n".join(["---", *lines, "---", ""])
 
 
 def _about(prompt: TrainedPrompt) -> str:
     about = prompt.description
-    measured = ", ".join(f"{_plain(k)} {v:.4f}" for k, v in about["validation"].items())
+    measured = ", ".join(f"{plain(k)} {v:.4f}" for k, v in about["validation"].items())
     return (
-        f"Trained with softprompt {_plain(about['versions']['softprompt'])} "
-        f"({prompt.method.label}) on the base model {_code(prompt.base.hub_name)}, whose license "
+        f"Trained with softprompt {plain(about['versions']['softprompt'])} "
+        f"({prompt.method.label}) on the base model {code(prompt.base.hub_name)}, whose license "
         f"applies. Validation: {measured or 'not measured'}."
     )
 
@@ -141,14 +154,14 @@ def _usage(prompt: TrainedPrompt, written: str) -> str:
     return "\n\n".join(
         [
             "## Template",
-            *(f"{name}:\n\n{_block(text)}" for name, text in texts.items()),
+            *(f"{name}:\n\n{block(text)}" for name, text in texts.items()),
             "## Input",
             *(["This is the form of a single user message."] if template.messages else []),
             "Every input must look like this, with its fields filled in. Tokenize it without "
             f"adding special tokens, because they are written out.{braces}",
-            _block(written),
+            block(written),
             "For example:",
-            _block(filled_in(written, _example_of(template.input))),
+            block(example_input(written)),
             "## Answer",
             _answer(prompt.task),
         ]
@@ -164,63 +177,32 @@ def _answer(task: Task) -> str:
         return "The model continues the text, up to its end-of-text token."
     if not task.verbalizer:
         text = "The model continues with the answer and its end-of-text token. For example:"
-        return f"{text}\n\n{_block(filled_in(target, _example_of(target)))}"
+        return f"{text}\n\n{block(filled_in(target, example_of(target)))}"
     (field,) = template_fields(target)
     lines = [
-        f"- {_code(label)}: {_code(_quoted(filled_in(target, {field: text})))}"
+        f"- {code(label)}: {code(quoted(filled_in(target, {field: text})))}"
         for label, text in task.verbalizer.items()
     ]
     return "\n".join(["The model continues with the text of a label:", "", *lines])
 
 
-def _example_of(template: str) -> dict[str, str]:
-    """Made-up values for the fields of a template: a card does not publish the user's data."""
-    return {name: f"An example of {name}." for name in template_fields(template)}
-
-
-def _values_of(template: str) -> dict[str, Any]:
-    """Return what `format_map` needs to fill in a template."""
-    values = _example_of(template)
-    return {"record": values, **values} if "{record[" in template else dict(values)
-
-
-def _quoted(value: Any) -> str:
-    """Return JSON on one line that is also valid YAML and, for a text, valid Python.
-
-    Characters that are not printable are escaped, because YAML forbids some of them.
-    """
-    text = json.dumps(value, ensure_ascii=False)
-    return "".join(c if c.isprintable() else _escaped(c) for c in text)
-
-
-def _escaped(character: str) -> str:
-    number = ord(character)
-    if 0xD800 <= number < 0xE000:
-        return "\\ufffd"  # half of a character, which no file can hold
-    return f"\\u{number:04x}" if number < 0x10000 else f"\\U{number:08x}"
-
-
-def _plain(text: str) -> str:
-    """Return a text that Markdown shows on one line as it is."""
-    line = "".join(c if c.isprintable() else " " for c in text)
-    return re.sub(r"([\\`*_\[\]<>#|~&$])", r"\\\1", line)
-
-
-def _code(text: str) -> str:
-    """Return a text as code within a line."""
-    line = "".join(c if c.isprintable() else " " for c in text)
-    fence = "`" * (_longest_run(line) + 1)
-    space = " " if line[:1] in ("`", " ") or line[-1:] in ("`", " ", "") else ""
-    return f"{fence}{space}{line}{space}{fence}"
-
-
-def _block(text: str, language: str = "") -> str:
-    """Return a text as a block of code, whose fence is longer than any in the text."""
-    fence = "`" * max(3, _longest_run(text) + 1)
-    kept = text.encode("utf-8", errors="replace").decode("utf-8")
-    return f"{fence}{language}\n{kept}\n{fence}"
-
-
-def _longest_run(text: str) -> int:
-    """The length of the longest run of backticks."""
-    return max(map(len, re.findall("`+", text)), default=0)
+def _generation(prompt: TrainedPrompt) -> str:
+    """Describe the settings of generation."""
+    settings = engines.settings_of(prompt)
+    if settings.beams > 1:
+        how = f"beam search with {settings.beams} beams"
+    elif settings.temperature is None:
+        how = "greedy decoding"
+    else:
+        how = f"sampling at temperature {settings.temperature:g}"
+    lines = [f"Decoding: {how}"]
+    for name in ("top_k", "top_p", "min_p", "repetition_penalty"):
+        if (value := getattr(settings, name)) is not None:
+            lines.append(f"{name.replace('_', ' ').capitalize()}: {value:g}")
+    lines.append(f"New tokens: at most {settings.max_new_tokens}")
+    if settings.stop:
+        lines.append(f"Stop texts: {', '.join(code(quoted(text)) for text in settings.stop)}")
+    text = "\n".join(f"- {line}" for line in lines)
+    if not prompt.task.labels:
+        return text
+    return f"{text}\n\n{_ABOUT_LABELS}"

@@ -7,19 +7,23 @@ import huggingface_hub
 from softprompt.errors import UserError, reason_of
 from softprompt.files.writing import write_errors
 from softprompt.inference.prompt import TrainedPrompt
-from softprompt.interop.card import adapter_card, merged_card
+from softprompt.interop.card import adapter_card, embeds_card, gguf_card, merged_card
+from softprompt.interop.embeds import export_embeds
+from softprompt.interop.gguf_export import GGUFType, export_gguf
 from softprompt.interop.merged import export_merged
 from softprompt.interop.peft_export import export_adapter
 
 
-def export(prompt: TrainedPrompt, folder: Path, format: str) -> None:
+def export(prompt: TrainedPrompt, folder: Path, format: str, dtype: GGUFType = "f16") -> None:
     """Write a trained prompt in the format of another program, with a README.md.
 
     Args:
       prompt: the trained prompt.
       folder: a folder that does not exist or is empty.
       format: `peft`, an adapter; `peft-prefix`, an adapter that holds everything before the
-        inputs as keys and values; `merged`, a model that needs no adapter.
+        inputs as keys and values; `merged`, a model that needs no adapter; `gguf`, the same as
+        one file for llama.cpp; `embeds`, the embeddings before the inputs, for vLLM.
+      dtype: how a GGUF file stores matrices.
 
     Raises:
       UserError: if the folder is not empty, or the method has no such format.
@@ -29,6 +33,10 @@ def export(prompt: TrainedPrompt, folder: Path, format: str) -> None:
         with write_errors(folder):
             if format == "merged":
                 card = merged_card(prompt, export_merged(prompt, folder))
+            elif format == "gguf":
+                card = gguf_card(prompt, export_gguf(prompt, folder, dtype))
+            elif format == "embeds":
+                card = embeds_card(prompt, export_embeds(prompt, folder))
             else:
                 export_adapter(prompt, folder, as_prefix=format == "peft-prefix")
                 card = adapter_card(prompt)

@@ -74,6 +74,9 @@ _NAMES = {name: name for name in _SPLITS} | {
 _IGNORE_MERGES = ("llama-bpe", "tekken")  # a piece that is in the vocabulary is not split
 _ADD_BOS = ("llama-bpe", "tekken")  # texts begin with a BOS token by default
 
+PRE_TOKENIZERS = tuple(_SPLITS)
+"""The names of the pre-tokenizers of byte-level BPE, without other names for the same one."""
+
 Get = Callable[..., Any]
 
 _Flag = Annotated[bool, pydantic.Field(strict=False)]
@@ -139,6 +142,11 @@ def read_tokenizer(get: Get) -> tuple[Tokenizer, dict[str, Any]]:
     if not isinstance(template, str | None):
         raise UserError("tokenizer.chat_template: not text")
     return tokenizer, special | {"chat_template": template}
+
+
+def pieces_stay_whole(pre: str) -> bool:
+    """Return whether a piece that is in the vocabulary is not split, with a pre-tokenizer."""
+    return _NAMES[pre] in _IGNORE_MERGES
 
 
 class _Fields(pydantic.BaseModel):
