@@ -90,10 +90,7 @@ def make_plan(
     rows = _rows(experiment, archs[0], tokens, targets)
     missing = missing_compiler(kind)
     on_cpu = kind.platform == "cpu" or missing is not None
-    virtual_devices = chips if on_cpu else 1
-    if missing:  # the search for a mesh that fits may need more than the chips
-        virtual_devices = max(chips, _MOST_VIRTUAL)
-    start_jax(virtual_devices)
+    start_jax(_virtual_devices(kind, chips, missing))
     whole = step_program(experiment, config, archs, rows, None)
     flops = count_flops(whole.trace())
     planner = _Planner(experiment, config, archs, kind, rows, on_cpu, flops)
@@ -115,11 +112,16 @@ def make_plan(
         planned=planned,
         smallest=smallest,
         tried=tried,
-        notes=[
-            *_notes(experiment, kind, planned, missing),
-            *_assumptions(experiment, rows, tokens, targets),
-        ],
+        notes=_notes(experiment, kind, planned, missing)
+        + _assumptions(experiment, rows, tokens, targets),
     )
+
+
+def _virtual_devices(hardware: Hardware, chips: int, missing: str | None) -> int:
+    """Return the number of virtual CPU devices to start."""
+    if missing:  # the search for a mesh that fits may need more than the chips
+        return max(chips, _MOST_VIRTUAL)
+    return chips if hardware.platform == "cpu" else 1
 
 
 @dataclasses.dataclass(frozen=True)

@@ -118,7 +118,7 @@ class Preparation:
         _require_supported(experiment, task)
         teacher = self._teacher_of(experiment, base, splits["train"], task)
         if teacher is not None:
-            if folder is not None and is_main():
+            if folder is not None and is_main() and _stores(experiment):
                 write_config(folder, experiment)  # a run that stops here is then known as one
             splits = self._reader.with_targets(experiment, task, splits, teacher, folder)
         inputs = self._reader.read(experiment, task, splits, teacher, folder)
@@ -200,6 +200,12 @@ class Preparation:
         seed = experiment.seed if settings.shots else None
         key = about, texts, seed, str(task.pieces)
         return self._results.get("teacher", key, (records,) if settings.shots else (), load)[0]
+
+
+def _stores(experiment: Experiment) -> bool:
+    """Whether the run folder keeps what a teacher writes or predicts before training."""
+    settings = experiment.objective.teacher
+    return settings is not None and (settings.writes_targets or settings.top_tokens is not None)
 
 
 def _require_supported(experiment: Experiment, task: Task) -> None:
