@@ -41,7 +41,8 @@ def server(base, folders):
 
 @pytest.fixture(scope="module")
 def client(server):
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +74,7 @@ def test_a_completion_is_what_the_prompt_generates(client, offline, settings):
     answer = client.completions.create(model="texts", prompt="hello", **settings)
     assert answer.choices[0].text == expected.text
     assert answer.object == "text_completion"
-    assert answer.choices[0].finish_reason in ("stop", "length")
+    assert answer.choices[0].finish_reason == ("stop" if expected.ended[0] else "length")
 
 
 def test_settings_that_are_ours(server, offline):
@@ -100,7 +101,7 @@ def test_several_inputs_and_samples(client, offline):
     expected = offline["texts"].generate(texts, samples=2, **WARM)
     answer = client.completions.create(model="texts", prompt=texts, n=2, **WARM)
     assert [choice.index for choice in answer.choices] == list(range(6))
-    assert [choice.text for choice in answer.choices] == [each.text for each in sum(expected, [])]
+    assert [choice.text for choice in answer.choices] == [t for each in expected for t in each.texts]
 
 
 def test_a_stream_is_the_same_text(client, offline):
@@ -226,7 +227,7 @@ def test_labels_are_those_that_the_prompt_predicts(server, offline):
         assert found["probabilities"] == pytest.approx(dict(prediction.probabilities), abs=1e-5)
     assert [each["truncated"] for each in answer["data"]] == [False, False, True]
     one = server.post("/v1/classify", model="letters", input={"text": "abc"}).json
-    assert one["data"][0] == answer["data"][0]
+    assert one["data"][0]["probabilities"] == pytest.approx(answer["data"][0]["probabilities"])
     wrong = server.post("/v1/classify", model="texts", input="abc")
     assert (wrong.status, "has no labels" in wrong.json["error"]["message"]) == (400, True)
 

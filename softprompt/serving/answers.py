@@ -117,7 +117,7 @@ class Running:
         try:
             self._submit()
             while left:
-                async with asyncio.timeout_at(self._deadline):
+                async with asyncio.timeout(self._deadline - time.monotonic()):
                     index, update = await self._queue.get()
                 if update.error is not None:
                     raise failed(update.error, self._state.is_draining)
@@ -301,8 +301,8 @@ class EventStream(Response):
 
     async def _send(self, send: Send) -> None:
         start = {"status": self.status_code, "headers": self.raw_headers}
-        await send({"type": "http.response.start", **start})
         async with contextlib.aclosing(self._rest) as rest:
+            await send({"type": "http.response.start", **start})
             await _send_part(send, self._first)
             async for event in rest:
                 await _send_part(send, event)

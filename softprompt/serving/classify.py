@@ -41,7 +41,7 @@ async def _classified(state: State, body: ClassifyRequest, account: Account) -> 
     read = sum(len(example.input) for example in examples)
     account.began(read)
     try:
-        async with asyncio.timeout_at(account.begin + state.options.timeout):
+        async with asyncio.timeout(state.options.timeout - account.seconds):
             await asyncio.gather(*map(asyncio.wrap_future, scored))
     except TimeoutError as error:
         raise api_error(error) from None

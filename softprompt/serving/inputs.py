@@ -73,7 +73,8 @@ def completion_plan(service: Service, prompt: ServedPrompt, request: CompletionR
         raise ApiError(400, "max_tokens: 0 needs echo", param="max_tokens")
     if request.raw and isinstance(values[0], dict):
         raise ApiError(400, "raw: fields need the prompt's own template", param="raw")
-    kind: Kind = "raw" if request.raw or is_ids else "own"
+    is_base = prompt.name == service.name
+    kind: Kind = "raw" if request.raw or is_ids or is_base else "own"
     reading = prompt.reading(kind)
     settings = _settings(prompt, reading, request)
     inputs = []

@@ -89,6 +89,8 @@ class ServedPrompt:
           UserError: if the base model has no chat template, or the bank is full.
           Removed: if the prompt was removed meanwhile.
         """
+        if (reading := self._readings.get(kind)) is not None:
+            return reading  # without waiting for another one that is being loaded
         with self._lock:
             if self._closed:
                 raise Removed

@@ -35,6 +35,7 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 
 _Id = Annotated[int, Field(ge=0, lt=2**31)]
 _Text = Annotated[str, Field(min_length=1)]
+_Stop = Annotated[str, Field(min_length=1, max_length=256)]
 _Fields = dict[str, Any]
 
 
@@ -146,8 +147,8 @@ class GenerationRequest(Request):
         default=None, ge=-(2**63), lt=2**63, description="The seed of sampling; by default 0."
     )
     stop: Annotated[
-        list[_Text] | None,
-        pydantic.BeforeValidator(_listed, json_schema_input_type=_Text | list[_Text] | None),
+        list[_Stop] | None,
+        pydantic.BeforeValidator(_listed, json_schema_input_type=_Stop | list[_Stop] | None),
     ] = Field(
         default=None,
         max_length=16,
