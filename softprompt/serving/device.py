@@ -15,6 +15,7 @@ import numpy as np
 
 from softprompt.backbones.batch import Batch
 from softprompt.data.layout import Layout, PackedShape
+from softprompt.generation import banked
 from softprompt.generation import slots as programs
 from softprompt.generation.sampling import Sampling
 from softprompt.generation.slots import ENDS, Generated, Occupant, Read
@@ -137,7 +138,7 @@ class Device:
         entries = np.zeros(width, np.int32)
         entries[: prefix.length] = prefix.entries
         length = np.int32(prefix.length)
-        return np.asarray(programs.score(self._backbone, self._bank, entries, length, batch))
+        return np.asarray(banked.score(self._backbone, self._bank, entries, length, batch))
 
     # Requests.
 
@@ -212,7 +213,7 @@ class Device:
         values = np.zeros(shape, np.float32) if content.values is None else content.values
         length = keys.shape[1]
         more = [(0, 0), (0, _smallest(self._widths, length) - length), (0, 0), (0, 0)]
-        self._state = programs.place(
+        self._state = banked.place(
             self._state, np.int32(row), np.pad(keys, more), np.pad(values, more), np.int32(length)
         )
 
@@ -225,7 +226,7 @@ class Device:
         virtual = part < 0
         if content.vectors is not None:
             vectors[: len(part)][virtual] = content.vectors[~part[virtual]]
-        self._state = programs.read_opening(
+        self._state = banked.read_opening(
             self._backbone, self._state, np.int32(row), tokens, vectors, np.int32(len(part))
         )
         return begin + len(part)
@@ -233,7 +234,7 @@ class Device:
     def store(self, row: int, stored: Stored) -> None:
         """Copy the first tokens of a slot to the places of a prefix in the bank."""
         entries = self._padded(stored.entries, fill=self._bank_tokens)
-        self._bank = programs.store(self._bank, self._state, np.int32(row), entries)
+        self._bank = banked.store(self._bank, self._state, np.int32(row), entries)
 
     def _padded(self, entries: np.ndarray, fill: int) -> np.ndarray:
         padded = np.full(_smallest(self._widths, len(entries)), fill, np.int32)

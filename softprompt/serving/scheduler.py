@@ -68,7 +68,7 @@ class _Load:
     """A prefix on its way into the bank."""
 
     content: Content
-    done: "concurrent.futures.Future[Stored]"
+    done: "list[concurrent.futures.Future[Stored]]"  # of all who wait for it
     stored: Stored
     row: int
     read: int = 0  # tokens of the opening
@@ -255,6 +255,10 @@ class Scheduler:
         while self._contents and self._free:
             content, done = self._contents.popleft()
             stored = self._bank.find(content.digest)
+            loading = [load for load in self._loads if load.stored is stored]
+            if loading:
+                loading[0].done.append(done)
+                continue
             if stored is not None:
                 done.set_result(stored)
                 continue
@@ -263,7 +267,7 @@ class Scheduler:
             except UserError as error:
                 done.set_exception(error)
                 continue
-            load = _Load(content, done, new, self._take_slot())
+            load = _Load(content, [done], new, self._take_slot())
             self._device.place(load.row, content)
             self._loads.append(load)
 
@@ -275,7 +279,8 @@ class Scheduler:
                 self._device.store(load.row, load.stored)
                 self._loads.remove(load)
                 self._free.append(load.row)
-                load.done.set_result(load.stored)
+                for done in load.done:
+                    done.set_result(load.stored)
 
     # Requests.
 
@@ -379,8 +384,9 @@ class Scheduler:
         for job in itertools.chain(waiting, (each.job for each in running)):
             job.deliver(Update(error=error))
         for load in self._loads:
-            self._bank.release(load.stored)
-            load.done.set_exception(error)
+            for done in load.done:
+                self._bank.release(load.stored)
+                done.set_exception(error)
         self._scorer.fail(error)
         self._reading, self._generating, self._loads = [], [], []
         self._free = list(range(self._device.slots))
