@@ -2,8 +2,8 @@
 
 import argparse
 import os
-from pathlib import Path
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from softprompt.cli.arguments import add_command, positive_integer
