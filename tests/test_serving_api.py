@@ -194,6 +194,8 @@ def test_a_conversation_follows_the_chat_template(client, base):
     plain = client.completions.create(model="tiny", prompt=text, max_tokens=8, stop=["<|pad|>"])
     assert answer.choices[0].message.content == plain.choices[0].text
     assert answer.choices[0].message.role == "assistant"
+    again = [*messages, answer.choices[0].message.model_dump(), messages[1]]
+    assert client.chat.completions.create(model="tiny", messages=again, max_tokens=2).choices
     assert answer.usage.prompt_tokens == plain.usage.prompt_tokens
 
 

@@ -119,6 +119,7 @@ def run(options: argparse.Namespace) -> None:
         raise UserError("two prompts have the same name")
     _require_extra()
     from softprompt.methods.saved import SavedPrompt
+    from softprompt.serving.prompts import require_servable
     from softprompt.serving.server import Server, bind
     from softprompt.serving.service import Limits, Service
     from softprompt.serving.state import Options, State
@@ -140,6 +141,8 @@ def run(options: argparse.Namespace) -> None:
     with bind(options.host, options.port) as bound:
         saved = [SavedPrompt.read(folder) for _, folder in given]
         base = _base(options, saved)
+        for _, folder in given:  # before a minute of compiling
+            require_servable(folder, base)
         limits = Limits(options.slots, options.max_tokens, options.bank_tokens, options.max_waiting)
         service = Service(base, options.name or base.name, limits)
         labels = settings.prompts_dir is not None or any(s.content.verbalizer for s in saved)
