@@ -166,9 +166,10 @@ def test_too_many_waiting_requests_are_rejected(server, slow):
     scheduler = server.state.service.scheduler
     body = {"model": "given", "prompt": "ab", "max_tokens": 100}
     open_ones = []
-    for count in range(4):
+    for occupied, waiting in ((1, 0), (2, 0), (2, 1), (2, 2)):
         open_ones.append(open_with_key(server, body))
-        server.until(lambda: scheduler.occupied + scheduler.waiting == count + 1)  # noqa: B023
+        server.until(lambda: scheduler.occupied == occupied)  # noqa: B023
+        server.until(lambda: scheduler.waiting == waiting)  # noqa: B023
     answer = complete(server)
     assert (answer.status, answer.json["error"]["type"]) == (429, "rate_limit_error")
     assert int(answer.headers["retry-after"]) >= 1
