@@ -145,6 +145,8 @@ def run(options: argparse.Namespace) -> None:
             require_servable(folder, base)
         limits = Limits(options.slots, options.max_tokens, options.bank_tokens, options.max_waiting)
         service = Service(base, options.name or base.name, limits)
+        if service.name in names:
+            raise UserError(f"{service.name}: is the name of the base model; choose --name")
         labels = settings.prompts_dir is not None or any(s.content.verbalizer for s in saved)
         Server(State(service, settings), given, labels=labels).run(bound, Bar)
 
