@@ -82,9 +82,8 @@ class Server:
         )
         preparing.start()
         self._uvicorn.run(sockets=[bound])
-        if (
-            self._failure is None and preparing.is_alive()
-        ):  # a program that is being compiled cannot be stopped
+        if self._failure is None and preparing.is_alive():
+            # A program that is being compiled cannot be stopped.
             sys.stderr.flush()
             os._exit(0)
         if self._state.folders is not None:
