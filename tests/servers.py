@@ -86,7 +86,9 @@ class Answer:
         """The events of a stream, without the mark at its end."""
         lines = self.body.decode().split("\n\n")
         assert lines[-1] == ""
-        return [json.loads(line.removeprefix("data: ")) for line in lines[:-1] if "[DONE]" not in line]
+        return [
+            json.loads(line.removeprefix("data: ")) for line in lines[:-1] if "[DONE]" not in line
+        ]
 
 
 @dataclasses.dataclass

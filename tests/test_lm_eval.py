@@ -51,7 +51,11 @@ def test_a_task_of_lm_eval_has_our_scores(tiny, tmp_path):
         )
         manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
         results = lm_eval.simple_evaluate(
-            model, tasks=["letters"], task_manager=manager, bootstrap_iters=0
+            model,
+            tasks=["letters"],
+            task_manager=manager,
+            bootstrap_iters=0,
+            torch_random_seed=None,
         )
     prompt, right = load_prompt(folder, tiny), []
     encode = lambda text: tiny.tokenizer(text, add_special_tokens=False).input_ids  # noqa: E731

@@ -29,7 +29,9 @@ def folders(base, tmp_path_factory):
     return {
         "letters": save_prompt(folder / "l", base, 0, "{text} is", LABELS),
         "texts": save_prompt(folder / "t", base, 1),
-        "warm": save_prompt(folder / "w", base, 2, "Say {text} {more}:", temperature=1.2, stop=["x"]),
+        "warm": save_prompt(
+            folder / "w", base, 2, "Say {text} {more}:", temperature=1.2, stop=["x"]
+        ),
     }
 
 
@@ -68,7 +70,9 @@ def test_models_are_listed(server, client, folders):
         client.models.retrieve("absent")
 
 
-@pytest.mark.parametrize("settings", [{}, WARM, {**WARM, "top_p": 0.7}, {"stop": ["e", "i"]}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, WARM, {**WARM, "top_p": 0.7}, {"stop": ["e", "i"]}], ids=str
+)
 def test_a_completion_is_what_the_prompt_generates(client, offline, settings):
     (expected,) = offline["texts"].generate(["hello"], **settings)
     answer = client.completions.create(model="texts", prompt="hello", **settings)
@@ -101,7 +105,9 @@ def test_several_inputs_and_samples(client, offline):
     expected = offline["texts"].generate(texts, samples=2, **WARM)
     answer = client.completions.create(model="texts", prompt=texts, n=2, **WARM)
     assert [choice.index for choice in answer.choices] == list(range(6))
-    assert [choice.text for choice in answer.choices] == [t for each in expected for t in each.texts]
+    assert [choice.text for choice in answer.choices] == [
+        t for each in expected for t in each.texts
+    ]
 
 
 def test_a_stream_is_the_same_text(client, offline):
@@ -161,7 +167,9 @@ def test_no_token_is_generated_if_only_the_input_is_scored(client):
     )
     assert answer.choices[0].text == "hello"
     assert answer.usage.completion_tokens == 0
-    assert answer.choices[0].logprobs.token_logprobs == whole.choices[0].logprobs.token_logprobs[:-1]
+    assert (
+        answer.choices[0].logprobs.token_logprobs == whole.choices[0].logprobs.token_logprobs[:-1]
+    )
 
 
 def test_echo_is_streamed(server):
@@ -172,7 +180,7 @@ def test_echo_is_streamed(server):
         choices = [event["choices"][0] for event in events]
         assert "".join(choice["text"] for choice in choices) == whole["choices"][0]["text"]
         if more:
-            scores = sum([choice["logprobs"]["token_logprobs"] for choice in choices], [])
+            scores = [score for each in choices for score in each["logprobs"]["token_logprobs"]]
             assert scores == whole["choices"][0]["logprobs"]["token_logprobs"]
 
 
@@ -186,6 +194,8 @@ def test_a_conversation_follows_the_chat_template(client, base):
     plain = client.completions.create(model="tiny", prompt=text, max_tokens=8, stop=["<|pad|>"])
     assert answer.choices[0].message.content == plain.choices[0].text
     assert answer.choices[0].message.role == "assistant"
+    again = [*messages, answer.choices[0].message.model_dump(), messages[1]]
+    assert client.chat.completions.create(model="tiny", messages=again, max_tokens=2).choices
     assert answer.usage.prompt_tokens == plain.usage.prompt_tokens
 
 
@@ -255,7 +265,9 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize(("change", "status", "message"), MISTAKES, ids=lambda value: str(value)[:30])
+@pytest.mark.parametrize(
+    ("change", "status", "message"), MISTAKES, ids=lambda value: str(value)[:30]
+)
 def test_mistakes_are_named(server, change, status, message):
     answer = server.post("/v1/completions", **({"model": "texts", "prompt": "ab"} | change))
     if status is None:

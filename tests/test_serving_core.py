@@ -1,6 +1,7 @@
 """The service without HTTP: fairness, the bank, and prompts that change while requests wait."""
 
 import dataclasses
+import itertools
 import threading
 
 import jax
@@ -9,9 +10,10 @@ import pytest
 from servers import LABELS, LIMITS, save_huge_prefix, save_prompt
 
 from softprompt import UserError, load_prompt
+from softprompt.serving.device import Device
 from softprompt.serving.prompts import ServedPrompt
 from softprompt.serving.scheduler import Removed
-from softprompt.serving.service import Limits, Service, TooLong
+from softprompt.serving.service import Service, TooLong
 
 
 @pytest.fixture(scope="module")
@@ -67,13 +69,16 @@ def offline(folder, base, text, new=6):
 def calls(service, monkeypatch):
     """The calls on the device in their order, with their numbers of rows or steps."""
     device, calls = service._device, []
+
+    def recorded(name, real):
+        def call(first, *others):
+            calls.append((name, first))
+            return real(first, *others)
+
+        return call
+
     for name in ("read", "decode"):
-
-        def record(*arguments, _name=name, _real=getattr(device, name)):
-            calls.append((_name, arguments[0]))
-            return _real(*arguments)
-
-        monkeypatch.setattr(device, name, record)
+        monkeypatch.setattr(device, name, recorded(name, getattr(device, name)))
     return calls
 
 
@@ -93,7 +98,7 @@ def test_a_long_input_does_not_stop_others(service, calls):
         service._device.chunk = whole
     reads = [i for i, (name, _) in enumerate(calls) if name == "read"]
     assert len(reads) == 4
-    for before, after in zip(reads, reads[1:], strict=False):
+    for before, after in itertools.pairwise(reads):
         assert ("decode", 1) in calls[before:after]
 
 
@@ -192,20 +197,15 @@ def test_a_stop_text_ends_the_tokens_too(service, tiny, folders):
     assert decoded.count(stop) == 1
 
 
-def test_labels_that_do_not_fit_are_rejected(tiny, tmp_path):
-    """A single request that fits no program must not fail the others."""
-    labels = {str(n): f" {'abcdef'[n]}{'x' * 7}" for n in range(6)}
-    service = Service(tiny, "tiny", Limits(slots=1, tokens=64, bank_tokens=40))
-    service._device.compile = lambda **_: None  # what is not compiled is compiled at its first use
-    service.start(labels=True)
-    try:
-        service.prompts.load("many", save_prompt(tmp_path / "m", tiny, 4, "{text} is", labels))
-        prompt = service.prompts.get("many")
-        example = prompt.reading("own").example("a" * 60, "input 1")
-        with pytest.raises(UserError, match="input 1: the input and the labels have"):
-            service.score(prompt, [example])
-        short = prompt.reading("own").example("a", "input 1")
-        scored = service.score(prompt, [short])
-        assert np.isfinite(scored[0].result()).all()
-    finally:
-        service.stop(drain=False)
+def test_labels_that_fit_no_program_are_rejected(service, folders, monkeypatch):
+    """They must not fail the requests of others."""
+    service.prompts.load("letters", folders["letters"])
+    prompt = service.prompts.get("letters")
+    shortest = service._device.scoring_shapes[:1]
+    monkeypatch.setattr(Device, "scoring_shapes", shortest)
+    good, long = (prompt.reading("own").example(text, "input 1") for text in ("a", "a" * 70))
+    with pytest.raises(UserError, match="input 1: the input and the labels have 77 tokens"):
+        service.score(prompt, [good, long])
+    (scored,) = service.score(prompt, [good])
+    assert np.isfinite(scored.result()).all()
+    service.prompts.remove("letters")

@@ -2,8 +2,8 @@
 
 import argparse
 import os
-from pathlib import Path
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from softprompt.cli.arguments import add_command, positive_integer
@@ -119,6 +119,7 @@ def run(options: argparse.Namespace) -> None:
         raise UserError("two prompts have the same name")
     _require_extra()
     from softprompt.methods.saved import SavedPrompt
+    from softprompt.serving.prompts import require_servable
     from softprompt.serving.server import Server, bind
     from softprompt.serving.service import Limits, Service
     from softprompt.serving.state import Options, State
@@ -140,8 +141,12 @@ def run(options: argparse.Namespace) -> None:
     with bind(options.host, options.port) as bound:
         saved = [SavedPrompt.read(folder) for _, folder in given]
         base = _base(options, saved)
+        for _, folder in given:  # before a minute of compiling
+            require_servable(folder, base)
         limits = Limits(options.slots, options.max_tokens, options.bank_tokens, options.max_waiting)
         service = Service(base, options.name or base.name, limits)
+        if service.name in names:
+            raise UserError(f"{service.name}: is the name of the base model; choose --name")
         labels = settings.prompts_dir is not None or any(s.content.verbalizer for s in saved)
         Server(State(service, settings), given, labels=labels).run(bound, Bar)
 

@@ -24,6 +24,12 @@ class AnswerText:
         complete = [(place + size, place) for place, size in places if place >= 0]
         return (text[: min(complete)[1]], True) if complete else (text, ended)
 
+    def needed(self, ids: Sequence[int], new: int) -> int:
+        """Return how many of the last `new` ids an answer needs that has ended."""
+        before = len(ids) - new
+        ends = (count for count in range(1, new) if self.text(ids[: before + count])[1])
+        return next(ends, new)
+
     def final(self, text: str) -> str:
         """Return the beginning of an unfinished text that more tokens cannot change."""
         return text[: len(text) - self._uncertain(text)]

@@ -37,8 +37,13 @@ def create_app(state: State) -> FastAPI:
         Middleware(BodyLimit, options.max_body_bytes),
     ]
     if options.cors_origins:
-        cors = {"allow_origins": options.cors_origins, "allow_methods": ("GET", "POST")}
-        middleware.insert(0, Middleware(CORSMiddleware, allow_headers=("*",), **cors))
+        allowed = Middleware(
+            CORSMiddleware,
+            allow_origins=options.cors_origins,
+            allow_methods=("GET", "POST"),
+            allow_headers=("*",),
+        )
+        middleware.insert(0, allowed)
     app = FastAPI(title="softprompt", middleware=middleware, docs_url=None, redoc_url=None)
     for kind in (HTTPException, UserError, Busy, Removed):
         app.add_exception_handler(kind, _told)

@@ -37,7 +37,7 @@ def classify_routes(state: State) -> APIRouter:
 async def _classified(state: State, body: ClassifyRequest, account: Account) -> dict[str, Any]:
     prompt = state.prompt(body.model, account)
     examples = await asyncio.to_thread(classified_examples, prompt, body.input)
-    scored = state.service.score(prompt, examples)
+    scored = await asyncio.to_thread(state.service.score, prompt, examples)
     read = sum(len(example.input) for example in examples)
     account.began(read)
     try:

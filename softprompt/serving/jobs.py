@@ -6,7 +6,10 @@ Axis letters: T tokens of an input.
 import dataclasses
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from softprompt.experiment.schema import GenerationSettings
+from softprompt.generation.slots import Scores
 from softprompt.serving.bank import Stored
 
 
@@ -80,3 +83,28 @@ class Job:
     def cancel(self) -> None:
         """Ask the scheduler to drop the job. Its slot is free after the current call."""
         self.cancelled = True
+
+
+def scored_tokens(
+    ids: Sequence[int], scores: Scores, row: int, top: int | None
+) -> list[ScoredToken]:
+    """Return tokens with their scores.
+
+    Args:
+      ids: T ids.
+      scores: `[b]`, if T is 1, or `[b, T]`.
+      row: the row of the ids.
+      top: see `Job`.
+    """
+    if top is None:
+        return [ScoredToken(token) for token in ids]
+    chosen, best, best_ids = (np.atleast_1d(np.asarray(array)[row]) for array in scores)
+    best, best_ids = best.reshape(-1, best.shape[-1]), best_ids.reshape(-1, best.shape[-1])
+    return [
+        ScoredToken(
+            token,
+            float(chosen[i]),
+            list(zip(best_ids[i, :top].tolist(), best[i, :top].tolist(), strict=True)),
+        )
+        for i, token in enumerate(ids)
+    ]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
+import jax
 import numpy as np
 
 from softprompt.backbones.loading import Base
@@ -122,6 +123,27 @@ class ServedPrompt:
         return Reading(task, prefix)
 
 
+def require_servable(folder: Path, base: Base) -> None:
+    """Require that a prompt can share the base model with others.
+
+    Raises:
+      UserError: see `Prompts.load`.
+    """
+    _, task, method, _ = _read(folder, base)
+    try:
+        content_of(method, task, base)
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from None
+
+
+def _read(folder: Path, base: Base) -> tuple[SavedPrompt, Task, Method, dict[str, jax.Array]]:
+    """Return a saved prompt, its task, its method and its arrays."""
+    saved = SavedPrompt.read(folder)
+    task = saved.task(base)
+    method, arrays = saved.method(base, task.opening)
+    return saved, task, method, arrays
+
+
 class Prompts:
     """The base model and its prompts, by name.
 
@@ -169,9 +191,7 @@ class Prompts:
         """
         if name == self.base_name:
             raise UserError(f"{name}: is the name of the base model; choose another name")
-        saved = SavedPrompt.read(folder)
-        task = saved.task(self._base)
-        first, arrays = saved.method(self._base, task.opening)
+        saved, task, first, arrays = _read(folder, self._base)
 
         def load(task: Task) -> Method:
             return type(first).load(arrays, saved.description, task.opening)

@@ -18,12 +18,12 @@ from transformers import PreTrainedTokenizerFast
 
 from softprompt.data.examples import Example
 from softprompt.errors import UserError
-from softprompt.generation.slots import STEPS, Generated, Scores
+from softprompt.generation.slots import STEPS, Generated
 from softprompt.generation.text import AnswerText
 from softprompt.runtime.finite import model_not_finite
 from softprompt.serving.bank import Bank, Content, Stored
 from softprompt.serving.device import SHORT_CHUNK, Device, occupant
-from softprompt.serving.jobs import Job, ScoredToken, Update
+from softprompt.serving.jobs import Job, ScoredToken, Update, scored_tokens
 from softprompt.serving.scorer import Scored, Scorer
 
 _log = logging.getLogger(__name__)
@@ -333,11 +333,11 @@ class Scheduler:
         firsts, active = np.asarray(result.tokens), np.asarray(result.active)
         for i, (each, (_, part, after, last)) in enumerate(zip(chosen, chunks, strict=True)):
             each.read += len(part)
-            each.input += _scored(after, result.input_scores, i, each.job.top)
+            each.input += scored_tokens(after, result.input_scores, i, each.job.top)
             if last:
                 self._reading.remove(each)
                 self._generating.append(each)
-                scored = _scored([int(firsts[i])], result.scores, i, each.job.top)
+                scored = scored_tokens([int(firsts[i])], result.scores, i, each.job.top)
                 self._deliver(each, scored, bool(active[i]))
 
     def _generate(self) -> None:
@@ -352,7 +352,7 @@ class Scheduler:
         active = np.asarray(result.active)
         for each in list(self._generating):
             ids = tokens[each.row, : counts[each.row]].tolist()
-            scored = _scored(ids, result.scores, each.row, each.job.top)
+            scored = scored_tokens(ids, result.scores, each.row, each.job.top)
             self._deliver(each, scored, bool(active[each.row]))
 
     def _deliver(self, request: _Request, tokens: Sequence[ScoredToken], active: bool) -> None:
@@ -363,8 +363,8 @@ class Scheduler:
             request.job.deliver(Update(error=model_not_finite("logits")))
             return
         text, ended = request.answer.text(request.ids)
-        if ended:
-            tokens = _until_end(request, tokens)
+        if ended:  # a call may generate more tokens
+            tokens = tokens[: request.answer.needed(request.ids, len(tokens))]
         finish = "stop" if ended else None if active else "length"
         final = request.answer.final(text) if finish is None else text
         new = final[request.delivered :]
@@ -391,28 +391,3 @@ class Scheduler:
         self._reading, self._generating, self._loads = [], [], []
         self._free = list(range(self._device.slots))
         self._device.reset()
-
-
-def _until_end(request: _Request, tokens: Sequence[ScoredToken]) -> Sequence[ScoredToken]:
-    """Return the new tokens up to the one that ends the answer. A call may generate more."""
-    before = len(request.ids) - len(tokens)
-    for count in range(1, len(tokens)):
-        if request.answer.text(request.ids[: before + count])[1]:
-            return tokens[:count]
-    return tokens
-
-
-def _scored(ids: Sequence[int], scores: Scores, row: int, top: int | None) -> list[ScoredToken]:
-    """Return tokens with their scores, `[b]` or `[b, T]`."""
-    if top is None:
-        return [ScoredToken(token) for token in ids]
-    chosen, best, best_ids = (np.atleast_1d(np.asarray(array)[row]) for array in scores)
-    best, best_ids = best.reshape(-1, best.shape[-1]), best_ids.reshape(-1, best.shape[-1])
-    return [
-        ScoredToken(
-            token,
-            float(chosen[i]),
-            list(zip(best_ids[i, :top].tolist(), best[i, :top].tolist(), strict=True)),
-        )
-        for i, token in enumerate(ids)
-    ]

@@ -193,6 +193,14 @@ class Message(pydantic.BaseModel):
     ]
     name: str | None = Field(default=None, description="Has no effect.")
 
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _without_empty_keys(cls, values: Any) -> Any:
+        """Drop what clients repeat from an answer, such as `refusal: null`."""
+        if not isinstance(values, dict):
+            return values
+        return {name: value for name, value in values.items() if value is not None}
+
     def turn(self) -> dict[str, str]:
         """Return the message as chat templates expect it."""
         content = self.content

@@ -6,6 +6,8 @@ Axis letters: C candidates.
 import collections
 import concurrent.futures
 import dataclasses
+import functools
+import itertools
 import threading
 from collections.abc import Sequence
 
@@ -18,6 +20,8 @@ from softprompt.runtime.finite import model_not_finite
 from softprompt.serving.bank import Stored
 from softprompt.serving.device import MOST_TARGETS, Device
 
+_MOST_TOGETHER = 64  # examples that are considered for a batch
+
 Scored = concurrent.futures.Future[np.ndarray]
 """The log-probabilities of the candidates of an example, `[C]`, when they are known."""
 
@@ -28,13 +32,13 @@ class _Item:
     example: Example
     done: Scored
 
-    @property
+    @functools.cached_property
     def tokens(self) -> int:
         """The number of tokens in its row: the input and all candidates but their last tokens."""
         candidates = self.example.candidates
         return len(self.example.input) + sum(map(len, candidates)) - len(candidates)
 
-    @property
+    @functools.cached_property
     def targets(self) -> int:
         """The number of tokens of all candidates."""
         return sum(map(len, self.example.candidates))
@@ -84,8 +88,8 @@ class Scorer:
             if not self._items:
                 return
             first = self._items[0]
-            same = [each for each in self._items if each.prefix is first.prefix]
-            shape, chosen = self._batch(same)
+            same = (each for each in self._items if each.prefix is first.prefix)
+            shape, chosen = self._batch(list(itertools.islice(same, _MOST_TOGETHER)))
             for each in chosen:
                 self._items.remove(each)
         chosen = [each for each in chosen if each.done.set_running_or_notify_cancel()]
@@ -123,7 +127,7 @@ class Scorer:
         for shape in fitting:
             chosen: list[_Item] = []
             for each in items:
-                if _fits([*chosen, each], shape):
+                if len(chosen) < shape.rows and _fits([*chosen, each], shape):
                     chosen.append(each)
             batches.append((shape, chosen))
         return max(batches, key=lambda batch: (len(batch[1]), -batch[0].tokens))

@@ -32,9 +32,11 @@ def bind(host: str, port: int) -> socket.socket:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        bound = socket.socket(family, kind, protocol)
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind(address)
+        with contextlib.ExitStack() as failing:
+            bound = failing.enter_context(socket.socket(family, kind, protocol))
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind(address)
+            failing.pop_all()
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"--host {host} --port {port}: cannot be used ({reason})") from None
@@ -80,7 +82,8 @@ class Server:
         )
         preparing.start()
         self._uvicorn.run(sockets=[bound])
-        if preparing.is_alive():  # a program that is being compiled cannot be stopped
+        if self._failure is None and preparing.is_alive():
+            # A program that is being compiled cannot be stopped.
             sys.stderr.flush()
             os._exit(0)
         if self._state.folders is not None:
