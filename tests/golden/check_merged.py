@@ -21,7 +21,7 @@ def main(folder: Path) -> None:
     config = transformers.AutoConfig.from_pretrained(folder)
     kind = getattr(transformers, config.architectures[0])
     model = kind.from_pretrained(folder, dtype=torch.float32).eval()
-    form = (folder / "README.md").read_text().split("text = ")[1].split(".format(...)")[0]
+    form = (folder / "README.md").read_text().split("text = ")[1].split(".format_map(")[0]
     same = []
     for case in json.loads((folder / "expected.json").read_text()):
         text = ast.literal_eval(form).format(text=case["text"])
