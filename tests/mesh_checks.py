@@ -30,6 +30,7 @@ from mesh_models import (
     inputs,
     mesh_of,
     method_of,
+    with_top_tokens,
 )
 from programs import Program
 
@@ -60,6 +61,7 @@ OBJECTIVES = {
     "smoothed": CrossEntropy(0.2),  # of weighted rows
     "preference": Preference("dpo", 0.7, TEXT),
     "distill": Distillation(1.7),
+    "top tokens": Distillation(1.7),
 }
 more = pytest.mark.skipif(not EVERYTHING, reason="set ALL_MESHES=1 to run it")
 
@@ -95,11 +97,14 @@ def step_of(
         teacher = Teacher(backbone, read(backbone, TEXT))
     graphdef, trainable, frozen = split(method_of(method, backbone), backbone, teacher)
     trainable = jax.tree.map(jnp.copy, place(trainable, backbone.mesh))  # it is donated
+    batch = batch_on(backbone.separate_targets, mesh, accumulate, weighted=objective == "smoothed")
+    if objective == "top tokens":
+        batch = with_top_tokens(batch, backbone.arch.vocab_size)
     arguments = (
         trainable,
         place(RECORDER.init(trainable), backbone.mesh),
         frozen,
-        batch_on(backbone.separate_targets, mesh, accumulate, weighted=objective == "smoothed"),
+        batch,
         jax.random.key(0),
     )
     static = {"graphdef": graphdef, "optimizer": RECORDER, "objective": OBJECTIVES[objective]}
@@ -305,7 +310,8 @@ def test_other_methods_learn_the_same(family, method):
 
 
 @pytest.mark.parametrize(
-    "objective", ["preference", "distill", pytest.param("smoothed", marks=more)]
+    "objective",
+    ["preference", "distill", *(pytest.param(o, marks=more) for o in ("smoothed", "top tokens"))],
 )
 @pytest.mark.parametrize(
     ("family", "mesh"),

@@ -15,6 +15,7 @@ from conftest import FAMILIES_GOLDEN, batch_of, example_of
 from flax import nnx
 
 from softprompt.backbones import decoder, t5
+from softprompt.backbones.batch import Batch
 from softprompt.backbones.config import architecture_of
 from softprompt.methods.dept import DecomposedPrompt
 from softprompt.methods.full import FullFineTuning
@@ -119,6 +120,16 @@ def batch_on(separate_targets: bool, mesh: str | None, passes: int = 1, weighted
     of_packs.flat[:8] = [1, 2, 0.5, 0, 3, 1, 1, 0.25]
     weights[:, :-1] = of_packs  # the last row of a pack is padding
     return dataclasses.replace(batch, weights=weights)
+
+
+def with_top_tokens(batch: Batch, vocabulary: int) -> Batch:
+    """Return a batch with three likely tokens at each target, which depend on the target."""
+    ids = (batch.targets[..., None] + np.arange(3)) % vocabulary
+    shares = np.log(np.array([0.5, 0.2, 0.1, 0.2], np.float32))
+    log_probabilities = np.broadcast_to(shares, (*batch.targets.shape, 4))
+    return dataclasses.replace(
+        batch, top_tokens=ids.astype(np.int32), top_log_probabilities=log_probabilities
+    )
 
 
 def inputs():

@@ -125,6 +125,17 @@ def test_the_pass_of_a_reference_or_a_teacher_is_counted(tiny):
         assert stored == expected
 
 
+def test_a_teacher_that_reads_the_data_before_training_is_not_counted(tiny):
+    teacher = "objective={{name: distill, teacher: {{shots: 2{}}}}}"
+    free_text = "verbalizer=null", "template.target='{label}'"
+    plain, reading, before = (
+        count_flops(program(tiny(*free_text, *objective)).trace())
+        for objective in ((), (teacher.format(""),), (teacher.format(", top_tokens: 4"),))
+    )
+    assert before == plain
+    assert reading > 1.2 * plain
+
+
 def test_a_teacher_with_another_base_model_is_counted(tiny, tmp_path):
     larger = TINY | {"num_hidden_layers": 10}
     (tmp_path / "larger").mkdir()

@@ -22,8 +22,7 @@ def read_models(experiment: Experiment) -> tuple[dict[str, Any], list[Any]]:
     Raises:
       UserError: if a model does not exist, or its architecture is not supported.
     """
-    teacher = experiment.objective.teacher
-    names = [experiment.base, *([teacher.base] if teacher and teacher.base else [])]
+    names = [experiment.base, *teacher_bases(experiment)]
     configs = [read_config(name) for name in names]
     archs: list[Any] = []
     for name, config in zip(names, configs, strict=True):
@@ -32,6 +31,12 @@ def read_models(experiment: Experiment) -> tuple[dict[str, Any], list[Any]]:
         except UserError as error:
             raise UserError(f"base {name}: {error}") from None
     return configs[0], archs
+
+
+def teacher_bases(experiment: Experiment) -> list[str]:
+    """Return the base model of the teacher if the step runs it and it is another one."""
+    teacher = experiment.objective.teacher
+    return [teacher.base] if teacher and teacher.base and teacher.top_tokens is None else []
 
 
 def read_config(name: str) -> dict[str, Any]:

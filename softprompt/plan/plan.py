@@ -22,7 +22,7 @@ from softprompt.plan.devices import (
 from softprompt.plan.flops import count_flops
 from softprompt.plan.hardware import Hardware, parse_hardware
 from softprompt.plan.measure import MeshPlan, measure
-from softprompt.plan.models import read_models
+from softprompt.plan.models import read_models, teacher_bases
 from softprompt.plan.program import BatchShape, StepProgram, step_program
 from softprompt.plan.search import Sizes, chosen_mesh, sizes_of, smallest_that_fits
 
@@ -246,9 +246,11 @@ def _notes(
             f"set {settings}"
         )
     teacher = experiment.objective.teacher
-    if teacher and teacher.base:
-        notes.append(f"parameters, memory and operations include the teacher, {teacher.base}")
-    if teacher:
+    for base in teacher_bases(experiment):
+        notes.append(f"parameters, memory and operations include the teacher, {base}")
+    if teacher and teacher.top_tokens is not None:
+        notes.append("the teacher reads the data before training, which is not counted")
+    elif teacher:
         notes.append(
             "the teacher's pass over the rows is counted; the keys and values of the text that it "
             "reads first are not, because its length is unknown"

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -17,6 +18,7 @@ from softprompt.backbones.batch import Batch
 from softprompt.backbones.flash import AttentionName
 from softprompt.backbones.loading import Base, backbone_shapes
 from softprompt.data.layout import Layout, PackedShape
+from softprompt.data.top_tokens import TopTokens
 from softprompt.errors import UserError
 from softprompt.experiment.methods import method_class
 from softprompt.experiment.schema import Experiment
@@ -109,8 +111,7 @@ def step_program(
         return kind.build(experiment, base, opening(experiment), ())
 
     method = nnx.eval_shape(build, backbone)
-    # Without a tokenizer, the text that a teacher reads first is not known.
-    teacher = Teacher((others or [backbone])[0]) if experiment.objective.teacher else None
+    teacher, top_tokens = _teacher(experiment, (others or [backbone])[0])
     graphdef, trainable, frozen = split(method, backbone, teacher)
     if not jax.tree.leaves(trainable):
         raise UserError(f"method {experiment.method} trains nothing, so there is no step to plan")
@@ -120,10 +121,22 @@ def step_program(
     batch = Layout(backbone.separate_targets, branching).lay_out(
         [], rows.packed(experiment.training.accumulate * axis_size(mesh, ROWS))
     )
+    if top_tokens is not None:
+        batch = top_tokens.beside(batch, [])
     key = jax.eval_shape(lambda: jax.random.key(0))
     trainable, opt_state, frozen = with_shardings((trainable, opt_state, frozen), mesh)
     batch, key = _shapes(batch, mesh, ROWS), _shapes(key, mesh)
     return StepProgram(trainable, opt_state, frozen, batch, key, static)
+
+
+def _teacher(experiment: Experiment, backbone: Backbone) -> tuple[Teacher | None, TopTokens | None]:
+    """Return the teacher that the step runs, or the most likely tokens that it reads instead."""
+    settings = experiment.objective.teacher
+    if settings is None:
+        return None, None
+    if settings.top_tokens is not None:
+        return None, TopTokens.empty(np.zeros(0, int), settings.top_tokens)
+    return Teacher(backbone), None  # without a tokenizer, the text that it reads first is not known
 
 
 def _backbone(experiment: Experiment, arch: Any, mesh: Mesh | None) -> Backbone:
