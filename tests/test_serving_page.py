@@ -13,6 +13,10 @@ import softprompt.serving
 
 pytest.importorskip("fastapi")
 from fixed_server import EVIL, serving_fixed_answers
+from servers import LABELS, save_prompt, serving, with_chat_template
+
+from softprompt import load_prompt
+from softprompt.serving.state import Options
 
 HTML = Path(softprompt.serving.__file__).parent / "page.html"
 
@@ -302,3 +306,45 @@ def contrast(page: Page, selector: str) -> float:
         linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
         lights.append(0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2])
     return (max(lights) + 0.05) / (min(lights) + 0.05)
+
+
+@pytest.mark.slow
+def test_the_page_shows_what_the_real_server_answers(browser, tiny, tmp_path):
+    base = with_chat_template(tiny)
+    folders = {
+        "letters": save_prompt(tmp_path / "letters", base, 0, "{text} is", LABELS),
+        "pairs": save_prompt(tmp_path / "pairs", base, 1, "Say {text} {more}:"),
+    }
+    offline = {name: load_prompt(folder, base) for name, folder in folders.items()}
+    with serving(base, folders, Options(api_key="secret")) as running:
+        browser.open(f"{running.url}/")
+        browser.wait("!document.querySelector('#key-form').hidden")
+        browser.type("#key", "secret")
+        browser.press("Enter")
+        browser.wait("!document.querySelector('#send').disabled")
+        choose(browser, "letters", "pairs")
+        browser.type("textarea", "hello")
+        browser.type("label:nth-child(2) textarea", "you")
+        browser.click("#send")
+        ended(browser)
+        (expected,) = offline["pairs"].generate([{"text": "hello", "more": "you"}])
+        assert browser.value("document.querySelectorAll('.answer')[1].textContent") == expected.text
+        assert "6 tokens, " in column(browser, 1, ".stats")
+        (predicted,) = offline["letters"].classify(["hello\nyou"])
+        shown = column(browser, 0, ".answer").split()
+        percents = [f"{100 * p:.1f}%" for p in predicted.probabilities.values()]
+        assert shown == [predicted.label, "low", percents[0], "high", percents[1]]
+
+        choose(browser, "tiny", "letters")
+        browser.click("#send")
+        ended(browser)
+        messages = [{"role": "user", "content": "hello"}]
+        answer = running.ask(
+            "POST",
+            "/v1/chat/completions",
+            {"model": "tiny", "messages": messages},
+            {"Authorization": "Bearer secret"},
+        )
+        text = answer.json["choices"][0]["message"]["content"]
+        assert browser.value("document.querySelector('.answer').textContent") == text
+        assert len(browser.problems) == 1  # the request without the key
