@@ -4,7 +4,6 @@ import hashlib
 import hmac
 import json
 import logging
-import sys
 import time
 import uuid
 
@@ -27,7 +26,7 @@ UPLOADS = "/v1/prompts/"
 
 
 class Recording:
-    """Gives every request a number, writes one line about it to standard error, and counts it.
+    """Gives every request a number, logs one line about it, and counts it.
 
     It is also the last to see an error, so that no client waits in vain.
 
@@ -88,7 +87,7 @@ class Recording:
             "completion_tokens": account.generated,
             "seconds": round(account.seconds, 4),
         }
-        print(json.dumps(line), file=sys.stderr, flush=True)
+        _log.info(json.dumps(line))
 
 
 class Authorization:
