@@ -46,7 +46,7 @@ class Bench:
         self.lengths, self.ids = {}, {}
 
     def load(self, row, content):
-        stored, read = self.bank.add(content), 0
+        stored, read = self.bank.add(content.digest, content), 0
         self.device.place(row, content)
         while read < len(content.tokens):
             read = self.device.read_opening(row, content, read)

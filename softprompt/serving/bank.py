@@ -98,8 +98,12 @@ class Bank:
                 stored.uses += 1
             return stored
 
-    def add(self, content: Content) -> Stored:
+    def add(self, digest: str, content: Content) -> Stored:
         """Reserve places for a prefix that is not there.
+
+        Args:
+          digest: of the content.
+          content: what the prefix is computed from.
 
         Raises:
           UserError: if there are too few free places.
@@ -111,7 +115,7 @@ class Bank:
                     f"{len(self._free)} more; remove prompts, or start with a larger --bank-tokens"
                 )
             entries = np.array([self._free.pop() for _ in range(content.length)], np.int32)
-            stored = Stored(content.digest, entries, content.tokens)
+            stored = Stored(digest, entries, content.tokens)
             self._stored[stored.digest] = stored
             return stored
 

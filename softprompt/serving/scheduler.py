@@ -6,8 +6,8 @@ else, and a slot that becomes free is filled in the next round.
 """
 
 import collections
-import concurrent.futures
 import dataclasses
+import heapq
 import itertools
 import logging
 import threading
@@ -24,6 +24,7 @@ from softprompt.runtime.finite import model_not_finite
 from softprompt.serving.bank import Bank, Content, Stored
 from softprompt.serving.device import SHORT_CHUNK, Device, occupant
 from softprompt.serving.jobs import Job, ScoredToken, Update, scored_tokens
+from softprompt.serving.loader import Loader
 from softprompt.serving.scorer import Scored, Scorer
 
 _log = logging.getLogger(__name__)
@@ -63,17 +64,6 @@ class _Request:
         return len(self.job.tokens) - self.read
 
 
-@dataclasses.dataclass
-class _Load:
-    """A prefix on its way into the bank."""
-
-    content: Content
-    done: "list[concurrent.futures.Future[Stored]]"  # of all who wait for it
-    stored: Stored
-    row: int
-    read: int = 0  # tokens of the opening
-
-
 class Scheduler:
     """Runs jobs on a device.
 
@@ -88,17 +78,13 @@ class Scheduler:
         self, device: Device, bank: Bank, tokenizer: PreTrainedTokenizerFast, max_waiting: int
     ):
         self._device, self._bank, self._tokenizer = device, bank, tokenizer
-        self._scorer = Scorer(device)
+        self._free = list(range(device.slots))  # a heap, so that the active slots are the first
+        self._loader, self._scorer = Loader(device, bank, self._free), Scorer(device)
         self._max_waiting = max_waiting
         self._changed = threading.Condition()
         self._waiting: collections.deque[Job] = collections.deque()
-        self._contents: collections.deque[tuple[Content, concurrent.futures.Future[Stored]]] = (
-            collections.deque()
-        )
-        self._free = list(range(device.slots))
         self._reading: list[_Request] = []
         self._generating: list[_Request] = []
-        self._loads: list[_Load] = []
         self._stopping = self._draining = False
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
 
@@ -138,15 +124,18 @@ class Scheduler:
 
         Raises:
           UserError: if the bank is too full, or the prefix too long for a slot.
+          Busy: if the scheduler is stopping.
         """
         if content.length >= self._device.length:
             raise UserError(
                 f"the prefix has {content.length} tokens, but a request has at most "
                 f"{self._device.length}; start with a larger --max-tokens"
             )
-        done: concurrent.futures.Future[Stored] = concurrent.futures.Future()
+        digest = content.digest  # takes a while, so that the other thread must not wait for it
         with self._changed:
-            self._contents.append((content, done))
+            if self._draining:
+                raise Busy
+            done = self._loader.add(digest, content)
             self._changed.notify()
         return done.result()
 
@@ -193,30 +182,37 @@ class Scheduler:
     # The thread.
 
     def _run(self) -> None:
-        while True:
+        try:
+            while self._goes_on():
+                try:
+                    self._round()
+                except Exception as error:  # the thread must go on for later requests
+                    _log.exception("a call on the device failed")
+                    self._fail_all(error)
+                    self._device.reset()
+        finally:
             with self._changed:
-                self._changed.wait_for(self._has_work)
-                if self._stopping or (self._draining and not self._has_jobs()):
-                    break
-            try:
-                self._round()
-            except Exception as error:  # the thread must go on for later requests
-                _log.exception("a call on the device failed")
-                self._fail_all(error)
-        self._fail_all(Busy())
+                self._draining = True  # nobody may wait for a thread that has ended
+            self._fail_all(Busy())
+
+    def _goes_on(self) -> bool:
+        """Wait for work. Return False if the thread has to end."""
+        with self._changed:
+            self._changed.wait_for(self._has_work)
+            return not self._stopping and self._has_jobs()
 
     def _has_work(self) -> bool:
         return self._draining or self._has_jobs()
 
     def _has_jobs(self) -> bool:
-        running = self._reading or self._generating or self._loads
-        return bool(self._waiting or self._contents or self._scorer.pending or running)
+        running = self._reading or self._generating
+        return bool(self._waiting or running or self._loader.pending or self._scorer.pending)
 
     def _round(self) -> None:
         self._drop_cancelled()
-        self._begin_loads()
+        self._loader.begin()
         self._fill_slots()
-        self._continue_loads()
+        self._loader.run()
         self._scorer.run()
         self._read()
         self._generate()
@@ -241,46 +237,7 @@ class Scheduler:
         self._device.release([each.row for each in requests])
         for each in requests:
             (self._reading if each in self._reading else self._generating).remove(each)
-            self._free.append(each.row)
-
-    def _take_slot(self) -> int:
-        """Take the first free slot, so that the active slots are among the first ones."""
-        row = min(self._free)
-        self._free.remove(row)
-        return row
-
-    # Prefixes.
-
-    def _begin_loads(self) -> None:
-        while self._contents and self._free:
-            content, done = self._contents.popleft()
-            stored = self._bank.find(content.digest)
-            loading = [load for load in self._loads if load.stored is stored]
-            if loading:
-                loading[0].done.append(done)
-                continue
-            if stored is not None:
-                done.set_result(stored)
-                continue
-            try:
-                new = self._bank.add(content)
-            except UserError as error:
-                done.set_exception(error)
-                continue
-            load = _Load(content, [done], new, self._take_slot())
-            self._device.place(load.row, content)
-            self._loads.append(load)
-
-    def _continue_loads(self) -> None:
-        for load in self._loads[:1]:
-            if load.read < len(load.content.tokens):
-                load.read = self._device.read_opening(load.row, load.content, load.read)
-            if load.read == len(load.content.tokens):
-                self._device.store(load.row, load.stored)
-                self._loads.remove(load)
-                self._free.append(load.row)
-                for done in load.done:
-                    done.set_result(load.stored)
+            heapq.heappush(self._free, each.row)
 
     # Requests.
 
@@ -290,12 +247,13 @@ class Scheduler:
                 if not self._waiting:
                     return
                 job = self._waiting.popleft()
-            request = _Request(
-                job, self._take_slot(), AnswerText(self._tokenizer, job.settings.stop)
-            )
-            self._device.occupy(request.row, job.prefix, self._occupant(job))
-            self._forget_prefix(job)
-            self._reading.append(request)
+            answer = AnswerText(self._tokenizer, job.settings.stop)
+            request = _Request(job, heapq.heappop(self._free), answer)
+            self._reading.append(request)  # first, so that `_fail_all` knows it
+            try:
+                self._device.occupy(request.row, job.prefix, self._occupant(job))
+            finally:
+                self._forget_prefix(job)
 
     def _occupant(self, job: Job):
         settings, seen = job.settings, self._device.unseen()
@@ -344,7 +302,9 @@ class Scheduler:
         """Generate a few tokens in all slots: few if somebody may have to wait for them."""
         if not self._generating:
             return
-        steps = 1 if self._reading or self._loads else _PATIENT_STEPS if self._free else STEPS
+        steps = _PATIENT_STEPS if self._free else STEPS
+        if self._reading or self._loader.running:
+            steps = 1
         longest = max(each.length for each in self._generating)
         rows = max(each.row for each in self._generating) + 1
         result: Generated = self._device.decode(steps, rows, longest)
@@ -375,7 +335,7 @@ class Scheduler:
         request.job.deliver(Update(new, tokens, given, finish))
 
     def _fail_all(self, error: Exception) -> None:
-        """Report an error to everybody, and begin with empty slots."""
+        """Report an error to everybody, and free all slots."""
         with self._changed:
             waiting, self._waiting = list(self._waiting), collections.deque()
         for job in waiting:
@@ -383,11 +343,7 @@ class Scheduler:
         running = [*self._reading, *self._generating]
         for job in itertools.chain(waiting, (each.job for each in running)):
             job.deliver(Update(error=error))
-        for load in self._loads:
-            for done in load.done:
-                self._bank.release(load.stored)
-                done.set_exception(error)
+        self._loader.fail(error)
         self._scorer.fail(error)
-        self._reading, self._generating, self._loads = [], [], []
-        self._free = list(range(self._device.slots))
-        self._device.reset()
+        self._reading, self._generating = [], []
+        self._free[:] = range(self._device.slots)

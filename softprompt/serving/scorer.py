@@ -95,8 +95,8 @@ class Scorer:
         chosen = [each for each in chosen if each.done.set_running_or_notify_cancel()]
         if not chosen:
             return
-        batch = self._layout.lay_out([[each.example for each in chosen]], shape)
         try:
+            batch = self._layout.lay_out([[each.example for each in chosen]], shape)
             scores = self._device.score(first.prefix, batch)[0]
         except Exception as error:
             for each in chosen:
@@ -117,7 +117,8 @@ class Scorer:
         with self._lock:
             failed, self._items = list(self._items), collections.deque()
         for each in failed:
-            each.done.set_exception(error)
+            if each.done.set_running_or_notify_cancel():
+                each.done.set_exception(error)
 
     def _batch(self, items: Sequence[_Item]) -> tuple[PackedShape, list[_Item]]:
         """Return the shape for as many items as possible, and these items."""
