@@ -70,7 +70,11 @@ class ServedPrompt:
         self._readings: dict[Kind, Reading] = {}
         self._lock = threading.Lock()
         self._closed = False
-        self.candidates, self.bias = self._prepare_labels()
+        try:
+            self.candidates, self.bias = self._prepare_labels()
+        except BaseException:
+            self.close()
+            raise
 
     def _prepare_labels(self) -> tuple[Sequence[Sequence[int]], np.ndarray | None]:
         """Return the ids of the labels, and the scores to subtract from theirs, `[C]`."""
@@ -120,7 +124,11 @@ class ServedPrompt:
         prefix = self._scheduler.load(content)
         longest = self._scheduler.length - prefix.length - 1  # one new token
         task = dataclasses.replace(task, max_tokens=min(task.max_tokens, longest))
-        return Reading(task, prefix)
+        try:
+            return Reading(task, prefix)
+        except BaseException:
+            self._scheduler.release(prefix)
+            raise
 
 
 def require_servable(folder: Path, base: Base) -> None:

@@ -16,6 +16,7 @@ from softprompt.errors import UserError
 from softprompt.experiment.schema import GenerationSettings
 from softprompt.methods.method import Method
 from softprompt.serving.bank import Content, Stored
+from softprompt.serving.scheduler import Removed
 
 
 class Reading:
@@ -31,6 +32,7 @@ class Reading:
         # Computed once, because it starts a process.
         self._stops = task.stopping(GenerationSettings()).stop
         self._lock = threading.Lock()  # the encoder of conversations is one process
+        self._closed = False
         self._open = contextlib.ExitStack()
         self._encode = self._open.enter_context(task.encoder())
 
@@ -41,7 +43,9 @@ class Reading:
 
     def close(self) -> None:
         """End the process that renders conversations, if there is one."""
-        self._open.close()
+        with self._lock:
+            self._closed = True
+            self._open.close()
 
     def example(self, input: Input, where: str) -> Example:
         """Encode an input.
@@ -79,8 +83,15 @@ class Reading:
         return self.task.content_free(text)
 
     def of_record(self, record: Record) -> Example:
-        """Encode a record, without its answer."""
+        """Encode a record, without its answer.
+
+        Raises:
+          UserError: see `example`.
+          Removed: if it was closed meanwhile.
+        """
         with self._lock:
+            if self._closed:  # the encoder would start its process again
+                raise Removed
             return self._encode([record], False)[0]
 
 
