@@ -36,9 +36,10 @@ class AnswerText:
 
     def _uncertain(self, text: str) -> int:
         """Return the number of characters at the end that may still change."""
-        longest = len(text) - len(text.rstrip("\N{REPLACEMENT CHARACTER}"))
+        known = text.rstrip("\N{REPLACEMENT CHARACTER}")  # the end may be a part of a character
+        longest = 0
         for stop in self._stop:
-            for length in range(1, min(len(stop), len(text)) + 1):
-                if text.endswith(stop[:length]):
+            for length in range(1, min(len(stop), len(known)) + 1):
+                if known.endswith(stop[:length]):
                     longest = max(longest, length)
-        return longest
+        return len(text) - len(known) + longest
