@@ -287,7 +287,15 @@ def test_uploads_touch_nothing_else(server, root, tiny, tmp_path):
     good = archive_of(folder)
     link = tarfile.TarInfo("arrays")
     link.type, link.linkname = tarfile.SYMTYPE, "/tmp"
+    hole = tarfile.TarInfo("arrays")
+    hole.pax_headers = {"GNU.sparse.map": "0,0", "GNU.sparse.size": str(10**13)}
+    bad = tarfile.TarInfo("prompt.json")
+    bad.pax_headers = {"GNU.sparse.map": "x", "GNU.sparse.size": "1"}
+    many = [tarfile.TarInfo(str(number)) for number in range(1001)]
     wrong = [
+        (archive(("prompt.json", b"{}"), hole), "which no saved prompt has"),
+        (archive(bad), "not a tar archive"),
+        (archive(*many), "more than 1000 files"),
         (b"no archive", "not a tar archive"),
         (archive(("../prompt.json", b"{}")), "which no saved prompt has"),
         (archive(("/tmp/prompt.json", b"{}")), "which no saved prompt has"),

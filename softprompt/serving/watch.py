@@ -1,6 +1,7 @@
 """The prompts of a folder: new ones are loaded, changed ones replaced, others removed."""
 
 import contextlib
+import itertools
 import logging
 import os
 import re
@@ -12,6 +13,7 @@ from typing import IO
 
 from softprompt.errors import UserError
 from softprompt.serving.prompts import Prompts
+from softprompt.serving.scheduler import Busy
 
 _log = logging.getLogger(__name__)
 
@@ -99,9 +101,15 @@ class Folders:
         try:
             require_name(name)
             self._prompts.load(name, folder)
+        except Busy:  # try again at the next look
+            return
         except (UserError, OSError) as error:
             self._failed[name] = stamp
             _log.warning(f"not served: {error}")
+            return
+        except Exception:  # the others must be loaded nevertheless
+            self._failed[name] = stamp
+            _log.exception(f"not served: {folder}")
             return
         self._failed.pop(name, None)
         self._loaded[name] = stamp
@@ -114,7 +122,11 @@ class Folders:
             path = Path(entry.path)
             if entry.name.startswith(".") or entry.name in self._reserved or not path.is_dir():
                 continue
-            if self._contains(path) and (stamp := _stamp(path)):
+            try:
+                stamp = _stamp(path) if self._contains(path) else ()
+            except OSError as error:  # loading it will say why it cannot be read
+                stamp = ((str(error), 0, 0),)
+            if stamp:
                 found[entry.name] = path, stamp
         return found
 
@@ -216,7 +228,7 @@ def _extract(file: IO[bytes], folder: Path) -> None:
     """
     try:
         with tarfile.open(fileobj=file, mode="r:") as archive:
-            members = archive.getmembers()
+            members = list(itertools.islice(archive, _MOST_FILES + 1))
             if len(members) > _MOST_FILES:
                 raise UserError(f"the archive has more than {_MOST_FILES} files")
             names = {member.name: _plain_path(member) for member in members}
@@ -233,7 +245,7 @@ def _extract(file: IO[bytes], folder: Path) -> None:
                 assert content is not None
                 with content, target.open("xb") as copy:
                     shutil.copyfileobj(content, copy)
-    except (tarfile.TarError, EOFError) as error:
+    except (tarfile.TarError, EOFError, ValueError) as error:
         raise UserError(f"not a tar archive without compression ({error})") from None
     except (FileExistsError, NotADirectoryError, IsADirectoryError):
         raise UserError("the archive holds a name twice") from None
@@ -242,6 +254,7 @@ def _extract(file: IO[bytes], folder: Path) -> None:
 def _plain_path(member: tarfile.TarInfo) -> Path:
     parts = [part for part in member.name.split("/") if part not in ("", ".")]
     is_plain = all(_PART.fullmatch(part) for part in parts) and not member.name.startswith("/")
-    if not is_plain or not (member.isreg() or member.isdir()):
+    is_file = member.isreg() and not member.issparse()  # a few bytes can be a file of any size
+    if not is_plain or not (is_file or member.isdir()):
         raise UserError(f"the archive holds {member.name[:200]!r}, which no saved prompt has")
     return Path(*parts)
