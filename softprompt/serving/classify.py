@@ -37,6 +37,7 @@ def classify_routes(state: State) -> APIRouter:
 async def _classified(state: State, body: ClassifyRequest, account: Account) -> dict[str, Any]:
     prompt = state.prompt(body.model, account)
     examples = await asyncio.to_thread(classified_examples, prompt, body.input)
+    before = prompt.reading("own").prefix.length
     scored = await asyncio.to_thread(state.service.score, prompt, examples)
     read = sum(len(example.input) for example in examples)
     account.began(read)
@@ -53,7 +54,6 @@ async def _classified(state: State, body: ClassifyRequest, account: Account) -> 
         for each in scored:
             each.cancel()
     predictions = state.service.predict(prompt, scored)
-    before = prompt.reading("own").prefix.length
     return {
         "object": "list",
         "model": prompt.name,

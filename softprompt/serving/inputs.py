@@ -65,9 +65,10 @@ def completion_plan(service: Service, prompt: ServedPrompt, request: CompletionR
 
     Raises:
       UserError: if an input does not fit the template, or settings contradict each other.
-      ApiError: if parameters contradict each other.
+      ApiError: if parameters contradict each other, or it asks for too many answers.
     """
     values = _several(request.prompt)
+    _require_few(service, len(values) * (request.n or 1))
     is_ids = isinstance(values[0], list)
     if request.max_tokens == 0 and not request.echo:
         raise ApiError(400, "max_tokens: 0 needs echo", param="max_tokens")
@@ -110,6 +111,7 @@ def chat_plan(service: Service, prompt: ServedPrompt, request: ChatRequest) -> P
       UserError: as for `completion_plan`.
       ApiError: as for `completion_plan`.
     """
+    _require_few(service, request.n or 1)
     if request.top_logprobs and not request.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs", param="top_logprobs")
     if request.max_tokens == 0:
@@ -140,6 +142,17 @@ def classified_examples(prompt: ServedPrompt, given: Any) -> list[Example]:
         _encoded(reading, value, f"input {number}" if values[1:] else "input")
         for number, value in enumerate(values, 1)
     ]
+
+
+def _require_few(service: Service, answers: int) -> None:
+    """Require that a request can be accepted, before its inputs are encoded.
+
+    Raises:
+      ApiError: if it asks for more answers than may wait.
+    """
+    most = service.limits.waiting
+    if answers > most:
+        raise ApiError(400, f"the request asks for {answers} answers, but at most {most}")
 
 
 def _several(values: Any) -> list[Any]:

@@ -122,6 +122,7 @@ class GenerationRequest(Request):
     max_tokens: int | None = Field(
         default=None,
         ge=0,
+        lt=2**31,
         description="The most tokens to generate; by default those of the prompt's run.",
     )
     temperature: float | None = Field(
@@ -215,7 +216,7 @@ class ChatRequest(GenerationRequest):
 
     messages: list[Message] = Field(min_length=1, max_length=4096)
     max_completion_tokens: int | None = Field(
-        default=None, ge=1, description="Another name of max_tokens."
+        default=None, ge=1, lt=2**31, description="Another name of max_tokens."
     )
     logprobs: bool | None = Field(default=None, description="Return log-probabilities.")
     top_logprobs: int | None = Field(

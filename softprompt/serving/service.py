@@ -111,10 +111,13 @@ class Service:
           top, score_input: see `Job`.
 
         Raises:
+          UserError: if the input has no tokens.
           TooLong: if the prefix, the input and the new tokens exceed the limit.
           Busy: if too many requests wait.
           Removed: if the prompt was removed meanwhile.
         """
+        if not tokens:
+            raise UserError("the input has no tokens")
         prefix = prompt.reading(kind).prefix
         total = prefix.length + len(tokens) + settings.max_new_tokens
         if total > self.limits.tokens:
