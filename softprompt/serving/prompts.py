@@ -122,7 +122,10 @@ class ServedPrompt:
             )
         content = content_of(self._load(task), task, self._base)
         prefix = self._scheduler.load(content)
-        longest = self._scheduler.length - prefix.length - 1  # one new token
+        room = self._scheduler.length - prefix.length
+        # As offline, a text is truncated so that the whole answer fits.
+        new = 1 if kind == "raw" or task.labels else self.generation.max_new_tokens
+        longest = room - max(1, min(new, room // 2))
         task = dataclasses.replace(task, max_tokens=min(task.max_tokens, longest))
         try:
             return Reading(task, prefix)
