@@ -4,6 +4,7 @@ The device computes nothing, so that a call can fail or wait when a test wants i
 """
 
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -127,10 +128,10 @@ def test_nobody_waits_for_a_scheduler_that_has_stopped(scheduler, device, bank, 
     assert device.called.wait(SECONDS)
     waiting = threads.submit(scheduler.load, content(2))
     while scheduler._loader.pending < 2:
-        pass
+        time.sleep(0.001)
     stopping = threads.submit(scheduler.stop, drain=False)
     while not scheduler._draining:
-        pass
+        time.sleep(0.001)
     device.going.set()
     stopping.result(SECONDS)
     stored = running.result(SECONDS)
