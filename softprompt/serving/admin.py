@@ -38,11 +38,14 @@ def admin_routes(state: State) -> APIRouter:
         folders = state.folders
         if folders is None:
             raise ApiError(400, "loading prompts needs a server with --prompts-dir")
-        if request.headers.get("content-type", "").partition(";")[0] == "application/json":
-            body = await _body(request)
-            await asyncio.to_thread(folders.open, name, body.folder)
-        else:
-            await _upload(folders, name, request)
+        try:
+            if request.headers.get("content-type", "").partition(";")[0] == "application/json":
+                body = await _body(request)
+                await asyncio.to_thread(folders.open, name, body.folder)
+            else:
+                await _upload(folders, name, request)
+        except OSError as error:  # without the path, which is the server's
+            raise ApiError(500, f"--prompts-dir: {error.strerror}", "storage_error") from None
         return JSONResponse({"id": name, "object": "model", "loaded": True})
 
     @router.delete("/v1/prompts/{name}", responses=ErrorResponses)

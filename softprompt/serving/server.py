@@ -58,6 +58,7 @@ class Server:
         self._failure: Exception | None = None
         config = uvicorn.Config(
             create_app(state),
+            http="h11",  # the other parser does not limit the size of headers
             log_config=None,
             access_log=False,
             server_header=False,
