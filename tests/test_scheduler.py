@@ -34,7 +34,7 @@ class Device:
 
     def __init__(self):
         self.broken: set[str] = set()
-        self.going, self.called = threading.Event(), threading.Event()
+        self.going, self.called, self.was_reset = (threading.Event() for _ in range(3))
         self.going.set()
 
     def _call(self, name):
@@ -68,6 +68,7 @@ class Device:
 
     def reset(self):
         self._call("reset")
+        self.was_reset.set()
 
 
 @pytest.fixture
@@ -104,6 +105,7 @@ def test_a_prefix_that_cannot_be_computed_leaves_nothing(scheduler, device, bank
     device.broken = {call}
     with pytest.raises(RuntimeError, match=call):
         threads.submit(scheduler.load, content(1, 2)).result(SECONDS)
+    assert device.was_reset.wait(SECONDS)
     assert (bank.used, scheduler.occupied) == (0, 0)
     device.broken = set()
     assert threads.submit(scheduler.load, content(1, 2)).result(SECONDS).length == 2
@@ -154,6 +156,7 @@ def test_a_request_whose_slot_cannot_be_filled_fails(scheduler, device, bank, th
     scheduler.submit(Job("", stored, [1], GenerationSettings(), 0, deliver))
     assert done.wait(SECONDS)
     assert str(updates[0].error) == "occupy"
+    assert device.was_reset.wait(SECONDS)
     scheduler.release(stored)
     assert (bank.used, scheduler.occupied) == (0, 0)
 
@@ -170,6 +173,7 @@ def test_cancelled_scores_do_not_end_the_thread(scheduler, device, bank, threads
     device.going.set()
     with pytest.raises(RuntimeError, match="score"):
         failing.result(SECONDS)
+    assert device.was_reset.wait(SECONDS)
     device.broken = set()
     (good,) = scheduler.score(stored, examples[:1])
     assert good.result(SECONDS).shape == (2,)
