@@ -187,6 +187,7 @@ def test_a_device_that_cannot_be_used_again_ends_everything(scheduler, device, t
     with pytest.raises(RuntimeError, match="place"):
         threads.submit(scheduler.load, content(1)).result(SECONDS)
     scheduler._thread.join(SECONDS)
+    assert not scheduler.is_running
     with pytest.raises(Busy):
         threads.submit(scheduler.load, content(1)).result(SECONDS)
 

@@ -64,7 +64,11 @@ def _add_operations(app: FastAPI, state: State) -> None:
     @app.get("/health", responses={503: {"description": "Not ready."}})
     async def health() -> Response:
         """Say whether the server can answer requests."""
-        status = "draining" if state.is_draining else "ready" if state.is_ready else "starting"
+        status = "ready" if state.is_ready else "starting"
+        if state.is_draining:
+            status = "draining"
+        elif state.is_ready and not state.service.scheduler.is_running:
+            status = "failed"
         return JSONResponse({"status": status}, 200 if status == "ready" else 503)
 
     @app.get("/metrics", responses=ErrorResponses)

@@ -82,7 +82,13 @@ class Device:
         self.reset()
 
     def reset(self) -> None:
-        """Empty all slots."""
+        """Empty all slots.
+
+        Raises:
+          RuntimeError: if a call that failed has lost the bank.
+        """
+        if any(array.is_deleted() for array in self._bank):
+            raise RuntimeError("the bank of prefixes is lost")
         self._state = programs.empty_slots(self._backbone, self.slots, self.length)
 
     def _all_calls(self) -> Iterator[tuple[Any, ...]]:

@@ -165,6 +165,11 @@ class Scheduler:
         self._bank.release(stored)
 
     @property
+    def is_running(self) -> bool:
+        """Whether the thread runs. It ends by itself if the device cannot be used again."""
+        return self._thread.is_alive()
+
+    @property
     def length(self) -> int:
         """The most tokens of a request: prefix, input and new tokens."""
         return self._device.length
