@@ -209,3 +209,12 @@ def test_labels_that_fit_no_program_are_rejected(service, folders, monkeypatch):
     (scored,) = service.score(prompt, [good])
     assert np.isfinite(scored.result()).all()
     service.prompts.remove("letters")
+
+
+def test_a_prompt_whose_labels_are_too_long_leaves_nothing(service, folders, monkeypatch):
+    used = service.bank.used
+    monkeypatch.setattr("softprompt.serving.scorer.MOST_TARGETS", 1)
+    with pytest.raises(UserError, match="its labels have 6 tokens together"):
+        service.prompts.load("letters", folders["letters"])
+    assert service.prompts.get("letters") is None
+    assert service.bank.used == used
