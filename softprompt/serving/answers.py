@@ -1,4 +1,4 @@
-"""Answers while they are generated: from the scheduler's thread to HTTP."""
+"""Pass answers from the scheduler's thread to HTTP while they are generated."""
 
 import asyncio
 import contextlib
@@ -24,10 +24,10 @@ Result = TypeVar("Result")
 
 @dataclasses.dataclass
 class Answer:
-    """An answer that is complete.
+    """A complete answer.
 
     Attributes:
-      input: what it answers.
+      input: the input that it answers.
       text: the text.
       given: the scored tokens of the input, from the second on.
       tokens: the generated tokens.
@@ -58,7 +58,7 @@ class Style(Protocol):
         ...
 
     def piece(self, plan: Plan, input: Input, update: Update, first: bool) -> dict[str, Any]:
-        """Return what an update, perhaps the first of an answer, adds to a stream."""
+        """Return what an update adds to a stream. `first` marks the first update of an answer."""
         ...
 
 
@@ -68,7 +68,7 @@ class Running:
     Args:
       state: of the server.
       plan: what the request asks for.
-      account: is told what happens.
+      account: records what happens.
     """
 
     def __init__(self, state: State, plan: Plan, account: Account):
@@ -107,12 +107,14 @@ class Running:
         Jobs that still run when the iteration ends are cancelled.
 
         Raises:
-          ApiError: if a job fails, or the time is over.
+          ApiError: if a job fails, or the request takes too long.
           Busy, Removed, TooLong: see `Service.submit`.
         """
         most = self._state.service.limits.waiting
         if self.count > most:
-            raise ApiError(400, f"the request asks for {self.count} answers, but at most {most}")
+            raise ApiError(
+                400, f"the request asks for {self.count} answers, but the limit is {most}"
+            )
         left = self.count
         try:
             self._submit()
@@ -151,7 +153,7 @@ class Running:
         self.account.began(sum(len(each.tokens) for each in plan.inputs))
 
     def _deliver(self, index: int) -> Callable[[Update], None]:
-        """Return what receives the updates of an answer, in the thread of the scheduler."""
+        """Return a function that the scheduler's thread calls with the updates of an answer."""
         loop, put = asyncio.get_running_loop(), self._queue.put_nowait
 
         def deliver(update: Update) -> None:
@@ -175,14 +177,14 @@ async def respond(
     Args:
       state: of the server.
       request: the HTTP request.
-      make_plan: is called in a thread, again if the prompt is replaced meanwhile.
+      make_plan: is called in a thread, and again if the prompt is replaced in the meantime.
       style: how the answer looks.
       stream: whether to send it as events.
       include_usage: whether the last event has the numbers of tokens.
 
     Raises:
       ApiError: see `Running.updates`.
-      Disconnected: if the client has gone.
+      Disconnected: if the client has disconnected.
     """
 
     async def work() -> Response:
@@ -317,7 +319,7 @@ async def until_disconnected(receive: Receive, work: Awaitable[Result]) -> Resul
     """Wait for some work. It is cancelled if the client disconnects.
 
     Raises:
-      Disconnected: if the client has gone.
+      Disconnected: if the client has disconnected.
     """
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_disconnection(receive))

@@ -1,4 +1,4 @@
-"""The HTTP application: its routes, and what surrounds them."""
+"""The HTTP application: its routes, middleware and error handlers."""
 
 import asyncio
 from typing import Any

@@ -1,4 +1,4 @@
-"""`/v1/classify`: the labels of many inputs."""
+"""`/v1/classify`: predict the labels of inputs."""
 
 import asyncio
 from typing import Any

@@ -1,4 +1,4 @@
-"""`/v1/completions`: texts that continue inputs."""
+"""`/v1/completions`: complete texts."""
 
 from typing import Any
 
@@ -40,7 +40,7 @@ class CompletionStyle:
         return {"text": text, "logprobs": self._logprobs(plan, tokens)}
 
     def _given(self, plan: Plan, input: Input, scored: Any) -> list[ScoredToken]:
-        """Return the tokens of an input, if they are a part of the answer."""
+        """Return the tokens of an input if the answer includes them."""
         if not plan.echo or plan.top is None:
             return []
         return [ScoredToken(input.tokens[0]), *scored]
