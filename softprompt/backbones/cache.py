@@ -43,7 +43,7 @@ class Cache:
         )
 
     def view(self, rows: int | None = None, slots: int | None = None) -> "CacheView":
-        """Return the first slots of the first rows, by default all. No row may have more tokens."""
+        """Return the first slots of the first rows, by default all. No row may be longer."""
         _, all_rows, all_slots, _, _ = self.keys.shape
         return CacheView(self, rows or all_rows, slots or all_slots)
 
