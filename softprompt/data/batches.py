@@ -262,7 +262,7 @@ class _EvaluationPlan:
 
         Args:
           numbers: the numbers of examples of one group.
-          most: the most examples in a batch; less than the batch size if memory ran out.
+          most: the maximum number of examples in a batch; below the batch size if memory ran out.
         """
         number = int(self._class_of[numbers[0]])
         shape = self._shapes[number] if most == self._batch_size else self._smaller(number, most)

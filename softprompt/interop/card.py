@@ -90,7 +90,7 @@ def _card(
       written: the form of an input.
       library: the library that loads the export, for the metadata.
       programs: how to run the export, by the name of the engine.
-      about: what the export is.
+      about: a sentence about the export.
     """
     sections = [
         f"{_metadata(prompt, library)}\n# {plain(prompt.description['experiment'])}",

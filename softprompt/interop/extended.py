@@ -108,7 +108,7 @@ def _add_tokens(
 
 
 def _untie(tensors: dict[str, np.ndarray], tables: tuple[str, str], base: Base) -> None:
-    """Store the head apart from the embeddings, with T5's factor in its values."""
+    """Store the head as its own table, multiplied by T5's factor."""
     embedding, head = tables
     table = tensors[embedding if base.backbone.arch.tied_head else head]
     tensors[head] = table * table.dtype.type(base.backbone.head_scale)

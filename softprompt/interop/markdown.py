@@ -36,7 +36,7 @@ def code(text: str) -> str:
 
 
 def block(text: str, language: str = "") -> str:
-    """Return a text as a block of code, whose fence is longer than any in the text."""
+    """Return a text as a block of code. Its fence is longer than any fence in the text."""
     fence = "`" * max(3, _longest_run(text) + 1)
     kept = text.encode("utf-8", errors="replace").decode("utf-8")
     return f"{fence}{language}\n{kept}\n{fence}"

@@ -48,7 +48,7 @@ def example_of(template: str) -> dict[str, str]:
 
 
 def example_input(written: str) -> str:
-    """Return a written input whose fields are filled in."""
+    """Return a written input with made-up values in its fields."""
     return filled_in(written, example_of(written))
 
 

@@ -42,7 +42,7 @@ class Answer:
 
 
 class Style(Protocol):
-    """How answers look in one part of OpenAI's API.
+    """The format of answers in one part of OpenAI's API.
 
     Attributes:
       prefix: the beginning of the ids of answers.
@@ -58,7 +58,7 @@ class Style(Protocol):
         ...
 
     def piece(self, plan: Plan, input: Input, update: Update, first: bool) -> dict[str, Any]:
-        """Return what an update adds to a stream. `first` marks the first update of an answer."""
+        """Return the part of a stream for an update. `first` marks the first one of an answer."""
         ...
 
 
@@ -67,7 +67,7 @@ class Running:
 
     Args:
       state: of the server.
-      plan: what the request asks for.
+      plan: the inputs and settings of the request.
       account: records what happens.
     """
 
@@ -102,7 +102,7 @@ class Running:
         }
 
     async def updates(self) -> AsyncGenerator[tuple[int, Update], None]:
-        """Submit the jobs, and yield what is new about each, with the number of its answer.
+        """Submit the jobs, and yield the updates of each with the number of its answer.
 
         Jobs that still run when the iteration ends are cancelled.
 
@@ -178,9 +178,9 @@ async def respond(
       state: of the server.
       request: the HTTP request.
       make_plan: is called in a thread, and again if the prompt is replaced in the meantime.
-      style: how the answer looks.
+      style: the format of the answer.
       stream: whether to send it as events.
-      include_usage: whether the last event has the numbers of tokens.
+      include_usage: whether the last event contains token counts.
 
     Raises:
       ApiError: see `Running.updates`.
@@ -204,7 +204,7 @@ async def respond(
 
 
 def account_of(request: Request) -> Account:
-    """Return what is recorded about a request."""
+    """Return the record of a request."""
     return request.scope["account"]
 
 

@@ -102,7 +102,7 @@ async def _told(request: Request, error: Exception) -> Response:
 
 
 async def _malformed(request: Request, error: Exception) -> Response:
-    """Name what is wrong with a body, in one line."""
+    """Describe the errors of a body in one line."""
     assert isinstance(error, RequestValidationError)
     problems: dict[str, str] = {}
     for each in error.errors():

@@ -33,7 +33,7 @@ class ChatStyle:
         return {"message": message, "logprobs": self._logprobs(plan, answer.tokens)}
 
     def piece(self, plan: Plan, input: Input, update: Update, first: bool) -> dict[str, Any]:
-        """Return what an update adds to a stream."""
+        """Return the part of a stream for an update."""
         delta = {"role": "assistant"} if first else {}
         if update.text or first:
             delta["content"] = update.text

@@ -26,7 +26,7 @@ def classify_routes(state: State) -> APIRouter:
         async def work() -> dict[str, Any]:
             try:
                 return await _classified(state, body, account)
-            except Removed:  # replaced meanwhile
+            except Removed:  # the prompt was replaced
                 return await _classified(state, body, account)
 
         return JSONResponse(await until_disconnected(request.receive, work()))

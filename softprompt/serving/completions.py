@@ -15,7 +15,7 @@ from softprompt.serving.token_texts import TokenTexts
 
 
 class CompletionStyle:
-    """How completions look. See `Style`.
+    """The format of completions. See `Style`.
 
     Args:
       texts: the texts of tokens.
@@ -33,7 +33,7 @@ class CompletionStyle:
         return {"text": text, "logprobs": self._logprobs(plan, tokens)}
 
     def piece(self, plan: Plan, input: Input, update: Update, first: bool) -> dict[str, Any]:
-        """Return what an update adds to a stream."""
+        """Return the part of a stream for an update."""
         text, tokens = update.text, list(update.tokens)
         if first and plan.echo:
             text, tokens = input.text + text, [*self._given(plan, input, update.input), *tokens]

@@ -28,7 +28,7 @@ class ApiError(HTTPException):
 
     Args:
       status: the HTTP status.
-      message: what is wrong, and what to do.
+      message: the problem, and what to do about it.
       code: a short name for programs.
       param: the parameter that is wrong.
     """

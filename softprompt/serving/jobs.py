@@ -1,4 +1,4 @@
-"""What the scheduler does for a request, and what it reports while it does it.
+"""Jobs of the scheduler, and the updates that it reports about them.
 
 Axis letters: T tokens of an input.
 """
@@ -38,7 +38,7 @@ class Update:
       tokens: the tokens that were generated.
       input: the scored tokens of the input, if the job asks for them. Only in the first update.
       finish: why the answer ended: "stop" at an end-of-text token or a stop text, "length" at the
-        limit; None if it goes on.
+        limit; None if it continues.
       error: the reason why the job failed, or None. An update with an error is the last one.
     """
 
@@ -60,7 +60,7 @@ class Job:
 
     Attributes:
       prompt: the name of the prompt, for metrics.
-      prefix: what the input follows; None for no prefix. The bank counts it as used until the job
+      prefix: the prefix before the input, or None. The bank counts it as used until the job
         has its slot.
       tokens: `[T]`, the ids of the input, at least one unless there is a prefix.
       settings: the generation settings. Beams and samples have no effect.

@@ -200,7 +200,7 @@ class Scheduler:
                     break
             try:
                 self._round()
-            except Exception as error:  # the thread must go on for later requests
+            except Exception as error:  # the thread must continue for later requests
                 _log.exception("a call on the device failed")
                 self._fail_all(error)
         self._fail_all(Busy())

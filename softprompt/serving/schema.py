@@ -40,7 +40,7 @@ _Fields = dict[str, Any]
 
 
 def _described(message: str) -> pydantic.WrapValidator:
-    """Return a validator that explains in one line what a value must be."""
+    """Return a validator that reports a wrong value in one line."""
 
     def validate(value: Any, check: Callable[[Any], Any]) -> Any:
         try:
@@ -78,7 +78,7 @@ Inputs = Annotated[
 
 
 class Request(pydantic.BaseModel):
-    """A request whose unknown keys and values of the wrong type are rejected."""
+    """A request. Unknown keys and values of the wrong type are rejected."""
 
     model_config = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 

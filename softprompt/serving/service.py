@@ -113,7 +113,7 @@ class Service:
         Raises:
           TooLong: if the prefix, the input and the new tokens exceed the limit.
           Busy: if too many requests wait.
-          Removed: if the prompt was removed meanwhile.
+          Removed: if the prompt has been removed.
         """
         prefix = prompt.reading(kind).prefix
         total = prefix.length + len(tokens) + settings.max_new_tokens
@@ -141,7 +141,7 @@ class Service:
 
         Raises:
           Busy: if too many inputs wait.
-          Removed: if the prompt was removed meanwhile.
+          Removed: if the prompt has been removed.
           UserError: if an input is too long.
         """
         return self.scheduler.score(prompt.reading("own").prefix, examples)

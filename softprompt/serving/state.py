@@ -1,4 +1,4 @@
-"""What all parts of the HTTP server share, and what is recorded about a request."""
+"""The state that all parts of the HTTP server share, and the records of requests."""
 
 import dataclasses
 import time
@@ -23,7 +23,7 @@ class Options:
     Attributes:
       api_key: the key of requests; None if they need no key.
       admin_key: the key to load and remove prompts; None if this is disabled.
-      prompts_dir: the folder whose prompts are served; None if there is none.
+      prompts_dir: the folder with the prompts to serve, or None.
       max_body_bytes: the maximum size of a request's body.
       timeout: after how many seconds a request fails.
       drain_seconds: how long running requests may take after SIGTERM.
@@ -83,7 +83,7 @@ class State:
 
 
 class Account:
-    """What is recorded about a request, for the log and the metrics.
+    """The record of a request, for the log and the metrics.
 
     Args:
       metrics: are told about the tokens.

@@ -46,7 +46,7 @@ class Folders:
       reserved: names that folders do not replace.
 
     Raises:
-      UserError: if there is no such folder.
+      UserError: if the folder does not exist.
     """
 
     def __init__(self, root: Path, prompts: Prompts, reserved: frozenset[str]):
