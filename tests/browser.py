@@ -154,9 +154,7 @@ def open_browser(profile: Path) -> Iterator[Page]:
     try:
         yield Page(commands, answers)
     finally:
-        os.close(commands)  # the browser ends
-        try:
-            process.wait(SECONDS)
-        finally:
-            process.kill()
-            os.close(answers)
+        process.kill()
+        process.wait()
+        os.close(commands)
+        os.close(answers)

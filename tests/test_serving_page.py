@@ -1,14 +1,10 @@
 """The page at `/`, in a browser, against a server with the same routes and fixed answers."""
 
-import asyncio
 import json
 import re
-import socket
-import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from browser import CHROMIUM, Page, open_browser
@@ -16,123 +12,20 @@ from browser import CHROMIUM, Page, open_browser
 import softprompt.serving
 
 pytest.importorskip("fastapi")
-import uvicorn
-from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, StreamingResponse
+from fixed_server import EVIL, serving_fixed_answers
+from servers import LABELS, save_prompt, serving, with_chat_template
 
-from softprompt.serving.page import page_router
+from softprompt import load_prompt
+from softprompt.serving.state import Options
 
 HTML = Path(softprompt.serving.__file__).parent / "page.html"
-EVIL = "<img src=x onerror=alert(1)>"
-ABOUT: dict[str, dict[str, Any]] = {
-    "tiny": {"fields": ["text"], "labels": [], "chat": True},
-    "summarize": {"fields": ["article"], "labels": [], "chat": False},
-    "sentiment": {"fields": ["review"], "labels": ["negative", "positive"], "chat": False},
-    "entailment": {"fields": ["premise", "hypothesis"], "labels": [], "chat": False},
-    EVIL: {"fields": ["text"], "labels": [], "chat": False},
-}
-ANSWERS = {"tiny": ["Deep ", "blue"], "summarize": ["A short ", "summary"]}
-
-
-class FakeServer:
-    """A server with fixed answers.
-
-    Attributes:
-      url: its address.
-      requests: the body of each request, with its path.
-      go_on: answers pause after their first half until this is set.
-      open: the number of answers that are being sent.
-      key: the API key, or None.
-      error: the status and message of the next answers, or None.
-      ending: how an answer ends: "well", with an "error", or "cut" off.
-    """
-
-    def __init__(self) -> None:
-        self.app = FastAPI()
-        self.app.include_router(page_router())
-        self.app.middleware("http")(self._check)
-        self.app.get("/v1/models")(self._models)
-        self.app.post("/v1/completions")(self._generate)
-        self.app.post("/v1/chat/completions")(self._generate)
-        self.app.post("/v1/classify")(self._classify)
-        self.go_on, self.url = threading.Event(), ""
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget everything that a test has set."""
-        self.requests: list[tuple[str, dict[str, Any]]] = []
-        self.open, self.ending = 0, "well"
-        self.key: str | None = None
-        self.error: tuple[int, str] | None = None
-        self.go_on.set()
-
-    async def _check(self, request: Request, call_next: Any) -> Any:
-        if request.url.path != "/":
-            if self.key and request.headers.get("Authorization") != f"Bearer {self.key}":
-                return JSONResponse({"error": {"message": "wrong key"}}, 401)
-            if self.error:
-                return JSONResponse({"error": {"message": self.error[1]}}, self.error[0])
-        return await call_next(request)
-
-    async def _models(self) -> Any:
-        parents = dict.fromkeys(ABOUT, "tiny") | {"tiny": None}
-        return {
-            "object": "list",
-            "data": [
-                {"id": name, "parent": parents[name], "softprompt": about}
-                for name, about in ABOUT.items()
-            ],
-        }
-
-    async def _generate(self, request: Request) -> StreamingResponse:
-        body = json.loads(await request.body())
-        self.requests.append((request.url.path, body))
-        chat = "chat" in request.url.path
-        return StreamingResponse(self._events(body, chat), media_type="text/event-stream")
-
-    async def _events(self, body: dict[str, Any], chat: bool) -> AsyncIterator[str]:
-        self.open += 1
-        try:
-            first, second = ANSWERS.get(body["model"], [EVIL, EVIL])
-            yield _event(first, None, chat)
-            while not self.go_on.is_set():
-                await asyncio.sleep(0.01)
-            if self.ending == "error":
-                yield f"data: {json.dumps({'error': {'message': 'a weight is not finite'}})}\n\n"
-            elif self.ending == "well":
-                yield _event(second, None, chat)
-                yield _event("", "length", chat)
-                usage = {"prompt_tokens": 3, "completion_tokens": 7}
-                yield f"data: {json.dumps({'choices': [], 'usage': usage})}\n\n"
-                yield "data: [DONE]\n\n"
-        finally:
-            self.open -= 1
-
-    async def _classify(self, request: Request) -> Any:
-        body = json.loads(await request.body())
-        self.requests.append((request.url.path, body))
-        probabilities = {"negative": 0.125, "positive": 0.875}
-        return {"data": [{"label": "positive", "probabilities": probabilities, "truncated": True}]}
-
-
-def _event(text: str, finish: str | None, chat: bool) -> str:
-    part = {"delta": {"content": text}} if chat else {"text": text}
-    return f"data: {json.dumps({'choices': [{'index': 0, **part, 'finish_reason': finish}]})}\n\n"
 
 
 @pytest.fixture(scope="module")
-def started() -> Iterator[FakeServer]:
+def started():
     """The server, which runs in a thread."""
-    fake = FakeServer()
-    listening = socket.create_server(("127.0.0.1", 0))
-    fake.url = f"http://127.0.0.1:{listening.getsockname()[1]}/"
-    server = uvicorn.Server(uvicorn.Config(fake.app, log_level="error", ws="none"))
-    thread = threading.Thread(target=server.run, args=([listening],))
-    thread.start()
-    yield fake
-    fake.go_on.set()
-    server.should_exit = True
-    thread.join()
+    with serving_fixed_answers() as fixed:
+        yield fixed
 
 
 @pytest.fixture
@@ -413,3 +306,45 @@ def contrast(page: Page, selector: str) -> float:
         linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
         lights.append(0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2])
     return (max(lights) + 0.05) / (min(lights) + 0.05)
+
+
+@pytest.mark.slow
+def test_the_page_shows_what_the_real_server_answers(browser, tiny, tmp_path):
+    base = with_chat_template(tiny)
+    folders = {
+        "letters": save_prompt(tmp_path / "letters", base, 0, "{text} is", LABELS),
+        "pairs": save_prompt(tmp_path / "pairs", base, 1, "Say {text} {more}:"),
+    }
+    offline = {name: load_prompt(folder, base) for name, folder in folders.items()}
+    with serving(base, folders, Options(api_key="secret")) as running:
+        browser.open(f"{running.url}/")
+        browser.wait("!document.querySelector('#key-form').hidden")
+        browser.type("#key", "secret")
+        browser.press("Enter")
+        browser.wait("!document.querySelector('#send').disabled")
+        choose(browser, "letters", "pairs")
+        browser.type("textarea", "hello")
+        browser.type("label:nth-child(2) textarea", "you")
+        browser.click("#send")
+        ended(browser)
+        (expected,) = offline["pairs"].generate([{"text": "hello", "more": "you"}])
+        assert browser.value("document.querySelectorAll('.answer')[1].textContent") == expected.text
+        assert "6 tokens, " in column(browser, 1, ".stats")
+        (predicted,) = offline["letters"].classify(["hello\nyou"])
+        shown = column(browser, 0, ".answer").split()
+        percents = [f"{100 * p:.1f}%" for p in predicted.probabilities.values()]
+        assert shown == [predicted.label, "low", percents[0], "high", percents[1]]
+
+        choose(browser, "tiny", "letters")
+        browser.click("#send")
+        ended(browser)
+        messages = [{"role": "user", "content": "hello"}]
+        answer = running.ask(
+            "POST",
+            "/v1/chat/completions",
+            {"model": "tiny", "messages": messages},
+            {"Authorization": "Bearer secret"},
+        )
+        text = answer.json["choices"][0]["message"]["content"]
+        assert browser.value("document.querySelector('.answer').textContent") == text
+        assert len(browser.problems) == 1  # the request without the key

@@ -3,7 +3,7 @@
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, settings
-from schemathesis import checks
+from schemathesis.checks import CHECKS, load_all_checks
 from servers import LABELS, save_prompt, serving
 
 from softprompt.serving.state import Options
@@ -29,13 +29,14 @@ def document(tiny, tmp_path_factory):
 
 
 schema = schemathesis.pytest.from_fixture("document")
+load_all_checks()
 SKIPPED = [
-    checks.CHECKS.get_one(name)
+    CHECKS.get_one(name)
     for name in ("positive_data_acceptance", "negative_data_rejection", "ignored_auth")
 ]
 
 
 @schema.parametrize()
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 def test_generated_requests(case):
     case.call_and_validate(excluded_checks=SKIPPED)

@@ -11,12 +11,14 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, Response
 
 from softprompt.errors import UserError, shown
+from softprompt.experiment.templates import template_fields
 from softprompt.serving.admin import admin_routes
 from softprompt.serving.chat import chat_routes
 from softprompt.serving.classify import classify_routes
 from softprompt.serving.completions import completion_routes
 from softprompt.serving.errors import ApiError, ErrorResponses, error_response
 from softprompt.serving.middleware import Authorization, BodyLimit, Recording
+from softprompt.serving.page import page_router
 from softprompt.serving.prompts import ServedPrompt
 from softprompt.serving.scheduler import Busy, Removed
 from softprompt.serving.state import State
@@ -50,6 +52,7 @@ def create_app(state: State) -> FastAPI:
     app.add_exception_handler(RequestValidationError, _malformed)
     _add_operations(app, state)
     _add_models(app, state)
+    app.include_router(page_router())
     for routes in (completion_routes, chat_routes, classify_routes):
         app.include_router(routes(state))
     if options.admin_key is not None:
@@ -81,6 +84,11 @@ def _add_models(app: FastAPI, state: State) -> None:
             "owned_by": "softprompt",
             "parent": None if prompt.name == name else name,
             "root": prompt.root,
+            "softprompt": {
+                "fields": template_fields(prompt.task.template.input),
+                "labels": prompt.task.labels,
+                "chat": prompt.name == name and bool(state.service.base.tokenizer.chat_template),
+            },
         }
 
     @app.get("/v1/models", responses=ErrorResponses)

@@ -4,7 +4,6 @@ import hashlib
 import hmac
 import json
 import logging
-import sys
 import time
 import uuid
 
@@ -27,7 +26,7 @@ UPLOADS = "/v1/prompts/"
 
 
 class Recording:
-    """Gives every request an id, logs it to standard error, and counts it.
+    """Gives every request an id, logs one line about it, and counts it.
 
     It also answers errors that nothing else handles, so every client gets a response.
 
@@ -88,7 +87,7 @@ class Recording:
             "completion_tokens": account.generated,
             "seconds": round(account.seconds, 4),
         }
-        print(json.dumps(line), file=sys.stderr, flush=True)
+        _log.info(json.dumps(line))
 
 
 class Authorization:
