@@ -179,10 +179,14 @@ def test_too_many_waiting_requests_are_rejected(server, slow):
 
 
 def test_a_request_that_takes_too_long_ends(server, slow, monkeypatch):
-    options = dataclasses.replace(server.state.options, timeout=0.3)
-    monkeypatch.setattr(server.state, "options", options)
+    def limit(seconds):
+        options = dataclasses.replace(server.state.options, timeout=seconds)
+        monkeypatch.setattr(server.state, "options", options)
+
+    limit(0.3)
     answer = complete(server, max_tokens=100)
     assert (answer.status, answer.json["error"]["code"]) == (504, "timeout")
+    limit(4)  # enough for the first token, and too little for all
     answer = complete(server, max_tokens=100, stream=True)
     assert answer.status == 200
     assert answer.events[-1]["error"]["code"] == "timeout"
