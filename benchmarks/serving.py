@@ -1,18 +1,20 @@
-"""Measure `softprompt serve`, on loopback, and compare it with calls in Python.
+"""Measure `softprompt serve` over loopback and compare it with calls in Python.
 
     python benchmarks/serving.py FOLDER [--rounds 3] [--other NAME=URL ...]
 
-The script makes 20 prompts of 20 virtual tokens and one prompt with two labels in FOLDER, starts
-the server with the real base model, and measures, as medians of several rounds:
+The script writes 20 prompts of 20 virtual tokens and one prompt with two labels to FOLDER. It
+starts the server with the base model, and reports medians of several rounds:
 
-- tokens/s of 16 clients that use the prompts and the bare base, 64 tokens each, beside `generate`
-  in Python with batches of 16, and beside one client. All answers must be equal.
-- the time to the first token with 1 and with 8 clients.
-- the time of one request beside the same call in Python.
-- labels/s of 32 clients with one text each, beside one request with 32 texts.
+- tokens/s of 16 clients that use the prompts and the base model without a prompt, 64 tokens per
+  request. They are compared with `generate` in Python with batches of 16, and with one client. All
+  answers must be equal.
+- the time to the first token (TTFT) with 1 client and with 8 clients.
+- the time of one request, compared with the same call in Python.
+- labels/s of 32 clients with one text each, compared with one request with 32 texts.
 
-`--other` measures another server with the OpenAI API with the same requests to the bare base. Every
-client sends its next request when it has the answer, and the number of requests is fixed.
+`--other` measures another server with an OpenAI-compatible API. It sends the same requests to the
+base model without a prompt. Each client sends its next request when it has received an answer. The
+number of requests is fixed.
 """
 
 import argparse
@@ -59,7 +61,7 @@ class Client:
         self._connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=600)
 
     def send(self, path: str, body: dict[str, Any]) -> http.client.HTTPResponse:
-        """Send a request and return the response, whose body is still to be read."""
+        """Send a request and return the response. Its body is not read yet."""
         content = json.dumps(body).encode()
         self._connection.request("POST", path, content, {"Content-Type": "application/json"})
         response = self._connection.getresponse()
@@ -90,7 +92,7 @@ class Client:
 
 
 def in_clients(url: str, clients: int, items: Sequence[Any], work: Callable) -> tuple[float, list]:
-    """Do some work for each item, in several clients. Return the seconds, and the results."""
+    """Do some work for each item in several clients. Return the seconds and the results."""
     results: list[Any] = [None] * len(items)
     left, lock = iter(range(len(items))), threading.Lock()
 
@@ -112,7 +114,7 @@ def in_clients(url: str, clients: int, items: Sequence[Any], work: Callable) -> 
 
 
 def make_prompts(base, folder: Path) -> list[str]:
-    """Save the prompts and return their names, without the one that has labels."""
+    """Save the prompts. Return the names of those without labels."""
     names = [f"p{number:02}" for number in range(PROMPTS)]
     for number, name in enumerate(names):
         SoftPrompt.from_vocabulary(base, 20, jax.random.key(number)).save(folder / name, base)
@@ -236,7 +238,7 @@ def measure_overhead(base, folder: Path, url: str) -> None:
 
 
 def measure_labels(url: str, rounds: int) -> None:
-    """Compare many clients with one text each with one request."""
+    """Compare clients that send one text each with one request for all texts."""
     texts = inputs(32)
 
     def one_text(client: Client, text: str) -> list[str]:

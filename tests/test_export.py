@@ -131,7 +131,7 @@ def test_an_unsupported_export_is_rejected_and_writes_nothing(
 def test_a_type_without_a_gguf_file_is_rejected(run, tmp_path, capsys):
     arguments = ["export", str(run("prompt")), str(tmp_path / "out"), "--dtype", "f32"]
     assert main(arguments) == 1
-    assert "--dtype: only --format gguf has types" in capsys.readouterr().err
+    assert "--dtype needs --format gguf" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["prompt", "prefix", "lora"])

@@ -123,9 +123,9 @@ def test_a_model_directory_becomes_the_same_model(name, tmp_path):
     ("name", "message"),
     [
         ("gpt2-plain", r"model type gpt2 cannot be written to a GGUF file \(supported: gemma3"),
-        ("llama-biased", "no place for its attention_bias"),
-        ("qwen2-window", "no place for its layers"),
-        ("gemma3_text-pattern", "no place for its layers, attention_scale, logit_softcap"),
+        ("llama-biased", "cannot represent its attention_bias"),
+        ("qwen2-window", "cannot represent its layers"),
+        ("gemma3_text-pattern", "cannot represent its layers, attention_scale, logit_softcap"),
     ],
 )
 def test_a_model_that_gguf_cannot_describe_is_rejected(name, message, tmp_path):
@@ -137,7 +137,9 @@ def test_a_model_that_gguf_cannot_describe_is_rejected(name, message, tmp_path):
 def test_values_that_float16_cannot_hold_are_rejected(tmp_path):
     prompt = small_prompt("llama")
     prompt.method.vectors[...] = 1e6 * prompt.method.vectors[...]
-    with pytest.raises(UserError, match=r"token_embd.weight has values .* cannot hold; use f32"):
+    with pytest.raises(
+        UserError, match=r"token_embd.weight has values .* cannot represent; use --dtype f32"
+    ):
         export_gguf(prompt, tmp_path, "f16")
     assert not any(tmp_path.iterdir())
 

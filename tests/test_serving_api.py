@@ -253,7 +253,7 @@ MISTAKES = [
     ({"max_tokens": 125}, 400, "maximum context length is 128 tokens"),
     ({"max_tokens": 0}, 400, "max_tokens: 0 needs echo"),
     ({"n": 2}, 400, "several answers need a temperature"),
-    ({"n": 100, "temperature": 1}, 400, "100 answers, but at most 32"),
+    ({"n": 100, "temperature": 1}, 400, "100 answers, but the limit is 32"),
     ({"top_p": 0.5}, 400, "top_p needs a temperature"),
     ({"logprobs": 6}, 400, "logprobs: Input should be less than or equal to 5"),
     ({"temprature": 1}, 400, "temprature: unknown parameter"),

@@ -165,7 +165,7 @@ def test_a_full_bank_leaves_everything_as_it_was(service, tiny, tmp_path):
 
 def test_a_request_that_is_too_long_is_rejected(service):
     prompt = service.prompts.get("texts")
-    with pytest.raises(TooLong, match="needs 129: 4 before the input, 25 in the input and 100 new"):
+    with pytest.raises(TooLong, match="needs 129: 4 in the prefix, 25 in the input and 100 new"):
         Asked(service, prompt, "a" * 24, 100)
 
 

@@ -371,7 +371,7 @@ def test_targets_that_a_teacher_will_write_are_not_needed_to_show_examples(tmp_p
     arguments = ["show", str(tmp_path / "case.yaml"), f"objective.teacher={teacher}"]
     assert main([*arguments, "method=none"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1] == "before training, the teacher writes the targets ⟦?⟧"
+    assert lines[1] == "the teacher will write the targets ⟦?⟧ before training"
     assert lines[3] == f"{tmp_path}/train.jsonl:1 (29 tokens, 0 with loss, truncated):"
     assert lines[4].startswith("Say·long·long·")
     assert lines[4].endswith(":⟦?⟧")

@@ -43,7 +43,7 @@ def test_eval_needs_the_written_targets_but_not_the_teacher(tmp_path, monkeypatc
     assert found["objective_loss"] == pytest.approx(measured["objective_loss"], rel=1e-5)
 
     assert main(["eval", str(run), str(run), "--split", "validation"]) == 1
-    assert "the teacher of each run wrote targets of its own" in capsys.readouterr().err
+    assert "the teacher of each run wrote its own targets" in capsys.readouterr().err
 
     manual.write_text("Say it once.")
     found, said = evaluated(run, capsys)
@@ -68,7 +68,7 @@ def test_eval_needs_the_written_targets_but_not_the_teacher(tmp_path, monkeypatc
     assert "has 7 targets for 8 records" in capsys.readouterr().err
     targets.unlink()
     assert main(["eval", str(run), "--split", "validation"]) == 1
-    assert "it has the targets that the teacher wrote" in capsys.readouterr().err
+    assert "it contains the targets that the teacher wrote" in capsys.readouterr().err
 
 
 def test_every_trial_of_a_sweep_keeps_the_written_targets(tmp_path):

@@ -50,10 +50,10 @@ class Batch:
       weights: `[G, R]`, how much each row counts in training; None if all count the same.
       teacher: the same examples as a teacher reads them, in a batch with other tokens and the same
         targets. None if there is no teacher or it reads these rows.
-      top_tokens: `[G, M, k]`, the most likely tokens of a teacher that is not needed any more; see
-        `TopTokens`. None if there is no teacher or it reads rows.
+      top_tokens: `[G, M, k]`, the stored most likely tokens of a teacher; see `TopTokens`. None
+        without a teacher, or if the teacher reads rows.
       top_log_probabilities: `[G, M, k + 1]`, of these tokens and of all others together. None if
-        `top_tokens` is.
+        `top_tokens` is None.
     """
 
     tokens: Array

@@ -43,12 +43,12 @@ class Cache:
         )
 
     def view(self, rows: int | None = None, slots: int | None = None) -> "CacheView":
-        """Return the first slots of the first rows, by default all. No row may have more tokens."""
+        """Return the first slots of the first rows, by default all. No row may be longer."""
         _, all_rows, all_slots, _, _ = self.keys.shape
         return CacheView(self, rows or all_rows, slots or all_slots)
 
     def rows(self, rows: jax.Array) -> "Cache":
-        """Return the cache of some rows. Indices that are too large take the last row."""
+        """Return the cache of some rows. Indices beyond the last row return the last row."""
         take = partial(jnp.take, indices=rows, mode="clip")
         return Cache(take(self.keys, axis=1), take(self.values, axis=1), take(self.lengths, axis=0))
 
@@ -58,7 +58,7 @@ class Cache:
         """Add tokens to some rows.
 
         Args:
-          rows: `[b]`, different rows. Nothing is written for indices that are too large.
+          rows: `[b]`, different rows. Nothing is written for indices beyond the last row.
           keys, values: `[L, b, T, K, h]`.
           counts: `[b]`, how many of the T tokens to add to each row.
         """

@@ -1,4 +1,4 @@
-"""The functions of a decoder's layers: which tokens are read, and what they attend to.
+"""The functions of a decoder's layers: the tokens that they read, and what these attend to.
 
 Axis letters: D hidden, H query heads, K key-value heads, h head size, L layers, G packs,
 N tokens of a pack, M tokens to compute outputs for, P virtual tokens.
@@ -31,7 +31,7 @@ class LayerFunctions:
       arch: the architecture.
       mesh: the devices that the parameters are divided over; None for one device.
       positions: of all tokens that a layer reads, including those before the rows.
-      groups: by name, the tokens that can be attended to. "row" are the tokens of the rows.
+      groups: by name, the tokens that can be attended to. "row" are the rows' own tokens.
       kernel: computes attention of all tokens; None for XLA.
     """
 
@@ -89,11 +89,11 @@ class LayerFunctions:
         return layer
 
     def _by_kind(self, function: Callable[[LayerKind], Any]) -> Any:
-        """Stack what a function returns for each kind of layer."""
+        """Stack the results of a function for each kind of layer."""
         return jax.tree.map(lambda *each: jnp.stack(each), *map(function, self._kinds))
 
     def _masks(self, kind: LayerKind, queries: Tokens) -> dict[str, jax.Array | None]:
-        """Return which tokens of each group the queries attend to; None for all."""
+        """Return a mask of the tokens of each group that the queries attend to; None for all."""
         has_windows = any(kind.window for kind in self._kinds)
         return {
             name: None

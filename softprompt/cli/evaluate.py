@@ -92,8 +92,8 @@ def run(options: argparse.Namespace) -> None:
     teacher = experiment.objective.teacher
     if others and teacher and teacher.writes_targets and options.split != "test":
         raise UserError(
-            f"{config}: the teacher of each run wrote targets of its own; evaluate the runs one by "
-            "one, or together with --split test"
+            f"{config}: the teacher of each run wrote its own targets; evaluate one run at a "
+            "time, or all with --split test"
         )
     if others:
         _evaluate_several(options, experiment)

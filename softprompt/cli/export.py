@@ -25,8 +25,8 @@ Writes a new folder with a model card (README.md), and prints its path. Formats:
   merged       a model directory for inference engines without support for prompts: the virtual
                tokens become new tokens of the vocabulary; weights of LoRA and of fine-tuning
                are merged into the model
-  gguf         the same as one file for llama.cpp and Ollama
-  embeds       the embeddings with which every input begins, for vLLM's enable_prompt_embeds
+  gguf         the merged model in one file, for llama.cpp and Ollama
+  embeds       the embeddings that every input begins with, for vLLM's enable_prompt_embeds
 
 examples:
   softprompt export runs/sentiment adapters/sentiment
@@ -57,7 +57,7 @@ def run(options: argparse.Namespace) -> None:
     from softprompt.interop.export import export, push
 
     if options.dtype and options.format != "gguf":
-        raise UserError("--dtype: only --format gguf has types to choose from")
+        raise UserError("--dtype needs --format gguf")
     export(load_prompt(options), options.folder, options.format, options.dtype or "f16")
     print(options.folder)
     if options.push:

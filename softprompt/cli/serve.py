@@ -1,4 +1,4 @@
-"""`softprompt serve`: answer requests over HTTP."""
+"""`softprompt serve`: serve prompts over HTTP."""
 
 import argparse
 import os
@@ -23,11 +23,11 @@ def add_to(subparsers: Any) -> None:
         subparsers,
         "serve",
         run,
-        "answer requests over HTTP, as OpenAI's API",
+        "serve prompts over HTTP, with an API compatible with OpenAI's",
         """\
-One base model serves all prompts: a request names the prompt, or the base model, as its model.
-Requests for different prompts run together. GET /health says when the server is ready. Needs
-pip install 'softprompt[serve]'.
+One base model serves all prompts. The `model` of a request is the name of a prompt or of the base
+model. Requests for different prompts run together in one batch. GET /health returns status 200 when
+the server is ready. The command needs pip install 'softprompt[serve]'.
 
 examples:
   softprompt serve sentiment=runs/sentiment summarize=runs/summarize
@@ -39,7 +39,7 @@ examples:
         nargs="*",
         default=[],
         metavar="NAME=RUN",
-        help="a prompt by the name that requests use: a run folder, or its prompt/",
+        help="serve the prompt of a run folder (or its prompt/) under this name",
     )
     command.add_argument(
         "--base", metavar="NAME", help="base model (default: the one recorded in the first prompt)"
@@ -51,7 +51,7 @@ examples:
         "--prompts-dir",
         type=Path,
         metavar="DIR",
-        help="serve every finished run and saved prompt in this folder, also new ones",
+        help="serve all finished runs and saved prompts in this folder, also those added later",
     )
     command.add_argument("--host", default="127.0.0.1", help="address (default: 127.0.0.1)")
     command.add_argument(
@@ -62,7 +62,7 @@ examples:
     command.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),
-        help="dtype of the base model (default: the first prompt's, or float32)",
+        help="dtype of the base model (default: as recorded in the first prompt, or float32)",
     )
     command.add_argument(
         "--quantize",
@@ -74,12 +74,12 @@ examples:
 def _add_limits(command: argparse.ArgumentParser) -> None:
     for name, default, text in (
         ("slots", 16, "requests that generate at the same time"),
-        ("max-tokens", 1024, "most tokens of a request: prefix, input and new tokens"),
-        ("bank-tokens", 4096, "tokens of all prefixes together"),
-        ("max-waiting", 256, "requests that wait for a slot; more get status 429"),
-        ("max-body-bytes", 2**20, "largest body of a request"),
+        ("max-tokens", 1024, "maximum tokens of a request: prefix, input and new tokens"),
+        ("bank-tokens", 4096, "maximum tokens of all prefixes together"),
+        ("max-waiting", 256, "maximum requests in the queue; further ones get status 429"),
+        ("max-body-bytes", 2**20, "maximum size of a request's body"),
         ("timeout", 600, "seconds after which a request fails"),
-        ("drain-seconds", 30, "seconds that running requests have after SIGTERM"),
+        ("drain-seconds", 30, "seconds to finish running requests after SIGTERM"),
     ):
         command.add_argument(
             f"--{name}",
@@ -94,7 +94,7 @@ def _add_access(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--api-key",
         metavar="KEY",
-        help="requests need this key (default: $SOFTPROMPT_API_KEY, which other users cannot see)",
+        help="require this key (default: $SOFTPROMPT_API_KEY, which other users cannot see)",
     )
     command.add_argument(
         "--admin-key",
@@ -107,7 +107,7 @@ def _add_access(command: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="ORIGIN",
-        help="allow web pages of this origin; may be given several times",
+        help="allow requests from web pages of this origin; can be repeated",
     )
 
 
@@ -141,12 +141,14 @@ def run(options: argparse.Namespace) -> None:
     with bind(options.host, options.port) as bound:
         saved = [SavedPrompt.read(folder) for _, folder in given]
         base = _base(options, saved)
-        for _, folder in given:  # before a minute of compiling
+        for _, folder in given:  # before compiling, which takes a minute
             require_servable(folder, base)
         limits = Limits(options.slots, options.max_tokens, options.bank_tokens, options.max_waiting)
         service = Service(base, options.name or base.name, limits)
         if service.name in names:
-            raise UserError(f"{service.name}: is the name of the base model; choose --name")
+            raise UserError(
+                f"{service.name} is the name of the base model; set another one with --name"
+            )
         labels = settings.prompts_dir is not None or any(s.content.verbalizer for s in saved)
         Server(State(service, settings), given, labels=labels).run(bound, Bar)
 
@@ -164,7 +166,7 @@ def _require_extra() -> None:
 
 
 def _base(options: argparse.Namespace, saved: "Sequence[SavedPrompt]") -> "Base":
-    """Load the base model, as the first prompt was trained on it."""
+    """Load the base model, with the settings that the first prompt was trained with."""
     from softprompt.backbones.loading import load_base
 
     settings: dict[str, Any] = {}

@@ -74,7 +74,7 @@ def run(options: argparse.Namespace) -> None:
     shown = list(itertools.islice(examples, options.number))
     print(LEGEND)
     if written:
-        print(f"before training, the teacher writes the targets ⟦{UNKNOWN}⟧")
+        print(f"the teacher will write the targets ⟦{UNKNOWN}⟧ before training")
     for example in shown:
         print(f"\n{example.record.where} ({counts_of(task, example)}):")
         print(shown_example(task, example))
@@ -85,7 +85,7 @@ def run(options: argparse.Namespace) -> None:
 def _limited(
     task: "Task", experiment: "Experiment", splits: "Mapping[str, Sequence[Record]]"
 ) -> "Task":
-    """Return the task with the token limit of the teacher, if there is one that can be loaded."""
+    """Return the task with the teacher's token limit, if there is a teacher that can be loaded."""
     from softprompt.training.teachers import prepare_teacher
 
     if experiment.objective.teacher is None:

@@ -25,8 +25,8 @@ answer, the kind of question and the number of the chunk. If the command is inte
 again to continue.
 
 With --experiment, the base model, the template and the section `compute` come from an experiment
-with `objective: distill`. Its teacher would give the same answers if it is the same base model and
-reads the same document.
+with `objective: distill`. If its teacher is the same base model and reads the same document, the
+teacher would give the same answers.
 
 examples:
   softprompt study manual.txt

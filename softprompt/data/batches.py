@@ -47,8 +47,8 @@ class TrainingBatches:
         fills in only the packs that its devices hold; see `hosts.divide_rows`.
       weights: `[N]`, how much each example counts, see `Batch.weights`; None if all count the same.
       all_candidates: whether to keep all candidates of an example, and not only the right one.
-      teacher: the examples as a teacher reads them, or its most likely tokens at the targets that
-        the rows keep; None if there is none or it reads the same.
+      teacher: the examples as a teacher reads them, or its most likely tokens at the targets of
+        the rows; None without a teacher, or if it reads the same rows.
 
     Raises:
       ValueError: if there are fewer examples than `batch_size`, or if passes times devices do
@@ -203,7 +203,7 @@ def evaluation_batches(
       run: function to call with each batch.
       separate_targets: whether the backbone reads targets apart from the input.
       mesh: the devices that divide the rows, or None.
-      teacher: as for `TrainingBatches`; it may go on after the last of the examples.
+      teacher: as for `TrainingBatches`; it may be longer than the examples.
 
     Yields:
       The indices of the examples in the first rows of a batch, and the result of `run`.
@@ -231,7 +231,7 @@ class _EvaluationPlan:
     Args:
       dataset: the examples.
       layout: their layout.
-      batch_size: the most examples in a batch.
+      batch_size: the maximum number of examples in a batch.
       packs: the number of packs of a batch.
 
     Attributes:
@@ -262,7 +262,7 @@ class _EvaluationPlan:
 
         Args:
           numbers: the numbers of examples of one group.
-          most: the most examples in a batch; less than the batch size if memory ran out.
+          most: the maximum number of examples in a batch; below the batch size if memory ran out.
         """
         number = int(self._class_of[numbers[0]])
         shape = self._shapes[number] if most == self._batch_size else self._smaller(number, most)
@@ -299,7 +299,7 @@ class _EvaluationPlan:
 def _beside(
     examples: Dataset, teacher: Sequence[Example] | TopTokens | None, separate_targets: bool
 ) -> TeacherRows | TopTokens | None:
-    """Return what puts the teacher's rows, or its most likely tokens, beside a batch."""
+    """Return the object that adds the teacher's rows or most likely tokens to a batch."""
     if teacher is None or isinstance(teacher, TopTokens):
         return teacher
     return TeacherRows(examples, Examples.of(teacher[: len(examples)]), separate_targets)

@@ -197,7 +197,7 @@ class Examples(Dataset):
 
 
 class AnswerOnly(Dataset):
-    """The examples of another dataset, with the right candidate alone.
+    """The examples of another dataset, with only their right candidates.
 
     Args:
       dataset: examples with their answers.

@@ -12,7 +12,7 @@ LEGEND = "loss on ⟦…⟧; · is a space, ⏎ a line break, ⇥ a tab"
 """What the marks in `shown_example` mean."""
 
 UNKNOWN = "?"
-"""What `shown_example` shows in the place of a target that is not known."""
+"""The text that `shown_example` shows for an unknown target."""
 
 _MARKS = {" ": "·", "\n": "⏎\n", "\t": "⇥"}
 
@@ -24,7 +24,7 @@ def shown_example(task: Task, example: Example) -> str:
 
     Args:
       task: the task that made the example.
-      example: an example. Without an answer, `UNKNOWN` stands in the place of the target.
+      example: an example. Without an answer, its target is shown as `UNKNOWN`.
     """
     inputs = [*task.opening, *example.input]
     begin = len(task.opening)
@@ -42,7 +42,7 @@ def shown_example(task: Task, example: Example) -> str:
 
 
 def counts_of(task: Task, example: Example) -> str:
-    """Return the numbers of tokens of an example as text, without a target that is not known."""
+    """Return the token counts of an example as text. An unknown target is not counted."""
     virtual = sum(token < 0 for token in (*task.opening, *example.input))
     targets = _target(example)
     total = len(task.opening) + len(example.input) + len(targets)

@@ -128,7 +128,7 @@ class Task:
     def encoder(self) -> Iterator[Callable[[Sequence[Record], bool], list[Example]]]:
         """Yield a function that encodes records as `example` does, given `with_answer`.
 
-        For conversations, a process that renders the chat template runs in this context.
+        For conversations, the context runs a process that renders the chat template.
         """
         if field := self.template.messages:
             encoder = ConversationEncoder(self.base, field, self.max_tokens, self._row_opening)
@@ -145,7 +145,7 @@ class Task:
           where: names the input in error messages.
 
         Raises:
-          UserError: if it is something else, or a text for a template with several fields.
+          UserError: if the type is wrong, or a text is given for a template with several fields.
         """
         if isinstance(text, Record):
             return text

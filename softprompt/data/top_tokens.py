@@ -1,4 +1,4 @@
-"""The most likely tokens of a teacher at each target, which are stored before training.
+"""The most likely tokens of a teacher at each target, stored before training.
 
 Axis letters: N examples, G packs, M targets of a pack, W targets of all examples, k tokens.
 """

@@ -63,9 +63,9 @@ class TeacherSettings(Section):
         default=None,
         ge=1,
         le=1_000_000,
-        description="Number of most likely tokens of the teacher to store at each target before "
-        "training, in the run folder. All other tokens then count as one, and the steps do not "
-        "need the teacher. `null`: the teacher reads each batch.",
+        description="Number of the teacher's most likely tokens that the run folder stores for "
+        "each target before training. The loss then treats all other tokens as one, and training "
+        "steps do not run the teacher. `null`: the teacher reads each batch.",
     )
 
     @pydantic.field_validator("input")

@@ -77,7 +77,7 @@ def store(bank: Any, slots: Slots, row: jax.Array, entries: jax.Array) -> Any:
       bank: keys and values `[L, P, K, h]`; they are donated.
       slots: the slots.
       row: the number of the slot.
-      entries: `[W]`, the places in the bank; a number that is too large is padding.
+      entries: `[W]`, the places in the bank. Numbers beyond the bank are padding.
     """
 
     def copied(stored: jax.Array, array: jax.Array) -> jax.Array:

@@ -1,9 +1,9 @@
 """The compiled programs of continuous batching.
 
-A fixed number of rows, the slots, share one KV cache on the device. A request occupies a slot: its
-prefix is copied into the cache, its tokens are read after it in chunks, and then it generates with
-all other slots. Everything about a request is kept per row, so slots are filled and freed one by
-one and no shape depends on the requests.
+A fixed number of rows, the slots, share one KV cache on the device. A request occupies a slot.
+Its prefix is copied into the cache, its input is read in chunks (prefill), and then it generates
+together with all other slots (decode). The state of a request is kept per row. Therefore slots are
+filled and freed one by one, and no shape depends on the requests.
 
 Axis letters: B slots, b slots of one call, T tokens of a chunk, S cache slots of a row, C steps of
 a call, N most likely tokens, E end tokens, V vocabulary, P tokens of a prefix, W its padded length,
@@ -21,13 +21,13 @@ from softprompt.backbones.cache import Cache
 from softprompt.generation.sampling import Sampling, choose
 
 STEPS = 8
-"""The most tokens that one call of `decode` generates in each slot, C."""
+"""The maximum number of tokens that one call of `decode` generates in each slot, C."""
 
 TOP = 20
 """The number of most likely tokens whose log-probabilities are returned, N."""
 
 ENDS = 4
-"""The most tokens that can end a row, E."""
+"""The maximum number of tokens that can end a row, E."""
 
 
 @jax.tree_util.register_dataclass
@@ -36,7 +36,7 @@ class Slots:
     """The state of all slots.
 
     Attributes:
-      cache: the KV cache. It holds all tokens of a row but the last, prefix included.
+      cache: the KV cache. It contains the prefix and all tokens of a row except the last.
       last: `[B]`, the last token of each row.
       generated: `[B]`, the number of generated tokens.
       limits: `[B]`, the number of tokens after which a row stops.
@@ -61,7 +61,7 @@ class Slots:
 
 
 class Occupant(NamedTuple):
-    """What a request sets in its slot: the attributes of `Slots` without the axis B.
+    """The values that a request sets in its slot: attributes of `Slots` without the axis B.
 
     `seed` is the seed of the random key.
     """
@@ -75,7 +75,7 @@ class Occupant(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """Log-probabilities of tokens, before temperature and penalties. Zeros if nobody wants them.
+    """Log-probabilities of tokens, before temperature and penalties. Zeros if nothing needs them.
 
     Attributes:
       chosen: `[...]`, the log-probability of each token.
@@ -94,12 +94,12 @@ class Scores(NamedTuple):
 
 
 class Generated(NamedTuple):
-    """What one call generated.
+    """The result of one call of `decode`.
 
     Attributes:
       tokens: `[B, C]` ids. A row ends with -1 if its logits are not finite.
       counts: `[B]`, how many of the C tokens are new.
-      active: `[B]` booleans, whether each row goes on.
+      active: `[B]` booleans, whether each row continues.
       scores: `[B, C]`.
     """
 
@@ -110,12 +110,12 @@ class Generated(NamedTuple):
 
 
 class Read(NamedTuple):
-    """What reading a chunk of some rows returned.
+    """The result of one call of `read`.
 
     Attributes:
       tokens: `[b]`, the first generated token of each row that is complete; -1 if its logits are
         not finite.
-      active: `[b]` booleans, whether each row goes on.
+      active: `[b]` booleans, whether each row continues.
       scores: of the first token, `[b]`.
       input_scores: of the tokens that follow each token of the chunk, `[b, T]`.
     """
@@ -213,7 +213,7 @@ def read(
     Args:
       backbone: a causal model.
       slots: are donated.
-      rows: `[b]`, different slots; a number that is too large fills up the call.
+      rows: `[b]`, different slots. Numbers beyond the last slot are padding.
       tokens: `[b, T]` ids, padded on the right.
       counts: `[b]`, the number of tokens that are not padding.
       complete: `[b]` booleans, whether the chunk is the last one of its row.

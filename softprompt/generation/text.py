@@ -10,7 +10,7 @@ class AnswerText:
 
     Args:
       tokenizer: the base model's.
-      stop: texts at which the answer ends. They are not part of it.
+      stop: stop texts. They are not part of the answer.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, stop: Sequence[str]):
@@ -25,13 +25,13 @@ class AnswerText:
         return (text[: min(complete)[1]], True) if complete else (text, ended)
 
     def needed(self, ids: Sequence[int], new: int) -> int:
-        """Return how many of the last `new` ids an answer needs that has ended."""
+        """Return how many of the last `new` ids belong to an answer that has ended."""
         before = len(ids) - new
         ends = (count for count in range(1, new) if self.text(ids[: before + count])[1])
         return next(ends, new)
 
     def final(self, text: str) -> str:
-        """Return the beginning of an unfinished text that more tokens cannot change."""
+        """Return the part of an unfinished text that later tokens cannot change."""
         return text[: len(text) - self._uncertain(text)]
 
     def _uncertain(self, text: str) -> int:

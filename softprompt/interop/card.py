@@ -24,8 +24,8 @@ from softprompt.interop.written import (
 )
 
 _ABOUT_LABELS = (
-    "The measured predictions are the label whose text is the most probable. An engine that "
-    "generates text can also write something else."
+    "The validation metrics were measured with the most probable label. An engine that generates "
+    "text can also write something else."
 )
 
 
@@ -57,11 +57,11 @@ def merged_card(prompt: TrainedPrompt, written: str) -> str:
 
 
 def gguf_card(prompt: TrainedPrompt, written: str) -> str:
-    """Return the card of a GGUF file. The arguments are those of `merged_card`."""
+    """Return the card of a GGUF file. It takes the same arguments as `merged_card`."""
     programs = {"llama-cpp-python": block(engines.llama_cpp_code(prompt, written), "python")}
     if text := engines.modelfile(prompt, written):
-        programs["Ollama"] = f"Write this Modelfile into the folder:\n\n{block(text)}"
-    about = f"It is part of `{GGUF_FILE}`, so llama.cpp and programs that contain it can run it."
+        programs["Ollama"] = f"Save this as `Modelfile` in the folder:\n\n{block(text)}"
+    about = f"It is part of `{GGUF_FILE}`, so llama.cpp and programs based on it can run it."
     return _card(prompt, written, "gguf", programs, about)
 
 
@@ -74,8 +74,8 @@ def embeds_card(prompt: TrainedPrompt, written: str) -> str:
     """
     programs = {"vLLM": block(engines.embeds_code(prompt, written), "python")}
     about = (
-        f"`{EMBEDS_FILE}` holds the embeddings with which every input begins. Those of the rest "
-        "of the input follow them."
+        f"`{EMBEDS_FILE}` contains the embeddings that every input begins with. Append the "
+        "embeddings of the rest of the input."
     )
     return _card(prompt, written, "vllm", programs, about)
 
@@ -90,7 +90,7 @@ def _card(
       written: the form of an input.
       library: the library that loads the export, for the metadata.
       programs: how to run the export, by the name of the engine.
-      about: what the export is.
+      about: a sentence about the export.
     """
     sections = [
         f"{_metadata(prompt, library)}\n# {plain(prompt.description['experiment'])}",
@@ -187,7 +187,7 @@ def _answer(task: Task) -> str:
 
 
 def _generation(prompt: TrainedPrompt) -> str:
-    """Describe the settings of generation."""
+    """Describe the generation settings."""
     settings = engines.settings_of(prompt)
     if settings.beams > 1:
         how = f"beam search with {settings.beams} beams"

@@ -1,7 +1,7 @@
-"""Export the embeddings with which every input begins, for engines that accept embeddings.
+"""Export the embeddings that every input begins with, for engines that accept embeddings.
 
-The tensor is the first part of what vLLM takes as `prompt_embeds` if it is started with
-`enable_prompt_embeds`. The embeddings of the rest of an input follow it.
+With `enable_prompt_embeds`, vLLM accepts `prompt_embeds`: this tensor, followed by the embeddings
+of the rest of the input.
 """
 
 from pathlib import Path
@@ -29,7 +29,7 @@ def export_embeds(prompt: TrainedPrompt, folder: Path) -> str:
       The form of the rest of an input, see `written_input`.
 
     Raises:
-      UserError: if the prompt is more than vectors, or they are not before the inputs.
+      UserError: if the prompt does not consist of vectors alone, or they are not before the inputs.
     """
     base, task = prompt.base, prompt.task
     _, vectors = prompt.method.merge_into(base.backbone, prompt.backbone)

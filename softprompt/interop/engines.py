@@ -17,7 +17,7 @@ FOLDER = "path/to/this/folder"
 
 
 def settings_of(prompt: TrainedPrompt) -> GenerationSettings:
-    """Return how an engine generates the answers of a prompt."""
+    """Return the settings with which an engine generates the answers of a prompt."""
     task = prompt.task
     settings = task.stopping(prompt.generation)
     if not task.verbalizer:
@@ -27,7 +27,7 @@ def settings_of(prompt: TrainedPrompt) -> GenerationSettings:
 
 
 def filled_text(prompt: TrainedPrompt, written: str) -> str:
-    """Return Python code for an input whose fields are filled in."""
+    """Return Python code that fills in the fields of an input."""
     values: dict[str, Any] = example_of(prompt.task.template.input)
     if "{record[" in prompt.task.template.input:
         values = {"record": values, **values}
@@ -138,7 +138,7 @@ def modelfile(prompt: TrainedPrompt, written: str) -> str | None:
 
 
 def _go_text(text: str) -> str:
-    """Return a text of a template of Go, as a string if it could be read as code."""
+    """Return a text for a Go template, quoted if Go could read it as code."""
     if '"' not in text and "{" not in text:
         return text
     return f"{{{{ {json.dumps(text, ensure_ascii=False)} }}}}"
@@ -156,7 +156,7 @@ def _sampling_params(prompt: TrainedPrompt) -> str:
 
 
 def _given(settings: GenerationSettings, names: Mapping[str, str]) -> dict[str, Any]:
-    """Return the settings that are not null, by the names of an engine."""
+    """Return the settings that are not null, under the names of an engine."""
     found = {theirs: getattr(settings, ours) for ours, theirs in names.items()}
     return {name: value for name, value in found.items() if value is not None}
 

@@ -21,8 +21,8 @@ def export(prompt: TrainedPrompt, folder: Path, format: str, dtype: GGUFType = "
       prompt: the trained prompt.
       folder: a folder that does not exist or is empty.
       format: `peft`, an adapter; `peft-prefix`, an adapter that holds everything before the
-        inputs as keys and values; `merged`, a model that needs no adapter; `gguf`, the same as
-        one file for llama.cpp; `embeds`, the embeddings before the inputs, for vLLM.
+        inputs as keys and values; `merged`, a model that needs no adapter; `gguf`, that
+        model in one file for llama.cpp; `embeds`, the embeddings before the inputs, for vLLM.
       dtype: how a GGUF file stores matrices.
 
     Raises:

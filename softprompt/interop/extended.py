@@ -1,6 +1,6 @@
 """A plain model that computes the same as a trained prompt, in the tensors of a file format.
 
-A soft prompt becomes new tokens of the vocabulary, whose embeddings are its vectors. Axis letters:
+A soft prompt becomes new tokens in the vocabulary. Their embeddings are its vectors. Axis letters:
 V vocabulary, D hidden, P virtual tokens.
 """
 
@@ -23,14 +23,14 @@ from softprompt.interop.written import chat_template, written_input
 
 @dataclasses.dataclass(frozen=True)
 class ExtendedModel:
-    """A base model with what was learned.
+    """A base model that contains a trained prompt.
 
     Attributes:
       tensors: by their names in the file format.
       tokenizer: the tokenizer with the new tokens, and a chat template that writes the inputs of
         the prompt.
       size: the number of tokens of the model.
-      untied: whether the head no longer shares the table of embeddings.
+      untied: whether the head and the embeddings became separate tables.
       new: the ids of the new tokens.
       ends: the ids of the tokens that end a text.
       written: the form of an input: the template with all special tokens written out, to be
@@ -47,7 +47,7 @@ class ExtendedModel:
 
 
 def extend(prompt: TrainedPrompt, names: Names) -> ExtendedModel:
-    """Add what a prompt learned to its base model.
+    """Add a trained prompt to its base model.
 
     Args:
       prompt: the trained prompt.
@@ -68,7 +68,7 @@ def extend(prompt: TrainedPrompt, names: Names) -> ExtendedModel:
     tables = f"{names['embedding']}.weight", f"{names['head']}.weight"
     size = base.backbone.arch.vocab_size
     new: list[int] = []
-    # Version 4 of transformers scales the heads of T5 that are tied, and no others.
+    # Version 4 of transformers scales only the tied heads of T5.
     untied = bool(texts) or getattr(base.backbone.arch, "scaled_head", None) is not None
     if untied:
         _untie(tensors, tables, base)
@@ -94,8 +94,8 @@ def _add_tokens(
 ) -> None:
     """Extend the vocabulary of untied tensors to `size` tokens, with the vectors at `ids`.
 
-    No new token is ever generated: its row of the head equals the row of another token that the
-    model does not generate, and of two equal logits the lower id is chosen.
+    The model does not generate a new token: its row of the head is a copy of the row of a token
+    that is never generated. If two logits are equal, the lower id wins.
     """
     embedding, head = tables
     table = tensors[embedding]
@@ -108,7 +108,7 @@ def _add_tokens(
 
 
 def _untie(tensors: dict[str, np.ndarray], tables: tuple[str, str], base: Base) -> None:
-    """Store the head apart from the embeddings, with T5's factor in its values."""
+    """Store the head as its own table, multiplied by T5's factor."""
     embedding, head = tables
     table = tensors[embedding if base.backbone.arch.tied_head else head]
     tensors[head] = table * table.dtype.type(base.backbone.head_scale)
@@ -117,8 +117,8 @@ def _untie(tensors: dict[str, np.ndarray], tables: tuple[str, str], base: Base) 
 def _never_generated(base: Base) -> int:
     """Return a token that the model does not generate: one that starts or pads texts.
 
-    If the tokenizer has none, this is the first token of the vocabulary. Sampling may then
-    choose a new token in its place, unless the engine respects `suppress_tokens`.
+    If the tokenizer has no such token, this is the first token of the vocabulary. Sampling may
+    then choose a new token instead, unless the engine respects `suppress_tokens`.
     """
     tokenizer, end = base.tokenizer, base.tokenizer.eos_token_id
     choices = [tokenizer.pad_token_id, tokenizer.bos_token_id, *tokenizer.all_special_ids]

@@ -1,4 +1,4 @@
-"""Export a model that contains what was learned as one GGUF file, for llama.cpp and Ollama."""
+"""Export a base model with a trained prompt as one GGUF file, for llama.cpp and Ollama."""
 
 import dataclasses
 from pathlib import Path
@@ -37,7 +37,7 @@ _FILE_TYPES = {
 
 
 def export_gguf(prompt: TrainedPrompt, folder: Path, dtype: GGUFType) -> str:
-    """Write a GGUF file that computes the same as the prompt, without softprompt.
+    """Write a GGUF file that computes the same as the base model with the prompt.
 
     Args:
       prompt: the trained prompt.
@@ -100,7 +100,7 @@ def _write(
 
 
 def _value_type(value: Any) -> gguf.GGUFValueType:
-    """Return the type of a value: unlike the `gguf` package, without signs for single numbers."""
+    """Return the type of a value. The `gguf` package would make single integers signed."""
     if type(value) is int:
         return gguf.GGUFValueType.UINT32
     return gguf.GGUFValueType.get_type(value)
@@ -109,13 +109,13 @@ def _value_type(value: Any) -> gguf.GGUFValueType:
 def _stored(
     array: np.ndarray, dtype: GGUFType, name: str
 ) -> tuple[np.ndarray, gguf.GGMLQuantizationType]:
-    """Return a tensor as it is stored, and its type: float32 for all but matrices."""
+    """Return a tensor as it is stored, and its type. Vectors stay in float32."""
     values = np.asarray(array, np.float32)
     kind = gguf.GGMLQuantizationType[dtype.upper() if values.ndim > 1 else "F32"]
     if values.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
         kind = gguf.GGMLQuantizationType.F16
     if kind is not gguf.GGMLQuantizationType.F32 and np.abs(values).max() > np.finfo("f2").max:
-        raise UserError(f"tensor {name} has values that float16 cannot hold; use f32")
+        raise UserError(f"tensor {name} has values that float16 cannot represent; use --dtype f32")
     return gguf.quantize(values, kind), kind
 
 
@@ -132,6 +132,6 @@ def _require_same_architecture(path: Path, base: Base, model: ExtendedModel) -> 
     file = GGUFFile(path)
     if differing := differing_fields(wanted, architecture_of(file.config, file.names)):
         raise UserError(
-            f"this {base.config['model_type']} model cannot be written to a GGUF file, which "
-            f"has no place for its {', '.join(differing)}"
+            f"this {base.config['model_type']} model cannot be written to a GGUF file: GGUF cannot "
+            f"represent its {', '.join(differing)}"
         )

@@ -1,6 +1,6 @@
 """The metadata of a GGUF file that describe the architecture of a model.
 
-Keys and values are the same as from llama.cpp's `convert_hf_to_gguf.py`.
+llama.cpp's `convert_hf_to_gguf.py` writes the same keys and values.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ def architecture_name(base: Base) -> str:
 
 
 def architecture_fields(base: Base) -> dict[str, Any]:
-    """Return the metadata of a model, by their keys without the name of the architecture."""
+    """Return the metadata of a model. The keys do not include the name of the architecture."""
     arch, config = base.backbone.arch, merged_config(base, 1, untied=False)
     fields: dict[str, Any] = {
         "block_count": len(arch.layers),
@@ -45,7 +45,7 @@ def architecture_fields(base: Base) -> dict[str, Any]:
 
 
 def rope_tensors(base: Base) -> dict[str, np.ndarray]:
-    """Return the tensors of the rotary embedding, if the metadata alone do not describe it."""
+    """Return the tensors that describe the rotary embedding beside the metadata, if any."""
     config = merged_config(base, 1, untied=False)
     scaling = config.get("rope_scaling") or {}
     kind = _kind(scaling)

@@ -1,7 +1,7 @@
 """The metadata of a GGUF file that describe a tokenizer.
 
-A GGUF file names the pattern by which llama.cpp splits texts. The name is found by trial: the
-metadata are read back, as `formats/gguf_tokenizer.py` reads them, and must give the same ids.
+A GGUF file names the pre-tokenizer with which llama.cpp splits texts. The name is found by trial:
+`formats/gguf_tokenizer.py` reads the metadata back, and must give the same ids.
 """
 
 import json
@@ -29,16 +29,16 @@ _TRIED = (
 def vocabulary_fields(
     tokenizer: PreTrainedTokenizerFast, size: int, texts: Sequence[str], model: str
 ) -> dict[str, Any]:
-    """Return the metadata of a tokenizer, with which it adds no tokens to a text.
+    """Return the metadata of a tokenizer. They tell engines to add no tokens to a text.
 
     Args:
       tokenizer: the tokenizer.
       size: the number of tokens of the model.
-      texts: whose ids must be the same when the metadata are read back.
-      model: the name of the model, by which llama.cpp knows the rules of some tokens.
+      texts: texts whose ids must be the same when the metadata are read back.
+      model: the name of the model. llama.cpp has special rules for tokens of some models.
 
     Returns:
-      The values, by their keys without `tokenizer.ggml`.
+      The values. Their keys do not include `tokenizer.ggml`.
 
     Raises:
       UserError: if GGUF has no equivalent of the tokenizer.
@@ -57,7 +57,7 @@ def vocabulary_fields(
 
 
 def _treat_alike(found: Tokenizer, inner: Tokenizer, text: str) -> bool:
-    """Return whether two tokenizers give a text the same ids, and split it alike."""
+    """Return whether two tokenizers split a text alike and give the same ids."""
     if found.pre_tokenizer is not None:  # byte-level BPE
         if inner.pre_tokenizer is None:
             return False
@@ -105,7 +105,7 @@ def _candidates(
 
 
 def _tokens(tokenizer: PreTrainedTokenizerFast, size: int) -> list[str]:
-    """Return the text of each token, and a name for each id that has no token."""
+    """Return the text of each token, and a placeholder for each id without a token."""
     texts = tokenizer.convert_ids_to_tokens(list(range(size)))
     return [f"[PAD{i}]" if text is None else text for i, text in enumerate(texts)]
 

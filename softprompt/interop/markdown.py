@@ -1,4 +1,4 @@
-"""Texts in Markdown, YAML and Python, written so that none ends what it is part of."""
+"""Escape texts for Markdown, YAML and Python."""
 
 import json
 import re
@@ -17,7 +17,7 @@ def quoted(value: Any) -> str:
 def _escaped(character: str) -> str:
     number = ord(character)
     if 0xD800 <= number < 0xE000:
-        return "\\ufffd"  # half of a character, which no file can hold
+        return "\\ufffd"  # half a character, which UTF-8 cannot encode
     return f"\\u{number:04x}" if number < 0x10000 else f"\\U{number:08x}"
 
 
@@ -36,7 +36,7 @@ def code(text: str) -> str:
 
 
 def block(text: str, language: str = "") -> str:
-    """Return a text as a block of code, whose fence is longer than any in the text."""
+    """Return a text as a block of code. Its fence is longer than any fence in the text."""
     fence = "`" * max(3, _longest_run(text) + 1)
     kept = text.encode("utf-8", errors="replace").decode("utf-8")
     return f"{fence}{language}\n{kept}\n{fence}"

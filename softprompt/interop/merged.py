@@ -1,4 +1,4 @@
-"""Export a model that contains what was learned, for engines without support for prompts.
+"""Export a base model with a trained prompt, for engines that do not support soft prompts.
 
 The result is a model directory in the format of the hub. A soft prompt becomes new tokens of the
 vocabulary.

@@ -11,7 +11,7 @@ from softprompt.data.template import Piece, compile_template
 from softprompt.experiment.schema import TemplateSettings
 from softprompt.experiment.templates import filled_in, template_fields
 
-# What a string of Jinja needs. llama.cpp knows no characters by number.
+# The escapes of a Jinja string. llama.cpp does not support numeric escapes.
 _ESCAPES = str.maketrans({"\\": "\\\\", '"': '\\"', "\n": "\\n", "\r": "\\r", "\t": "\\t"})
 
 
@@ -23,7 +23,7 @@ def written_input(
     Args:
       pieces: as returned by `compile_template`.
       tokenizer: gives the texts of special tokens.
-      virtual: the text that takes the place of the virtual tokens.
+      virtual: the text of the virtual tokens.
     """
 
     def text(piece: Piece) -> str:
@@ -43,17 +43,17 @@ def rest_of_input(task: Task) -> list[Piece]:
 
 
 def example_of(template: str) -> dict[str, str]:
-    """Return made-up values for the fields of a template: no export publishes the user's data."""
+    """Return made-up values for the fields of a template, so that exports contain no user data."""
     return {name: f"An example of {name}." for name in template_fields(template)}
 
 
 def example_input(written: str) -> str:
-    """Return a written input whose fields are filled in."""
+    """Return a written input with made-up values in its fields."""
     return filled_in(written, example_of(written))
 
 
 def written_parts(written: str) -> list[str | None]:
-    """Return the texts of a written input, with None in the place of each field."""
+    """Return the texts of a written input, with None for each field."""
     parts: list[str | None] = []
     text = ""
     for literal, field, _, _ in Formatter().parse(written):
@@ -69,8 +69,8 @@ def chat_template(
 ) -> str | None:
     """Return a chat template that writes the inputs of a prompt, virtual tokens included.
 
-    For a prompt trained on conversations, this is the base model's chat template after the virtual
-    tokens. For other prompts, the last message takes the place of the only field.
+    For a prompt trained on conversations, this is the virtual tokens and then the base model's chat
+    template. For other prompts, the last message fills the only field.
 
     Args:
       template: the experiment's template.

@@ -146,7 +146,7 @@ class PrefixTuning(Method):
 
 
 class _FoldedPrefix(Method):
-    """A prefix that is trained in another form, and folds to a plain `PrefixTuning`."""
+    """A prefix that is trained in another form and can be folded into a plain `PrefixTuning`."""
 
     name: ClassVar[str] = "prefix"
     label: ClassVar[str] = "prefix tuning"

@@ -101,7 +101,7 @@ class Distillation(RowObjective):
         return {"loss": losses, "agreement": agreement}, weights
 
     def _with_teacher(self, teacher: Teacher, batch: Batch) -> _Comparison:
-        """Compare whole distributions with a teacher that reads the rows now."""
+        """Compare whole distributions with a teacher that reads the batch."""
         rows_read = batch if batch.teacher is None else batch.teacher
         hidden = teacher.backbone.target_states(rows_read, teacher.prefix)
         graphdef, head = nnx.split(teacher.backbone.output_head)
@@ -118,7 +118,7 @@ class Distillation(RowObjective):
         return compare, (hidden,), head
 
     def _with_top_tokens(self, batch: Batch) -> _Comparison:
-        """Compare with the most likely tokens of a teacher that has read the rows before."""
+        """Compare with the stored most likely tokens of a teacher."""
 
         def compare(
             logits: jax.Array, _: None, ids: jax.Array, expected: jax.Array

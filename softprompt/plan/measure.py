@@ -22,7 +22,7 @@ class Memory:
     """Bytes on one device.
 
     Attributes:
-      base: the frozen base model, and the teacher's if it is another one.
+      base: the frozen base model, and the teacher's base model if it is another one.
       trainable: the trained arrays.
       optimizer: the state of the optimizer.
       batch: the rows of a step.

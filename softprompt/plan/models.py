@@ -34,7 +34,7 @@ def read_models(experiment: Experiment) -> tuple[dict[str, Any], list[Any]]:
 
 
 def teacher_bases(experiment: Experiment) -> list[str]:
-    """Return the base model of the teacher if the step runs it and it is another one."""
+    """Return the teacher's base model if it is another one and the step runs it."""
     teacher = experiment.objective.teacher
     return [teacher.base] if teacher and teacher.base and teacher.top_tokens is None else []
 

@@ -126,15 +126,15 @@ def _virtual_devices(hardware: Hardware, chips: int, missing: str | None) -> int
 
 @dataclasses.dataclass(frozen=True)
 class _Planner:
-    """Plans the step of an experiment for meshes of one kind of hardware.
+    """Plans the training step of an experiment for meshes of one kind of hardware.
 
     Attributes:
       experiment: what would be trained.
       config, archs: see `read_models`.
       hardware: the kind of hardware.
       rows: the shape of a batch.
-      on_cpu: whether virtual CPU devices take the place of the hardware.
-      flops: operations of a step.
+      on_cpu: whether virtual CPU devices simulate the hardware.
+      flops: the number of operations of a step.
     """
 
     experiment: Experiment
@@ -146,11 +146,11 @@ class _Planner:
     flops: int
 
     def plan(self, sizes: Sizes) -> MeshPlan:
-        """Compile the step for a mesh, and return what it needs there."""
+        """Compile the step for a mesh, and measure it."""
         return measure(*self._program(sizes), self.hardware, self.flops)
 
     def search(self, planned: MeshPlan) -> tuple[MeshPlan | None, list[MeshPlan]]:
-        """Return the smallest mesh that fits if `planned` does not, and the meshes tried for it."""
+        """Return the smallest mesh that fits if `planned` does not, and all meshes tried."""
         if planned.fits or self.hardware.platform == "cpu":  # virtual devices share one memory
             return None, []
         batch_size = self.experiment.training.batch_size
@@ -249,7 +249,7 @@ def _notes(
     for base in teacher_bases(experiment):
         notes.append(f"parameters, memory and operations include the teacher, {base}")
     if teacher and teacher.top_tokens is not None:
-        notes.append("the teacher reads the data before training, which is not counted")
+        notes.append("the teacher reads the data before training; the plan does not include this")
     elif teacher:
         notes.append(
             "the teacher's pass over the rows is counted; the keys and values of the text that it "

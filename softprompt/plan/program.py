@@ -93,7 +93,7 @@ def step_program(
     Args:
       experiment: what would be trained.
       config: the content of the base model's `config.json`.
-      archs: the architecture that it describes. If the teacher has another base model, its
+      archs: the architecture that `config` describes. If the teacher has another base model, its
         architecture comes second.
       rows: the shape of a batch.
       mesh: the mesh, or None for one device.
@@ -130,7 +130,7 @@ def step_program(
 
 
 def _teacher(experiment: Experiment, backbone: Backbone) -> tuple[Teacher | None, TopTokens | None]:
-    """Return the teacher that the step runs, or the most likely tokens that it reads instead."""
+    """Return the teacher that the step runs, or the stored tokens that the step reads instead."""
     settings = experiment.objective.teacher
     if settings is None:
         return None, None

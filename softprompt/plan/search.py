@@ -56,7 +56,7 @@ def chosen_mesh(
     """Return the mesh of a number of devices with the largest `fsdp`; None if there is none.
 
     Args:
-      archs: the architectures of models, each of which the mesh must divide.
+      archs: the architectures of all models. The mesh must divide each of them.
       together: see `require_divisible`.
       rows: the rows of a batch, which `data` and `fsdp` must divide.
       devices: the number of devices.

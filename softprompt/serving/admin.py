@@ -37,7 +37,7 @@ def admin_routes(state: State) -> APIRouter:
         state.require_ready()
         folders = state.folders
         if folders is None:
-            raise ApiError(400, "loading prompts needs a server with --prompts-dir")
+            raise ApiError(400, "prompts cannot be loaded: the server runs without --prompts-dir")
         try:
             if request.headers.get("content-type", "").partition(";")[0] == "application/json":
                 body = await _body(request)
@@ -53,7 +53,7 @@ def admin_routes(state: State) -> APIRouter:
         """Remove a prompt. Its files stay."""
         state.require_ready()
         if not await asyncio.to_thread(state.service.prompts.remove, name):
-            raise ApiError(404, f"no prompt {name!r} can be removed", "model_not_found")
+            raise ApiError(404, f"{name!r} is not the name of a prompt", "model_not_found")
         return JSONResponse({"id": name, "object": "model", "deleted": True})
 
     return router
@@ -72,7 +72,7 @@ async def _body(request: Request) -> FolderRequest:
 
 
 async def _upload(folders: Folders, name: str, request: Request) -> None:
-    """Write the body to a file on the disk of the prompts, and load it."""
+    """Store the body in a temporary file in the folder of the prompts, and load it."""
     with tempfile.TemporaryFile(dir=folders.root) as file:
         size = 0
         async for part in request.stream():

@@ -1,4 +1,4 @@
-"""Answers while they are generated: from the scheduler's thread to HTTP."""
+"""Pass answers from the scheduler's thread to HTTP while they are generated."""
 
 import asyncio
 import contextlib
@@ -24,10 +24,10 @@ Result = TypeVar("Result")
 
 @dataclasses.dataclass
 class Answer:
-    """An answer that is complete.
+    """A complete answer.
 
     Attributes:
-      input: what it answers.
+      input: the input that it answers.
       text: the text.
       given: the scored tokens of the input, from the second on.
       tokens: the generated tokens.
@@ -42,7 +42,7 @@ class Answer:
 
 
 class Style(Protocol):
-    """How answers look in one part of OpenAI's API.
+    """The format of answers in one part of OpenAI's API.
 
     Attributes:
       prefix: the beginning of the ids of answers.
@@ -58,7 +58,7 @@ class Style(Protocol):
         ...
 
     def piece(self, plan: Plan, input: Input, update: Update, first: bool) -> dict[str, Any]:
-        """Return what an update, perhaps the first of an answer, adds to a stream."""
+        """Return the part of a stream for an update. `first` marks the first one of an answer."""
         ...
 
 
@@ -67,8 +67,8 @@ class Running:
 
     Args:
       state: of the server.
-      plan: what the request asks for.
-      account: is told what happens.
+      plan: the inputs and settings of the request.
+      account: records what happens.
     """
 
     def __init__(self, state: State, plan: Plan, account: Account):
@@ -102,12 +102,12 @@ class Running:
         }
 
     async def updates(self) -> AsyncGenerator[tuple[int, Update], None]:
-        """Submit the jobs, and yield what is new about each, with the number of its answer.
+        """Submit the jobs, and yield the updates of each with the number of its answer.
 
         Jobs that still run when the iteration ends are cancelled.
 
         Raises:
-          ApiError: if a job fails, or the time is over.
+          ApiError: if a job fails, or the request takes too long.
           Busy, Removed, TooLong: see `Service.submit`.
         """
         left = self.count
@@ -148,7 +148,7 @@ class Running:
         self.account.began(sum(len(each.tokens) for each in plan.inputs))
 
     def _deliver(self, index: int) -> Callable[[Update], None]:
-        """Return what receives the updates of an answer, in the thread of the scheduler."""
+        """Return a function that the scheduler's thread calls with the updates of an answer."""
         loop, put = asyncio.get_running_loop(), self._queue.put_nowait
 
         def deliver(update: Update) -> None:
@@ -172,14 +172,14 @@ async def respond(
     Args:
       state: of the server.
       request: the HTTP request.
-      make_plan: is called in a thread, again if the prompt is replaced meanwhile.
-      style: how the answer looks.
+      make_plan: is called in a thread, and again if the prompt is replaced in the meantime.
+      style: the format of the answer.
       stream: whether to send it as events.
-      include_usage: whether the last event has the numbers of tokens.
+      include_usage: whether the last event contains token counts.
 
     Raises:
       ApiError: see `Running.updates`.
-      Disconnected: if the client has gone.
+      Disconnected: if the client has disconnected.
     """
 
     async def work() -> Response:
@@ -199,7 +199,7 @@ async def respond(
 
 
 def account_of(request: Request) -> Account:
-    """Return what is recorded about a request."""
+    """Return the record of a request."""
     return request.scope["account"]
 
 
@@ -314,7 +314,7 @@ async def until_disconnected(receive: Receive, work: Awaitable[Result]) -> Resul
     """Wait for some work. It is cancelled if the client disconnects.
 
     Raises:
-      Disconnected: if the client has gone.
+      Disconnected: if the client has disconnected.
     """
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_disconnection(receive))

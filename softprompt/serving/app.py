@@ -1,4 +1,4 @@
-"""The HTTP application: its routes, and what surrounds them."""
+"""The HTTP application: its routes, middleware and error handlers."""
 
 import asyncio
 from typing import Any
@@ -114,7 +114,7 @@ async def _told(request: Request, error: Exception) -> Response:
 
 
 async def _malformed(request: Request, error: Exception) -> Response:
-    """Name what is wrong with a body, in one line."""
+    """Describe the errors of a body in one line."""
     assert isinstance(error, RequestValidationError)
     problems: dict[str, str] = {}
     for each in error.errors():

@@ -1,6 +1,6 @@
-"""The bank: which places of one device array hold which prefix.
+"""The bank: the places of prefixes in one device array.
 
-Prefixes are known by their content. Two prompts with equal prefixes share their places, and a
+Prefixes are identified by their content. Two prompts with equal prefixes share their places, and a
 prompt that is replaced under its name never changes what earlier requests read.
 
 Axis letters: P tokens of a prefix, D hidden, L layers, K key-value heads, h head size.
@@ -18,12 +18,12 @@ from softprompt.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Content:
-    """What a prefix is computed from.
+    """The input from which a prefix is computed.
 
     Attributes:
       tokens: the ids of the opening. Virtual token i has the id `~i`.
       vectors: `[P, D]`, the embeddings of the virtual tokens; None if there are none.
-      keys, values: `[L, P, K, h]`, what comes before the opening; None if nothing does.
+      keys, values: `[L, P, K, h]`, a prefix before the opening; None if there is none.
     """
 
     tokens: Sequence[int] = ()
@@ -56,7 +56,7 @@ class Stored:
       digest: of its content.
       entries: `[P]`, its places.
       tokens: the ids of the opening, to which the repetition penalty applies.
-      uses: how many prompts and waiting requests need it.
+      uses: the number of prompts and waiting requests that need it.
     """
 
     digest: str
@@ -71,9 +71,9 @@ class Stored:
 
 
 class Bank:
-    """Keeps account of the places. The device array itself belongs to `Device`.
+    """Records which places are in use. The device array itself belongs to `Device`.
 
-    Several threads may use it.
+    It is thread-safe.
 
     Args:
       capacity: the number of places, each for one token.
@@ -91,7 +91,7 @@ class Bank:
         return self.capacity - len(self._free)
 
     def find(self, digest: str) -> Stored | None:
-        """Return a stored prefix, and count one more use of it; None if it is not there."""
+        """Return a stored prefix and count one more use of it; None if it is not stored."""
         with self._lock:
             stored = self._stored.get(digest)
             if stored is not None:
@@ -99,7 +99,7 @@ class Bank:
             return stored
 
     def add(self, digest: str, content: Content) -> Stored:
-        """Reserve places for a prefix that is not there.
+        """Reserve places for a prefix that is not stored.
 
         Args:
           digest: of the content.
@@ -126,7 +126,7 @@ class Bank:
             return stored.uses > 0
 
     def release(self, stored: Stored) -> None:
-        """Count one use less. A prefix that nobody uses loses its places."""
+        """End one use of a prefix. After the last one, its places are free."""
         with self._lock:
             stored.uses -= 1
             if not stored.uses:

@@ -1,4 +1,4 @@
-"""`/v1/chat/completions`: the next answer of a conversation."""
+"""`/v1/chat/completions`: answer the last message of a conversation."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +16,7 @@ from softprompt.serving.token_texts import TokenTexts
 
 
 class ChatStyle:
-    """How answers of a conversation look. See `Style`.
+    """The format of chat answers. See `Style`.
 
     Args:
       texts: the texts of tokens.
@@ -33,7 +33,7 @@ class ChatStyle:
         return {"message": message, "logprobs": self._logprobs(plan, answer.tokens)}
 
     def piece(self, plan: Plan, input: Input, update: Update, first: bool) -> dict[str, Any]:
-        """Return what an update adds to a stream."""
+        """Return the part of a stream for an update."""
         delta = {"role": "assistant"} if first else {}
         if update.text or first:
             delta["content"] = update.text

@@ -1,4 +1,4 @@
-"""`/v1/classify`: the labels of many inputs."""
+"""`/v1/classify`: predict the labels of inputs."""
 
 import asyncio
 from typing import Any
@@ -26,7 +26,7 @@ def classify_routes(state: State) -> APIRouter:
         async def work() -> dict[str, Any]:
             try:
                 return await _classified(state, body, account)
-            except Removed:  # replaced meanwhile
+            except Removed:  # the prompt was replaced
                 return await _classified(state, body, account)
 
         return JSONResponse(await until_disconnected(request.receive, work()))

@@ -1,4 +1,4 @@
-"""`/v1/completions`: texts that continue inputs."""
+"""`/v1/completions`: complete texts."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ from softprompt.serving.token_texts import TokenTexts
 
 
 class CompletionStyle:
-    """How completions look. See `Style`.
+    """The format of completions. See `Style`.
 
     Args:
       texts: the texts of tokens.
@@ -33,14 +33,14 @@ class CompletionStyle:
         return {"text": text, "logprobs": self._logprobs(plan, tokens)}
 
     def piece(self, plan: Plan, input: Input, update: Update, first: bool) -> dict[str, Any]:
-        """Return what an update adds to a stream."""
+        """Return the part of a stream for an update."""
         text, tokens = update.text, list(update.tokens)
         if first and plan.echo:
             text, tokens = input.text + text, [*self._given(plan, input, update.input), *tokens]
         return {"text": text, "logprobs": self._logprobs(plan, tokens)}
 
     def _given(self, plan: Plan, input: Input, scored: Any) -> list[ScoredToken]:
-        """Return the tokens of an input, if they are a part of the answer."""
+        """Return the tokens of an input if the answer includes them."""
         if not plan.echo or plan.top is None:
             return []
         return [ScoredToken(input.tokens[0]), *scored]

@@ -1,6 +1,6 @@
-"""What is on the device: the slots, the bank of prefixes, and the programs that use them.
+"""The state on the device: the slots, the bank of prefixes, and the programs that use them.
 
-All programs are compiled by `compile`. Later calls pad their arrays to the same shapes.
+`compile` compiles all programs. Later calls pad their arrays to the same shapes.
 
 Axis letters: B slots, b rows of a call, T tokens of a chunk, S cache slots of a row, P tokens of a
 prefix, W its padded length, D hidden, V vocabulary.
@@ -23,12 +23,12 @@ from softprompt.runtime.progress import Progress, silent
 from softprompt.serving.bank import Content, Stored
 
 MOST_TARGETS = 64
-"""The most tokens of all labels of a prompt together."""
+"""The maximum number of tokens of all labels of a prompt together."""
 
 SHORT_CHUNK = 32
-"""The tokens of the shorter of two kinds of chunks."""
+"""The number of tokens of a short chunk."""
 
-_FIRST_WIDTH = 128  # of what is attended to, and of a prefix
+_FIRST_WIDTH = 128  # smallest padded number of attended tokens, and of tokens of a prefix
 
 
 class Device:
@@ -37,9 +37,9 @@ class Device:
     Args:
       backbone: a causal model.
       slots: B, the number of requests that generate at the same time.
-      length: S, the most tokens of a request: prefix, input and new tokens.
+      length: S, the maximum number of tokens of a request: prefix, input and new tokens.
       bank_tokens: the number of places for tokens of prefixes.
-      chunk: the most tokens that one call reads, a multiple of `SHORT_CHUNK`.
+      chunk: the maximum number of tokens that one call reads, a multiple of `SHORT_CHUNK`.
     """
 
     def __init__(self, backbone, slots: int, length: int, bank_tokens: int, chunk: int = 128):
@@ -54,9 +54,9 @@ class Device:
         self._bank = jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
         self._bank_tokens = bank_tokens
         self._widths = list(_widths(length))
-        # A request that is alone should not pay for slots that are empty.
+        # A single request should not compute empty slots.
         self._decoded_rows = sorted({1, -(-slots // 4), slots})
-        self._few_widths = list(dict.fromkeys([self._widths[0], length]))  # of large programs
+        self._few_widths = list(dict.fromkeys([self._widths[0], length]))  # for large programs
         self._nothing = Stored("", np.zeros(0, np.int32), ())
         self._unseen = np.zeros(self._vocabulary, bool)
 
@@ -67,7 +67,7 @@ class Device:
         return list(dict.fromkeys([(1, SHORT_CHUNK), (most, SHORT_CHUNK), (1, self.chunk)]))
 
     def compile(self, *, labels: bool, progress: Progress = silent) -> None:
-        """Compile all programs, by running each once on empty slots.
+        """Compile all programs by running each once on empty slots.
 
         Args:
           labels: whether labels will be scored.
@@ -137,7 +137,7 @@ class Device:
         """Return the log-probability of each target of a batch, `[1, M]`.
 
         Args:
-          prefix: what all rows attend to first.
+          prefix: the prefix of all rows.
           batch: has one of the `scoring_shapes`.
         """
         width = _smallest(self._few_widths, prefix.length)
@@ -149,7 +149,7 @@ class Device:
     # Requests.
 
     def occupy(self, row: int, prefix: Stored | None, new: Occupant) -> None:
-        """Put a request into a slot. Its prefix is copied from the bank; None for no prefix."""
+        """Put a request into a slot. Copy its prefix from the bank, if it has one."""
         prefix = prefix or self._nothing
         entries = self._padded(prefix.entries, fill=0)
         length = np.int32(prefix.length)
@@ -161,10 +161,10 @@ class Device:
         """Read chunks of the inputs of some slots.
 
         Args:
-          chunks: for each slot its number, the ids, the id after each of them (-1 if it is not
-            scored; may be empty), and whether they are the last of the input. They fit one of
-            `read_shapes`.
-          attended: the most tokens that one of the slots has read before.
+          chunks: for each slot, its number, the ids, the id that follows each of them (-1 if it is
+            not scored; may be empty), and whether the chunk ends the input. The chunks fit one
+            of `read_shapes`.
+          attended: the maximum number of tokens that one of the slots has read before.
         """
         needed = len(chunks), max(len(tokens) for _, tokens, _, _ in chunks)
         shape = min(s for s in self.read_shapes if s[0] >= needed[0] and s[1] >= needed[1])
@@ -187,9 +187,9 @@ class Device:
         """Generate tokens in all active slots.
 
         Args:
-          steps: how many, at most `STEPS`.
-          rows: all active slots are among so many first slots.
-          longest: the most tokens that an active slot has read.
+          steps: the number of tokens, at most `STEPS`.
+          rows: all active slots are among the first `rows` slots.
+          longest: the maximum number of tokens that an active slot has read.
         """
         width = _smallest(self._widths, min(longest + steps, self.length))
         return self._decode(steps, _smallest(self._decoded_rows, rows), width)
@@ -207,13 +207,13 @@ class Device:
         self._state = programs.release(self._state, chosen)
 
     def unseen(self) -> np.ndarray:
-        """Return that no token was seen, `[V]`."""
+        """Return `[V]` booleans for a request that has seen no token."""
         return self._unseen
 
     # Prefixes.
 
     def place(self, row: int, content: Content) -> None:
-        """Put the keys and values of a content into a slot, as its only tokens."""
+        """Put the keys and values of a content into a slot. They become its only tokens."""
         shape = self._backbone.prefix_shape(0)
         keys = np.zeros(shape, np.float32) if content.keys is None else content.keys
         values = np.zeros(shape, np.float32) if content.values is None else content.values
@@ -224,7 +224,7 @@ class Device:
         )
 
     def read_opening(self, row: int, content: Content, begin: int = 0) -> int:
-        """Read a chunk of the opening of a content in a slot. Return the token it ends at."""
+        """Read a chunk of a content's opening in a slot. Return the number of the next token."""
         part = np.array(content.tokens[begin : begin + self.chunk], np.int32)
         tokens = np.zeros(self.chunk, np.int32)
         tokens[: len(part)] = part
@@ -261,7 +261,7 @@ def occupant(
     ends: Sequence[int] = (),
     scored: bool = False,
 ) -> Occupant:
-    """Return what a request sets in its slot, in the types that the programs expect.
+    """Return the values that a request sets in its slot, in the types of the programs.
 
     Args:
       seen: `[V]` booleans, the tokens to which the repetition penalty applies.

@@ -12,13 +12,13 @@ from softprompt.serving.schema import ErrorBody
 from softprompt.serving.service import TooLong
 
 RETRY_SECONDS = 1
-"""After how many seconds a client may try again."""
+"""The seconds after which a client may try again."""
 
 ErrorResponses: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorBody},
     "5XX": {"model": ErrorBody},
 }
-"""What the documents of routes say about errors."""
+"""The errors of a route in the OpenAPI document."""
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
@@ -28,7 +28,7 @@ class ApiError(HTTPException):
 
     Args:
       status: the HTTP status.
-      message: what is wrong, and what to do.
+      message: the problem, and what to do about it.
       code: a short name for programs.
       param: the parameter that is wrong.
     """
@@ -42,12 +42,12 @@ class ApiError(HTTPException):
 
     @property
     def body(self) -> dict[str, Any]:
-        """The object that the answer holds."""
+        """The body of the response."""
         return error_body(self.status_code, self.detail, self.code, self.param)
 
 
 class Disconnected(Exception):
-    """The client has gone, so that nobody reads the answer."""
+    """The client has disconnected."""
 
 
 def error_body(
@@ -59,7 +59,7 @@ def error_body(
 
 
 def api_error(error: BaseException) -> ApiError:
-    """Return what a client is told about an error."""
+    """Return the error that the client receives for an exception."""
     match error:
         case ApiError():
             return error
@@ -80,7 +80,7 @@ def api_error(error: BaseException) -> ApiError:
 
 
 def failed(error: Exception, draining: bool) -> ApiError:
-    """Return what a client is told about a job that failed while it ran."""
+    """Return the error that the client receives for a job that failed while it ran."""
     if isinstance(error, Busy):
         return ApiError(503, "the server is stopping", "stopping") if draining else api_error(error)
     if isinstance(error, UserError):  # of the model, not of the request
@@ -89,10 +89,10 @@ def failed(error: Exception, draining: bool) -> ApiError:
 
 
 def error_response(error: BaseException) -> Response:
-    """Return the answer to a request that failed."""
+    """Return the response to a request that failed."""
     if isinstance(error, Disconnected):
         return Response(status_code=499)  # as in the log of nginx; nobody receives it
     told = api_error(error)
     headers = dict(getattr(error, "headers", None) or told.headers or {})
-    content = json.dumps(told.body)  # in ASCII, because a message may hold half a character
+    content = json.dumps(told.body)  # ASCII, because a message can contain half a character
     return Response(content, told.status_code, headers, "application/json")

@@ -24,9 +24,9 @@ class Input:
 
     Attributes:
       tokens: its ids.
-      settings: how its answer is generated.
-      text: what `echo` returns.
-      truncated: whether it is only the beginning of what was sent.
+      settings: the generation settings of its answer.
+      text: the text that `echo` returns.
+      truncated: whether the input was truncated.
     """
 
     tokens: Sequence[int]
@@ -37,17 +37,17 @@ class Input:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a request asks for.
+    """How a request is answered.
 
     Attributes:
       prompt: the prompt.
       kind: the template of the inputs.
       inputs: the inputs.
       before: the number of tokens before each input.
-      samples: the answers per input.
+      samples: the number of answers per input.
       top: see `Job`.
       echo: whether the input is a part of the answer.
-      only_input: whether nothing is generated.
+      only_input: whether to return the input without generating.
     """
 
     prompt: ServedPrompt
@@ -61,7 +61,7 @@ class Plan:
 
 
 def completion_plan(service: Service, prompt: ServedPrompt, request: CompletionRequest) -> Plan:
-    """Return what a request for completions asks for.
+    """Return the plan of a request for completions.
 
     Raises:
       UserError: if an input does not fit the template, or settings contradict each other.
@@ -105,7 +105,7 @@ def completion_plan(service: Service, prompt: ServedPrompt, request: CompletionR
 
 
 def chat_plan(service: Service, prompt: ServedPrompt, request: ChatRequest) -> Plan:
-    """Return what a request for an answer in a conversation asks for.
+    """Return the plan of a chat request.
 
     Raises:
       UserError: as for `completion_plan`.
@@ -152,7 +152,7 @@ def _require_few(service: Service, answers: int) -> None:
     """
     most = service.limits.waiting
     if answers > most:
-        raise ApiError(400, f"the request asks for {answers} answers, but at most {most}")
+        raise ApiError(400, f"the request asks for {answers} answers, but the limit is {most}")
 
 
 def _several(values: Any) -> list[Any]:
@@ -191,7 +191,7 @@ def _settings(
     if changes or settings.beams > 1 or settings.samples > 1:
         settings = changed(settings, {"beams": 1, "samples": 1} | changes)
     if (request.n or 1) > 1 and settings.temperature is None:
-        raise UserError("n: several answers need a temperature, because greedy ones are equal")
+        raise UserError("n: several answers need a temperature, because greedy answers are equal")
     return reading.stopping(settings)
 
 
@@ -202,7 +202,7 @@ def _limited(
     reading: Reading,
     tokens: Sequence[int],
 ) -> GenerationSettings:
-    """Return settings with the most tokens to generate. By default, they fit what is left."""
+    """Set the maximum number of new tokens. The default is limited to the tokens that fit."""
     if asked is None:
         left = service.limits.tokens - reading.prefix.length - len(tokens)
         asked = min(settings.max_new_tokens, left)

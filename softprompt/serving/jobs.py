@@ -1,4 +1,4 @@
-"""What the scheduler does for a request, and what it reports while it does it.
+"""Jobs of the scheduler, and the updates that it reports about them.
 
 Axis letters: T tokens of an input.
 """
@@ -20,7 +20,7 @@ class ScoredToken:
     Attributes:
       id: the id.
       score: its log-probability in nats, before temperature and penalties; None if it was not
-        asked for, or if nothing comes before the token.
+        requested, or if the token is the first one.
       top: the most likely ids with their log-probabilities, the most likely first.
     """
 
@@ -31,15 +31,15 @@ class ScoredToken:
 
 @dataclasses.dataclass(frozen=True)
 class Update:
-    """What is new about a job.
+    """New results of a job.
 
     Attributes:
       text: the text that became final.
       tokens: the tokens that were generated.
       input: the scored tokens of the input, if the job asks for them. Only in the first update.
       finish: why the answer ended: "stop" at an end-of-text token or a stop text, "length" at the
-        limit; None if it goes on.
-      error: the reason why the job failed, or None. It is the last update then.
+        limit; None if it continues.
+      error: the reason why the job failed, or None. An update with an error is the last one.
     """
 
     text: str = ""
@@ -50,7 +50,7 @@ class Update:
 
     @property
     def is_last(self) -> bool:
-        """Whether no other update follows."""
+        """Whether this is the last update of the job."""
         return self.finish is not None or self.error is not None
 
 
@@ -60,14 +60,14 @@ class Job:
 
     Attributes:
       prompt: the name of the prompt, for metrics.
-      prefix: what the input follows; None for no prefix. The bank counts it as used until the job
+      prefix: the prefix before the input, or None. The bank counts it as used until the job
         has its slot.
       tokens: `[T]`, the ids of the input, at least one unless there is a prefix.
-      settings: how text is generated. Beams and samples have no effect.
+      settings: the generation settings. Beams and samples have no effect.
       seed: the seed of the random key.
       deliver: is called with each update, in the thread of the scheduler. It must not wait.
       top: the number of most likely tokens to report with each token; None for no scores.
-      score_input: whether to score the tokens of the input too.
+      score_input: whether to also score the tokens of the input.
     """
 
     prompt: str

@@ -13,7 +13,7 @@ class Metrics:
     """What the server measures. All names begin with `softprompt_`.
 
     Args:
-      service: its slots and its bank are read when the metrics are asked for.
+      service: its slots and its bank are read at each request for the metrics.
 
     Attributes:
       requests: by path, prompt and status.

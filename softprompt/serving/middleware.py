@@ -1,4 +1,4 @@
-"""What happens to every HTTP request: its record, its key and its size."""
+"""Middleware for every HTTP request: the log and metrics, the key, and the size of the body."""
 
 import hashlib
 import hmac
@@ -22,13 +22,13 @@ _UNRECORDED = ("/health", "/metrics")
 _WITHOUT_KEY = ("/", "/health")
 
 UPLOADS = "/v1/prompts/"
-"""The paths whose bodies have their own limit, and that need the admin key."""
+"""The paths that need the admin key and have their own limit for bodies."""
 
 
 class Recording:
-    """Gives every request a number, logs one line about it, and counts it.
+    """Gives every request an id, logs one line about it, and counts it.
 
-    It is also the last to see an error, so that no client waits in vain.
+    It also answers errors that nothing else handles, so every client gets a response.
 
     Args:
       app: handles the request.
@@ -162,7 +162,7 @@ def _has_key(headers: Headers, key: str) -> bool:
 
 
 def _label(path: str) -> str:
-    """Return a path as the log and the metrics name it, without texts of the client."""
+    """Return the path for the log and the metrics, without text from the client."""
     if path in _ANSWERS or path in _OTHERS:
         return path
     return next((label for start, label in _NAMED.items() if path.startswith(start)), "other")

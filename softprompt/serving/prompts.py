@@ -33,13 +33,13 @@ class ServedPrompt:
 
     Args:
       name: the name of the model in requests.
-      root: the name of the folder it comes from, or of the base model.
+      root: the name of the folder that it was loaded from, or of the base model.
       base: the base model.
       scheduler: puts prefixes into the bank.
       task: the prompt's own template.
       load: makes the method for the opening of a task.
       virtual_tokens: how many virtual tokens a template places, and how many come before them.
-      generation: the default settings of requests.
+      generation: the default generation settings of requests.
       scoring: how labels are scored.
 
     Attributes:
@@ -88,14 +88,14 @@ class ServedPrompt:
         return neutral.candidates, self._scheduler.score(reading.prefix, [neutral])[0].result()
 
     def reading(self, kind: Kind) -> Reading:
-        """Return a template in use. Its prefix is computed at its first use.
+        """Return the reading for a template. Its prefix is computed at the first use.
 
         Raises:
           UserError: if the base model has no chat template, or the bank is full.
-          Removed: if the prompt was removed meanwhile.
+          Removed: if the prompt has been removed.
         """
         if (reading := self._readings.get(kind)) is not None:
-            return reading  # without waiting for another one that is being loaded
+            return reading  # without waiting while another one loads
         with self._lock:
             if self._closed:
                 raise Removed
@@ -104,7 +104,7 @@ class ServedPrompt:
             return self._readings[kind]
 
     def close(self) -> None:
-        """Give the places in the bank back."""
+        """Free the places in the bank."""
         with self._lock:
             self._closed = True
             for reading in self._readings.values():
@@ -195,13 +195,13 @@ class Prompts:
         Args:
           name: its name in requests.
           folder: the folder of a run, or of a saved prompt.
-          root: the name of the folder in answers; by default its own name.
+          root: the name of the folder that `/v1/models` shows; by default its own name.
 
         Raises:
           UserError: see `load_prompt` and `ServedPrompt`, and if the name is the base model's.
         """
         if name == self.base_name:
-            raise UserError(f"{name}: is the name of the base model; choose another name")
+            raise UserError(f"{name} is the name of the base model; choose another name")
         saved, task, first, arrays = _read(folder, self._base)
 
         def load(task: Task) -> Method:
@@ -230,7 +230,7 @@ class Prompts:
             old.close()
 
     def remove(self, name: str) -> bool:
-        """Remove a prompt. Return whether it was there. Requests that wait for it still run."""
+        """Remove a prompt. Return whether it existed. Requests that wait for it still run."""
         with self._lock:
             if name == self.base_name or name not in self._served:
                 return False

@@ -1,4 +1,4 @@
-"""A template in use: it turns the inputs of requests into ids that follow a prefix in the bank."""
+"""Encode inputs of requests with a template as ids that follow a prefix in the bank."""
 
 import contextlib
 import threading
@@ -73,8 +73,8 @@ class Reading:
             return self.of_record(Record({field: messages}, "request"))
         if len(messages) != 1 or messages[0]["role"] != "user":
             raise UserError(
-                "messages: this prompt was trained on single inputs, so give one message, from "
-                "the user"
+                "messages: this prompt was trained on single inputs, so send exactly one user "
+                "message"
             )
         return self.example(messages[0]["content"], "messages")
 
@@ -96,7 +96,7 @@ class Reading:
 
 
 def content_of(method: Method, task: Task, base: Base) -> Content:
-    """Return what the prefix of a method is computed from.
+    """Return the content from which the prefix of a method is computed.
 
     Args:
       method: holds everything learned in its prefix.
@@ -114,7 +114,7 @@ def content_of(method: Method, task: Task, base: Base) -> Content:
             f"{reason}, so it cannot share the base model with other prompts; export it with "
             "--format merged and serve that model"
         )
-    # On the host, because on the device every length would compile programs.
+    # On the host, because on the device each new length would compile programs.
     graph, state = nnx.split(method)
     on_host = nnx.merge(graph, jax.tree.map(np.asarray, state))
     arrays: Any = {"vectors": on_host.plain_vectors()}

@@ -1,8 +1,8 @@
-"""Continuous batching: which request is read, generates or waits, decided between two calls.
+"""Continuous batching: the scheduler assigns slots, prefill and decoding between device calls.
 
 One thread owns the device. In every round it fills free slots, reads one chunk of the inputs of
-new requests, and generates a few tokens in all slots. So nobody waits for a long input of somebody
-else, and a slot that becomes free is filled in the next round.
+new requests (chunked prefill), and generates a few tokens in all slots. Therefore a long input does
+not block other requests, and a slot that becomes free is filled in the next round.
 """
 
 import collections
@@ -29,7 +29,7 @@ from softprompt.serving.scorer import Scored, Scorer
 
 _log = logging.getLogger(__name__)
 
-_PATIENT_STEPS = 2  # per round while a slot is free, so that a new request need not wait for long
+_PATIENT_STEPS = 2  # per round while a slot is free, so that a new request starts soon
 
 
 class Busy(Exception):
@@ -69,9 +69,9 @@ class Scheduler:
 
     Args:
       device: the device. No one else may use it while the thread runs.
-      bank: keeps account of its prefixes.
+      bank: the places of the prefixes on the device.
       tokenizer: the base model's.
-      max_waiting: the most jobs that wait for a slot.
+      max_waiting: the maximum number of jobs that wait for a slot.
     """
 
     def __init__(
@@ -118,9 +118,9 @@ class Scheduler:
             self._changed.notify()
 
     def load(self, content: Content) -> Stored:
-        """Compute a prefix and put it into the bank. Wait until it is there.
+        """Compute a prefix, put it into the bank, and wait for it.
 
-        A prefix with the same content is used again. Every load needs a `release`.
+        A prefix with the same content in the bank is shared. Every `load` needs a `release`.
 
         Raises:
           UserError: if the bank is too full, or the prefix too long for a slot.
@@ -128,7 +128,7 @@ class Scheduler:
         """
         if content.length >= self._device.length:
             raise UserError(
-                f"the prefix has {content.length} tokens, but a request has at most "
+                f"the prefix has {content.length} tokens, but a request may have at most "
                 f"{self._device.length}; start with a larger --max-tokens"
             )
         digest = content.digest  # takes a while, so that the other thread must not wait for it
@@ -140,7 +140,7 @@ class Scheduler:
         return done.result()
 
     def score(self, prefix: Stored, examples: Sequence[Example]) -> list[Scored]:
-        """Return the log-probabilities of the candidates of examples, `[C]`, when they are known.
+        """Return futures of the log-probabilities of each example's candidates, `[C]`.
 
         Raises:
           Busy: as for `submit`.
@@ -161,7 +161,7 @@ class Scheduler:
         return scored
 
     def release(self, stored: Stored) -> None:
-        """Count one use of a prefix less."""
+        """End one use of a prefix."""
         self._bank.release(stored)
 
     @property
@@ -171,7 +171,7 @@ class Scheduler:
 
     @property
     def length(self) -> int:
-        """The most tokens of a request: prefix, input and new tokens."""
+        """The maximum number of tokens of a request: prefix, input and new tokens."""
         return self._device.length
 
     @property
@@ -191,7 +191,7 @@ class Scheduler:
             while self._goes_on():
                 try:
                     self._round()
-                except Exception as error:  # the thread must go on for later requests
+                except Exception as error:  # the thread must continue for later requests
                     _log.exception("a call on the device failed")
                     self._fail_all(error)
                     self._device.reset()
@@ -304,7 +304,7 @@ class Scheduler:
                 self._deliver(each, scored, bool(active[i]))
 
     def _generate(self) -> None:
-        """Generate a few tokens in all slots: few if somebody may have to wait for them."""
+        """Generate a few tokens in all slots: fewer while inputs are read or slots are free."""
         if not self._generating:
             return
         steps = _PATIENT_STEPS if self._free else STEPS
@@ -340,7 +340,7 @@ class Scheduler:
         request.job.deliver(Update(new, tokens, given, finish))
 
     def _fail_all(self, error: Exception) -> None:
-        """Report an error to everybody, and free all slots."""
+        """Report an error to all jobs, and free all slots."""
         with self._changed:
             waiting, self._waiting = list(self._waiting), collections.deque()
         for job in waiting:

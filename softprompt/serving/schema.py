@@ -1,4 +1,4 @@
-"""What requests may hold. Everything else is rejected by name."""
+"""The bodies of requests. Unknown parameters are rejected by name."""
 
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
@@ -40,7 +40,7 @@ _Fields = dict[str, Any]
 
 
 def _described(message: str) -> pydantic.WrapValidator:
-    """Return a validator that explains in one line what a value must be."""
+    """Return a validator that reports a wrong value in one line."""
 
     def validate(value: Any, check: Callable[[Any], Any]) -> Any:
         try:
@@ -78,7 +78,7 @@ Inputs = Annotated[
 
 
 class Request(pydantic.BaseModel):
-    """A request whose unknown keys and values of the wrong type are rejected."""
+    """A request. Unknown keys and values of the wrong type are rejected."""
 
     model_config = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -87,13 +87,15 @@ class Request(pydantic.BaseModel):
     @pydantic.model_validator(mode="before")
     @classmethod
     def _without_foreign_keys(cls, values: Any) -> Any:
-        """Drop parameters without effect. Reject those that would change the answer."""
+        """Drop parameters without effect. Reject unsupported ones that would change the answer."""
         if not isinstance(values, dict):
             return values
         for name, neutral in _UNSUPPORTED.items():
             value = values.get(name)
             if value is not None and not any(_same(value, each) for each in neutral):
-                raise ValueError(f"{name} is not supported, but is {shortened(value)}")
+                raise ValueError(
+                    f"{name} is not supported; the request sets it to {shortened(value)}"
+                )
         return {
             name: value
             for name, value in values.items()
@@ -111,25 +113,25 @@ class StreamOptions(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid", strict=True)
 
     include_usage: bool | None = Field(
-        default=None, description="Send a last event with the numbers of tokens."
+        default=None, description="Send a last event with token counts."
     )
     include_obfuscation: bool | None = Field(default=None, description="Has no effect.")
 
 
 class GenerationRequest(Request):
-    """What completions and chat have in common."""
+    """The parameters that completions and chat share."""
 
     max_tokens: int | None = Field(
         default=None,
         ge=0,
         lt=2**31,
-        description="The most tokens to generate; by default those of the prompt's run.",
+        description="Maximum number of new tokens. Default: the setting of the prompt's run.",
     )
     temperature: float | None = Field(
         default=None,
         ge=0,
-        description="Sampling temperature; 0 is greedy. By default the prompt's, which is greedy "
-        "unless its run says otherwise.",
+        description="Sampling temperature; 0 is greedy. Default: the setting of the prompt's run, "
+        "which is greedy unless the experiment sets a temperature.",
     )
     top_p: float | None = Field(default=None, ge=0, le=1, description="Nucleus sampling.")
     top_k: int | None = Field(
@@ -139,13 +141,16 @@ class GenerationRequest(Request):
         default=None,
         ge=0,
         le=1,
-        description="Keep tokens with this fraction of the highest probability.",
+        description="Keep tokens with at least this fraction of the highest probability.",
     )
     repetition_penalty: float | None = Field(
         default=None, gt=0, description="Values above 1 make repetition rarer."
     )
     seed: int | None = Field(
-        default=None, ge=-(2**63), lt=2**63, description="The seed of sampling; by default 0."
+        default=None,
+        ge=-(2**63),
+        lt=2**63,
+        description="Random seed. Default: the seed of the prompt's run, usually 0.",
     )
     stop: Annotated[
         list[_Stop] | None,
@@ -153,13 +158,13 @@ class GenerationRequest(Request):
     ] = Field(
         default=None,
         max_length=16,
-        description="Texts at which the answer ends, in place of those of the prompt's run.",
+        description="Stop texts. They replace the stop texts of the prompt's run.",
     )
-    n: int | None = Field(default=None, ge=1, le=128, description="Answers per input.")
+    n: int | None = Field(default=None, ge=1, le=128, description="Number of answers per input.")
     stream: bool | None = Field(default=None, description="Send the answer as events.")
     stream_options: StreamOptions | None = None
     raw: bool = Field(
-        default=False, description="Do not apply the prompt's own template, only its prefix."
+        default=False, description="Use the virtual tokens without the prompt's own template."
     )
 
 
@@ -168,9 +173,12 @@ class CompletionRequest(GenerationRequest):
 
     prompt: Prompt
     logprobs: int | None = Field(
-        default=None, ge=0, le=5, description="Return this many most likely tokens of each place."
+        default=None,
+        ge=0,
+        le=5,
+        description="Number of most likely tokens to return at each position.",
     )
-    echo: bool | None = Field(default=None, description="Return the input too.")
+    echo: bool | None = Field(default=None, description="Also return the input.")
 
 
 class TextPart(pydantic.BaseModel):
@@ -197,7 +205,7 @@ class Message(pydantic.BaseModel):
     @pydantic.model_validator(mode="before")
     @classmethod
     def _without_empty_keys(cls, values: Any) -> Any:
-        """Drop what clients repeat from an answer, such as `refusal: null`."""
+        """Drop null values, such as `refusal: null`, which clients copy from answers."""
         if not isinstance(values, dict):
             return values
         return {name: value for name, value in values.items() if value is not None}
@@ -216,11 +224,14 @@ class ChatRequest(GenerationRequest):
 
     messages: list[Message] = Field(min_length=1, max_length=4096)
     max_completion_tokens: int | None = Field(
-        default=None, ge=1, lt=2**31, description="Another name of max_tokens."
+        default=None, ge=1, lt=2**31, description="The same as max_tokens."
     )
     logprobs: bool | None = Field(default=None, description="Return log-probabilities.")
     top_logprobs: int | None = Field(
-        default=None, ge=0, le=20, description="Return this many most likely tokens of each place."
+        default=None,
+        ge=0,
+        le=20,
+        description="Number of most likely tokens to return at each position.",
     )
 
 
@@ -231,7 +242,7 @@ class ClassifyRequest(Request):
 
 
 class FolderRequest(pydantic.BaseModel):
-    """The body that loads a prompt from a folder of the server."""
+    """The body of a request to load a prompt from a folder of the server."""
 
     model_config = pydantic.ConfigDict(extra="forbid", strict=True)
 
@@ -248,6 +259,6 @@ class ErrorDetail(pydantic.BaseModel):
 
 
 class ErrorBody(pydantic.BaseModel):
-    """The body of an answer to a request that failed."""
+    """The body of an error response."""
 
     error: ErrorDetail

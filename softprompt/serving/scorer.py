@@ -1,4 +1,4 @@
-"""Scoring of labels for many requests at a time.
+"""Score labels for many requests at a time.
 
 Axis letters: C candidates.
 """
@@ -23,7 +23,7 @@ from softprompt.serving.device import MOST_TARGETS, Device
 _MOST_TOGETHER = 64  # examples that are considered for a batch
 
 Scored = concurrent.futures.Future[np.ndarray]
-"""The log-probabilities of the candidates of an example, `[C]`, when they are known."""
+"""A future of the log-probabilities of an example's candidates, `[C]`."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -34,7 +34,7 @@ class _Item:
 
     @functools.cached_property
     def tokens(self) -> int:
-        """The number of tokens in its row: the input and all candidates but their last tokens."""
+        """The number of tokens in its row: input and candidates, without their last tokens."""
         candidates = self.example.candidates
         return len(self.example.input) + sum(map(len, candidates)) - len(candidates)
 
@@ -121,7 +121,7 @@ class Scorer:
                 each.done.set_exception(error)
 
     def _batch(self, items: Sequence[_Item]) -> tuple[PackedShape, list[_Item]]:
-        """Return the shape for as many items as possible, and these items."""
+        """Return the shape that fits the most items, and these items."""
         shapes = self._device.scoring_shapes
         fitting = [shape for shape in shapes if _fits(items[:1], shape)]
         batches = []

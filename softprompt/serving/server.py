@@ -1,4 +1,4 @@
-"""The process that serves: it listens, compiles, answers, and stops on SIGTERM."""
+"""The server process: it listens, compiles, answers, and stops on SIGTERM."""
 
 import contextlib
 import logging
@@ -120,7 +120,7 @@ class Server:
 
 
 class _Uvicorn(uvicorn.Server):
-    """Uvicorn, but a signal that stopped the server does not end the process afterwards."""
+    """Uvicorn, without raising the signal again after the server has stopped."""
 
     def __init__(self, config: uvicorn.Config, state: State):
         super().__init__(config)

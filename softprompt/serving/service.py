@@ -1,4 +1,4 @@
-"""The service behind the HTTP server: one base model, its prompts, and what they can do."""
+"""The service behind the HTTP server: one base model and its prompts."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -26,10 +26,10 @@ class Limits:
     """The limits of a server.
 
     Attributes:
-      slots: requests that generate at the same time.
-      tokens: the most tokens of a request: prefix, input and new tokens.
-      bank_tokens: tokens of all prefixes together.
-      waiting: requests that wait for a slot.
+      slots: the number of requests that generate at the same time.
+      tokens: the maximum tokens of a request: prefix, input and new tokens.
+      bank_tokens: the maximum tokens of all prefixes together.
+      waiting: the maximum number of requests that wait for a slot.
     """
 
     slots: int = 16
@@ -105,7 +105,7 @@ class Service:
           prompt: the prompt.
           kind: the template with which the input was encoded.
           tokens: the ids of the input, at least one.
-          settings: how text is generated.
+          settings: the generation settings.
           deliver: receives the updates, see `Job`.
           sample: the number of the sample, which changes the seed.
           top, score_input: see `Job`.
@@ -114,7 +114,7 @@ class Service:
           UserError: if the input has no tokens.
           TooLong: if the prefix, the input and the new tokens exceed the limit.
           Busy: if too many requests wait.
-          Removed: if the prompt was removed meanwhile.
+          Removed: if the prompt has been removed.
         """
         if not tokens:
             raise UserError("the input has no tokens")
@@ -123,8 +123,8 @@ class Service:
         if total > self.limits.tokens:
             raise TooLong(
                 f"this model's maximum context length is {self.limits.tokens} tokens, but the "
-                f"request needs {total}: {prefix.length} before the input, {len(tokens)} in the "
-                f"input and {settings.max_new_tokens} new ones"
+                f"request needs {total}: {prefix.length} in the prefix, {len(tokens)} in the input "
+                f"and {settings.max_new_tokens} new tokens"
             )
         job = Job(
             prompt=prompt.name,
@@ -144,7 +144,7 @@ class Service:
 
         Raises:
           Busy: if too many inputs wait.
-          Removed: if the prompt was removed meanwhile.
+          Removed: if the prompt has been removed.
           UserError: if an input is too long.
         """
         return self.scheduler.score(prompt.reading("own").prefix, examples)

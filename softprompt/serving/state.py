@@ -1,4 +1,4 @@
-"""What all parts of the HTTP server share, and what is recorded about a request."""
+"""The state that all parts of the HTTP server share, and the records of requests."""
 
 import dataclasses
 import time
@@ -21,13 +21,13 @@ class Options:
     """The settings of the HTTP server.
 
     Attributes:
-      api_key: requests need it; None if they need no key.
-      admin_key: loading and removing prompts needs it; None if that is off.
-      prompts_dir: the folder whose prompts are served; None if there is none.
-      max_body_bytes: the largest body of a request.
+      api_key: the key of requests; None if they need no key.
+      admin_key: the key to load and remove prompts; None if this is disabled.
+      prompts_dir: the folder with the prompts to serve, or None.
+      max_body_bytes: the maximum size of a request's body.
       timeout: after how many seconds a request fails.
       drain_seconds: how long running requests may take after SIGTERM.
-      cors_origins: the web pages that may use the server.
+      cors_origins: the origins of web pages that may use the server.
     """
 
     api_key: str | None = None
@@ -49,7 +49,7 @@ class State:
     Attributes:
       is_ready: whether all programs are compiled and all prompts loaded.
       is_draining: whether the server is stopping.
-      folders: the prompts of `prompts_dir`; None if there is no such folder.
+      folders: the prompts of `prompts_dir`; None without it.
     """
 
     def __init__(self, service: Service, options: Options):
@@ -63,7 +63,7 @@ class State:
         """Return a prompt by its name.
 
         Raises:
-          ApiError: if there is none, or the server is not ready.
+          ApiError: if the prompt does not exist, or the server is not ready.
         """
         self.require_ready()
         prompt = self.service.prompts.get(name)
@@ -83,7 +83,7 @@ class State:
 
 
 class Account:
-    """What is recorded about a request, for the log and the metrics.
+    """The record of a request, for the log and the metrics.
 
     Args:
       metrics: are told about the tokens.

@@ -1,4 +1,4 @@
-"""The text and the bytes of single tokens, as log-probabilities show them."""
+"""The text and the bytes of single tokens, for log-probabilities."""
 
 import functools
 import re

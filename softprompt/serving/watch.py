@@ -1,4 +1,4 @@
-"""The prompts of a folder: new ones are loaded, changed ones replaced, others removed."""
+"""Load the prompts of a folder: add new ones, replace changed ones, and remove deleted ones."""
 
 import contextlib
 import itertools
@@ -20,17 +20,17 @@ _log = logging.getLogger(__name__)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _PART = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}")
 _MOST_FILES = 1000  # of an upload
-_SECONDS = 1.0  # between two looks at the folder
+_SECONDS = 1.0  # between two checks of the folder
 
 Stamp = tuple[tuple[str, int, int], ...]
 """The names, times and sizes of the files of a prompt."""
 
 
 def require_name(name: str) -> None:
-    """Require that a name can be a model's and a folder's.
+    """Require that a name is valid for a model and for a folder.
 
     Raises:
-      UserError: if it cannot.
+      UserError: if it is not.
     """
     if not _NAME.fullmatch(name):
         raise UserError(
@@ -48,7 +48,7 @@ class Folders:
       reserved: names that folders do not replace.
 
     Raises:
-      UserError: if there is no such folder.
+      UserError: if the folder does not exist.
     """
 
     def __init__(self, root: Path, prompts: Prompts, reserved: frozenset[str]):
@@ -56,19 +56,19 @@ class Folders:
             raise UserError(f"--prompts-dir {root}: no such folder")
         self.root = root.resolve()
         self._prompts, self._reserved = prompts, reserved
-        self._loaded: dict[str, Stamp] = {}  # by the names of folders, also of removed prompts
-        self._seen: dict[str, Stamp] = {}  # in the previous look
+        self._loaded: dict[str, Stamp] = {}  # by folder name, including removed prompts
+        self._seen: dict[str, Stamp] = {}  # in the previous check
         self._failed: dict[str, Stamp] = {}
         self._lock = threading.Lock()
         self._stopping = threading.Event()
         self._finish_interrupted_uploads()
 
     def start(self) -> None:
-        """Look at the folder once per second, in a thread."""
+        """Check the folder once per second, in a thread."""
         threading.Thread(target=self._watch, name="folders", daemon=True).start()
 
     def stop(self) -> None:
-        """Stop to look."""
+        """Stop checking the folder."""
         self._stopping.set()
 
     def _watch(self) -> None:
@@ -79,10 +79,10 @@ class Folders:
                 _log.exception(f"{self.root}: cannot be watched")
 
     def look(self, *, at_once: bool = False) -> None:
-        """Load what is new and remove what is gone.
+        """Load new and changed prompts, and remove deleted ones.
 
         Args:
-          at_once: load prompts that the previous look did not see in the same state. Without it,
+          at_once: do not wait until the files of a prompt are the same in two checks. Otherwise,
             files that are still being written are not read.
         """
         with self._lock:
@@ -131,7 +131,7 @@ class Folders:
         return found
 
     def _contains(self, path: Path) -> bool:
-        """Whether a path is below the folder, also if it is a link."""
+        """Whether a path is below the folder after links are resolved."""
         return self.root in path.resolve().parents
 
     # Requests over HTTP.
@@ -145,18 +145,18 @@ class Folders:
         self._require_free(name)
         path = self.root / folder
         if "\0" in folder or not self._contains(path):
-            raise UserError(f"folder {folder[:200]!r}: not below --prompts-dir")
+            raise UserError(f"folder {folder[:200]!r} is not below --prompts-dir")
         with self._lock:
             self._prompts.load(name, path)
 
     def upload(self, name: str, file: IO[bytes]) -> None:
-        """Load a prompt from an archive, and keep it in the folder.
+        """Load a prompt from an archive, and store it in the folder.
 
-        It replaces a saved prompt with the same name, but no run.
+        It can replace a saved prompt with the same name, but not a run.
 
         Args:
           name: the name of the prompt and of its folder.
-          file: a tar archive without compression: the files of a saved prompt.
+          file: an uncompressed tar archive with the files of a saved prompt.
 
         Raises:
           UserError: if the archive or the prompt is malformed.
@@ -164,7 +164,9 @@ class Folders:
         self._require_free(name)
         target, new = self.root / name, self.root / f".{name}.new"
         if target.exists() and not (target / "prompt.json").exists():
-            raise UserError(f"{name}: the folder holds something else; choose another name")
+            raise UserError(
+                f"{name}: this folder is not a saved prompt, so it is kept; choose another name"
+            )
         with self._lock:
             shutil.rmtree(new, ignore_errors=True)
             new.mkdir()
@@ -200,11 +202,13 @@ class Folders:
     def _require_free(self, name: str) -> None:
         require_name(name)
         if name in self._reserved:
-            raise UserError(f"{name}: the command line gives this name; choose another one")
+            raise UserError(
+                f"{name} is the name of a prompt on the command line; choose another name"
+            )
 
 
 def _stamp(path: Path) -> Stamp:
-    """Return the state of a finished run or of a saved prompt; empty if there is none."""
+    """Return the state of the files of a finished run or saved prompt; empty if it is neither."""
     folder = path
     if (path / "config.yaml").exists():
         if not (path / "summary.json").exists():
@@ -221,10 +225,10 @@ def _stamp(path: Path) -> Stamp:
 
 
 def _extract(file: IO[bytes], folder: Path) -> None:
-    """Write the files of an archive. It holds them directly, or in one folder.
+    """Extract an archive. The files of the prompt are at its top level or in one folder.
 
     Raises:
-      UserError: if it holds anything but files and folders with plain names, or too many.
+      UserError: if it contains too many files, or anything but files and folders with plain names.
     """
     try:
         with tarfile.open(fileobj=file, mode="r:") as archive:
@@ -234,7 +238,7 @@ def _extract(file: IO[bytes], folder: Path) -> None:
             names = {member.name: _plain_path(member) for member in members}
             marks = [path for path in names.values() if path.name == "prompt.json"]
             if len(marks) != 1:
-                raise UserError("the archive does not hold one saved prompt with a prompt.json")
+                raise UserError("the archive must contain exactly one prompt.json")
             for member in members:
                 path = names[member.name]
                 if member.isdir() or marks[0].parent not in path.parents:
@@ -246,9 +250,9 @@ def _extract(file: IO[bytes], folder: Path) -> None:
                 with content, target.open("xb") as copy:
                     shutil.copyfileobj(content, copy)
     except (tarfile.TarError, EOFError, ValueError) as error:
-        raise UserError(f"not a tar archive without compression ({error})") from None
+        raise UserError(f"not an uncompressed tar archive ({error})") from None
     except (FileExistsError, NotADirectoryError, IsADirectoryError):
-        raise UserError("the archive holds a name twice") from None
+        raise UserError("the archive contains a name twice") from None
 
 
 def _plain_path(member: tarfile.TarInfo) -> Path:
@@ -256,5 +260,7 @@ def _plain_path(member: tarfile.TarInfo) -> Path:
     is_plain = all(_PART.fullmatch(part) for part in parts) and not member.name.startswith("/")
     is_file = member.isreg() and not member.issparse()  # a few bytes can be a file of any size
     if not is_plain or not (is_file or member.isdir()):
-        raise UserError(f"the archive holds {member.name[:200]!r}, which no saved prompt has")
+        raise UserError(
+            f"the archive contains {member.name[:200]!r}, which is not part of a saved prompt"
+        )
     return Path(*parts)

@@ -178,7 +178,7 @@ def load_description(folder: Path, file: str, limit: int = 16 * MEBIBYTE) -> dic
 
 
 def digest_of_files(folder: Path) -> str:
-    """Return one digest of all files of a saved folder, from their checksums."""
+    """Return one digest of the checksums of all files in a saved folder."""
     return _sha256(folder / _SUMS)
 
 

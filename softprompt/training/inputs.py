@@ -1,4 +1,4 @@
-"""What the student and the teacher of an experiment read, as token ids."""
+"""The inputs of the student and the teacher of an experiment, as token ids."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -22,15 +22,15 @@ from softprompt.training.written_targets import SPLITS, write_targets
 
 
 class Inputs(NamedTuple):
-    """What the student and the teacher read.
+    """The inputs of the student and the teacher.
 
     Attributes:
       task: turns records into examples.
       examples: the examples of each split.
-      teacher: the teacher that reads each batch; None if there is none, or if it has read all
-        examples before.
-      taught: by split, the examples as the teacher reads them, or its most likely tokens at the
-        targets; empty if it reads the rows of the student.
+      teacher: the teacher that reads each batch; None without a teacher, or if it has already
+        read all examples.
+      taught: for each split, the examples as the teacher reads them, or its most likely tokens at
+        the targets; empty if it reads the rows of the student.
       teacher_digest: a digest of the teacher and of what it reads; empty if there is none.
     """
 
@@ -69,9 +69,9 @@ class InputReader:
           task: the task of the student.
           splits: the records of each split, with their targets.
           teacher: the teacher, or None.
-          folder: the run folder, which keeps what a teacher predicts; None to store nothing.
-          trains: whether a run reads them. It needs only the right candidates of the training data,
-            and only `evaluation.examples` of the validation data.
+          folder: the run folder, which keeps the teacher's predictions; None to store nothing.
+          trains: whether the inputs are for training. Training needs only the right candidates of
+            the training data, and only `evaluation.examples` of the validation data.
 
         Raises:
           UserError: if a record does not fit the template.
@@ -183,7 +183,7 @@ class InputReader:
 
 
 def _fit(examples: Dataset, task: Task) -> bool:
-    """Whether encoding the examples with the limit of a task would not change them."""
+    """Whether the examples would be the same if encoded with the limit of a task."""
     lengths = examples.lengths
     return not examples.truncated and bool(
         (lengths.input + lengths.longest <= task.max_tokens).all()

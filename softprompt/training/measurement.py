@@ -33,7 +33,7 @@ def measure(
       examples: N examples.
       objective: it is measured if it is a `RowObjective`.
       model: the model, and the adapted backbone and the prefix to run.
-      taught: see `Inputs`; it may go on after the last of the examples.
+      taught: see `Inputs`; it may be longer than the examples.
 
     Raises:
       NotFiniteError: if a score is infinite or NaN.

@@ -1,4 +1,4 @@
-"""The error about a step with infinite or NaN values, with what to change."""
+"""The error about a step with infinite or NaN values, with advice."""
 
 import math
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ def wrong_values(values: Mapping[str, float], kind: str = "") -> str:
 def step_not_finite(
     experiment: Experiment, step: int, what: str, checkpoints: Checkpoints, *, alone: bool
 ) -> NotFiniteError:
-    """Return the error about a value after a step, with what to change.
+    """Return the error about a value after a step, with advice.
 
     Args:
       experiment: the experiment.

@@ -106,7 +106,7 @@ class Preparation:
         Args:
           experiment: the experiment.
           records: by split, rows that replace the source that the experiment names.
-          folder: the run folder, which keeps what a teacher writes or predicts.
+          folder: the run folder, which keeps the teacher's targets or predictions.
           custom: replaces the objective, the optimizer, or both.
 
         Raises:
@@ -119,7 +119,7 @@ class Preparation:
         teacher = self._teacher_of(experiment, base, splits["train"], task)
         if teacher is not None:
             if folder is not None and is_main() and _stores(experiment):
-                write_config(folder, experiment)  # a run that stops here is then known as one
+                write_config(folder, experiment)  # marks the folder as a run, even if it stops here
             splits = self._reader.with_targets(experiment, task, splits, teacher, folder)
         inputs = self._reader.read(experiment, task, splits, teacher, folder)
         task = inputs.task
@@ -203,13 +203,13 @@ class Preparation:
 
 
 def _stores(experiment: Experiment) -> bool:
-    """Whether the run folder keeps what a teacher writes or predicts before training."""
+    """Whether the run folder keeps targets or predictions of a teacher before training."""
     settings = experiment.objective.teacher
     return settings is not None and (settings.writes_targets or settings.top_tokens is not None)
 
 
 def _require_supported(experiment: Experiment, task: Task) -> None:
-    """Check what only the base model and the compiled template show."""
+    """Check settings that depend on the base model and the compiled template."""
     if experiment.evaluation.forgetting:
         require_causal(task.base)
     if experiment.objective.name == "preference" and None in task.pieces:

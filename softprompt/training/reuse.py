@@ -1,4 +1,4 @@
-"""Results that one experiment after another can use, such as tokenized examples."""
+"""Results that consecutive experiments can share, such as tokenized examples."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -7,7 +7,7 @@ Result = TypeVar("Result")
 
 
 class LastResults:
-    """Keeps the last result of each kind, and returns it again while its inputs are the same."""
+    """Keeps the last result of each kind, and returns it while its inputs are the same."""
 
     def __init__(self) -> None:
         self._last: dict[str, tuple[Any, Sequence[Any], Any]] = {}
@@ -22,7 +22,7 @@ class LastResults:
     ) -> tuple[Result, bool]:
         """Return the last result of a kind if it can be used, and otherwise make it.
 
-        The last result is forgotten first, so that two of them are never in memory.
+        The last result is deleted first, so that two results are never in memory together.
 
         Args:
           name: the kind.

@@ -1,7 +1,7 @@
-"""The teacher reads all examples once, before training, and its most likely tokens are stored.
+"""Store the most likely tokens of a teacher, which reads all examples once before training.
 
-A folder `top-tokens-<split>` in the run folder holds them with a digest of the teacher and of what
-it read.
+A folder `top-tokens-<split>` in the run folder contains them, with a digest of the teacher and its
+inputs.
 """
 
 import hashlib
@@ -46,7 +46,7 @@ def make_top_tokens(
     folder: Path | None,
     progress: Progress,
 ) -> TopTokens:
-    """Return the most likely tokens of a teacher at all targets. Stored ones are used again.
+    """Return the most likely tokens of a teacher at all targets. Stored tokens are reused.
 
     Args:
       teacher: the teacher.
@@ -56,13 +56,13 @@ def make_top_tokens(
       examples: the examples of the student.
       taught: the same examples as the teacher reads them; None if it reads the same rows.
       split: the name of the split.
-      folder: the run folder; None to store nothing. What another teacher or other data left there
-        is replaced.
+      folder: the run folder; None to store nothing. Tokens from another teacher or other data
+        are replaced.
       progress: shows how many examples the teacher has read.
 
     Raises:
       UserError: if the teacher predicts fewer tokens than the student, or than `top_tokens`.
-      FolderError: if a run began with another teacher or other data.
+      FolderError: if a run in the folder began with another teacher or other data.
     """
     objective = experiment.objective
     assert objective.teacher is not None
@@ -144,7 +144,7 @@ def _load(path: Path, total: int, count: int) -> dict[str, np.ndarray]:
 
 
 def _is_stored(path: Path, description: dict[str, str]) -> bool:
-    """Return whether a folder holds what is described; check that it may be replaced if not."""
+    """Return whether a folder matches a description. If not, check that it may be replaced."""
     if not path.exists():
         return False
     try:

@@ -80,8 +80,8 @@ def write_targets(
       experiment: its section `generation` says how long a target may be and where it stops.
       records: the records of a split. Their own targets are not read.
       split: the name of the split.
-      folder: the run folder; None to store nothing. A file with the targets of another teacher or
-        of other data gets another name.
+      folder: the run folder; None to store nothing. A file with targets of another teacher or for
+        other data is renamed.
       progress: shows how many targets have been written.
 
     Raises:
@@ -111,7 +111,7 @@ def write_targets(
 def read_targets(
     student: Task, records: Sequence[Record], split: str, folder: Path
 ) -> WrittenTargets:
-    """Return records with the targets in a run folder. The teacher is not needed.
+    """Read the targets of records from a run folder, without the teacher.
 
     Args:
       student: the task of the student.
@@ -120,12 +120,13 @@ def read_targets(
       folder: the run folder.
 
     Raises:
-      UserError: if the file is missing, damaged or incomplete, or belongs to other records.
+      UserError: if the file is missing, damaged or incomplete, or is for other records.
     """
     path = _path(folder, split)
     if not path.exists():
         raise UserError(
-            f"{path}: no such file; it has the targets that the teacher wrote for the {split} data"
+            f"{path}: no such file; it contains the targets that the teacher wrote for the {split} "
+            "data"
         )
     header, texts, _ = _read(path)
     if header.get("records") != _digest_of(student, records):

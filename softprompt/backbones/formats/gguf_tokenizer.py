@@ -75,7 +75,7 @@ _IGNORE_MERGES = ("llama-bpe", "tekken")  # a piece that is in the vocabulary is
 _ADD_BOS = ("llama-bpe", "tekken")  # texts begin with a BOS token by default
 
 PRE_TOKENIZERS = tuple(_SPLITS)
-"""The names of the pre-tokenizers of byte-level BPE, without other names for the same one."""
+"""The names of the byte-level BPE pre-tokenizers, without aliases."""
 
 Get = Callable[..., Any]
 
@@ -145,7 +145,7 @@ def read_tokenizer(get: Get) -> tuple[Tokenizer, dict[str, Any]]:
 
 
 def pieces_stay_whole(pre: str) -> bool:
-    """Return whether a piece that is in the vocabulary is not split, with a pre-tokenizer."""
+    """Return whether a pre-tokenizer keeps a piece whole if it is in the vocabulary."""
     return _NAMES[pre] in _IGNORE_MERGES
 
 
