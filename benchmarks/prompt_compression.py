@@ -1,6 +1,6 @@
 """Compress a document into prefixes in several ways, and compare them with its full text.
 
-    python benchmarks/compression.py runs/compression
+    python benchmarks/prompt_compression.py runs/compression
 
 The runs use experiments/compress-document.yaml, some with another length, other initial values or
 another objective. A finished run is not trained again, and an interrupted one continues. Attention
