@@ -237,7 +237,9 @@ def test_labels_are_those_that_the_prompt_predicts(server, offline):
         assert found["probabilities"] == pytest.approx(dict(prediction.probabilities), abs=1e-5)
     assert [each["truncated"] for each in answer["data"]] == [False, False, True]
     one = server.post("/v1/classify", model="letters", input={"text": "abc"}).json
-    assert one["data"][0]["probabilities"] == pytest.approx(answer["data"][0]["probabilities"])
+    assert one["data"][0]["probabilities"] == pytest.approx(
+        answer["data"][0]["probabilities"], abs=1e-5
+    )
     wrong = server.post("/v1/classify", model="texts", input="abc")
     assert (wrong.status, "has no labels" in wrong.json["error"]["message"]) == (400, True)
 

@@ -321,7 +321,7 @@ def test_uploads_touch_nothing_else(server, root, tiny, tmp_path):
     for name in ("given", "tiny"):
         assert "command line" in put(server, name, good).json["error"]["message"]
     (root / "run").mkdir()
-    assert "something else" in put(server, "run", good).json["error"]["message"]
+    assert "not a saved prompt" in put(server, "run", good).json["error"]["message"]
     (root / "run").rmdir()
     for path in ("..", "/etc", "a/../..", str(tmp_path), ".", "\0"):
         assert "is not below" in put(server, "bad", {"folder": path}).json["error"]["message"]

@@ -118,7 +118,9 @@ class Folders:
     def _found(self) -> dict[str, tuple[Path, Stamp]]:
         """Return the prompts in the folder, by name."""
         found = {}
-        for entry in os.scandir(self.root):
+        with os.scandir(self.root) as scanned:
+            entries = list(scanned)
+        for entry in entries:
             path = Path(entry.path)
             if entry.name.startswith(".") or entry.name in self._reserved or not path.is_dir():
                 continue
