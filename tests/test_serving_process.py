@@ -30,8 +30,11 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
+BASE = str(GOLDEN / "llama-grouped")
+
+
 def start(folder: Path, port: int, *more: str) -> ForkedProcess:
-    words = ["serve", f"texts={folder}", "--base", str(GOLDEN / "llama-grouped"), "--name", "tiny"]
+    words = ["serve", f"texts={folder}", "--base", BASE]
     limits = ["--max-tokens", "128", "--slots", "2", "--bank-tokens", "64"]
     return ForkedProcess(COMMAND, [*words, *limits, "--port", str(port), *more])
 
@@ -90,6 +93,8 @@ def test_a_killed_server_starts_again_and_sigterm_loses_no_request(folder, tiny)
     port = free_port()
     process = start(folder, port)
     assert wait_until_ready(process, port) == {503, 200}  # it answers while it compiles
+    models = json.loads(ask(port, "/v1/models")[1])["data"]
+    assert [model["id"] for model in models] == [BASE, "texts"]
     load = Load(port)
     while len(load.results) < 6:
         time.sleep(0.01)

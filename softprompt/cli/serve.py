@@ -45,7 +45,10 @@ examples:
         "--base", metavar="NAME", help="base model (default: the one recorded in the first prompt)"
     )
     command.add_argument(
-        "--name", metavar="NAME", help="name of the base model in requests (default: its own)"
+        "--name",
+        dest="model",
+        metavar="NAME",
+        help="name of the base model in requests (default: its own)",
     )
     command.add_argument(
         "--prompts-dir",
@@ -144,7 +147,7 @@ def run(options: argparse.Namespace) -> None:
         for _, folder in given:  # before compiling, which takes a minute
             require_servable(folder, base)
         limits = Limits(options.slots, options.max_tokens, options.bank_tokens, options.max_waiting)
-        service = Service(base, options.name or base.name, limits)
+        service = Service(base, options.model or base.name, limits)
         if service.name in names:
             raise UserError(
                 f"{service.name} is the name of the base model; set another one with --name"
