@@ -315,7 +315,7 @@ def test_a_stop_text_ends_the_text_and_is_removed(generate):
 
 def test_the_stop_text_that_is_completed_first_ends_the_text(tiny, prefix, generate):
     one = Engine(tiny.backbone, tiny.tokenizer, GenerationSettings(stop=["bcdef", "cd"]))
-    assert one._text(tiny.tokenizer.encode("abcdefg", add_special_tokens=False)) == ("ab", True)
+    assert one._answer.text(tiny.tokenizer.encode("abcdefg", add_special_tokens=False)) == ("ab", True)
     (free,) = generate(["aaaaaaa"], max_new_tokens=30)
     long, short = free.text[3:12], free.text[6:8]
     settings = {"max_new_tokens": 30, "stop": [long, short]}
@@ -343,7 +343,7 @@ def test_a_stream_yields_the_text_in_pieces(tiny, prefix, generate, settings):
 def test_the_possible_start_of_a_stop_text_is_held_back(tiny):
     one = Engine(tiny.backbone, tiny.tokenizer, GenerationSettings(stop=["\n\n", "END"]))
     held = {"abc": 0, "abc\n": 1, "abc E": 1, "abc EN": 2, "ab\N{REPLACEMENT CHARACTER}": 1}
-    assert {text: one._uncertain(text) for text in held} == held
+    assert {text: one._answer._uncertain(text) for text in held} == held
 
 
 def out_of_memory(max_rows, function):

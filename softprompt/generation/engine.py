@@ -118,7 +118,7 @@ class Engine:
         if tokenizer.eos_token_id is None:
             raise UserError("the base model's tokenizer has no end-of-text token to stop at")
         self._backbone, self._tokenizer, self._settings = backbone, tokenizer, settings
-        self._answer = AnswerText(tokenizer, settings.stop)
+        self._answer, self._end = AnswerText(tokenizer, settings.stop), tokenizer.eos_token_id
         self._capacity = _power_of_two(max(settings.max_new_tokens, 16))
 
     def generate(
@@ -260,7 +260,7 @@ class Engine:
         return [ids[:length].tolist() for ids, length in zip(tokens, lengths, strict=True)]
 
     def _ends(self, rows: int) -> np.ndarray:
-        return np.full((rows, 1), self._tokenizer.eos_token_id, np.int32)
+        return np.full((rows, 1), self._end, np.int32)
 
     def _seeds(self, requests: Sequence[Request], rows: int) -> np.ndarray:
         """For each sample a hash of the input, the seed and its index, `[B * samples]`."""
