@@ -315,7 +315,8 @@ def test_a_stop_text_ends_the_text_and_is_removed(generate):
 
 def test_the_stop_text_that_is_completed_first_ends_the_text(tiny, prefix, generate):
     one = Engine(tiny.backbone, tiny.tokenizer, GenerationSettings(stop=["bcdef", "cd"]))
-    assert one._answer.text(tiny.tokenizer.encode("abcdefg", add_special_tokens=False)) == ("ab", True)
+    ids = tiny.tokenizer.encode("abcdefg", add_special_tokens=False)
+    assert one._answer.text(ids) == ("ab", True)
     (free,) = generate(["aaaaaaa"], max_new_tokens=30)
     long, short = free.text[3:12], free.text[6:8]
     settings = {"max_new_tokens": 30, "stop": [long, short]}
