@@ -85,7 +85,7 @@ class Comparison:
         return PrefixTuning(prefix.keys, prefix.values)
 
     def matched(self, count: int) -> PrefixTuning:
-        """Return a prefix as long as that of the first tokens, by Attention Matching."""
+        """Compress the document by Attention Matching, as `reading` does with its first tokens."""
         whole, cut = (opening_with(t, self.marked) for t in (self.document, self.document[:count]))
         prefix = read(self.base.backbone, whole)
         training = self.prepared.examples["train"][:MATCHED]

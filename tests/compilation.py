@@ -1,7 +1,9 @@
 """How tests compile programs, in pytest and in the processes that tests start."""
 
+import contextlib
 import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -32,6 +34,25 @@ def compile_quickly() -> None:
     # Tracing makes many small objects that live long. Scan them less often.
     gc.freeze()
     gc.set_threshold(200_000, 50, 1000)
+
+
+@contextlib.contextmanager
+def compiled_programs() -> Iterator[list[str]]:
+    """Yield a list that grows with each program that is compiled in this context."""
+    compiled: list[str] = []
+
+    def listen(event, *_, **__):
+        if "backend_compile" in event:
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        jax.jit(lambda x: x + 3)(1.0)
+        assert compiled
+        compiled.clear()
+        yield compiled
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def _put(self: lru_cache.LRUCache, key: str, value: bytes) -> None:

@@ -37,6 +37,28 @@ SHORT = """\
 """
 
 
+def base_with_turn_end(folder):
+    """Return a model whose chat template ends turns with another token than texts, as in Gemma."""
+    base = folder / "base"
+    shutil.copytree(GOLDEN / "llama-grouped", base)
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    config["chat_template"] = SHORT.replace("<|endoftext|>", "<|pad|>")
+    (base / "tokenizer_config.json").write_text(json.dumps(config))
+    return base
+
+
+def recorded_stops(monkeypatch):
+    """Return a list that grows with the stop texts of each call of `Engine.generate`."""
+    stops, generate = [], Engine.generate
+
+    def recorded(self, *arguments, **options):
+        stops.append(self._settings.stop)
+        return generate(self, *arguments, **options)
+
+    monkeypatch.setattr(Engine, "generate", recorded)
+    return stops
+
+
 @pytest.fixture(scope="module")
 def chat_base(tiny):
     """The small model with a chat template of few tokens, without marks."""
@@ -199,12 +221,7 @@ def test_settings_that_do_not_fit_conversations_are_named(tmp_path, override, me
 
 
 def test_a_run_on_conversations(tmp_path, capsys):
-    base = tmp_path / "base"
-    shutil.copytree(GOLDEN / "llama-grouped", base)
-    config = json.loads((base / "tokenizer_config.json").read_text())
-    # Turns end with another token than texts, as in Gemma.
-    config["chat_template"] = SHORT.replace("<|endoftext|>", "<|pad|>")
-    (base / "tokenizer_config.json").write_text(json.dumps(config))
+    base = base_with_turn_end(tmp_path)
     path = write_experiment(tmp_path)
     rows = [conversation("ab", "c", "de", "fg"), conversation("h", "ij")] * 8
     for split in ("train", "validation", "test"):
@@ -253,18 +270,8 @@ def test_a_run_on_conversations(tmp_path, capsys):
 @pytest.mark.parametrize(("method", "stop"), [("none", ["<|pad|>"]), ("prompt", [])])
 def test_a_base_model_alone_ends_an_answer_with_its_turn(tmp_path, monkeypatch, method, stop):
     """What is trained has learned to end it with the end-of-text token instead."""
-    base = tmp_path / "base"
-    shutil.copytree(GOLDEN / "llama-grouped", base)
-    config = json.loads((base / "tokenizer_config.json").read_text())
-    config["chat_template"] = SHORT.replace("<|endoftext|>", "<|pad|>")
-    (base / "tokenizer_config.json").write_text(json.dumps(config))
-    stops, generate = [], Engine.generate
-
-    def recorded(self, *arguments, **options):
-        stops.append(self._settings.stop)
-        return generate(self, *arguments, **options)
-
-    monkeypatch.setattr(Engine, "generate", recorded)
+    base = base_with_turn_end(tmp_path)
+    stops = recorded_stops(monkeypatch)
     settings = [
         *(f"base={base}", f"method={method}", "verbalizer=null", "training.steps=1"),
         *("template={input: '{text} is', target: '{label}', chat: true}", "data.test=null"),

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compilation import compiled_programs
 from conftest import write_experiment
 
 from softprompt import Generator, SoftPrompt, UserError, load_base, load_experiment, train
@@ -128,17 +129,7 @@ def test_adding_and_removing_prompts_compiles_nothing(tiny):
     texts = ["abc", "de", "fgh", "i"]
     generator.generate(texts, ["a", "b", None, "a"], **NEW)
     generator.generate(texts, "a", **NEW)
-    compiled = []
-
-    def listen(event, *_, **__):
-        if "backend_compile" in event:
-            compiled.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        jax.jit(lambda x: x + 3)(1.0)
-        assert compiled
-        compiled.clear()
+    with compiled_programs() as compiled:
         for name, prompt in others:
             generator.add(name, prompt)
         mixed = generator.generate(texts, ["d", "b", "c", None], **NEW)
@@ -147,8 +138,6 @@ def test_adding_and_removing_prompts_compiles_nothing(tiny):
         generator.remove("a")
         generator.generate(texts, ["b", "b", "c", None], **NEW)
         assert not compiled
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def test_inputs_with_named_fields_can_be_streamed(tiny):

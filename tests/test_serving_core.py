@@ -4,9 +4,9 @@ import dataclasses
 import itertools
 import threading
 
-import jax
 import numpy as np
 import pytest
+from compilation import compiled_programs
 from servers import LABELS, LIMITS, save_huge_prefix, save_prompt
 
 from softprompt import UserError, load_prompt
@@ -103,17 +103,7 @@ def test_a_long_input_does_not_stop_others(service, calls):
 
 
 def test_adding_and_removing_prompts_compiles_nothing(service, folders):
-    compiled = []
-
-    def listen(event, *_, **__):
-        if "backend_compile" in event:
-            compiled.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        jax.jit(lambda x: x + 5)(1.0)
-        assert compiled
-        compiled.clear()
+    with compiled_programs() as compiled:
         for name in ("letters", "other"):
             service.prompts.load(name, folders[name])
         letters, other = map(service.prompts.get, ("letters", "other"))
@@ -125,8 +115,6 @@ def test_adding_and_removing_prompts_compiles_nothing(service, folders):
         for name in ("letters", "other"):
             assert service.prompts.remove(name)
         assert not compiled
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def test_equal_prefixes_share_their_places(service, folders, tiny):

@@ -1,4 +1,4 @@
-"""The folder of prompts when one of them cannot be loaded: the others are, and it is said once."""
+"""A prompt that cannot be loaded is reported once, and the other prompts are loaded."""
 
 import pytest
 

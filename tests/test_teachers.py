@@ -1,7 +1,6 @@
 """Teachers of distillation: rows of their own, trained runs, other base models, resumption."""
 
 import json
-import shutil
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import GOLDEN, batch_of, example_of, golden_backbone
 from flax import nnx
-from test_conversations import SHORT
+from test_conversations import base_with_turn_end, recorded_stops
 
 from softprompt import (
     LoRA,
@@ -302,18 +301,8 @@ def test_written_targets_are_in_the_field_that_the_student_reads(tiny, tmp_path)
 
 def test_a_target_that_a_teacher_writes_ends_with_its_turn(tmp_path, monkeypatch):
     """In some chat templates, turns end with another token than texts."""
-    base = tmp_path / "base"
-    shutil.copytree(GOLDEN / "llama-grouped", base)
-    config = json.loads((base / "tokenizer_config.json").read_text())
-    config["chat_template"] = SHORT.replace("<|endoftext|>", "<|pad|>")
-    (base / "tokenizer_config.json").write_text(json.dumps(config))
-    stops, generate = [], Engine.generate
-
-    def recorded(self, *arguments, **options):
-        stops.append(self._settings.stop)
-        return generate(self, *arguments, **options)
-
-    monkeypatch.setattr(Engine, "generate", recorded)
+    base = base_with_turn_end(tmp_path)
+    stops = recorded_stops(monkeypatch)
     chat = f"base={base}", "template={input: 'Say {word}', target: '{answer}', chat: true}"
     teacher = "input: 'Repeat {word}', writes_targets: true"
     Preparation().prepare(experiment_with(tmp_path, teacher, *chat, "generation.max_new_tokens=2"))

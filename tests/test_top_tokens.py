@@ -74,7 +74,7 @@ def test_a_sure_student_has_the_exact_mass_of_all_other_tokens():
 @pytest.mark.parametrize("variant", ["gemma2-capped", "t5-gated"])
 @pytest.mark.parametrize("all_candidates", [True, False])
 def test_batches_with_top_tokens_match_the_formula(variant, all_candidates):
-    """The batches are those of training and evaluation, in which rows are shuffled and packed."""
+    """Training and evaluation make the batches, so rows are shuffled and packed."""
     backbone = golden_backbone(variant)
     vectors = np.random.default_rng(0).normal(size=(3, backbone.arch.hidden_size))
     method = SoftPrompt(jnp.asarray(vectors, jnp.float32), [~0, ~1, ~2])

@@ -137,7 +137,10 @@ def empty_slots(backbone, count: int, length: int) -> Slots:
     layers, _, heads, size = backbone.prefix_shape(0)
     dtype = backbone.embedding.table.dtype
     shape = layers, count, length, heads, size
-    full = lambda value, dtype: jnp.full(count, value, dtype)  # noqa: E731
+
+    def full(value: float, dtype: Any) -> jax.Array:
+        return jnp.full(count, value, dtype)
+
     return Slots(
         cache=Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), full(0, jnp.int32)),
         last=full(0, jnp.int32),

@@ -17,6 +17,7 @@ from softprompt.serving.errors import ApiError, Disconnected, api_error, failed
 from softprompt.serving.inputs import Input, Plan
 from softprompt.serving.jobs import Job, ScoredToken, Update
 from softprompt.serving.scheduler import Removed
+from softprompt.serving.schema import GenerationRequest
 from softprompt.serving.state import Account, State
 
 Result = TypeVar("Result")
@@ -161,21 +162,18 @@ class Running:
 async def respond(
     state: State,
     request: Request,
+    body: GenerationRequest,
     make_plan: Callable[[], Plan],
     style: Style,
-    *,
-    stream: bool,
-    include_usage: bool,
 ) -> Response:
     """Answer a request.
 
     Args:
       state: of the server.
       request: the HTTP request.
+      body: its parameters.
       make_plan: is called in a thread, and again if the prompt is replaced in the meantime.
       style: the format of the answer.
-      stream: whether to send it as events.
-      include_usage: whether the last event contains token counts.
 
     Raises:
       ApiError: see `Running.updates`.
@@ -190,9 +188,10 @@ async def respond(
 
     async def answer() -> Response:
         running = Running(state, await asyncio.to_thread(make_plan), account_of(request))
-        if not stream:
+        if not body.stream:
             return JSONResponse(await _whole(running, style))
-        events = _events(running, style, include_usage)
+        options = body.stream_options
+        events = _events(running, style, bool(options and options.include_usage))
         return EventStream(await anext(events), events)
 
     return await until_disconnected(request.receive, work())

@@ -67,14 +67,6 @@ def chat_routes(state: State) -> APIRouter:
         def plan() -> Plan:
             return chat_plan(state.service, state.prompt(body.model, account), body)
 
-        options = body.stream_options
-        return await respond(
-            state,
-            request,
-            plan,
-            style,
-            stream=bool(body.stream),
-            include_usage=bool(options and options.include_usage),
-        )
+        return await respond(state, request, body, plan, style)
 
     return router

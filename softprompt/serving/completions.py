@@ -80,14 +80,6 @@ def completion_routes(state: State) -> APIRouter:
         def plan() -> Plan:
             return completion_plan(state.service, state.prompt(body.model, account), body)
 
-        options = body.stream_options
-        return await respond(
-            state,
-            request,
-            plan,
-            style,
-            stream=bool(body.stream),
-            include_usage=bool(options and options.include_usage),
-        )
+        return await respond(state, request, body, plan, style)
 
     return router

@@ -30,7 +30,7 @@ def step_not_finite(
     Args:
       experiment: the experiment.
       step: the step.
-      what: what is wrong.
+      what: the problem.
       checkpoints: the checkpoints of the run. Pending ones are completed first.
       alone: whether this is a single run, and not a trial of a sweep.
     """
