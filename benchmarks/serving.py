@@ -8,7 +8,9 @@ starts the server with the base model, and reports medians of several rounds:
 - tokens/s of 16 clients that use the prompts and the base model without a prompt, 64 tokens per
   request. They are compared with `generate` in Python with batches of 16, and with one client. All
   answers must be equal.
-- the time to the first token (TTFT) with 1 client and with 8 clients.
+- the time to the first token with 1 client and with 8. The 8 clients start one after another and
+  ask for 16 to 96 tokens, so that requests arrive at any time. Then they start together and all ask
+  for 64 tokens, so that 8 requests arrive at once.
 - the time of one request, compared with the same call in Python.
 - labels/s of 32 clients with one text each, compared with one request with 32 texts.
 
@@ -75,9 +77,9 @@ class Client:
         answer = json.load(self.send("/v1/completions", body))
         return answer["choices"][0]["text"], answer["usage"]["completion_tokens"]
 
-    def first_token(self, model: str, text: str) -> float:
+    def first_token(self, model: str, text: str, tokens: int) -> float:
         """Return the seconds to the first token, and read the rest of the answer."""
-        body = {"model": model, "prompt": text, "max_tokens": NEW_TOKENS, "temperature": 0}
+        body = {"model": model, "prompt": text, "max_tokens": tokens, "temperature": 0}
         began = time.perf_counter()
         response = self.send("/v1/completions", body | {"stream": True})
         response.readline()
@@ -91,8 +93,14 @@ class Client:
         return [each["label"] for each in answer["data"]]
 
 
-def in_clients(url: str, clients: int, items: Sequence[Any], work: Callable) -> tuple[float, list]:
-    """Do some work for each item in several clients. Return the seconds and the results."""
+def in_clients(
+    url: str, clients: int, items: Sequence[Any], work: Callable, apart: float = 0
+) -> tuple[float, list]:
+    """Do some work for each item in several clients, which start some seconds apart.
+
+    Returns:
+      The seconds and the results.
+    """
     results: list[Any] = [None] * len(items)
     left, lock = iter(range(len(items))), threading.Lock()
 
@@ -108,6 +116,7 @@ def in_clients(url: str, clients: int, items: Sequence[Any], work: Callable) -> 
     began = time.perf_counter()
     for thread in threads:
         thread.start()
+        time.sleep(apart)
     for thread in threads:
         thread.join()
     return time.perf_counter() - began, results
@@ -197,25 +206,35 @@ def measure_generation(generator: Generator, url: str, names: Sequence[str], rou
     alone = sum(count for _, count in answers) / seconds
     print(f"generate in Python, batches of {CLIENTS}: {median(rates['python']):.1f} tokens/s")
     print(f"{CLIENTS} clients: {median(rates['clients']):.1f} tokens/s", end=" ")
-    print(f"({median(rates['ratio']):.2f} of Python, {median(rates['clients']) / alone:.1f} times")
-    print(f"one client: {alone:.1f} tokens/s")
+    times = median(rates["clients"]) / alone
+    print(f"({median(rates['ratio']):.2f} of Python, {times:.1f} times one client's {alone:.1f})")
 
 
 def measure_first_token(url: str, names: Sequence[str]) -> None:
     """Measure the time to the first token with one client and with eight."""
-    models = [names[number % PROMPTS] for number in range(48)]
-    requests = list(zip(models, inputs(48), strict=True))
+    count = 96
+    lengths = np.random.default_rng(1).integers(16, 97, count).tolist()
+    models = [names[number % PROMPTS] for number in range(count)]
+    varied = list(zip(models, inputs(count), lengths, strict=True))
+    equal = [(model, text, NEW_TOKENS) for model, text, _ in varied]
 
-    def first(client: Client, request: tuple[str, str]) -> float:
-        return client.first_token(*request)
+    def measure(clients: int, requests: Sequence[Any], apart: float = 0) -> np.ndarray:
+        def first(client: Client, request: tuple[str, str, int]) -> float:
+            return client.first_token(*request)
 
-    _, one = in_clients(url, 1, requests[:12], first)
-    _, eight = in_clients(url, 8, requests, first)
-    for clients, found in ((1, one), (8, eight)):
-        low, high = median(found), float(np.quantile(found, 0.95))
-        print(f"first token, {clients} clients: median {low * 1e3:.0f} ms, p95 {high * 1e3:.0f} ms")
-    ratio = np.quantile(eight, 0.95) / np.quantile(one, 0.95)
-    print(f"p95 with 8 clients: {ratio:.1f} times the p95 of one")
+        _, found = in_clients(url, clients, requests, first, apart)
+        return np.quantile(found, (0.5, 0.95)) * 1e3
+
+    alone = measure(1, varied[:24])
+    print(f"first token, 1 client: median {alone[0]:.0f} ms, p95 {alone[1]:.0f} ms")
+    for name, found in (
+        ("at any time", measure(8, varied, apart=0.3)),
+        ("together", measure(8, equal)),
+    ):
+        print(
+            f"first token, 8 clients, requests arrive {name}: median {found[0]:.0f} ms, "
+            f"p95 {found[1]:.0f} ms, {found[1] / alone[1]:.1f} times one client's"
+        )
 
 
 def measure_overhead(base, folder: Path, url: str) -> None:

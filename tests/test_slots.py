@@ -12,7 +12,7 @@ from softprompt.generation import decoding
 from softprompt.generation.sampling import Sampling
 from softprompt.generation.slots import STEPS, TOP
 from softprompt.serving.bank import Bank, Content
-from softprompt.serving.device import Device, occupant
+from softprompt.serving.device import Chunk, Device, occupant
 
 COUNT = 11  # tokens to generate
 SAMPLED = {"temperature": 1.3, "top_k": 20, "top_p": 0.9, "repetition_penalty": 1.2}
@@ -63,7 +63,7 @@ class Bench:
     def read(self, *chunks):
         """Read chunks: slot, ids, and whether they are the last of the input."""
         before = max(self.lengths[row] for row, _, _ in chunks)
-        read = self.device.read([(row, ids, [], last) for row, ids, last in chunks], before)
+        read = self.device.read([Chunk(row, ids, [], last) for row, ids, last in chunks], before)
         for i, (row, ids, last) in enumerate(chunks):
             self.lengths[row] += len(ids)
             self.ids[row] += [int(read.tokens[i])] if last else []
@@ -124,7 +124,7 @@ def test_scores_are_the_log_probabilities_of_the_whole_model():
     tokens = np.random.default_rng(1).integers(0, 30, 9).tolist()
     bench.occupy(0, None, tokens)
     following = [*tokens[1:], -1]
-    read = bench.device.read([(0, tokens, following, True)], 0)
+    read = bench.device.read([Chunk(0, tokens, following, True)], 0)
     bench.lengths[0], bench.ids[0] = len(tokens), [int(read.tokens[0])]
     generated = bench.decode(3)
     ids = np.array([tokens + bench.ids[0]])
@@ -132,11 +132,11 @@ def test_scores_are_the_log_probabilities_of_the_whole_model():
     expected = np.asarray(jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1))
     after = ids[0, 1:]
     chosen = expected[np.arange(len(after)), after]
-    np.testing.assert_allclose(read.input_scores.chosen[0, :8], chosen[:8], atol=1e-5)
+    np.testing.assert_allclose(read.input_scores.chosen[:8], chosen[:8], atol=1e-5)
     np.testing.assert_allclose(read.scores.chosen[0], chosen[8], atol=1e-5)
     np.testing.assert_allclose(generated.scores.chosen[0, :3], chosen[9:], atol=1e-5)
     best = -np.sort(-expected, axis=-1)[:, :TOP]
-    np.testing.assert_allclose(read.input_scores.top[0, :8], best[:8], atol=1e-5)
+    np.testing.assert_allclose(read.input_scores.top[:8], best[:8], atol=1e-5)
     np.testing.assert_allclose(generated.scores.top[0, :3], best[9:12], atol=1e-5)
     np.testing.assert_array_equal(generated.scores.top_ids[0, :3, 0], after[9:])
 

@@ -42,15 +42,16 @@ class Cache:
             lengths=self.lengths + 1,
         )
 
-    def view(self, rows: int | None = None, slots: int | None = None) -> "CacheView":
-        """Return the first slots of the first rows, by default all. No row may be longer."""
-        _, all_rows, all_slots, _, _ = self.keys.shape
-        return CacheView(self, rows or all_rows, slots or all_slots)
+    def view(self, rows: int | jax.Array | None = None, slots: int | None = None) -> "CacheView":
+        """Return the first slots of some rows, by default all of all rows.
 
-    def rows(self, rows: jax.Array) -> "Cache":
-        """Return the cache of some rows. Indices beyond the last row return the last row."""
-        take = partial(jnp.take, indices=rows, mode="clip")
-        return Cache(take(self.keys, axis=1), take(self.values, axis=1), take(self.lengths, axis=0))
+        Args:
+          rows: the number of rows, counted from the first, or the indices of the rows, `[b]`.
+            An index beyond the last row means the last row.
+          slots: no row may have more tokens.
+        """
+        _, all_rows, all_slots, _, _ = self.keys.shape
+        return CacheView(self, all_rows if rows is None else rows, slots or all_slots)
 
     def write(
         self, rows: jax.Array, keys: jax.Array, values: jax.Array, counts: jax.Array
@@ -91,22 +92,24 @@ class Cache:
 
 @dataclasses.dataclass(frozen=True)
 class CacheView:
-    """The first slots of the first rows of a cache. It is not a copy.
+    """The first slots of some rows of a cache. It is not a copy.
 
     Attributes:
       cache: the cache.
-      rows: B.
+      rows: B, the number of rows, counted from the first, or the indices of the rows, `[B]`.
       slots: S.
     """
 
     cache: Cache
-    rows: int
+    rows: int | jax.Array
     slots: int
 
     @property
     def lengths(self) -> jax.Array:
         """The number of tokens that each row has read, `[B]`."""
-        return self.cache.lengths[: self.rows]
+        if isinstance(self.rows, int):
+            return self.cache.lengths[: self.rows]
+        return self.cache.lengths.at[self.rows].get(mode="clip")
 
     @property
     def positions(self) -> jax.Array:
@@ -116,10 +119,16 @@ class CacheView:
 
     def of_layer(self, layer: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Return the keys and values of a layer, `[B, S, K, h]`."""
-        _, _, _, heads, size = self.cache.keys.shape
-        start, shape = (layer, 0, 0, 0, 0), (1, self.rows, self.slots, heads, size)
-        keys = jax.lax.dynamic_slice(self.cache.keys, start, shape)[0]
-        return keys, jax.lax.dynamic_slice(self.cache.values, start, shape)[0]
+        return self._of_layer(self.cache.keys, layer), self._of_layer(self.cache.values, layer)
+
+    def _of_layer(self, array: jax.Array, layer: jax.Array) -> jax.Array:
+        def first(row: int | jax.Array, rows: int) -> jax.Array:
+            shape = 1, rows, self.slots, *array.shape[3:]
+            return jax.lax.dynamic_slice(array, (layer, row, 0, 0, 0), shape)[0]
+
+        if isinstance(self.rows, int):
+            return first(0, self.rows)
+        return jax.vmap(lambda row: first(row, 1)[0])(self.rows)
 
 
 @jax.tree_util.register_dataclass

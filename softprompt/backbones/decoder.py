@@ -21,6 +21,7 @@ from softprompt.backbones.flash import AttentionName, Kernel, kernel_of
 from softprompt.backbones.head import OutputHead
 from softprompt.backbones.layers import Embedding, LayerNorm, Linear, RMSNorm
 from softprompt.backbones.opening import Opening, computed
+from softprompt.backbones.packing import AS_ROWS, Rows
 from softprompt.backbones.prefix import Prefix
 from softprompt.backbones.quantization import Quantization
 from softprompt.backbones.tokens import (
@@ -218,49 +219,57 @@ class Decoder(nnx.Module):
         cache: CacheView,
         prefix: Prefix | None = None,
         vectors: jax.Array | None = None,
+        rows: Rows = AS_ROWS,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Read several more tokens of each row.
 
         Args:
-          tokens: ids `[B, T]`.
+          tokens: ids `[B, T]`, or packed `[1, N]`.
           cache: the tokens that each row has read. It is not changed.
           prefix: what the rows attend to first.
           vectors: `[B, T, D]`, the embeddings of virtual tokens, whose ids are negative. None if
             there are no virtual tokens.
+          rows: where the tokens of each row are, if they are packed.
 
         Returns:
-          Hidden states `[B, T, D]`, and the keys and values of the tokens, `[L, B, T, K, h]`.
+          Hidden states `[B, T, D]` or `[1, N, D]`, and the keys and values of the tokens as rows,
+          `[L, B, T, K, h]`.
         """
-        positions = cache.lengths[:, None] + jnp.arange(tokens.shape[1])[None]
+        length = tokens.shape[1] if rows is AS_ROWS else rows.row_length
+        positions = cache.lengths[:, None] + jnp.arange(length)[None]
         embeddings = self.embedding.with_offsets(
-            jnp.maximum(tokens, 0) if vectors is not None else tokens, positions
+            jnp.maximum(tokens, 0) if vectors is not None else tokens, rows.from_rows(positions)
         )
         if vectors is not None:
             virtual = vectors.astype(embeddings.dtype)
             embeddings = jnp.where((tokens < 0)[..., None], virtual, embeddings)
-        hidden, (keys, values) = self._run(embeddings, positions, None, prefix, cache)
-        return hidden, keys, values
+        hidden, keys_values = self._run(embeddings, positions, None, prefix, cache, rows)
+        return hidden, *map(jax.vmap(rows.to_rows), keys_values)
 
-    def _run(self, x, positions=None, segments=None, prefix=None, cache=None):
+    def _run(self, x, positions=None, segments=None, prefix=None, cache=None, rows=AS_ROWS):
         """Run all layers on rows, attending to the prefix, the cache and the row itself.
 
         Args:
-          x: `[B, T, D]`.
+          x: `[B, T, D]`, or packed `[G, N, D]`.
           positions, segments: `[B, T]`; None if each row is one sequence.
           prefix, cache: what rows attend to before their own tokens.
+          rows: where the tokens of each row are, if they are packed.
 
         Returns:
-          Normalized hidden states `[B, T, D]`, and the new keys and values `[L, B, T, K, h]`.
+          Normalized hidden states like `x`, and the new keys and values, `[L, B, T, K, h]` or
+          `[L, G, N, K, h]`.
         """
         prefix, kernel = computed(self, prefix), None
         if positions is None:
             kernel = self._kernel(segments, prefix)
             positions = jnp.arange(x.shape[1])[None]
         groups, before = tokens_before(prefix, None, cache)
-        groups["row"] = rows = Tokens(positions, before, segments)
-        positions = positions + before
+        groups["row"] = own = Tokens(
+            positions, before, segments, to_rows=rows.to_rows, from_rows=rows.from_rows
+        )
+        positions = rows.from_rows(positions + before)
         layers = LayerFunctions(self.arch, self.mesh, positions, groups, kernel)
-        layer, inputs = _with_cache(layers.function_for(rows), cache), self._inputs(prefix, cache)
+        layer, inputs = _with_cache(layers.function_for(own), cache), self._inputs(prefix, cache)
         x, keys_values = jax.lax.scan(
             _recomputed(layer), self._with_positions(x, positions), inputs
         )

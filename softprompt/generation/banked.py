@@ -64,7 +64,7 @@ def read_opening(
       count: the number of tokens that are not padding.
     """
     rows = row[None]
-    cache = slots.cache.rows(rows).view()
+    cache = slots.cache.view(rows)
     _, keys, values = backbone.extend(tokens[None], cache, vectors=vectors[None])
     return dataclasses.replace(slots, cache=slots.cache.write(rows, keys, values, count[None]))
 

@@ -5,8 +5,8 @@ Its prefix is copied into the cache, its input is read in chunks (prefill), and 
 together with all other slots (decode). The state of a request is kept per row. Therefore slots are
 filled and freed one by one, and no shape depends on the requests.
 
-Axis letters: B slots, b slots of one call, T tokens of a chunk, S cache slots of a row, C steps of
-a call, N most likely tokens, E end tokens, V vocabulary, P tokens of a prefix, W its padded length,
+Axis letters: B slots, b slots of one call, N tokens of all chunks of a call, S cache slots of a row, C steps of
+a call, M most likely tokens, E end tokens, V vocabulary, P tokens of a prefix, W its padded length,
 D hidden, L layers, K key-value heads, h head size.
 """
 
@@ -18,13 +18,14 @@ import jax
 import jax.numpy as jnp
 
 from softprompt.backbones.cache import Cache
+from softprompt.backbones.packing import Packing
 from softprompt.generation.sampling import Sampling, choose
 
 STEPS = 8
 """The maximum number of tokens that one call of `decode` generates in each slot, C."""
 
 TOP = 20
-"""The number of most likely tokens whose log-probabilities are returned, N."""
+"""The number of most likely tokens whose log-probabilities are returned, M."""
 
 ENDS = 4
 """The maximum number of tokens that can end a row, E."""
@@ -79,8 +80,8 @@ class Scores(NamedTuple):
 
     Attributes:
       chosen: `[...]`, the log-probability of each token.
-      top: `[..., N]`, the log-probabilities of the most likely tokens, in descending order.
-      top_ids: `[..., N]`.
+      top: `[..., M]`, the log-probabilities of the most likely tokens, in descending order.
+      top_ids: `[..., M]`.
     """
 
     chosen: jax.Array
@@ -109,6 +110,24 @@ class Generated(NamedTuple):
     scores: Scores
 
 
+class Chunks(NamedTuple):
+    """A chunk of the input of each of some slots, packed.
+
+    Attributes:
+      rows: `[b]`, different slots. Numbers beyond the last slot are padding.
+      lengths: `[b]`, the number of tokens of each chunk; 0 for padding.
+      tokens: `[N]` ids. The chunks follow each other without gaps, then comes padding.
+      following: `[N]`, the id after each token; -1 if it is not scored.
+      complete: `[b]` booleans, whether a chunk is the last one of its input.
+    """
+
+    rows: Any
+    lengths: Any
+    tokens: Any
+    following: Any
+    complete: Any
+
+
 class Read(NamedTuple):
     """The result of one call of `read`.
 
@@ -117,7 +136,7 @@ class Read(NamedTuple):
         not finite.
       active: `[b]` booleans, whether each row continues.
       scores: of the first token, `[b]`.
-      input_scores: of the tokens that follow each token of the chunk, `[b, T]`.
+      input_scores: of the tokens that follow each token of the chunks, `[N]`.
     """
 
     tokens: jax.Array
@@ -199,40 +218,32 @@ def occupy(
     )
 
 
-@partial(jax.jit, donate_argnames="slots", static_argnames="attended")
+@partial(jax.jit, donate_argnames="slots", static_argnames=("longest", "attended"))
 def read(
-    backbone,
-    slots: Slots,
-    rows: jax.Array,
-    tokens: jax.Array,
-    counts: jax.Array,
-    complete: jax.Array,
-    following: jax.Array,
-    *,
-    attended: int,
+    backbone, slots: Slots, chunks: Chunks, *, longest: int, attended: int
 ) -> tuple[Slots, Read]:
-    """Read a chunk of the inputs of some rows. Rows that are complete generate their first token.
+    """Read a chunk of the input of some rows. Rows that are complete generate their first token.
 
     Args:
       backbone: a causal model.
       slots: are donated.
-      rows: `[b]`, different slots. Numbers beyond the last slot are padding.
-      tokens: `[b, T]` ids, padded on the right.
-      counts: `[b]`, the number of tokens that are not padding.
-      complete: `[b]` booleans, whether the chunk is the last one of its row.
-      following: `[b, T]`, the id after each token; -1 if it is not scored.
+      chunks: the chunks.
+      longest: at least the number of tokens of each chunk.
       attended: at least the number of tokens that each row has read before.
     """
-    hidden, keys, values = backbone.extend(tokens, slots.cache.rows(rows).view(slots=attended))
-    slots = dataclasses.replace(slots, cache=slots.cache.write(rows, keys, values, counts))
-    last = jnp.take_along_axis(hidden, (counts - 1)[:, None, None], axis=1)[:, 0]
-    slots, chosen, scores = _advance(slots, backbone.logits(last), rows, complete)
+    rows, lengths, tokens = chunks.rows, chunks.lengths, chunks.tokens[None]
+    packing = Packing.of(lengths[None], tokens.shape[1], longest)
+    view = slots.cache.view(rows, attended)
+    hidden, keys, values = backbone.extend(tokens, view, rows=packing)
+    slots = dataclasses.replace(slots, cache=slots.cache.write(rows, keys, values, lengths))
+    last = hidden[0].at[jnp.cumsum(lengths) - 1].get(mode="clip")
+    slots, chosen, scores = _advance(slots, backbone.logits(last), rows, chunks.complete)
 
     def score() -> Scores:
-        return scores_of(backbone.logits(hidden), following)
+        return scores_of(backbone.logits(hidden[0]), chunks.following)
 
-    wanted = (following >= 0).any()
-    input_scores = jax.lax.cond(wanted, score, lambda: Scores.zeros(*tokens.shape))
+    wanted = (chunks.following >= 0).any()
+    input_scores = jax.lax.cond(wanted, score, lambda: Scores.zeros(tokens.shape[1]))
     active = slots.active.at[rows].get(mode="clip")
     return slots, Read(chosen, active, scores, input_scores)
 

@@ -2,12 +2,12 @@
 
 `compile` compiles all programs. Later calls pad their arrays to the same shapes.
 
-Axis letters: B slots, b rows of a call, T tokens of a chunk, S cache slots of a row, P tokens of a
+Axis letters: B slots, S cache slots of a row, P tokens of a
 prefix, W its padded length, D hidden, V vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,9 +26,44 @@ MOST_TARGETS = 64
 """The maximum number of tokens of all labels of a prompt together."""
 
 SHORT_CHUNK = 32
-"""The number of tokens of a short chunk."""
+"""The maximum number of tokens of a chunk that is read together with others."""
 
+_USUAL_CHUNK = 16  # tokens: a call that reads N tokens can read N / 16 chunks
 _FIRST_WIDTH = 128  # smallest padded number of attended tokens, and of tokens of a prefix
+
+
+class Chunk(NamedTuple):
+    """A part of the input of a slot.
+
+    Attributes:
+      row: the number of the slot.
+      tokens: the ids.
+      following: the id after each of them; -1 if it is not scored. May be shorter.
+      complete: whether the chunk ends the input.
+    """
+
+    row: int
+    tokens: Sequence[int]
+    following: Sequence[int]
+    complete: bool
+
+
+class ReadShape(NamedTuple):
+    """The size of a call that reads chunks.
+
+    Attributes:
+      tokens: the maximum number of tokens of all chunks together.
+      rows: the maximum number of chunks.
+      longest: the maximum number of tokens of each chunk.
+    """
+
+    tokens: int
+    rows: int
+    longest: int
+
+    def fits(self, needed: "ReadShape") -> bool:
+        """Return whether chunks with a size fit."""
+        return all(have >= need for have, need in zip(self, needed, strict=True))
 
 
 class Device:
@@ -54,20 +89,25 @@ class Device:
         self._bank = jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
         self._bank_tokens = bank_tokens
         self._widths = list(_widths(length))
-        # A single request should not compute empty slots.
-        self._decoded_rows = sorted({1, -(-slots // 4), slots})
+        # Few requests should not compute all slots.
+        self._decoded_rows = sorted({1, -(-slots // 4), -(-slots // 2), slots})
         self._few_widths = list(dict.fromkeys([self._widths[0], length]))  # for large programs
+        self._scorers: dict[Any, Any] = {}
         self._nothing = Stored("", np.zeros(0, np.int32), ())
         self._unseen = np.zeros(self._vocabulary, bool)
 
     @property
-    def read_shapes(self) -> list[tuple[int, int]]:
-        """The rows and tokens of the chunks that one call can read."""
-        most = min(self.chunk // SHORT_CHUNK, self.slots)
-        return list(dict.fromkeys([(1, SHORT_CHUNK), (most, SHORT_CHUNK), (1, self.chunk)]))
+    def read_shapes(self) -> list[ReadShape]:
+        """What one call can read, from small to large: several short chunks or one long chunk."""
+        shapes, tokens = [], _USUAL_CHUNK
+        while tokens <= self.chunk:
+            rows = min(tokens // _USUAL_CHUNK, self.slots)
+            shapes.append(ReadShape(tokens, rows, min(tokens, SHORT_CHUNK)))
+            tokens *= 2
+        return [*shapes, ReadShape(self.chunk, 1, self.chunk)]
 
     def compile(self, *, labels: bool, progress: Progress = silent) -> None:
-        """Compile all programs by running each once on empty slots.
+        """Compile all programs. Most of them are compiled by a call on empty slots.
 
         Args:
           labels: whether labels will be scored.
@@ -101,9 +141,8 @@ class Device:
             for rows in self._decoded_rows:
                 yield self._decode, 1, rows, width
         for width in self._few_widths:
-            for rows, length in self.read_shapes:
-                chunks = [(row, [0] * length, [0] * length, False) for row in range(rows)]
-                yield self._read, chunks, (rows, length), width
+            for shape in self.read_shapes:
+                yield self._read, [Chunk(0, [0], [0], False)], shape, width
         yield self.read_opening, 0, Content([~0], np.zeros((1, self._hidden), np.float32))
         yield self.release, []
 
@@ -112,7 +151,7 @@ class Device:
         for width in self._few_widths:
             prefix = Stored("", np.zeros(width, np.int32), ())
             for shape in self.scoring_shapes:
-                yield self.score, prefix, layout.lay_out([[]], shape)
+                yield self._scorer, prefix, layout.lay_out([[]], shape)
 
     # Labels.
 
@@ -122,6 +161,8 @@ class Device:
         most = self.length
         sizes = [  # rows, tokens, tokens of a row, targets of a row
             (1, 64, 64, 8),
+            (8, 256, 64, 8),
+            (32, 512, 64, 8),
             (32, 1024, 64, 8),
             (8, 1024, 256, 8),
             (1, most, most, 8),
@@ -140,11 +181,21 @@ class Device:
           prefix: the prefix of all rows.
           batch: has one of the `scoring_shapes`.
         """
+        return np.asarray(self._scorer(prefix, batch)(*self._scored(prefix, batch)))
+
+    def _scorer(self, prefix: Stored, batch: Batch) -> Any:
+        """Return the program for a batch. Running it on padding would take seconds."""
+        arguments = self._scored(prefix, batch)
+        key = jax.tree.structure(batch), *(array.shape for array in jax.tree.leaves(arguments[2:]))
+        if key not in self._scorers:
+            self._scorers[key] = banked.score.lower(*arguments).compile()
+        return self._scorers[key]
+
+    def _scored(self, prefix: Stored, batch: Batch) -> tuple[Any, ...]:
         width = _smallest(self._few_widths, prefix.length)
         entries = np.zeros(width, np.int32)
         entries[: prefix.length] = prefix.entries
-        length = np.int32(prefix.length)
-        return np.asarray(banked.score(self._backbone, self._bank, entries, length, batch))
+        return self._backbone, self._bank, entries, np.int32(prefix.length), batch
 
     # Requests.
 
@@ -155,32 +206,30 @@ class Device:
         length = np.int32(prefix.length)
         self._state = programs.occupy(self._state, np.int32(row), self._bank, entries, length, new)
 
-    def read(
-        self, chunks: Sequence[tuple[int, Sequence[int], Sequence[int], bool]], attended: int
-    ) -> Read:
+    def read(self, chunks: Sequence[Chunk], attended: int) -> Read:
         """Read chunks of the inputs of some slots.
 
         Args:
-          chunks: for each slot, its number, the ids, the id that follows each of them (-1 if it is
-            not scored; may be empty), and whether the chunk ends the input. The chunks fit one
-            of `read_shapes`.
+          chunks: fit one of `read_shapes`.
           attended: the maximum number of tokens that one of the slots has read before.
         """
-        needed = len(chunks), max(len(tokens) for _, tokens, _, _ in chunks)
-        shape = min(s for s in self.read_shapes if s[0] >= needed[0] and s[1] >= needed[1])
+        lengths = [len(chunk.tokens) for chunk in chunks]
+        needed = ReadShape(sum(lengths), len(chunks), max(lengths))
+        shape = next(shape for shape in self.read_shapes if shape.fits(needed))
         return self._read(chunks, shape, _smallest(self._few_widths, attended))
 
-    def _read(self, chunks, shape: tuple[int, int], width: int) -> Read:
-        rows = np.full(shape[0], self.slots, np.int32)
-        counts, complete = np.zeros(shape[0], np.int32), np.zeros(shape[0], bool)
-        ids, following = np.zeros(shape, np.int32), np.full(shape, -1, np.int32)
-        for i, (row, tokens, after, last) in enumerate(chunks):
-            rows[i], counts[i], complete[i] = row, len(tokens), last
-            ids[i, : len(tokens)] = tokens
-            following[i, : len(after)] = after
-        self._state, read = programs.read(
-            self._backbone, self._state, rows, ids, counts, complete, following, attended=width
-        )
+    def _read(self, chunks: Sequence[Chunk], shape: ReadShape, width: int) -> Read:
+        rows, lengths = np.full(shape.rows, self.slots, np.int32), np.zeros(shape.rows, np.int32)
+        tokens, following = np.zeros(shape.tokens, np.int32), np.full(shape.tokens, -1, np.int32)
+        complete, start = np.zeros(shape.rows, bool), 0
+        for i, chunk in enumerate(chunks):
+            rows[i], lengths[i], complete[i] = chunk.row, len(chunk.tokens), chunk.complete
+            tokens[start : start + len(chunk.tokens)] = chunk.tokens
+            following[start : start + len(chunk.following)] = chunk.following
+            start += len(chunk.tokens)
+        packed = programs.Chunks(rows, lengths, tokens, following, complete)
+        sizes = {"longest": shape.longest, "attended": width}
+        self._state, read = programs.read(self._backbone, self._state, packed, **sizes)
         return read
 
     def decode(self, steps: int, rows: int, longest: int) -> Generated:

@@ -86,19 +86,19 @@ class Job:
 
 
 def scored_tokens(
-    ids: Sequence[int], scores: Scores, row: int, top: int | None
+    ids: Sequence[int], scores: Scores, where: int | slice, top: int | None
 ) -> list[ScoredToken]:
     """Return tokens with their scores.
 
     Args:
       ids: T ids.
-      scores: `[b]`, if T is 1, or `[b, T]`.
-      row: the row of the ids.
+      scores: `[...]`.
+      where: an index of the scores that selects one score, or at least T.
       top: see `Job`.
     """
     if top is None:
         return [ScoredToken(token) for token in ids]
-    chosen, best, best_ids = (np.atleast_1d(np.asarray(array)[row]) for array in scores)
+    chosen, best, best_ids = (np.atleast_1d(np.asarray(array)[where]) for array in scores)
     best, best_ids = best.reshape(-1, best.shape[-1]), best_ids.reshape(-1, best.shape[-1])
     return [
         ScoredToken(

@@ -11,6 +11,7 @@ import heapq
 import itertools
 import logging
 import threading
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -22,14 +23,14 @@ from softprompt.generation.slots import STEPS, Generated
 from softprompt.generation.text import AnswerText
 from softprompt.runtime.finite import model_not_finite
 from softprompt.serving.bank import Bank, Content, Stored
-from softprompt.serving.device import SHORT_CHUNK, Device, occupant
+from softprompt.serving.device import SHORT_CHUNK, Chunk, Device, occupant
 from softprompt.serving.jobs import Job, ScoredToken, Update, scored_tokens
 from softprompt.serving.loader import Loader
 from softprompt.serving.scorer import Scored, Scorer
 
 _log = logging.getLogger(__name__)
 
-_PATIENT_STEPS = 2  # per round while a slot is free, so that a new request starts soon
+_PATIENCE = 0.15  # seconds that a round generates while a slot is free: new requests start soon
 
 
 class Busy(Exception):
@@ -63,6 +64,12 @@ class _Request:
         """The number of tokens of the input that are still to be read."""
         return len(self.job.tokens) - self.read
 
+    def chunk(self, size: int) -> Chunk:
+        """Return the next tokens of the input, at most `size`."""
+        tokens, end = self.job.tokens, self.read + size
+        following = tokens[self.read + 1 : end + 1] if self.job.score_input else []
+        return Chunk(self.row, tokens[self.read : end], following, end >= len(tokens))
+
 
 class Scheduler:
     """Runs jobs on a device.
@@ -85,6 +92,7 @@ class Scheduler:
         self._waiting: collections.deque[Job] = collections.deque()
         self._reading: list[_Request] = []
         self._generating: list[_Request] = []
+        self._step_seconds = 1.0  # of the last call that generated
         self._stopping = self._draining = False
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
 
@@ -280,41 +288,59 @@ class Scheduler:
         )
 
     def _read(self) -> None:
-        """Read one chunk: a long one of the oldest request, or short ones of several."""
-        if not self._reading:
-            return
-        chosen, size = self._reading[:1], self._device.chunk
-        if chosen[0].left <= 2 * SHORT_CHUNK:
-            rows, _ = max(self._device.read_shapes)
-            chosen, size = self._reading[:rows], SHORT_CHUNK
-        chunks = []
-        for each in chosen:
-            tokens, end = each.job.tokens, each.read + size
-            after = list(tokens[each.read + 1 : end + 1]) if each.job.score_input else []
-            chunks.append((each.row, tokens[each.read : end], after, end >= len(tokens)))
+        """Read new inputs, about as many tokens as a long chunk has."""
+        left = self._device.chunk
+        while self._reading and left > 0:
+            left -= self._read_chunks()
+            self._fill_slots()  # with requests that have arrived meanwhile
+
+    def _read_chunks(self) -> int:
+        """Read a long chunk of the oldest request, or short ones of several. Return the tokens."""
+        chunks, start = self._chunks(), 0
+        chosen = self._reading[: len(chunks)]
         result = self._device.read(chunks, max(each.length for each in chosen))
         firsts, active = np.asarray(result.tokens), np.asarray(result.active)
-        for i, (each, (_, part, after, last)) in enumerate(zip(chosen, chunks, strict=True)):
-            each.read += len(part)
-            each.input += scored_tokens(after, result.input_scores, i, each.job.top)
-            if last:
+        for i, (each, chunk) in enumerate(zip(chosen, chunks, strict=True)):
+            end = start + len(chunk.tokens)
+            each.read += len(chunk.tokens)
+            where = slice(start, end)
+            each.input += scored_tokens(chunk.following, result.input_scores, where, each.job.top)
+            start = end
+            if chunk.complete:
                 self._reading.remove(each)
                 self._generating.append(each)
                 scored = scored_tokens([int(firsts[i])], result.scores, i, each.job.top)
                 self._deliver(each, scored, bool(active[i]))
+        return start
+
+    def _chunks(self) -> list[Chunk]:
+        """Return the chunks to read: of the oldest requests, in this order."""
+        if self._reading[0].left > 2 * SHORT_CHUNK:
+            return [self._reading[0].chunk(self._device.chunk)]
+        largest, chunks, tokens = max(self._device.read_shapes), [], 0
+        for each in self._reading[: largest.rows]:
+            chunk = each.chunk(SHORT_CHUNK)
+            tokens += len(chunk.tokens)
+            if tokens > largest.tokens:
+                break
+            chunks.append(chunk)
+        return chunks
 
     def _generate(self) -> None:
         """Generate a few tokens in all slots: fewer while inputs are read or slots are free."""
         if not self._generating:
             return
-        steps = _PATIENT_STEPS if self._free else STEPS
+        steps = min(int(_PATIENCE / self._step_seconds), STEPS) if self._free else STEPS
         if self._reading or self._loader.running:
             steps = 1
+        steps = max(steps, 1)
         longest = max(each.length for each in self._generating)
         rows = max(each.row for each in self._generating) + 1
+        began = time.perf_counter()
         result: Generated = self._device.decode(steps, rows, longest)
         tokens, counts = np.asarray(result.tokens), np.asarray(result.counts)
         active = np.asarray(result.active)
+        self._step_seconds = (time.perf_counter() - began) / steps
         for each in list(self._generating):
             ids = tokens[each.row, : counts[each.row]].tolist()
             scored = scored_tokens(ids, result.scores, each.row, each.job.top)
