@@ -6,6 +6,7 @@
 # make test-fast   without the tests that train, generate or compare model families
 # make attack      5,000 damaged inputs for every command and format (half an hour)
 # make attack-runs kills, signals, flipped bits and full disks in training (a quarter of an hour)
+# make attack-server 10,000 requests to a server, 5 % of them hostile (some minutes)
 # make transformers4-test   read merged exports with transformers 4.57
 # make lm-eval-test   score a task with lm-eval through the HTTP server
 # make llama-cpp-test   compile llama.cpp and run GGUF exports in it (an hour on two cores)
@@ -20,7 +21,7 @@ EXP ?= sentiment
 RUN ?= runs/$(EXP)
 BIN := .venv/bin
 
-.PHONY: install install-dev train sweep model-gemma3 test test-fast attack attack-runs transformers4-test lm-eval-test llama-cpp-test vllm-test plan-test bench lint format docs wheel wheel-test clean
+.PHONY: install install-dev train sweep model-gemma3 test test-fast attack attack-runs attack-server transformers4-test lm-eval-test llama-cpp-test vllm-test plan-test bench lint format docs wheel wheel-test clean
 
 # Python compiles each module at its first import. Pip would compile thousands that nobody imports.
 PIP = $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
@@ -61,13 +62,16 @@ test: install-dev
 test-fast: install-dev
 	$(BIN)/pytest -m 'not slow'
 
-# Both attacks are described in docs/reliability.md.
+# The attacks are described in docs/reliability.md.
 attack: install-dev
 	cd tests && ../$(BIN)/python -m attack $(ARGS)
 
 KILLS ?= --kills 100 --doubled 100 --flips 200 --full-disk 10
 attack-runs: install-dev
 	$(BIN)/python tests/attack/kill_loop.py $(KILLS)
+
+attack-server: install-dev
+	$(BIN)/python tests/attack/serve_load.py $(ARGS)
 
 lint: install-dev
 	$(BIN)/ruff check .

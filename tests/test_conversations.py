@@ -152,6 +152,24 @@ def test_a_long_conversation_loses_its_first_turns(chat_base, caplog):
         tight.example(Record(row, "a"))
 
 
+@pytest.mark.parametrize("with_answer", [True, False])
+def test_a_long_conversation_loses_as_few_turns_as_possible(chat_base, with_answer):
+    words = [text for number in range(6) for text in ("ask " * (number % 3 + 1), "ab" * number)]
+    turns = conversation(*(word.strip() or "a" for word in words))["messages"]
+    whole = make_task(chat_base, TemplateSettings(messages="messages"), None)
+    rows = [Record({"messages": turns[start:]}, "a") for start in range(0, len(turns), 2)]
+    expected = [whole.example(row, with_answer=with_answer) for row in rows]
+    assert not expected[0].truncated
+    lengths = [sum(map(len, (each.input, *each.candidates))) for each in expected]
+    for most in range(lengths[-1], lengths[0] + 1, 3):
+        template = TemplateSettings(messages="messages", max_tokens=most)
+        task = make_task(chat_base, template, None)
+        found = task.example(rows[0], with_answer=with_answer)
+        kept = next(i for i, length in enumerate(lengths) if length <= most)
+        assert found.input == expected[kept].input
+        assert found.truncated == (kept > 0)
+
+
 MALFORMED = [
     (5, "must be a list of messages"),
     ([], "must be a list of messages"),

@@ -158,6 +158,17 @@ def test_logprobs_are_those_of_the_model(client, base, offline):
     assert found.text_offset[:3] == [0, 1, 2]
 
 
+def test_streamed_logprobs_are_those_of_the_whole_answer(client):
+    request = {"model": "texts", "prompt": "hello", "logprobs": 1, "echo": True, "max_tokens": 6}
+    whole = client.completions.create(**request).choices[0]
+    parts = [part.choices[0] for part in client.completions.create(stream=True, **request)]
+    assert len(parts) > 1
+    assert "".join(part.text for part in parts) == whole.text
+    for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
+        joined = [value for part in parts for value in getattr(part.logprobs, name)]
+        assert joined == getattr(whole.logprobs, name)
+
+
 def test_no_token_is_generated_if_only_the_input_is_scored(client):
     whole = client.completions.create(
         model="tiny", prompt="hello", echo=True, logprobs=1, max_tokens=1

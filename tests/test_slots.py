@@ -97,13 +97,12 @@ def test_every_slot_generates_what_its_request_generates_alone(variant):
 
     bench.occupy(2, soft, long, seed=3, **SAMPLED)
     bench.read((2, long[:64], False))
-    bench.occupy(0, tuned, short)
-    bench.read((0, short, True))
-    bench.decode(2)
-    bench.read((2, long[64:], True))
-    bench.decode(1)
     bench.occupy(1, None, middle)
     bench.read((1, middle, True))
+    bench.decode(2)
+    bench.occupy(0, tuned, short)
+    bench.read((2, long[64:], True), (0, short, True))
+    bench.decode(1)
     for _ in range(3):
         bench.decode(STEPS)
 

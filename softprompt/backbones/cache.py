@@ -5,7 +5,6 @@ K key-value heads, H heads, h head size, L layers.
 """
 
 import dataclasses
-from functools import partial
 
 import jax
 import jax.numpy as jnp

@@ -21,7 +21,7 @@ from softprompt.backbones.flash import AttentionName, Kernel, kernel_of
 from softprompt.backbones.head import OutputHead
 from softprompt.backbones.layers import Embedding, LayerNorm, Linear, RMSNorm
 from softprompt.backbones.opening import Opening, computed
-from softprompt.backbones.packing import AS_ROWS, Rows
+from softprompt.backbones.packing import AS_ROWS, Packing, Rows
 from softprompt.backbones.prefix import Prefix
 from softprompt.backbones.quantization import Quantization
 from softprompt.backbones.tokens import (
@@ -235,7 +235,7 @@ class Decoder(nnx.Module):
           Hidden states `[B, T, D]` or `[1, N, D]`, and the keys and values of the tokens as rows,
           `[L, B, T, K, h]`.
         """
-        length = tokens.shape[1] if rows is AS_ROWS else rows.row_length
+        length = rows.row_length if isinstance(rows, Packing) else tokens.shape[1]
         positions = cache.lengths[:, None] + jnp.arange(length)[None]
         embeddings = self.embedding.with_offsets(
             jnp.maximum(tokens, 0) if vectors is not None else tokens, rows.from_rows(positions)

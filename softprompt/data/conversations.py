@@ -5,6 +5,7 @@ stand, so the history is read once. The last answer is the candidate of the exam
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from tokenizers import Encoding
@@ -94,31 +95,73 @@ class ConversationEncoder:
         with_answer: bool,
     ) -> Example:
         before = self._before(record)
-        truncated = False
-        while True:
-            ids = [*before, *encoding.ids]
-            where = f"{record.where}: field {self._field!r}"
-            spans = [
-                (len(before) + start, len(before) + stop)
-                for start, stop in target_spans(encoding, rendered.answers, where)
-            ]
-            length = spans[-1][1] if with_answer else len(ids)
-            if length <= self._max_tokens:
-                break
-            shorter = _without_first_turn(turns)
-            if shorter is None:
-                raise UserError(
-                    f"{where}: its last turn has {length} tokens, but at most {self._max_tokens} "
-                    "fit; shorten it or raise template.max_tokens"
-                )
-            turns, truncated = shorter, True
-            (rendered,) = self._render([turns], record.where, with_answer)
-            (encoding,) = encode_texts(self._tokenizer, [rendered.text])
-        self._require_embeddings(ids, record.where)
+        row = self._row(record, before, rendered, encoding, with_answer)
+        if truncated := row.length > self._max_tokens:
+            row = self._shortened(row, record, before, turns, with_answer)
+        self._require_embeddings(row.ids, record.where)
         if not with_answer:
-            return Example(ids, [], None, record, truncated)
-        *earlier, (start, stop) = spans
-        return Example(ids[:start], [ids[start:stop]], 0, record, truncated, earlier)
+            return Example(row.ids, [], None, record, truncated)
+        *earlier, (start, stop) = row.spans
+        return Example(row.ids[:start], [row.ids[start:stop]], 0, record, truncated, earlier)
+
+    def _shortened(
+        self, row: "_Row", record: Record, before: list[int], turns: Messages, with_answer: bool
+    ) -> "_Row":
+        """Leave out as few of the first turns of a conversation as possible so that it fits.
+
+        Raises:
+          UserError: if not even the last turn fits.
+        """
+        asked = [number for number, turn in enumerate(turns) if turn["role"] == "user"]
+
+        def without(count: int) -> _Row:
+            shorter = [*turns[: asked[0]], *turns[asked[count] :]]
+            (rendered,) = self._render([shorter], record.where, with_answer)
+            (encoding,) = encode_texts(self._tokenizer, [rendered.text])
+            return self._row(record, before, rendered, encoding, with_answer)
+
+        last = len(asked) - 1
+        if last > 0:
+            row = without(last)
+        if row.length > self._max_tokens:
+            raise UserError(
+                f"{record.where}: field {self._field!r}: its last turn has {row.length} tokens, "
+                f"but at most {self._max_tokens} fit; shorten it or raise template.max_tokens"
+            )
+        low, high = 1, last  # the smallest possible number is among these
+        while low < high:
+            middle = (low + high) // 2
+            shorter = without(middle)
+            if shorter.length <= self._max_tokens:
+                high, row = middle, shorter
+            else:
+                low = middle + 1
+        return row
+
+    def _row(
+        self,
+        record: Record,
+        before: list[int],
+        rendered: Rendered,
+        encoding: Encoding,
+        with_answer: bool,
+    ) -> "_Row":
+        ids = [*before, *encoding.ids]
+        spans = [
+            (len(before) + start, len(before) + stop)
+            for start, stop in target_spans(
+                encoding, rendered.answers, f"{record.where}: field {self._field!r}"
+            )
+        ]
+        return _Row(ids, spans, spans[-1][1] if with_answer else len(ids))
+
+
+class _Row(NamedTuple):
+    """A conversation as ids, the tokens of its answers, and the number of tokens it needs."""
+
+    ids: list[int]
+    spans: list[tuple[int, int]]
+    length: int
 
 
 def messages_of(record: Record, field: str) -> Messages:
@@ -173,11 +216,3 @@ def target_spans(
             )
         spans.append((int(inside[0]), int(inside[-1]) + 1))
     return spans
-
-
-def _without_first_turn(turns: Messages) -> Messages | None:
-    """Leave out the first user message and what answers it; None if there is no other."""
-    asked = [number for number, turn in enumerate(turns) if turn["role"] == "user"]
-    if len(asked) < 2:
-        return None
-    return [*turns[: asked[0]], *turns[asked[1] :]]

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import time
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any, Protocol, TypeVar
 
 from starlette.requests import Request
@@ -25,7 +25,7 @@ Result = TypeVar("Result")
 
 @dataclasses.dataclass
 class Answer:
-    """A complete answer.
+    """What has been received of an answer.
 
     Attributes:
       input: the input that it answers.
@@ -33,13 +33,22 @@ class Answer:
       given: the scored tokens of the input, from the second on.
       tokens: the generated tokens.
       finish: see `Update`.
+      has_begun: whether there was an update.
     """
 
     input: Input
     text: str = ""
-    given: Sequence[ScoredToken] = ()
+    given: list[ScoredToken] = dataclasses.field(default_factory=list)
     tokens: list[ScoredToken] = dataclasses.field(default_factory=list)
     finish: str | None = None
+    has_begun: bool = False
+
+    def add(self, update: Update) -> None:
+        """Add an update."""
+        self.text += update.text
+        self.given += update.input
+        self.tokens += update.tokens
+        self.finish, self.has_begun = update.finish, True
 
 
 class Style(Protocol):
@@ -58,8 +67,8 @@ class Style(Protocol):
         """Return a complete answer."""
         ...
 
-    def piece(self, plan: Plan, input: Input, update: Update, first: bool) -> dict[str, Any]:
-        """Return the part of a stream for an update. `first` marks the first one of an answer."""
+    def piece(self, plan: Plan, before: Answer, update: Update) -> dict[str, Any]:
+        """Return the part of a stream for an update. `before` is what was received before it."""
         ...
 
 
@@ -218,11 +227,7 @@ async def _whole(running: Running, style: Style) -> dict[str, Any]:
     answers = [Answer(running.input(index)) for index in range(running.count)]
     async with contextlib.aclosing(running.updates()) as updates:
         async for index, update in updates:
-            answer = answers[index]
-            answer.text += update.text
-            answer.tokens += update.tokens
-            answer.given = [*answer.given, *update.input]
-            answer.finish = update.finish
+            answers[index].add(update)
     choices = [
         {
             "index": index,
@@ -249,24 +254,25 @@ async def _events(
     def event(*choices: dict[str, Any], **others: Any) -> bytes:
         return _event({**envelope, "choices": choices, **more, **others})
 
-    begun: set[int] = set()
+    answers = [Answer(running.input(index)) for index in range(running.count)]
+    shows_tokens = running.plan.top is not None
     try:
         async with contextlib.aclosing(running.updates()) as updates:
             async for index, update in updates:
-                given = running.input(index)
-                is_first, shows_tokens = index not in begun, running.plan.top is not None
-                begun.add(index)
-                if update.text or update.finish or is_first or shows_tokens:
-                    piece = style.piece(running.plan, given, update, is_first)
+                answer = answers[index]
+                piece = style.piece(running.plan, answer, update)
+                is_new = update.text or update.finish or not answer.has_begun or shows_tokens
+                answer.add(update)
+                if is_new:
                     part = {"index": index, **piece, "finish_reason": update.finish}
                     if update.finish is not None:
-                        part["truncated"] = given.truncated
+                        part["truncated"] = answer.input.truncated
                     yield event(part)
         if include_usage:
             yield event(usage=running.usage)
         yield b"data: [DONE]\n\n"
     except ApiError as error:
-        if not begun:
+        if not any(answer.has_begun for answer in answers):
             raise
         running.account.status = error.status_code
         yield _event(error.body)

@@ -46,7 +46,13 @@ def create_app(state: State) -> FastAPI:
             allow_headers=("*",),
         )
         middleware.insert(0, allowed)
-    app = FastAPI(title="softprompt", middleware=middleware, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="softprompt",
+        middleware=middleware,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
     for kind in (HTTPException, UserError, Busy, Removed):
         app.add_exception_handler(kind, _told)
     app.add_exception_handler(RequestValidationError, _malformed)

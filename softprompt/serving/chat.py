@@ -8,7 +8,7 @@ from starlette.responses import Response
 
 from softprompt.serving.answers import Answer, account_of, respond
 from softprompt.serving.errors import ErrorResponses
-from softprompt.serving.inputs import Input, Plan, chat_plan
+from softprompt.serving.inputs import Plan, chat_plan
 from softprompt.serving.jobs import ScoredToken, Update
 from softprompt.serving.schema import ChatRequest
 from softprompt.serving.state import State
@@ -32,10 +32,10 @@ class ChatStyle:
         message = {"role": "assistant", "content": answer.text, "refusal": None}
         return {"message": message, "logprobs": self._logprobs(plan, answer.tokens)}
 
-    def piece(self, plan: Plan, input: Input, update: Update, first: bool) -> dict[str, Any]:
+    def piece(self, plan: Plan, before: Answer, update: Update) -> dict[str, Any]:
         """Return the part of a stream for an update."""
-        delta = {"role": "assistant"} if first else {}
-        if update.text or first:
+        delta = {} if before.has_begun else {"role": "assistant"}
+        if update.text or delta:
             delta["content"] = update.text
         return {"delta": delta, "logprobs": self._logprobs(plan, update.tokens)}
 

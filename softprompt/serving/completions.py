@@ -32,12 +32,15 @@ class CompletionStyle:
         tokens = [*self._given(plan, answer.input, answer.given), *answer.tokens]
         return {"text": text, "logprobs": self._logprobs(plan, tokens)}
 
-    def piece(self, plan: Plan, input: Input, update: Update, first: bool) -> dict[str, Any]:
+    def piece(self, plan: Plan, before: Answer, update: Update) -> dict[str, Any]:
         """Return the part of a stream for an update."""
-        text, tokens = update.text, list(update.tokens)
-        if first and plan.echo:
-            text, tokens = input.text + text, [*self._given(plan, input, update.input), *tokens]
-        return {"text": text, "logprobs": self._logprobs(plan, tokens)}
+        text, tokens, offset = update.text, list(update.tokens), 0
+        given = self._given(plan, before.input, [*before.given, *update.input])
+        if not before.has_begun:
+            text, tokens = (before.input.text if plan.echo else "") + text, [*given, *tokens]
+        elif plan.top is not None:
+            offset = sum(len(self._texts.text(token.id)) for token in (*given, *before.tokens))
+        return {"text": text, "logprobs": self._logprobs(plan, tokens, offset)}
 
     def _given(self, plan: Plan, input: Input, scored: Any) -> list[ScoredToken]:
         """Return the tokens of an input if the answer includes them."""
@@ -45,11 +48,14 @@ class CompletionStyle:
             return []
         return [ScoredToken(input.tokens[0]), *scored]
 
-    def _logprobs(self, plan: Plan, tokens: list[ScoredToken]) -> dict[str, Any] | None:
+    def _logprobs(
+        self, plan: Plan, tokens: list[ScoredToken], offset: int = 0
+    ) -> dict[str, Any] | None:
+        """Return the log-probabilities of tokens, the first of which is at a character."""
         if plan.top is None:
             return None
         texts = [self._texts.text(token.id) for token in tokens]
-        offsets = [0]
+        offsets = [offset]
         for text in texts:
             offsets.append(offsets[-1] + len(text))
         return {

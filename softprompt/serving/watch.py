@@ -72,11 +72,15 @@ class Folders:
         self._stopping.set()
 
     def _watch(self) -> None:
+        problem = ""
         while not self._stopping.wait(_SECONDS):
             try:
                 self.look()
-            except Exception:
-                _log.exception(f"{self.root}: cannot be watched")
+                problem = ""
+            except Exception as error:
+                if str(error) != problem:  # once, not every second
+                    _log.exception(f"{self.root}: cannot be watched")
+                problem = str(error)
 
     def look(self, *, at_once: bool = False) -> None:
         """Load new and changed prompts, and remove deleted ones.

@@ -18,7 +18,17 @@ Hostile = Callable[[int, random.Random], str | None]
 """Sends a request to a port. Returns a problem, or None."""
 
 _JSON = {"Content-Type": "application/json"}
-_PATHS = ("../../etc/passwd", "/etc/passwd", "..", "a/../b", "C:\\x", "\x00", "%2e%2e%2f", "p0/", ".")
+_PATHS = (
+    "../../etc/passwd",
+    "/etc/passwd",
+    "..",
+    "a/../b",
+    "C:\\x",
+    "\x00",
+    "%2e%2e%2f",
+    "p0/",
+    ".",
+)
 ADMIN_KEY = "admin"
 
 
@@ -70,7 +80,8 @@ def wrong_types(port: int, rng: random.Random) -> str | None:
             {"prompt": [[-1]]},
             {"prompt": [2**40]},
             {"prompt": [1, "a"]},
-            {"prompt": {"text": 1}},
+            {"prompt": {"text": {"a": 1}}},
+            {"prompt": {"text": None}},
             {"prompt": {"other": "a"}},
             {"max_tokens": "many"},
             {"max_tokens": 10**9},
@@ -149,12 +160,12 @@ def damaged_upload(port: int, rng: random.Random) -> str | None:
 def not_http(port: int, rng: random.Random) -> str | None:
     """Bytes that are not HTTP, and endless headers."""
     endless = b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 50_000
-    with socket.create_connection(("127.0.0.1", port), timeout=120) as connection:
-        with contextlib.suppress(OSError):
-            connection.sendall(rng.choice([rng.randbytes(500) + b"\r\n\r\n", endless]))
-            answer = connection.recv(1000)
-            if answer and b" 400 " not in answer.partition(b"\r\n")[0]:
-                return f"answered {answer[:100]!r}"
+    connection = socket.create_connection(("127.0.0.1", port), timeout=120)
+    with connection, contextlib.suppress(OSError):
+        connection.sendall(rng.choice([rng.randbytes(500) + b"\r\n\r\n", endless]))
+        answer = connection.recv(1000)
+        if answer and b" 400 " not in answer.partition(b"\r\n")[0]:
+            return f"answered {answer[:100]!r}"
     return None
 
 

@@ -10,7 +10,6 @@ status 0.
 
 import argparse
 import contextlib
-import http.client
 import io
 import itertools
 import json
@@ -30,10 +29,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
-from attack.hostile_requests import ADMIN_KEY, HOSTILE, exchange
 from conftest import GOLDEN
 from servers import LABELS, save_prompt
 
+from attack.hostile_requests import ADMIN_KEY, HOSTILE, exchange
 from softprompt import load_base, load_prompt
 
 BASE = str(GOLDEN / "llama-grouped")
@@ -273,9 +272,8 @@ def main() -> int:
         expected = Expected(folder, base)
         with started(folder, Path(temporary) / "log") as (server, port):
             attack = Attack(port, expected, options.requests, options.hostile)
-            guests, runner = Guests(port, folder), threading.Thread(
-                target=attack.run, args=[options.clients]
-            )
+            guests = Guests(port, folder)
+            runner = threading.Thread(target=attack.run, args=[options.clients])
             began = time.monotonic()
             guests.start()
             runner.start()
