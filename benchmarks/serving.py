@@ -14,9 +14,16 @@ starts the server with the base model, and reports medians of several rounds:
 - the time of one request, compared with the same call in Python.
 - labels/s of 32 clients with one text each, compared with one request with 32 texts.
 
-`--other` measures another server with an OpenAI-compatible API. It sends the same requests to the
-base model without a prompt. Each client sends its next request when it has received an answer. The
-number of requests is fixed.
+`--other` also measures another server with an OpenAI-compatible API, which must serve an export of
+the prompt FOLDER/p00 with all virtual tokens in its vocabulary:
+
+    softprompt export FOLDER/p00 DIR --format gguf --dtype f32
+    python -m llama_cpp.server --model DIR/model.gguf --n_ctx 1024 --port 8001
+
+    softprompt export FOLDER/p00 DIR --format merged
+    python -m vllm.entrypoints.openai.api_server --model DIR --dtype float32 --port 8002
+
+Each client sends its next request when it has received an answer. The number of requests is fixed.
 """
 
 import argparse
@@ -275,17 +282,36 @@ def measure_labels(url: str, rounds: int) -> None:
     print(f"labels of 32 clients: {rate:.0f} texts/s, {median(ratios):.2f} of one request with 32")
 
 
-def measure_other(name: str, url: str) -> None:
-    """Measure another server with requests to one model."""
-    requests = inputs(CLIENTS)
-    model = json.load(fetch(url, "/v1/models"))["data"][0]["id"]
+def measure_engine(
+    name: str, url: str, model: str, opening: str = "", expected: Sequence[str] = ()
+) -> list[str]:
+    """Measure the tokens/s of a server for one prompt. Return its answers.
+
+    Args:
+      name: the name of the server in the output.
+      url: its address.
+      model: the name of the model in requests.
+      opening: the text that each input begins with.
+      expected: the right answers.
+    """
+    texts = [opening + text for text in inputs(CLIENTS)]
 
     def complete(client: Client, text: str) -> tuple[str, int]:
         return client.complete(model, text)
 
-    in_clients(url, CLIENTS, requests, complete)
-    seconds, answers = in_clients(url, CLIENTS, requests, complete)
-    print(f"{name}: {sum(count for _, count in answers) / seconds:.1f} tokens/s, base alone")
+    in_clients(url, CLIENTS, texts, complete)
+    seconds, answers = in_clients(url, CLIENTS, texts, complete)
+    together = sum(count for _, count in answers) / seconds
+    seconds, few = in_clients(url, 1, texts[:4], complete)
+    alone = sum(count for _, count in few) / seconds
+    found = [text for text, _ in answers]
+    equal = sum(a == b for a, b in zip(found, expected or found, strict=True))
+    print(
+        f"{name}: {together:.1f} tokens/s with {CLIENTS} clients, {alone:.1f} with one; "
+        f"{equal} of {len(found)} answers equal softprompt's",
+        flush=True,
+    )
+    return found
 
 
 def fetch(url: str, path: str) -> http.client.HTTPResponse:
@@ -299,7 +325,7 @@ def fetch(url: str, path: str) -> http.client.HTTPResponse:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="folder of the prompts")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="0 measures only with --other")
     parser.add_argument("--other", action="append", default=[], metavar="NAME=URL")
     options = parser.parse_args()
     base = load_base(BASE)
@@ -307,17 +333,19 @@ def main() -> None:
     generator = Generator(base, {name: options.folder / name for name in names})
     server, url = start_server(options.folder)
     try:
-        measure_generation(generator, url, names, options.rounds)
-        measure_first_token(url, names)
-        measure_overhead(base, options.folder / names[0], url)
-        measure_labels(url, options.rounds)
-        if options.other:
-            measure_other("softprompt", url)
+        if options.rounds:
+            measure_generation(generator, url, names, options.rounds)
+            measure_first_token(url, names)
+            measure_overhead(base, options.folder / names[0], url)
+            measure_labels(url, options.rounds)
+        expected = measure_engine("softprompt", url, names[0]) if options.other else []
     finally:
         server.terminate()
         server.wait()
-    for other in options.other:
-        measure_other(*other.split("=", 1))
+    opening = "".join(f"<|softprompt-{number}|>" for number in range(20))
+    for name, url in (other.split("=", 1) for other in options.other):
+        model = json.load(fetch(url, "/v1/models"))["data"][0]["id"]
+        measure_engine(name, url, model, opening, expected)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ together with all other slots (decode). The state of a request is kept per row. 
 filled and freed one by one, and no shape depends on the requests.
 
 Axis letters: B slots, b slots of one call, N tokens of all chunks of a call, S cache slots of a
-row, C steps of a call, M most likely tokens, E end tokens, V vocabulary, P tokens of a prefix, W its
-padded length, D hidden, L layers, K key-value heads, h head size.
+row, C steps of a call, M most likely tokens, E end tokens, V vocabulary, P tokens of a prefix, W
+its padded length, D hidden, L layers, K key-value heads, h head size.
 """
 
 import dataclasses
