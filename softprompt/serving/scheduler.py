@@ -1,7 +1,7 @@
 """Continuous batching: the scheduler assigns slots, prefill and decoding between device calls.
 
-One thread owns the device. In every round it fills free slots, reads one chunk of the inputs of
-new requests (chunked prefill), and generates a few tokens in all slots. Therefore a long input does
+One thread owns the device. In every round it fills free slots, reads a limited number of tokens of
+new inputs (chunked prefill), and generates a few tokens in all slots. Therefore a long input does
 not block other requests, and a slot that becomes free is filled in the next round.
 """
 
@@ -288,7 +288,7 @@ class Scheduler:
         )
 
     def _read(self) -> None:
-        """Read new inputs, about as many tokens as a long chunk has."""
+        """Read inputs, about as many tokens as a long chunk has."""
         left = self._device.chunk
         while self._reading and left > 0:
             left -= self._read_chunks()
