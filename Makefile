@@ -6,7 +6,7 @@
 # make test-fast   without the tests that train, generate or compare model families
 # make attack      5,000 damaged inputs for every command and format (half an hour)
 # make attack-runs kills, signals, flipped bits and full disks in training (a quarter of an hour)
-# make attack-server 10,000 requests to a server, 5 % of them hostile (some minutes)
+# make attack-server 10,000 requests to a server, 5 % of them hostile (a few minutes)
 # make transformers4-test   read merged exports with transformers 4.57
 # make lm-eval-test   score a task with lm-eval through the HTTP server
 # make llama-cpp-test   compile llama.cpp and run GGUF exports in it (an hour on two cores)

@@ -3,7 +3,7 @@
     python benchmarks/serving.py FOLDER [--rounds 3] [--other NAME=URL ...]
 
 The script writes 20 prompts of 20 virtual tokens and one prompt with two labels to FOLDER. It
-starts the server with the base model, and reports medians of several rounds:
+starts the server with the base model, and reports:
 
 - tokens/s of 16 clients that use the prompts and the base model without a prompt, 64 tokens per
   request. They are compared with `generate` in Python with batches of 16, and with one client. All
@@ -21,7 +21,8 @@ the prompt FOLDER/p00 with all virtual tokens in its vocabulary:
     python -m llama_cpp.server --model DIR/model.gguf --n_ctx 1024 --port 8001
 
     softprompt export FOLDER/p00 DIR --format merged
-    python -m vllm.entrypoints.openai.api_server --model DIR --dtype float32 --port 8002
+    python -m vllm.entrypoints.openai.api_server --model DIR --dtype float32 \
+        --gpu-memory-utilization 0.5 --port 8002
 
 Each client sends its next request when it has received an answer. The number of requests is fixed.
 """
@@ -354,10 +355,10 @@ def main() -> None:
         server.terminate()
         server.wait()
     opening = "".join(f"<|softprompt-{number}|>" for number in range(20))
-    for name, url in (other.split("=", 1) for other in options.other):
-        model = json.load(fetch(url, "/v1/models"))["data"][0]["id"]
+    for name, address in (other.split("=", 1) for other in options.other):
+        model = json.load(fetch(address, "/v1/models"))["data"][0]["id"]
         # llama-cpp-python penalizes repetition by default. vLLM ignores the parameter.
-        measure_engine(name, url, model, opening, expected, repeat_penalty=1.0)
+        measure_engine(name, address, model, opening, expected, repeat_penalty=1.0)
 
 
 if __name__ == "__main__":

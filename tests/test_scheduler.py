@@ -15,7 +15,9 @@ from softprompt.data.examples import Example
 from softprompt.data.layout import PackedShape
 from softprompt.data.records import Record
 from softprompt.experiment.schema import GenerationSettings
+from softprompt.generation.slots import Read
 from softprompt.serving.bank import Bank, Content
+from softprompt.serving.device import ReadShape
 from softprompt.serving.jobs import Job
 from softprompt.serving.scheduler import Busy, Scheduler
 
@@ -25,12 +27,16 @@ SECONDS = 30
 class Tokenizer:
     eos_token_id = 0
 
+    def decode(self, ids, **_):
+        return "a" * len(ids)
+
 
 class Device:
     """A device with one slot. The calls named in `broken` fail, and all wait while it is paused."""
 
     slots, length, chunk = 1, 64, 128
     scoring_shapes = (PackedShape(1, 1, 64, 8, 64, 8),)
+    largest_shared_read = ReadShape(32, 1, 32)
 
     def __init__(self):
         self.broken: set[str] = set()
@@ -55,6 +61,10 @@ class Device:
 
     def occupy(self, row, prefix, new):
         self._call("occupy")
+
+    def read(self, chunks, attended):
+        self._call("read")
+        return Read(np.array([5]), np.array([False]), None, None)
 
     def score(self, prefix, batch):
         self._call("score")
@@ -98,6 +108,23 @@ def threads():
 
 def content(*tokens):
     return Content(tokens)
+
+
+def test_a_prefix_gets_a_slot_while_jobs_keep_coming(scheduler, threads):
+    """Each job frees the slot while inputs are read, and another job already waits for it."""
+    loading = threading.Event()
+
+    def submit():
+        scheduler.submit(Job("a", None, [1, 2], GenerationSettings(), 0, again))
+
+    def again(update):
+        if not loading.is_set():
+            submit()
+
+    for _ in range(4):
+        submit()
+    assert threads.submit(scheduler.load, content(1)).result(SECONDS).length == 1
+    loading.set()
 
 
 @pytest.mark.parametrize("call", ["place", "read_opening", "store"])

@@ -138,7 +138,7 @@ def test_mistakes_of_the_command_are_one_line(call, folder, tmp_path, monkeypatc
     assert "two prompts have the same name" in fails(f"a={folder}", f"a={folder}")
     assert "a name has at most" in fails(f"../a={folder}", *base)
     assert "no such folder" in fails("--prompts-dir", tmp_path / "absent", *base)
-    assert "the API key must consist of ASCII" in fails("--api-key", "ключ", *base)
+    assert "the API key must consist of printable ASCII" in fails("--api-key", "ключ", *base)
     assert "contains no trained prompt" in fails(f"a={tmp_path / 'absent'}", *base)
     assert "--max-tokens 1024: the context window" in fails(f"a={folder}", *base)
     inside = save_prompt(tmp_path / "inside", tiny, 1, "{text} {prompt} is", LABELS)

@@ -1,7 +1,7 @@
 """The KV caches of generation.
 
-Axis letters: B batch, P tokens of a prefix, S slots of a cache, T tokens of an input,
-K key-value heads, H heads, h head size, L layers.
+Axis letters: B batch, b selected rows, P tokens of a prefix, S slots of a cache, T tokens of an
+input, K key-value heads, H heads, h head size, L layers.
 """
 
 import dataclasses
@@ -42,12 +42,12 @@ class Cache:
         )
 
     def view(self, rows: int | jax.Array | None = None, slots: int | None = None) -> "CacheView":
-        """Return the first slots of some rows, by default all of all rows.
+        """Return the first slots of some rows. By default, return all slots of all rows.
 
         Args:
-          rows: the number of rows, counted from the first, or the indices of the rows, `[b]`.
-            An index beyond the last row means the last row.
-          slots: no row may have more tokens.
+          rows: the indices of the rows, `[b]`. A number means the first rows. An index beyond the
+            last row means the last row.
+          slots: at least the number of tokens of each row.
         """
         _, all_rows, all_slots, _, _ = self.keys.shape
         return CacheView(self, all_rows if rows is None else rows, slots or all_slots)
@@ -95,7 +95,7 @@ class CacheView:
 
     Attributes:
       cache: the cache.
-      rows: B, the number of rows, counted from the first, or the indices of the rows, `[B]`.
+      rows: the indices of the rows, `[B]`. A number means the first rows.
       slots: S.
     """
 
@@ -121,13 +121,13 @@ class CacheView:
         return self._of_layer(self.cache.keys, layer), self._of_layer(self.cache.values, layer)
 
     def _of_layer(self, array: jax.Array, layer: jax.Array) -> jax.Array:
-        def first(row: int | jax.Array, rows: int) -> jax.Array:
-            shape = 1, rows, self.slots, *array.shape[3:]
-            return jax.lax.dynamic_slice(array, (layer, row, 0, 0, 0), shape)[0]
+        def block(start: int | jax.Array, count: int) -> jax.Array:
+            shape = 1, count, self.slots, *array.shape[3:]
+            return jax.lax.dynamic_slice(array, (layer, start, 0, 0, 0), shape)[0]
 
         if isinstance(self.rows, int):
-            return first(0, self.rows)
-        return jax.vmap(lambda row: first(row, 1)[0])(self.rows)
+            return block(0, self.rows)
+        return jax.vmap(lambda row: block(row, 1)[0])(self.rows)
 
 
 @jax.tree_util.register_dataclass

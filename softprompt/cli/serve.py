@@ -142,8 +142,11 @@ def run(options: argparse.Namespace) -> None:
         cors_origins=tuple(options.cors_origin),
     )
     for name, key in (("API", settings.api_key), ("admin", settings.admin_key)):
-        if key is not None and not (key.isascii() and key.isprintable()):
-            raise UserError(f"the {name} key must consist of ASCII characters")
+        if key is not None and not (key.isascii() and key.isprintable() and key == key.strip()):
+            raise UserError(
+                f"the {name} key must consist of printable ASCII characters, without spaces at "
+                "its ends"
+            )
     with bind(options.host, options.port) as bound:
         saved = [SavedPrompt.read(folder) for _, folder in given]
         base = _base(options, saved)

@@ -58,7 +58,7 @@ class ConversationEncoder:
         conversations = [messages_of(record, self._field) for record in records]
         if with_answer:
             for turns, record in zip(conversations, records, strict=True):
-                where = f"{record.where}: field {self._field!r}"
+                where = self._where(record)
                 if isinstance(record.fields[self._field], str):
                     raise UserError(f"{where}: must be a list of messages, not text")
                 if turns[-1]["role"] != "assistant":
@@ -74,6 +74,9 @@ class ConversationEncoder:
             self._example(*parts, with_answer)
             for parts in zip(records, conversations, rendered, encodings, strict=True)
         ]
+
+    def _where(self, record: Record) -> str:
+        return f"{record.where}: field {self._field!r}"
 
     def _render(
         self, conversations: Sequence[Messages], where: str, with_answer: bool
@@ -125,10 +128,10 @@ class ConversationEncoder:
             row = without(last)
         if row.length > self._max_tokens:
             raise UserError(
-                f"{record.where}: field {self._field!r}: its last turn has {row.length} tokens, "
-                f"but at most {self._max_tokens} fit; shorten it or raise template.max_tokens"
+                f"{self._where(record)}: its last turn has {row.length} tokens, but at most "
+                f"{self._max_tokens} fit; shorten it or raise template.max_tokens"
             )
-        low, high = 1, last  # the smallest possible number is among these
+        low, high = 1, last  # without more turns, a row is never longer
         while low < high:
             middle = (low + high) // 2
             shorter = without(middle)
@@ -149,9 +152,7 @@ class ConversationEncoder:
         ids = [*before, *encoding.ids]
         spans = [
             (len(before) + start, len(before) + stop)
-            for start, stop in target_spans(
-                encoding, rendered.answers, f"{record.where}: field {self._field!r}"
-            )
+            for start, stop in target_spans(encoding, rendered.answers, self._where(record))
         ]
         return _Row(ids, spans, spans[-1][1] if with_answer else len(ids))
 

@@ -7,7 +7,7 @@ filled and freed one by one, and no shape depends on the requests.
 
 Axis letters: B slots, b slots of one call, N tokens of all chunks of a call, S cache slots of a
 row, C steps of a call, M most likely tokens, E end tokens, V vocabulary, P tokens of a prefix, W
-its padded length, D hidden, L layers, K key-value heads, h head size.
+its padded length, L layers, K key-value heads, h head size.
 """
 
 import dataclasses
@@ -111,12 +111,12 @@ class Generated(NamedTuple):
 
 
 class Chunks(NamedTuple):
-    """A chunk of the input of each of some slots, packed.
+    """Chunks of the inputs of several slots, packed end to end.
 
     Attributes:
       rows: `[b]`, different slots. Numbers beyond the last slot are padding.
       lengths: `[b]`, the number of tokens of each chunk; 0 for padding.
-      tokens: `[N]` ids. The chunks follow each other without gaps, then comes padding.
+      tokens: `[N]` ids. Padding follows the last chunk.
       following: `[N]`, the id after each token; -1 if it is not scored.
       complete: `[b]` booleans, whether a chunk is the last one of its input.
     """

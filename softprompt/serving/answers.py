@@ -260,14 +260,13 @@ async def _events(
         async with contextlib.aclosing(running.updates()) as updates:
             async for index, update in updates:
                 answer = answers[index]
-                piece = style.piece(running.plan, answer, update)
-                is_new = update.text or update.finish or not answer.has_begun or shows_tokens
-                answer.add(update)
-                if is_new:
+                if update.text or update.finish or not answer.has_begun or shows_tokens:
+                    piece = style.piece(running.plan, answer, update)
                     part = {"index": index, **piece, "finish_reason": update.finish}
                     if update.finish is not None:
                         part["truncated"] = answer.input.truncated
                     yield event(part)
+                answer.add(update)
         if include_usage:
             yield event(usage=running.usage)
         yield b"data: [DONE]\n\n"

@@ -34,12 +34,13 @@ class CompletionStyle:
 
     def piece(self, plan: Plan, before: Answer, update: Update) -> dict[str, Any]:
         """Return the part of a stream for an update."""
-        text, tokens, offset = update.text, list(update.tokens), 0
-        given = self._given(plan, before.input, [*before.given, *update.input])
+        text, tokens = update.text, list(update.tokens)
         if not before.has_begun:
-            text, tokens = (before.input.text if plan.echo else "") + text, [*given, *tokens]
-        elif plan.top is not None:
-            offset = sum(len(self._texts.text(token.id)) for token in (*given, *before.tokens))
+            text = (before.input.text if plan.echo else "") + text
+            tokens = [*self._given(plan, before.input, update.input), *tokens]
+            return {"text": text, "logprobs": self._logprobs(plan, tokens)}
+        sent = [*self._given(plan, before.input, before.given), *before.tokens]
+        offset = sum(len(self._texts.text(token.id)) for token in sent)
         return {"text": text, "logprobs": self._logprobs(plan, tokens, offset)}
 
     def _given(self, plan: Plan, input: Input, scored: Any) -> list[ScoredToken]:

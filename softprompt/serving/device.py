@@ -2,8 +2,7 @@
 
 `compile` compiles all programs. Later calls pad their arrays to the same shapes.
 
-Axis letters: B slots, S cache slots of a row, P tokens of a
-prefix, W its padded length, D hidden, V vocabulary.
+Axis letters: B slots, S cache slots of a row, M targets of a batch, V vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
@@ -74,7 +73,8 @@ class Device:
       slots: B, the number of requests that generate at the same time.
       length: S, the maximum number of tokens of a request: prefix, input and new tokens.
       bank_tokens: the number of places for tokens of prefixes.
-      chunk: the maximum number of tokens that one call reads, a multiple of `SHORT_CHUNK`.
+      chunk: the maximum number of tokens that one call reads, a power of two, at least
+        `SHORT_CHUNK`.
     """
 
     def __init__(self, backbone, slots: int, length: int, bank_tokens: int, chunk: int = 128):
@@ -92,7 +92,7 @@ class Device:
         # Few requests should not compute all slots.
         self._decoded_rows = sorted({1, -(-slots // 4), -(-slots // 2), slots})
         self._few_widths = list(dict.fromkeys([self._widths[0], length]))  # for large programs
-        self._scorers: dict[Any, Any] = {}
+        self._scoring_programs: dict[Any, Any] = {}
         self._nothing = Stored("", np.zeros(0, np.int32), ())
         self._unseen = np.zeros(self._vocabulary, bool)
 
@@ -100,14 +100,19 @@ class Device:
     def read_shapes(self) -> list[ReadShape]:
         """What one call can read, from small to large: several short chunks or one long chunk."""
         shapes, tokens = [], _USUAL_CHUNK
-        while tokens <= self.chunk:
+        while tokens <= min(self.chunk, self.slots * SHORT_CHUNK):
             rows = min(tokens // _USUAL_CHUNK, self.slots)
             shapes.append(ReadShape(tokens, rows, min(tokens, SHORT_CHUNK)))
             tokens *= 2
         return [*shapes, ReadShape(self.chunk, 1, self.chunk)]
 
+    @property
+    def largest_shared_read(self) -> ReadShape:
+        """The largest of `read_shapes` for several chunks."""
+        return self.read_shapes[-2]
+
     def compile(self, *, labels: bool, progress: Progress = silent) -> None:
-        """Compile all programs. Most of them are compiled by a call on empty slots.
+        """Compile all programs, most of them by a call on empty slots.
 
         Args:
           labels: whether labels will be scored.
@@ -151,7 +156,7 @@ class Device:
         for width in self._few_widths:
             prefix = Stored("", np.zeros(width, np.int32), ())
             for shape in self.scoring_shapes:
-                yield self._scorer, prefix, layout.lay_out([[]], shape)
+                yield self._scoring, prefix, layout.lay_out([[]], shape)
 
     # Labels.
 
@@ -181,21 +186,22 @@ class Device:
           prefix: the prefix of all rows.
           batch: has one of the `scoring_shapes`.
         """
-        return np.asarray(self._scorer(prefix, batch)(*self._scored(prefix, batch)))
+        program, arguments = self._scoring(prefix, batch)
+        return np.asarray(program(*arguments))
 
-    def _scorer(self, prefix: Stored, batch: Batch) -> Any:
-        """Return the program for a batch. Running it on padding would take seconds."""
-        arguments = self._scored(prefix, batch)
-        key = jax.tree.structure(batch), *(array.shape for array in jax.tree.leaves(arguments[2:]))
-        if key not in self._scorers:
-            self._scorers[key] = banked.score.lower(*arguments).compile()
-        return self._scorers[key]
+    def _scoring(self, prefix: Stored, batch: Batch) -> tuple[Any, tuple[Any, ...]]:
+        """Return the program for a batch, and its arguments.
 
-    def _scored(self, prefix: Stored, batch: Batch) -> tuple[Any, ...]:
+        It is compiled without running, because a run on padding would take seconds.
+        """
         width = _smallest(self._few_widths, prefix.length)
         entries = np.zeros(width, np.int32)
         entries[: prefix.length] = prefix.entries
-        return self._backbone, self._bank, entries, np.int32(prefix.length), batch
+        arguments = self._backbone, self._bank, entries, np.int32(prefix.length), batch
+        key = jax.tree.structure(batch), *(array.shape for array in jax.tree.leaves(arguments[2:]))
+        if key not in self._scoring_programs:
+            self._scoring_programs[key] = banked.score.lower(*arguments).compile()
+        return self._scoring_programs[key], arguments
 
     # Requests.
 

@@ -62,7 +62,7 @@ class Job:
       prompt: the name of the prompt, for metrics.
       prefix: the prefix before the input, or None. The bank counts it as used until the job
         has its slot.
-      tokens: `[T]`, the ids of the input, at least one unless there is a prefix.
+      tokens: `[T]`, the ids of the input, at least one.
       settings: the generation settings. Beams and samples have no effect.
       seed: the seed of the random key.
       deliver: is called with each update, in the thread of the scheduler. It must not wait.
@@ -93,7 +93,7 @@ def scored_tokens(
     Args:
       ids: T ids.
       scores: `[...]`.
-      where: an index of the scores that selects one score, or at least T.
+      where: selects the scores of the ids: one score, or at least T.
       top: see `Job`.
     """
     if top is None:

@@ -30,7 +30,7 @@ from softprompt.serving.scorer import Scored, Scorer
 
 _log = logging.getLogger(__name__)
 
-_PATIENCE = 0.15  # seconds that a round generates while a slot is free: new requests start soon
+_SECONDS = 0.15  # that a round generates while a slot is free, so that a new request starts soon
 
 
 class Busy(Exception):
@@ -223,7 +223,6 @@ class Scheduler:
 
     def _round(self) -> None:
         self._drop_cancelled()
-        self._loader.begin()
         self._fill_slots()
         self._loader.run()
         self._scorer.run()
@@ -255,11 +254,16 @@ class Scheduler:
     # Requests.
 
     def _fill_slots(self) -> None:
+        """Give free slots to prefixes that wait, and then to jobs."""
+        self._loader.begin()
         while self._free:
             with self._changed:
                 if not self._waiting:
                     return
                 job = self._waiting.popleft()
+            if job.cancelled:
+                self._forget_prefix(job)
+                continue
             answer = AnswerText(self._tokenizer, job.settings.stop)
             request = _Request(job, heapq.heappop(self._free), answer)
             self._reading.append(request)  # first, so that `_fail_all` knows it
@@ -291,7 +295,7 @@ class Scheduler:
         """Read inputs, about as many tokens as a long chunk has."""
         left = self._device.chunk
         while self._reading and left > 0:
-            left -= self._read_chunks()
+            left -= max(self._read_chunks(), SHORT_CHUNK)  # a small call takes time, too
             self._fill_slots()  # with requests that have arrived meanwhile
 
     def _read_chunks(self) -> int:
@@ -317,7 +321,7 @@ class Scheduler:
         """Return the chunks to read: of the oldest requests, in this order."""
         if self._reading[0].left > 2 * SHORT_CHUNK:
             return [self._reading[0].chunk(self._device.chunk)]
-        largest, chunks, tokens = max(self._device.read_shapes), [], 0
+        largest, chunks, tokens = self._device.largest_shared_read, [], 0
         for each in self._reading[: largest.rows]:
             chunk = each.chunk(SHORT_CHUNK)
             tokens += len(chunk.tokens)
@@ -330,7 +334,7 @@ class Scheduler:
         """Generate a few tokens in all slots: fewer while inputs are read or slots are free."""
         if not self._generating:
             return
-        steps = min(int(_PATIENCE / self._step_seconds), STEPS) if self._free else STEPS
+        steps = min(int(_SECONDS / self._step_seconds), STEPS) if self._free else STEPS
         if self._reading or self._loader.running:
             steps = 1
         steps = max(steps, 1)
@@ -340,7 +344,8 @@ class Scheduler:
         result: Generated = self._device.decode(steps, rows, longest)
         tokens, counts = np.asarray(result.tokens), np.asarray(result.counts)
         active = np.asarray(result.active)
-        self._step_seconds = (time.perf_counter() - began) / steps
+        taken = max(int(counts.max()), 1)  # fewer if all rows end
+        self._step_seconds = (time.perf_counter() - began) / taken
         for each in list(self._generating):
             ids = tokens[each.row, : counts[each.row]].tolist()
             scored = scored_tokens(ids, result.scores, each.row, each.job.top)

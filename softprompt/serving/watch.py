@@ -72,15 +72,15 @@ class Folders:
         self._stopping.set()
 
     def _watch(self) -> None:
-        problem = ""
+        problem: str | None = None
         while not self._stopping.wait(_SECONDS):
             try:
                 self.look()
-                problem = ""
+                problem = None
             except Exception as error:
-                if str(error) != problem:  # once, not every second
+                if repr(error) != problem:  # once, not every second
                     _log.exception(f"{self.root}: cannot be watched")
-                problem = str(error)
+                problem = repr(error)
 
     def look(self, *, at_once: bool = False) -> None:
         """Load new and changed prompts, and remove deleted ones.
@@ -91,6 +91,7 @@ class Folders:
         """
         with self._lock:
             found = self._found()
+            self._failed = {name: stamp for name, stamp in self._failed.items() if name in found}
             for name in [name for name in self._loaded if name not in found]:
                 del self._loaded[name]
                 if self._prompts.remove(name):

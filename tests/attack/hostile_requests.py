@@ -158,7 +158,7 @@ def damaged_upload(port: int, rng: random.Random) -> str | None:
 
 
 def not_http(port: int, rng: random.Random) -> str | None:
-    """Bytes that are not HTTP, and endless headers."""
+    """Bytes that are not HTTP, or endless headers."""
     endless = b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 50_000
     connection = socket.create_connection(("127.0.0.1", port), timeout=120)
     with connection, contextlib.suppress(OSError):
@@ -177,7 +177,7 @@ def _open(port: int, content: bytes, claimed: int) -> socket.socket:
 
 
 def slow_writer(port: int, rng: random.Random) -> str | None:
-    """A body that arrives slowly and not as a whole."""
+    """A body that arrives slowly and stays incomplete."""
     body = _completion()
     with _open(port, body[:10], len(body)) as connection:
         for byte in body[10:20]:
@@ -187,7 +187,7 @@ def slow_writer(port: int, rng: random.Random) -> str | None:
 
 
 def slow_reader(port: int, rng: random.Random) -> str | None:
-    """A stream of which a client reads single bytes and then no more."""
+    """A client that reads a few bytes of a stream and then stops."""
     body = _completion(stream=True, max_tokens=60)
     with _open(port, body, len(body)) as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
@@ -199,7 +199,7 @@ def slow_reader(port: int, rng: random.Random) -> str | None:
 
 def disconnect(port: int, rng: random.Random) -> str | None:
     """A client that hangs up: at once, or later; with FIN, or with RST."""
-    body = _completion(stream=rng.random() < 0.5, max_tokens=60, n=1)
+    body = _completion(stream=rng.random() < 0.5, max_tokens=60)
     connection = _open(port, body, len(body))
     time.sleep(rng.choice([0, 0.001, 0.01, 0.1]))
     if rng.random() < 0.5:

@@ -89,6 +89,7 @@ class Attack:
         self.port, self.expected, self.count, self.hostile = port, expected, count, hostile
         self.numbers, self.lock = itertools.count(), threading.Lock()
         self.done: Counter[str] = Counter()
+        self.answered: Counter[str] = Counter()  # guests
         self.problems: list[str] = []
 
     def run(self, clients: int) -> None:
@@ -173,7 +174,8 @@ class Attack:
         status, content = post(port, "/v1/completions", body | {"prompt": text})
         if status == 404 and json.loads(content)["error"]["code"] == "model_not_found":
             return None
-        self.report("answered guests", None)
+        with self.lock:
+            self.answered[body["model"]] += 1
         return different(status, content, lambda answer: answer["choices"][0]["text"], right)
 
 
@@ -204,6 +206,12 @@ class Guests(threading.Thread):
         self.archive = packed.getvalue()
 
     def run(self) -> None:
+        try:
+            self._come_and_go()
+        except Exception as error:
+            self.problems.append(f"{type(error).__name__}: {error}")
+
+    def _come_and_go(self) -> None:
         outside = self.folder.parent / "copy"
         shutil.copytree(self.folder / "guest", outside)
         rng = random.Random(0)
@@ -278,26 +286,30 @@ def main() -> int:
             guests.start()
             runner.start()
             sizes: list[tuple[int, int]] = []
-            while runner.is_alive():
-                runner.join(1)
+            while runner.is_alive() and server.poll() is None:
+                runner.join(0.2)
                 sizes.append((attack.total, memory(server)))
                 print(f"\r{attack.total} requests, {sizes[-1][1] / 2**20:.0f} MiB", end="")
             guests.stopping.set()
             guests.join()
+            runner.join()
             seconds = time.monotonic() - began
             time.sleep(2)
-            left = left_over(port)
+            left = left_over(port) if server.poll() is None else []
             server.terminate()
             code = server.wait(60)
         early = [size for done, size in sizes if 0.2 <= done / options.requests <= 0.3]
         late = [size for done, size in sizes if done / options.requests >= 0.9]
+        if not early or not late:
+            raise SystemExit("\nthe server died, or there were too few requests")
         growth = np.median(late) / np.median(early) - 1
     problems = [*attack.problems, *guests.problems, *left]
+    problems += [f"{name} never answered" for name in GUESTS if not attack.answered[name]]
     if code != 0:
         problems.append(f"the server ended with status {code}")
     if growth > LARGEST_GROWTH:
         problems.append(f"the memory grew by {growth:.1%}")
-    print(f"\n{dict(sorted(attack.done.items()))}")
+    print(f"\n{dict(sorted(attack.done.items()))}; answers of guests: {dict(attack.answered)}")
     print(f"{attack.total} requests in {seconds:.0f} s; guests came and went {guests.rounds} times")
     print(f"memory {np.median(early) / 2**20:.0f} MiB, at the end {growth:+.1%}")
     for problem in problems[:20]:
