@@ -32,9 +32,11 @@ def loss(embeddings, backbone, batch, before, read_together):
     return -jnp.sum(values, where=batch.target_candidates >= 0)
 
 
-@pytest.mark.parametrize("learned", [0, 3], ids=["no_prefix", "a_prefix"])
-@pytest.mark.parametrize("packs", [1, 3])
-@pytest.mark.parametrize("examples", [ONE_SEQUENCE, CANDIDATES], ids=["one_sequence", "candidates"])
+@pytest.mark.parametrize(
+    ("examples", "packs", "learned"),
+    [(ONE_SEQUENCE, 1, 0), (ONE_SEQUENCE, 3, 3), (CANDIDATES, 1, 3), (CANDIDATES, 3, 0)],
+    ids=["one_sequence", "sequences_after_a_prefix", "candidates_after_a_prefix", "candidates"],
+)
 @pytest.mark.parametrize("variant", ["llama-llama3", "gemma3_text-pattern", "opt-plain"])
 def test_an_opening_has_the_loss_and_gradient_of_its_prefix(variant, examples, packs, learned):
     """These models have grouped heads, windows of two sizes, and learned positions."""
