@@ -173,15 +173,8 @@ def test_preference_losses_and_metrics_match_the_formulas(variant, monkeypatch):
             np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize(
-    ("variant", "loss"),
-    [
-        ("gemma2-capped", "dpo"),
-        ("gemma2-capped", "normalized"),
-        ("t5-gated", "dpo"),
-        ("t5-gated", "ipo"),
-    ],
-)
+@pytest.mark.parametrize("variant", ["gemma2-capped", "t5-gated"])
+@pytest.mark.parametrize("loss", ["dpo", "ipo", "normalized"])
 def test_gradients_of_preference_losses_match_those_of_plain_logits(variant, loss, monkeypatch):
     in_small_chunks(monkeypatch)
     backbone = golden_backbone(variant)

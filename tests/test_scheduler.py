@@ -110,7 +110,7 @@ def content(*tokens):
     return Content(tokens)
 
 
-def test_a_prefix_gets_a_slot_while_jobs_keep_coming(scheduler, threads):
+def test_a_prefix_gets_a_slot_while_jobs_keep_coming(scheduler, device, threads):
     """Each job frees the slot while inputs are read, and another job already waits for it."""
     loading = threading.Event()
 
@@ -123,8 +123,11 @@ def test_a_prefix_gets_a_slot_while_jobs_keep_coming(scheduler, threads):
 
     for _ in range(4):
         submit()
-    assert threads.submit(scheduler.load, content(1)).result(SECONDS).length == 1
-    loading.set()
+    assert device.called.wait(SECONDS)  # a job has the slot
+    try:
+        assert threads.submit(scheduler.load, content(1)).result(SECONDS).length == 1
+    finally:
+        loading.set()
 
 
 @pytest.mark.parametrize("call", ["place", "read_opening", "store"])
@@ -222,3 +225,20 @@ def test_a_device_that_cannot_be_used_again_ends_everything(scheduler, device, t
 def test_a_prefix_longer_than_the_bank_is_an_error(scheduler, threads):
     with pytest.raises(UserError, match="the bank has room for only 16 more"):
         threads.submit(scheduler.load, content(*range(20))).result(SECONDS)
+
+
+def test_a_job_that_is_cancelled_while_inputs_are_read_gets_no_slot(scheduler, device):
+    """The slot becomes free within the round, and the cancelled job is the next one."""
+    updates, ended = [], threading.Event()
+    device.going.clear()
+    jobs = [
+        Job("a", None, [1], GenerationSettings(), 0, updates.append),
+        Job("b", None, [1], GenerationSettings(), 0, updates.append),
+        Job("c", None, [1], GenerationSettings(), 0, lambda _: ended.set()),
+    ]
+    jobs[0].deliver = lambda update: (updates.append(update), jobs[1].cancel())
+    for job in jobs:
+        scheduler.submit(job)
+    device.going.set()
+    assert ended.wait(SECONDS)
+    assert len(updates) == 1

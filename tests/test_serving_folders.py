@@ -66,3 +66,15 @@ def test_a_busy_server_tries_again(folders, prompts):
     prompts.errors = {}
     folders.look()
     assert sorted(prompts.loaded) == ["a", "b", "c"]
+
+
+def test_a_folder_that_failed_is_tried_again_after_it_was_deleted(folders, prompts):
+    folder, aside = folders.root / "b", folders.root / ".b"
+    prompts.errors = {"b": UserError("bad")}
+    folders.look(at_once=True)
+    prompts.errors = {}
+    folder.rename(aside)
+    folders.look(at_once=True)
+    aside.rename(folder)  # with the same times
+    folders.look(at_once=True)
+    assert sorted(prompts.loaded) == ["a", "b", "c"]

@@ -68,7 +68,7 @@ class Style(Protocol):
         ...
 
     def piece(self, plan: Plan, before: Answer, update: Update) -> dict[str, Any]:
-        """Return the part of a stream for an update. `before` is what was received before it."""
+        """Return the part of a stream for an update. `before` is the answer until then."""
         ...
 
 

@@ -52,7 +52,7 @@ class CompletionStyle:
     def _logprobs(
         self, plan: Plan, tokens: list[ScoredToken], offset: int = 0
     ) -> dict[str, Any] | None:
-        """Return the log-probabilities of tokens, the first of which is at a character."""
+        """Return the log-probabilities of tokens. The first one begins at character `offset`."""
         if plan.top is None:
             return None
         texts = [self._texts.text(token.id) for token in tokens]

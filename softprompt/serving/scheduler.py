@@ -30,7 +30,7 @@ from softprompt.serving.scorer import Scored, Scorer
 
 _log = logging.getLogger(__name__)
 
-_SECONDS = 0.15  # that a round generates while a slot is free, so that a new request starts soon
+_DECODE_SECONDS = 0.15  # per round while a slot is free, so that a new request starts soon
 
 
 class Busy(Exception):
@@ -292,7 +292,7 @@ class Scheduler:
         )
 
     def _read(self) -> None:
-        """Read inputs, about as many tokens as a long chunk has."""
+        """Read a limited number of tokens of new inputs."""
         left = self._device.chunk
         while self._reading and left > 0:
             left -= max(self._read_chunks(), SHORT_CHUNK)  # a small call takes time, too
@@ -334,7 +334,7 @@ class Scheduler:
         """Generate a few tokens in all slots: fewer while inputs are read or slots are free."""
         if not self._generating:
             return
-        steps = min(int(_SECONDS / self._step_seconds), STEPS) if self._free else STEPS
+        steps = min(int(_DECODE_SECONDS / self._step_seconds), STEPS) if self._free else STEPS
         if self._reading or self._loader.running:
             steps = 1
         steps = max(steps, 1)

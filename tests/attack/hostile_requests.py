@@ -1,4 +1,4 @@
-"""Hostile HTTP requests. Each function sends one and returns what is wrong with the reaction.
+"""Hostile HTTP requests. Each function sends one request and reports a wrong reaction.
 
 The server must answer with the right status, or may close the connection where the request is
 broken. It must never answer with status 500.
